@@ -1,0 +1,21 @@
+"""sora_train: trains Sora-style text-to-video diffusion transformers from raw clips to served videos."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sora_train.api import load
+    from sora_train.config import Config
+    from sora_train.trainer import Trainer
+
+__version__ = "0.1.0"
+__all__ = ["Config", "Trainer", "__version__", "load"]
+
+_HOMES = {"Config": "sora_train.config", "Trainer": "sora_train.trainer", "load": "sora_train.api"}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `sora --help` and the decode processes never pay for torch.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sora_train' has no attribute {name!r}")

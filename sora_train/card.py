@@ -1,0 +1,132 @@
+"""The card printed before step 1: what will be trained, on what, at what cost."""
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sora_train.models.text_to_video import TextToVideo
+
+if TYPE_CHECKING:
+    from sora_train.trainer import Trainer
+
+# Share of a plain matrix product's speed that training steps were seen to reach on CPUs and GPUs.
+ASSUMED_UTILISATION = 0.4
+
+
+def print_card(trainer: "Trainer") -> None:
+    """Parameters, clips by bucket, drops by reason, batch, epochs, memory and expected time."""
+    if not trainer.world.is_main:
+        return
+    console = Console()
+    console.print(run_table(trainer))
+    console.print(bucket_table(trainer))
+    for reason, count in sorted(trainer.data.assignment.dropped().items()):
+        console.print(f"dropped: {count} clips ({reason})")
+        for detail in details(trainer, reason):
+            console.print(f"  {detail}", style="dim", highlight=False)
+
+
+def run_table(trainer: "Trainer") -> Table:
+    cfg, data = trainer.cfg, trainer.data
+    clips, tokens = mean_step(trainer)
+    table = Table(title=f"{cfg.name} -> {trainer.folder.path}", show_header=False, title_justify="left")
+    left = cfg.train.steps - trainer.step
+    rows = {
+        "trainable parameters": f"{trainer.params:,}",
+        "device": f"{trainer.world.device}, {trainer.world.size} rank(s), {torch.get_num_threads()} thread(s)",
+        "steps": f"{trainer.step} -> {cfg.train.steps}" + (" (resumed)" if trainer.step else ""),
+        "a step": f"{cfg.train.micro_batches} micro-batch(es), {clips:.1f} clips, {tokens:,.0f} tokens on average",
+        "an epoch": f"{data.tape.clips_per_epoch:,} clips, {data.steps_per_epoch:.1f} steps; "
+        f"the run is {cfg.train.steps / data.steps_per_epoch:.1f} epochs",
+        "held-out clips": str(len(data.val_clips)),
+        "memory of weights and optimizer": f"{state_bytes(trainer) / 2**20:,.0f} MiB a rank",
+        "expected time": f"about {duration(left * step_seconds(trainer))} for {left} steps",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def bucket_table(trainer: "Trainer") -> Table:
+    data = trainer.data
+    table = Table(title="buckets", title_justify="left")
+    for column in ("frames x height x width", "clips", "tokens a clip", "clips a micro-batch"):
+        table.add_column(column, justify="right")
+    counts = data.assignment.clips_per_bucket(data.table)
+    for spec in data.table:
+        count = counts.get(spec.bucket.name, 0)
+        size = str(data.sizes[spec.bucket]) if count else "no clip fits"
+        table.add_row(spec.bucket.name, f"{count:,}", str(data.tokens_of(spec.bucket)), size)
+    return table
+
+
+def details(trainer: "Trainer", reason: str) -> list[str]:
+    """The first few dropped clips by name, so that a person can look at them."""
+    manifest, reasons = trainer.data.manifest, trainer.data.assignment.reasons
+    rows = [row for row in range(len(manifest)) if reasons[row] == reason][:3]
+    return [f"{manifest.key[row]}: {manifest.drop_detail[row] or 'see buckets'}" for row in rows]
+
+
+def mean_step(trainer: "Trainer") -> tuple[float, float]:
+    """Clips and tokens of an average step."""
+    data = trainer.data
+    epoch = data.tape.epoch(0)
+    sizes = np.diff(epoch.starts).tolist()
+    tokens = sum(
+        data.tokens_of(data.tape.buckets[bucket]) * size for bucket, size in zip(epoch.bucket, sizes, strict=True)
+    )
+    return data.tape.clips_per_epoch / data.steps_per_epoch, tokens / data.steps_per_epoch
+
+
+def state_bytes(trainer: "Trainer") -> float:
+    """float32 weights, gradients, two moments and the average, over the ranks that share them."""
+    shards = trainer.world.size // trainer.cfg.parallel.dp_replicate
+    copies = 5 if trainer.cfg.optim.name == "adamw" else 3
+    return trainer.params * 4 * copies / shards
+
+
+def step_seconds(trainer: "Trainer") -> float:
+    """A guess from the model's FLOPs and the speed of one matrix product, measured now."""
+    model = trainer.engine.model
+    data = trainer.data
+    if isinstance(model, TextToVideo):
+        text = trainer.cfg.text.max_length // 2
+        epoch = data.tape.epoch(0)
+        mean = sum(model.flops(data.tokens_of(data.tape.bucket_of(int(row))), text) for row in epoch.rows[:64])
+        forward = mean / min(64, len(epoch.rows)) * data.tape.clips_per_epoch / data.steps_per_epoch
+    else:
+        pixels = sum(
+            spec.bucket.frames * spec.bucket.height * spec.bucket.width
+            * data.assignment.clips_per_bucket(data.table).get(spec.bucket.name, 0)
+            for spec in data.table
+        )  # fmt: skip
+        # Convolutions of constant resolution cost about two operations a weight and pixel of their level.
+        forward = 2.0 * trainer.params * pixels / trainer.vae.spatial_factor**2 * 4 / data.steps_per_epoch
+    return 3 * forward / trainer.world.size / (matmul_flops(trainer) * ASSUMED_UTILISATION)
+
+
+def matmul_flops(trainer: "Trainer") -> float:
+    """Floating-point operations a second of a matrix product of the training precision."""
+    device = trainer.world.device
+    size = 4096 if device.type == "cuda" else 768
+    dtype = getattr(trainer.engine, "param_dtype", torch.float32)
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(3):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 2:
+        return f"{hours:.1f} h"
+    return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"

@@ -1,0 +1,349 @@
+"""The `sora` command. Every sub-command is thin: read the arguments, import what it needs, call it.
+
+What runs from a config takes Hydra overrides (`key=value`); what acts on a thing takes flags, since a prompt with a
+comma or a bracket does not survive an override. Heavy imports happen inside the commands, so help is instant.
+"""
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sora_train.errors import UserError, run_command
+
+# Overrides must reach the command as they are, even those that look like options.
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    help="Train text-to-video diffusion transformers, from clips to samples.\n\n"
+    "Start with `sora train experiment=quickstart`, then look at runs/quickstart/report.html.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+prep_app = typer.Typer(help="Turn raw clips into what training reads fastest.")
+data_app = typer.Typer(help="Look at a source of clips the way training sees it.")
+ckpt_app = typer.Typer(help="Look at the checkpoints of a run.")
+config_app = typer.Typer(help="Values, where they come from, and what they mean.")
+bench_app = typer.Typer(help="Measure; every number goes with its machine and commit.")
+for name, group in {
+    "prep": prep_app,
+    "data": data_app,
+    "ckpt": ckpt_app,
+    "config": config_app,
+    "bench": bench_app,
+}.items():
+    app.add_typer(group, name=name)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
+ConfigDir = Annotated[
+    Path | None, typer.Option(help="A folder with config groups and experiments of your own.")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run_command(lambda: run(sys.argv[1:])))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one `sora` command line; returns its exit code. Raises UserError for a wrong command line."""
+    try:
+        result = app(list(arguments) or ["--help"], prog_name="sora", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        # Typer has moved its exceptions between releases; what they share is how they tell of themselves.
+        explain = getattr(error, "format_message", None)
+        if explain is None:
+            raise
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "sora"
+        raise UserError(f"{' '.join(explain().split()).rstrip('.')}; see `{path} --help`") from None
+    return result if isinstance(result, int) else 0
+
+
+@app.command(context_settings=OVERRIDES)
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE.yaml|FILE.py] [KEY=VALUE]...")
+    ] = None,
+    config_dir: ConfigDir = None,
+    multirun: Annotated[
+        bool, typer.Option("-m", "--multirun", help="One run for each combination of a=1,2.")
+    ] = False,
+) -> int:
+    """Train from a config: a shipped experiment, a YAML file or a project of your own.
+
+    \b
+    sora train experiment=quickstart
+    sora train experiment=real_tiny data.source=my_clips run.dir=runs/mine
+    sora train my.yaml train.steps=2000
+    sora train my_project/train.py optim.lr=3e-4
+    sora train -m experiment=quickstart seed=0,1,2
+    sora train experiment=quickstart dry_run=true
+    """
+    rest = list(arguments or [])
+    if config_dir is not None:
+        rest += ["--config-dir", str(config_dir)]
+    if multirun:
+        rest.append("-m")
+    if rest and rest[0].endswith(".py") and "=" not in rest[0]:
+        return _run_script(Path(rest[0]), rest[1:])
+    from sora_train.config import Config
+    from sora_train.train import train as train_from_config
+
+    return train_from_config(None, Config, rest)
+
+
+@app.command()
+def sample(
+    ckpt: Annotated[str, typer.Option(help="A run folder, or RUN@STEP for an older checkpoint.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the mp4 files and the contact sheet.")
+    ] = Path("samples"),
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to show; may be given several times.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file with one prompt a line.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Pixels; as in training if left out.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames; as in training if left out.")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second; as in training if left out.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the noise; the same seed gives the same clip.")
+    ] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Solver steps; those of the run if left out.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=1, help="1 switches guidance off.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Clips a prompt.")] = 1,
+) -> None:
+    """Sample clips from a checkpoint into mp4 files and a contact sheet.
+
+    \b
+    sora sample --ckpt runs/quickstart --prompt "red circle moves left" --num 4
+    sora sample --ckpt runs/quickstart@600 --prompts prompts.txt --out clips --seed 7
+    """
+    from sora_train.commands import sample_clips
+
+    written = sample_clips(
+        ckpt=ckpt,
+        prompts=[*(prompt or []), *_prompt_lines(prompts)],
+        size=_size(size),
+        frames=frames,
+        fps=fps,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        num=num,
+        out=out,
+    )
+    for path in written:
+        print(path)
+
+
+@prep_app.callback()
+@data_app.callback()
+@ckpt_app.callback()
+@config_app.callback()
+@bench_app.callback()
+def _group() -> None:
+    """Keeps a group a group even while it has a single command."""
+
+
+@prep_app.command("shards", context_settings=OVERRIDES)
+def prep_shards(settings: Overrides = None) -> None:
+    """Write webdataset tars and a Parquet manifest from a folder of clips and images.
+
+    \b
+    sora prep shards input=my_clips captions=my_clips/captions.jsonl output=shards
+    sora prep shards input=my_clips output=shards        (a .txt beside each clip)
+    """
+    from sora_train.commands import prep_shards as write
+
+    print(write(list(settings or [])))
+
+
+@data_app.command("index", context_settings=OVERRIDES)
+def data_index(settings: Overrides = None) -> None:
+    """Index a source in place and print how many clips it has and which are dropped, with reasons.
+
+    \b
+    sora data index source=my_clips
+    sora data index source=table.csv captions=captions.jsonl
+    """
+    from sora_train.commands import data_index as index
+
+    print(index(list(settings or [])))
+
+
+@data_app.command("show", context_settings=OVERRIDES)
+def data_show(settings: Overrides = None) -> None:
+    """List the clips of a source: frames, size, frame rate, caption.
+
+    \b
+    sora data show source=shards limit=20
+    """
+    from sora_train.commands import data_show as show
+
+    print(show(list(settings or [])))
+
+
+@ckpt_app.command("list")
+def ckpt_list(run_dir: Run) -> None:
+    """List the complete checkpoints of a run.
+
+    \b
+    sora ckpt list runs/quickstart
+    """
+    from sora_train.commands import ckpt_list as listing
+
+    print(listing(run_dir))
+
+
+@ckpt_app.command("show")
+def ckpt_show(run_dir: Annotated[str, typer.Argument(metavar="RUN[@STEP]")]) -> None:
+    """Show one checkpoint: step, samples seen, versions, size; its files are checked against their digests.
+
+    \b
+    sora ckpt show runs/quickstart
+    sora ckpt show runs/quickstart@600
+    """
+    from sora_train.commands import ckpt_show as show
+
+    print(show(run_dir))
+
+
+@config_app.command("show", context_settings=OVERRIDES)
+def config_show(arguments: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """Print the whole configuration of a command line as YAML, with the origin of each chosen value.
+
+    \b
+    sora config show experiment=quickstart train.steps=50
+    sora config show my.yaml
+    """
+    from sora_train.config.compose import compose, split_yaml_file
+    from sora_train.config.explain import show
+
+    yaml_file, overrides = split_yaml_file(list(arguments or []))
+    print(show(compose(overrides, config_dir=config_dir, yaml_file=yaml_file)), end="")
+
+
+@config_app.command("diff")
+def config_diff(
+    left: Annotated[str, typer.Argument(metavar="A")],
+    right: Annotated[str, typer.Argument(metavar="B")],
+) -> None:
+    """Print the keys in which two configurations differ: run folders, config.yaml files or experiment=NAME.
+
+    \b
+    sora config diff runs/a runs/b
+    sora config diff runs/a experiment=quickstart
+    """
+    from sora_train.config.explain import diff
+
+    print(diff(left, right), end="")
+
+
+@config_app.command("explain", context_settings=OVERRIDES)
+def config_explain(
+    key: Annotated[str, typer.Argument(metavar="KEY")],
+    arguments: Overrides = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Explain a key, a section or a group; overrides after it tell of which run.
+
+    \b
+    sora config explain data.cache
+    sora config explain model
+    sora config explain optim.lr experiment=quickstart
+    """
+    from sora_train.config.compose import compose, split_yaml_file
+    from sora_train.config.explain import explain
+
+    yaml_file, overrides = split_yaml_file(list(arguments or []))
+    print(explain(key, compose(overrides, config_dir=config_dir, yaml_file=yaml_file)), end="")
+
+
+@bench_app.command("train", context_settings=OVERRIDES)
+def bench_train(arguments: Overrides = None) -> int:
+    """Measure training steps: warm-up, then median and spread, as JSON and Markdown.
+
+    \b
+    sora bench train experiment=quickstart
+    """
+    from sora_train.commands import bench_train as bench
+
+    return bench(list(arguments or []))
+
+
+@app.command()
+def init(name: Annotated[str, typer.Argument(metavar="NAME", help="Folder to create.")]) -> None:
+    """Start a project of your own: a train.py of some 15 lines and a my.yaml of about ten.
+
+    \b
+    sora init my_project
+    sora train my_project/train.py my_project/my.yaml
+    """
+    from sora_train.project import create
+
+    print(create(Path(name)))
+
+
+@app.command()
+def report(run_dir: Run) -> None:
+    """Write report.html of a run again from the files in its folder.
+
+    \b
+    sora report runs/quickstart
+    """
+    from sora_train.commands import write_report
+
+    print(write_report(run_dir))
+
+
+def _run_script(script: Path, arguments: list[str]) -> int:
+    """Run a project's own training file as `python FILE` would."""
+    if not script.is_file():
+        raise UserError(f"there is no file {script}; `sora init NAME` writes NAME/train.py")
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, os.fspath(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def _prompt_lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read as text: {error}") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"--prompts {path} holds no prompts; write one a line")
+    return lines
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """WxH -> (width, height)."""
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise UserError(f"--size is '{text}'; write WIDTHxHEIGHT in pixels, for example 64x48")
+    return int(width), int(height)

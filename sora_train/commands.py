@@ -1,0 +1,215 @@
+"""What the sub-commands of `sora` do once their arguments are read; each returns what it prints."""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from sora_train.config.compose import parse_settings
+from sora_train.config.settings import ShardSettings, SourceSettings
+from sora_train.errors import UserError
+
+if TYPE_CHECKING:
+    from sora_train.data.manifest import Manifest
+
+
+def sample_clips(
+    *,
+    ckpt: str,
+    prompts: list[str],
+    size: tuple[int, int] | None,
+    frames: int | None,
+    fps: float | None,
+    seed: int,
+    steps: int | None,
+    guidance_scale: float | None,
+    num: int,
+    out: Path,
+) -> list[Path]:
+    """Sample every prompt `num` times from a checkpoint; returns the files written under `out`."""
+    if not prompts:
+        raise UserError('no prompt is given; add --prompt "..." or --prompts FILE')
+    run_dir, step = split_ckpt(ckpt)
+    from sora_train.api import load
+
+    model = load(str(run_dir), step=step)
+    clips = model.sample(
+        prompts,
+        size=size,
+        frames=frames,
+        fps=fps,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        num=num,
+    )
+    labels = [prompt for prompt in prompts for _ in range(num)]
+    return model.save(clips, labels, out, fps=fps)
+
+
+def prep_shards(overrides: list[str]) -> str:
+    """Write shards from clips, and count what went in."""
+    settings = parse_settings(ShardSettings, overrides)
+    from data_prep.shards import write_shards
+
+    with counting("reading clips") as advance:
+        manifest = write_shards(
+            settings.input,
+            settings.output,
+            captions=settings.captions,
+            max_shard_bytes=settings.max_shard_mb * 10**6,
+            allow_empty_captions=settings.allow_empty_captions,
+            workers=settings.workers,
+            progress=advance,
+        )
+    return f"{count(manifest)}\nnext: sora train experiment=real_tiny data.source={settings.output}"
+
+
+def data_index(overrides: list[str]) -> str:
+    """Counts of a source: usable clips, dropped ones by reason, and each dropped clip's own."""
+    manifest = _open(parse_settings(SourceSettings, overrides))
+    return count(manifest)
+
+
+def data_show(overrides: list[str]) -> str:
+    """A table of the clips of a source."""
+    settings = parse_settings(SourceSettings, overrides)
+    manifest = _open(settings)
+    shown = range(min(len(manifest), settings.limit))
+    rows = [
+        (
+            str(manifest.key[row]),
+            str(manifest.kind[row]),
+            str(manifest.frames[row]),
+            f"{manifest.width[row]}x{manifest.height[row]}",
+            f"{manifest.fps[row]:.5g}",
+            str(manifest.drop_reason[row] or manifest.caption[row]),
+        )
+        for row in shown
+    ]
+    table = _table(("clip", "kind", "frames", "size", "fps", "caption, or why it is dropped"), rows)
+    rest = len(manifest) - len(shown)
+    return f"{table}\n{f'{rest} more; raise limit=' if rest else count(manifest)}"
+
+
+def ckpt_list(run_dir: Path) -> str:
+    """One line a complete checkpoint."""
+    from sora_train.checkpoint import find, list_checkpoints
+
+    find(run_dir)
+    rows = [
+        (str(entry.step), _size_of(entry.path), _written(entry.path), str(entry.path))
+        for entry in list_checkpoints(run_dir / "checkpoints")
+    ]
+    return _table(("step", "size", "written", "folder"), rows)
+
+
+def ckpt_show(ckpt: str) -> str:
+    """The scalars a checkpoint holds, after its files are checked."""
+    from sora_train.checkpoint import find, verify
+
+    run_dir, step = split_ckpt(ckpt)
+    found = find(run_dir, step)
+    verify(found)
+    head = f"{found.path}: step {found.step}, {_size_of(found.path)}, every file matches its digest"
+    state = {key: value for key, value in found.state().items() if key != "config"}
+    return f"{head}\n{json.dumps(state, indent=2, default=str)}"
+
+
+def bench_train(overrides: list[str]) -> int:
+    """Run the training benchmark; returns the exit code."""
+    from sora_train.bench.train import main
+
+    return main(overrides)
+
+
+def write_report(run_dir: Path) -> str:
+    """Write report.html of a run anew."""
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise UserError(f"{run_dir} is no run folder: it has no metrics.jsonl")
+    from sora_train.report import write_report as write
+
+    return f"wrote {write(run_dir)}"
+
+
+def split_ckpt(text: str) -> tuple[Path, int | None]:
+    """RUN or RUN@STEP -> (folder, step or None)."""
+    folder, at, step = text.rpartition("@")
+    if not at or Path(text).exists():
+        return Path(text), None
+    if not step.isdigit():
+        raise UserError(f"'{text}': the step after @ must be a number, for example {folder}@500")
+    return Path(folder), int(step)
+
+
+def count(manifest: "Manifest") -> str:
+    """`used + dropped(reason) = total` in words, and a line for each dropped clip up to twenty."""
+    dropped = manifest.dropped()
+    usable = len(manifest) - sum(dropped.values())
+    lines = [
+        f"{manifest.root}: {len(manifest)} clips = {usable} usable + {sum(dropped.values())} dropped"
+    ]
+    lines += [f"  {number} {reason}" for reason, number in sorted(dropped.items())]
+    faulty = [row for row in range(len(manifest)) if manifest.drop_reason[row]]
+    lines += [
+        f"  {manifest.key[row]}: {manifest.drop_reason[row]}, {manifest.drop_detail[row]}"
+        for row in faulty[:20]
+    ]
+    if len(faulty) > 20:
+        lines.append(f"  and {len(faulty) - 20} more")
+    return "\n".join(lines)
+
+
+def _open(settings: SourceSettings) -> "Manifest":
+    from sora_train.data.index import open_source
+
+    with counting("indexing") as advance:
+        return open_source(
+            settings.source,
+            captions=settings.captions,
+            work_dir=settings.work_dir,
+            probe=settings.probe,
+            workers=settings.workers,
+            progress=advance,
+            allow_empty_captions=settings.allow_empty_captions,
+        )
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A `progress(done, total)` that shows a bar from its first call on."""
+    from sora_train.progress import Progress
+
+    with ExitStack() as stack:
+        bars: list[Progress] = []
+
+        def advance(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(Progress(total, what)))
+            bars[0].update(done)
+
+        yield advance
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    text = io.StringIO()
+    Console(file=text, width=140).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _size_of(folder: Path) -> str:
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{total / 1e6:.1f} MB"
+
+
+def _written(folder: Path) -> str:
+    return datetime.fromtimestamp(folder.stat().st_mtime).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,73 @@
+"""Every knob of a run: frozen pydantic models, one file a section. Hydra picks values, these check them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sora_train.config.base import Section
+from sora_train.config.data import BucketClass, BucketsConfig, DataConfig
+from sora_train.config.model import ModelConfig, TextConfig, VaeConfig
+from sora_train.config.run import (
+    CheckpointConfig,
+    EmaConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SampleConfig,
+    TrackerConfig,
+    TrainConfig,
+    VaeObjectiveConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "BucketClass",
+    "BucketsConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EmaConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "SampleConfig",
+    "Section",
+    "TextConfig",
+    "TrackerConfig",
+    "TrainConfig",
+    "VaeConfig",
+    "VaeObjectiveConfig",
+    "ValidationConfig",
+]
+
+
+class Config(Section):
+    """One run, whole. Subclass it to add sections of your own."""
+
+    task: Literal["text_to_video", "vae"] = "text_to_video"
+    """What is trained: the text-to-video model, or its video autoencoder."""
+    name: str = "default"
+    """Name of the experiment, shown in reports."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds weights, data order, noise and every other draw; one seed, one loss curve."""
+    dry_run: bool = False
+    """Print the card (sizes, clips per bucket, memory, time) and stop before step 1."""
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    buckets: BucketsConfig = BucketsConfig()
+    model: ModelConfig = ModelConfig()
+    vae: VaeConfig = VaeConfig()
+    text: TextConfig = TextConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    vae_objective: VaeObjectiveConfig = VaeObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    sample: SampleConfig = SampleConfig()
+    tracker: TrackerConfig = TrackerConfig()

@@ -1,0 +1,151 @@
+"""How a run proceeds: steps, optimizer, weights' average, checkpoints, validation, samples, tracking."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from sora_train.config.base import Section
+from sora_train.config.data import FloatList, StrList
+
+
+class RunConfig(Section):
+    dir: str = "runs/default"
+    """The run folder. The same folder again means: go on from its newest checkpoint."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU if there is one."""
+    deterministic: bool | Literal["auto"] = "auto"
+    """Bit-for-bit repeatable kernels; `auto`: on for CPU, off for GPU."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of torch in each rank; 0: the cores of the machine shared among its ranks."""
+
+
+class TrainConfig(Section):
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps of the whole run."""
+    micro_batches: int = Field(1, ge=1)
+    """Micro-batches of one step over all ranks (M): fixed by the config, so a run means the same at any world size."""
+    log_every: int = Field(1, ge=1)
+    """Steps between two rows of metrics.jsonl."""
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` (no momentum) is for parity tests: AdamW hides a wrong gradient scale."""
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    text_lr_scale: float = Field(1.0, gt=0)
+    """Factor on the learning rate of a trainable text encoder."""
+    betas: FloatList = (0.9, 0.99)
+    """AdamW's decay of first and second moments."""
+    eps: float = Field(1e-10, gt=0)
+    """AdamW's epsilon; small, since QK-norm and zero-initialised layers make gradients small."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Applied to matrices only, never to norms, biases and modulation tables."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps over which the learning rate rises linearly from zero."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the learning rate after warm-up, down to `optim.final_lr_fraction` at the last step."""
+    final_lr_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of the peak left at the last step."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
+
+
+class EmaConfig(Section):
+    decay: float = Field(0.999, ge=0, lt=1)
+    """Decay of the weights' average a step; the start is ramped as min(decay, (1 + step) / (10 + step))."""
+
+
+class ParallelConfig(Section):
+    dp_replicate: int = Field(1, ge=1)
+    """Replicas of the sharded model (HSDP)."""
+    dp_shard: int = -1
+    """Ranks each weight is split over; -1: what the other degrees leave."""
+    param_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Precision in which weights reach compute; `auto`: bfloat16 on GPU, float32 on CPU. Masters are always float32."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(500, ge=0)
+    """Steps between checkpoints; 0: only the last step."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: go on from the newest complete checkpoint of the run folder."""
+
+
+class ValidationConfig(Section):
+    every: int = Field(500, ge=0)
+    """Steps between validations; 0: never."""
+    times: FloatList = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Noise levels t at which the loss of every held-out clip is measured, with fixed noise."""
+    max_clips: int = Field(64, ge=1)
+    """Held-out clips used."""
+
+    @model_validator(mode="after")
+    def _times_inside(self) -> "ValidationConfig":
+        bad = [t for t in self.times if not 0 < t < 1]
+        if bad or not self.times:
+            raise ValueError(
+                f"validation.times must be numbers between 0 and 1, got {list(self.times)}"
+            )
+        return self
+
+
+class SampleConfig(Section):
+    every: int = Field(500, ge=0)
+    """Steps between sample clips; 0: never."""
+    prompts: StrList = ()
+    """What is sampled; empty: captions of the first held-out clips."""
+    max_prompts: int = Field(8, ge=1)
+    """Prompts sampled during training."""
+    seed: int = 0
+    """Seed of the samples' noise."""
+    oracle_prompts: int = Field(0, ge=0)
+    """Prompts on which the shapes oracle scores the final weights (seen and held-out each); 0: no scoring."""
+
+
+class TrackerConfig(Section):
+    kind: Literal["none", "wandb"] = "none"
+    """Where metrics.jsonl is copied to."""
+    project: str = "sora_train"
+    """W&B project."""
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """`auto`: online when a W&B key is configured, else offline in the run folder."""
+
+
+class ObjectiveConfig(Section):
+    time_law: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
+    """Distribution of the noise level t in training."""
+    time_mean: float = 0.0
+    """Mean of logit(t) under `logit_normal`; positive means noisier."""
+    time_std: float = Field(1.0, gt=0)
+    """Standard deviation of logit(t)."""
+    mode_scale: float = 1.29
+    """Parameter s of the `mode` law (Esser et al. 2024, arXiv:2403.03206, eq. 20)."""
+    shift: float = Field(1.0, gt=0)
+    """Time shift: t' = shift * t / (1 + (shift - 1) * t), in training and sampling alike."""
+    shift_rule: Literal["constant", "resolution"] = "constant"
+    """`constant`: `objective.shift` for every clip; `resolution`: times a factor that grows with tokens per frame and length."""
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """Share of samples trained with the empty caption, so that guidance has a null."""
+    i2v_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of clips trained with their first latent frame given (image to video)."""
+    num_steps: int = Field(50, ge=1)
+    """Sampler steps stored in the diffusion spec."""
+    guidance_scale: float = Field(4.0, ge=1)
+    """Classifier-free guidance stored in the diffusion spec; 1 switches it off."""
+    solver: Literal["euler", "heun"] = "euler"
+    """ODE solver stored in the diffusion spec."""
+
+
+class VaeObjectiveConfig(Section):
+    mse: float = Field(1.0, ge=0)
+    """Weight of the mean squared pixel error. It teaches small saturated things first, which an absolute error, whose
+    best guess is the median, leaves out for thousands of steps."""
+    l1: float = Field(0.1, ge=0)
+    """Weight of the mean absolute pixel error, which sharpens what is nearly right."""
+    kl: float = Field(1e-5, ge=0)
+    """Weight of the KL divergence from a unit Gaussian."""
+    gradient: float = Field(0.1, ge=0)
+    """Weight of the absolute error of spatial and temporal differences: sharp edges without a learned loss."""

@@ -1,0 +1,1 @@
+"""From a source of clips to the batches of a step: manifest, buckets, tape, decoding. No torch here."""

@@ -1,0 +1,88 @@
+"""A child process that decodes: requests come on stdin, answers leave on stdout, one at a time.
+
+It is a program of its own (`python -m sora_train.data.decode_worker`), so that a user's main module
+is never imported again, no lock is inherited from a forked parent, and torch is never loaded.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
+from sora_train.data import decode, pipe  # noqa: E402 - the threads above must be set before numpy loads
+
+PARENT_DEATH_SIGNAL = 1
+# Of the parent's deadline; the alarm is for a parent that died while the child spun in native code.
+ALARM_GRACE = 30
+TEST_HOOK = "SORA_TEST_DECODE"
+
+
+def answer(request: decode.ProbeRequest | decode.DecodeRequest) -> tuple[str, object]:
+    """('ok', Probe or frames), ('bad', (reason, detail)) or ('storage', detail)."""
+    try:
+        if isinstance(request, decode.ProbeRequest):
+            return "ok", decode.probe_video(request)
+        if request.backend == "decord" and request.kind == "video":
+            from sora_train.data import decode_decord
+
+            return "ok", decode_decord.decode_frames(request)
+        return "ok", decode.decode_frames(request)
+    except decode.BadClip as error:
+        return "bad", (error.reason, error.detail)
+    except decode.StorageFault as error:
+        return "storage", str(error)
+    except MemoryError as error:
+        return "storage", f"out of memory: {error}"
+    # Whatever else a damaged file provokes in a library is that file's fault, and is counted.
+    except Exception as error:
+        return "bad", ("unreadable", f"{type(error).__name__}: {error}"[:200])
+
+
+def misbehave(key: str) -> None:
+    """Spin or abort on the clip that a test names in the environment, as a native decoder might."""
+    action, _, target = os.environ.get(TEST_HOOK, "").partition("=")
+    if not action or target not in key:
+        return
+    if action == "abort":
+        os.abort()
+    if action == "spin":
+        import re
+
+        re.match(r"(a|a)+$", "a" * 64 + "b")  # holds the GIL in C, practically for ever
+
+
+def die_with_parent() -> None:
+    """A child that spins never sees its stdin close, so ask the kernel."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def serve(answer: Callable[[Any], tuple[str, object]]) -> None:
+    """Answer requests (deadline in seconds, request with a `key`) until stdin closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+    requests, answers = os.dup(0), os.dup(1)
+    # What a library prints must not get between the answers.
+    os.dup2(2, 1)
+    pipe.send(answers, "ready")
+    while True:
+        try:
+            timeout, request = pipe.receive(requests)
+        except pipe.Closed:
+            return
+        signal.alarm(int(timeout) + ALARM_GRACE)
+        misbehave(request.key)
+        reply = answer(request)
+        signal.alarm(0)
+        try:
+            pipe.send(answers, reply)
+        except pipe.Closed:
+            return
+
+
+if __name__ == "__main__":
+    serve(answer)

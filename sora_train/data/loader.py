@@ -1,0 +1,358 @@
+"""Reads the tape: decodes what the next steps of a rank need, ahead of time, and delivers it in order.
+
+What is delivered depends on the tape and the quarantine alone; workers and prefetch only decide
+when it is ready. A sample that fails is reported as a Failure, never replaced.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from sora_train.config import BucketsConfig, DataConfig
+from sora_train.data import decode_decord, quarantine
+from sora_train.data.cache import LatentCache, latent_key
+from sora_train.data.decode import DecodeRequest
+from sora_train.data.decode_pool import DecodePool
+from sora_train.data.manifest import Manifest
+from sora_train.data.plan import Tape, rows_for_rank
+from sora_train.data.sample import Bucket, Clip, ClipBatch, Failure, MicroBatch
+from sora_train.data.transforms import crop, uniform, window
+from sora_train.errors import Fault, UserError
+
+# Reading stored latents waits for the disk, not for a core.
+_CACHE_THREADS = 2
+_POLL_SECONDS = 1.0
+
+Chunk = tuple[Bucket, tuple[int, ...]]
+
+
+class Loader:
+    """The clips of a rank's micro-batches, step by step. Close it, or use it as a context manager.
+
+    `tape` names what is trained, `micro_batches` are those of one step over all ranks. With a
+    `cache` the stored latents are delivered where they are, windows and crops are those of epoch 0
+    in every epoch, and `vae_digest` says whose latents they are. `reasons` are those of
+    `buckets.assign` (default: the manifest's); with `run_dir` failures are recorded there. Raises
+    UserError where too many clips are unusable, or the decoder cannot read them.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tape: Tape,
+        buckets_cfg: BucketsConfig,
+        data_cfg: DataConfig,
+        *,
+        seed: int,
+        micro_batches: int,
+        rank: int = 0,
+        world_size: int = 1,
+        vae_digest: str = "",
+        cache: LatentCache | None = None,
+        run_dir: Path | str | None = None,
+        reasons: np.ndarray | None = None,
+    ):
+        self.manifest, self.tape = manifest, tape
+        self._fps = buckets_cfg.fps
+        self._cfg = data_cfg
+        self._seed, self._micro_batches = seed, micro_batches
+        self._rank, self._world_size = rank, world_size
+        self._vae_digest, self._cache = vae_digest, cache
+        self._backend = _backend(data_cfg, manifest, tape)
+        found = manifest.drop_reason if reasons is None else reasons
+        names, counts = np.unique(found[found != ""].astype(str), return_counts=True)
+        self.quarantine = quarantine.Quarantine(
+            Path(run_dir) / quarantine.FILE_NAME if run_dir is not None else None,
+            total=len(manifest),
+            limit=data_cfg.max_drop_fraction,
+            dropped=dict(zip(names.tolist(), counts.tolist(), strict=True)),
+        )
+        self.wait_seconds = 0.0
+        """Time `step` and `chunks` made their callers wait, in all."""
+        self._pending: dict[int, list[Future]] = {}
+        self._pool = DecodePool(data_cfg.num_workers, data_cfg.decode_timeout)
+        self._readers = ThreadPoolExecutor(_CACHE_THREADS, thread_name_prefix="latents")
+
+    # -- training -----------------------------------------------------------------------------
+
+    def step(self, step: int) -> list[ClipBatch]:
+        """This rank's micro-batches of a step, in the order of the tape; the next ones are begun.
+
+        Every rank gets the same number of slots. Raises Fault when storage fails or too many clips
+        are lost.
+        """
+        began = time.monotonic()
+        entries = rows_for_rank(self.tape, step, self._micro_batches, self._rank, self._world_size)
+        self._prefetch(step, entries)
+        batches = [
+            self._idle(step)
+            if entry is None
+            else self._collect(step, entry, self._pending.pop(entry.index))
+            for entry in entries
+        ]
+        self.wait_seconds += time.monotonic() - began
+        return batches
+
+    def _prefetch(self, step: int, entries: list[MicroBatch | None]) -> None:
+        """Begin the micro-batches of a step and those after it, as many as `data.prefetch`; forget others."""
+        wanted = [entry for entry in entries if entry is not None]
+        now, ahead = len(wanted), step
+        while len(wanted) < now + self._cfg.prefetch:
+            ahead += 1
+            more = rows_for_rank(
+                self.tape, ahead, self._micro_batches, self._rank, self._world_size
+            )
+            if not any(more):
+                break
+            wanted += [entry for entry in more if entry is not None]
+        wanted = wanted[: now + self._cfg.prefetch]
+        for index in self._pending.keys() - {entry.index for entry in wanted}:
+            for future in self._pending.pop(index):
+                future.cancel()
+        for entry in wanted:
+            if entry.index not in self._pending:
+                self._pending[entry.index] = [
+                    self._begin(row, entry.epoch, step) for row in entry.rows
+                ]
+
+    def _idle(self, step: int) -> ClipBatch:
+        """A slot without work, in the shape of its neighbours so that it takes no longer than they do."""
+        peer = self.tape[step * self._micro_batches]
+        return ClipBatch(MicroBatch(-1, peer.bucket, peer.epoch, ()), [], [], 0.0)
+
+    def _collect(self, step: int, entry: MicroBatch, futures: Sequence[Future]) -> ClipBatch:
+        clips: list[Clip] = []
+        failures: list[Failure] = []
+        self.quarantine.refresh()
+        for row, future in zip(entry.rows, futures, strict=True):
+            found = self.quarantine.failure(row, step) or self._wait(row, future)
+            if isinstance(found, Failure):
+                failures.append(found)
+                self._record(step, found)
+            else:
+                clips.append(found)
+        return ClipBatch(entry, clips, failures, float(len(clips)))
+
+    # -- stored latents -----------------------------------------------------------------------
+
+    def cache_chunks(self, size: int, part: int = 0, parts: int = 1) -> list[Chunk]:
+        """What is to be encoded before latents can be trained from: chunks of `size` clips of a bucket.
+
+        The chunks cover all trained rows in the manifest's order and are the same whatever is
+        stored already, so that latents do not depend on where an earlier run stopped. They are
+        dealt out over `parts` first; then those that are wholly stored, or can never be, are left
+        out. So parts that look at different times still share the same deal.
+        """
+        chunks: list[Chunk] = []
+        of_row = self.tape.bucket_of_row[self.tape.rows]
+        for number, bucket in enumerate(self.tape.buckets):
+            rows = self.tape.rows[of_row == number].tolist()
+            chunks += [
+                (bucket, tuple(rows[start : start + size])) for start in range(0, len(rows), size)
+            ]
+        return [chunk for chunk in chunks[part::parts] if not all(map(self._is_settled, chunk[1]))]
+
+    def _is_settled(self, row: int) -> bool:
+        return self.is_cached(row) or self.quarantine.failure(row, 0) is not None
+
+    def chunks(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Bucket, list[Clip], list[Failure]]]:
+        """The pixels of chunks, one after the other, the next ones decoding meanwhile.
+
+        Failures are recorded as of step 0: such a clip is never trained.
+        """
+        begun: list[list[Future]] = []
+        for position, (bucket, rows) in enumerate(chunks):
+            for _, ahead in chunks[position + len(begun) : position + 1 + self._cfg.prefetch]:
+                begun.append([self._decode(row, 0) for row in ahead])
+            began = time.monotonic()
+            clips, failures = self._gather(rows, begun.pop(0))
+            self.wait_seconds += time.monotonic() - began
+            yield bucket, clips, failures
+
+    def decode_rows(self, rows: Sequence[int]) -> tuple[list[Clip], list[Failure]]:
+        """Pixels of trained rows as epoch 0 shows them (for validation, or to fill the cache)."""
+        return self._gather(rows, [self._decode(row, 0) for row in rows])
+
+    def _gather(
+        self, rows: Sequence[int], futures: list[Future]
+    ) -> tuple[list[Clip], list[Failure]]:
+        clips: list[Clip] = []
+        failures: list[Failure] = []
+        for row, future in zip(rows, futures, strict=True):
+            found = self.quarantine.failure(row, 0) or self._wait(row, future)
+            if isinstance(found, Failure):
+                failures.append(found)
+                self._record(0, found)
+            else:
+                clips.append(found)
+        return clips, failures
+
+    def latent_key(self, row: int) -> str:
+        """Under what name a row's latents are stored."""
+        times, _, box = self._cut(row, 0)
+        digest = str(self.manifest.sample_digest[row])
+        return latent_key(digest, self.tape.bucket_of(row), times, box, self._vae_digest)
+
+    def is_cached(self, row: int) -> bool:
+        return self._cache is not None and self.latent_key(row) in self._cache
+
+    def store(self, row: int, latents: np.ndarray) -> None:
+        """Store a row's latents, float32 (C, T', H', W')."""
+        assert self._cache is not None, "the loader was built without a cache"
+        self._cache.put(self.latent_key(row), latents)
+
+    # -- one clip -----------------------------------------------------------------------------
+
+    def _cut(
+        self, row: int, epoch: int
+    ) -> tuple[tuple[float, ...], float, tuple[float, float, float, float]]:
+        """Times, their rate, and crop of a sample: keyed by its epoch, or fixed where latents are stored."""
+        bucket = self.tape.bucket_of(row)
+        epoch = 0 if self._cache is not None else epoch
+        manifest = self.manifest
+        u = uniform(self._seed, "window", epoch, row)
+        times, fps = window(
+            int(manifest.frames[row]), float(manifest.fps[row]), bucket, self._fps, u
+        )
+        u_x, u_y = (uniform(self._seed, "crop", epoch, row, axis) for axis in "xy")
+        return (
+            times,
+            fps,
+            crop(int(manifest.height[row]), int(manifest.width[row]), bucket, u_x, u_y),
+        )
+
+    def _begin(self, row: int, epoch: int, step: int) -> Future:
+        if self.quarantine.failure(row, step):
+            return Future()  # never looked at: `_collect` asks the quarantine first
+        if self._cache is not None:
+            return self._readers.submit(self._read_latents, row, epoch)
+        return self._decode(row, epoch)
+
+    def _read_latents(self, row: int, epoch: int) -> Clip | Future:
+        """The stored latents as a clip; where they are lost, the pixels' future instead."""
+        assert self._cache is not None
+        latents = self._cache.get(self.latent_key(row))
+        if latents is None:
+            return self._decode(row, epoch)
+        return self._clip(row, epoch, None, latents)
+
+    def _decode(self, row: int, epoch: int) -> Future:
+        """A future of the sample's Clip or Failure."""
+        manifest, bucket = self.manifest, self.tape.bucket_of(row)
+        times, _, box = self._cut(row, epoch)
+        request = DecodeRequest(
+            row=row,
+            key=str(manifest.key[row]),
+            path=manifest.path(row),
+            offset=int(manifest.offset[row]),
+            length=int(manifest.length[row]),
+            kind=str(manifest.kind[row]),
+            times=times,
+            crop=box,
+            shown=(int(manifest.height[row]), int(manifest.width[row])),
+            height=bucket.height,
+            width=bucket.width,
+            rotation=int(manifest.rotation[row]),
+            start=float(manifest.start[row]),
+            fps=float(manifest.fps[row]),
+            backend=self._backend,
+        )
+        return _then(
+            self._pool.submit(request),
+            lambda found: (
+                found if isinstance(found, Failure) else self._clip(row, epoch, found, None)
+            ),
+        )
+
+    def _clip(
+        self, row: int, epoch: int, pixels: np.ndarray | None, latents: np.ndarray | None
+    ) -> Clip:
+        manifest = self.manifest
+        fps = self._cut(row, epoch)[1]
+        return Clip(
+            row, epoch, pixels, latents, fps, manifest.caption[row], manifest.sample_digest[row]
+        )
+
+    def _wait(self, row: int, future: Future) -> Clip | Failure:
+        """A future's value. The pool's deadlines bound the wait; a pool that died is a Fault, not a hang."""
+        while True:
+            try:
+                found = future.result(timeout=_POLL_SECONDS)
+            except TimeoutError:
+                if not self._pool.alive:
+                    raise Fault(
+                        f"the decode pool ended while the clip of row {row} was awaited"
+                    ) from None
+                continue
+            except CancelledError:
+                raise Fault(
+                    f"the loader was closed while the clip of row {row} was awaited"
+                ) from None
+            if not isinstance(found, Future):
+                return found
+            future = found
+
+    def _record(self, step: int, failure: Failure) -> None:
+        where = {
+            "shard": str(self.manifest.shard[failure.row]),
+            "key": str(self.manifest.key[failure.row]),
+            "backend": self._backend,
+        }
+        self.quarantine.add(step, failure, **where)
+
+    def close(self) -> None:
+        """End the decode processes; nothing more can be read."""
+        self._pool.close()
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _backend(cfg: DataConfig, manifest: Manifest, tape: Tape) -> str:
+    """The decoder that will read the clips. Raises UserError where the one asked for cannot."""
+    if cfg.decoder != "decord":
+        return "pyav"
+    decode_decord.require()
+    codecs = manifest.codec[tape.rows]
+    for codec in decode_decord.UNREADABLE_CODECS & set(codecs.tolist()):
+        key = manifest.key[tape.rows[codecs == codec][0]]
+        raise UserError(
+            f"data.decoder=decord cannot read {codec}, the codec of {key!r}; set data.decoder=auto"
+        )
+    return "decord"
+
+
+def _then(future: Future, convert: Callable) -> Future:
+    """A future of `convert(value)`; cancelling it cancels the one it stands on."""
+    made: Future = Future()
+
+    def finish(done: Future) -> None:
+        if done.cancelled():
+            made.cancel()
+        if not made.set_running_or_notify_cancel():
+            return
+        try:
+            made.set_result(convert(done.result()))
+        # Whoever waits must learn of everything.
+        except BaseException as error:
+            made.set_exception(error)
+
+    future.add_done_callback(finish)
+    made.add_done_callback(lambda own: own.cancelled() and future.cancel())
+    return made

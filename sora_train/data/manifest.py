@@ -1,0 +1,202 @@
+"""The manifest: one row a sample, what it is and where its bytes lie, or why it cannot be used.
+
+It is a Parquet file and, in memory, one numpy array a column, so that a plan over millions of rows
+stays vectorised. Nothing is left out silently: a sample that cannot be used keeps its row, with the
+reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sora_train.errors import UserError
+
+FILE_NAME = "manifest.parquet"
+VERSION = "1"
+_VERSION_KEY, _ROOT_KEY = b"sora_train.manifest", b"sora_train.root"
+
+# Name -> numpy dtype; `object` columns hold strings.
+COLUMNS: dict[str, type] = {
+    "source": object,
+    "shard": object,
+    "key": object,
+    "kind": object,
+    "offset": np.int64,
+    "length": np.int64,
+    "codec": object,
+    "frames": np.int64,
+    "fps": np.float64,
+    "vfr": np.bool_,
+    "height": np.int64,
+    "width": np.int64,
+    "rotation": np.int64,
+    "duration": np.float64,
+    "start": np.float64,
+    "caption": object,
+    "caption_digest": object,
+    "sample_digest": object,
+    "drop_reason": object,
+    "drop_detail": object,
+}
+# Where a source is mounted and how a decoder words its complaint do not change what is trained.
+_NOT_DIGESTED = frozenset({"source", "drop_detail"})
+
+
+def text_digest(text: str) -> str:
+    """The first 32 hex digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def empty_row(**known: object) -> dict[str, object]:
+    """A row with every column, zero or empty where nothing is known; an unknown name is refused."""
+    unknown = known.keys() - COLUMNS.keys()
+    assert not unknown, f"no such column: {sorted(unknown)}"
+    row: dict[str, object] = {
+        name: "" if dtype is object else dtype(0) for name, dtype in COLUMNS.items()
+    }
+    return {**row, **known, "caption_digest": text_digest(str(known.get("caption", "")))}
+
+
+class Manifest:
+    """The samples of a source. Columns are attributes: `manifest.fps[row]`; `root` is where shards lie.
+
+    `shard` is relative to `root`; a loose file is a shard with one member. `height` and `width` are
+    as displayed, `rotation` the degrees counter-clockwise that a stored frame still has to be
+    turned, `start` the time of the first frame on the container's own clock, `sample_digest`
+    that of the sample's bytes.
+    """
+
+    source: np.ndarray
+    shard: np.ndarray
+    key: np.ndarray
+    kind: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    codec: np.ndarray
+    frames: np.ndarray
+    fps: np.ndarray
+    vfr: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    rotation: np.ndarray
+    duration: np.ndarray
+    start: np.ndarray
+    caption: np.ndarray
+    caption_digest: np.ndarray
+    sample_digest: np.ndarray
+    drop_reason: np.ndarray
+    drop_detail: np.ndarray
+
+    def __init__(self, columns: Mapping[str, np.ndarray], root: Path | str):
+        lengths = {len(column) for column in columns.values()}
+        assert set(columns) == set(COLUMNS) and len(lengths) == 1, (
+            "a manifest has all columns, equally long"
+        )
+        self.root = Path(root)
+        self._columns = dict(columns)
+        for name, column in columns.items():
+            setattr(self, name, column)
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, object]], root: Path | str) -> Manifest:
+        """A manifest of rows as made by `empty_row`."""
+        listed = list(rows)
+        columns = {}
+        for name, dtype in COLUMNS.items():
+            column: np.ndarray = np.empty(len(listed), dtype)
+            column[:] = [row[name] for row in listed]
+            columns[name] = column
+        return cls(columns, root)
+
+    def row(self, row: int) -> dict[str, object]:
+        """One sample, in plain Python values."""
+        return {name: column[row : row + 1].tolist()[0] for name, column in self._columns.items()}
+
+    def path(self, row: int) -> str:
+        """The file that holds a row's bytes."""
+        return str(self.root / self.shard[row])
+
+    def select(self, rows: np.ndarray) -> Manifest:
+        """The given rows (numbers or a mask), in their order, renumbered."""
+        return Manifest({name: column[rows] for name, column in self._columns.items()}, self.root)
+
+    def dropped(self) -> dict[str, int]:
+        """How many samples cannot be used, by reason."""
+        return dict(Counter(reason for reason in self.drop_reason.tolist() if reason))
+
+    @cached_property
+    def _digest(self) -> str:
+        state = hashlib.sha256(VERSION.encode())
+        for name, dtype in COLUMNS.items():
+            if name in _NOT_DIGESTED:
+                continue
+            column = self._columns[name]
+            data = (
+                "\x1f".join(column).encode()
+                if dtype is object
+                else np.ascontiguousarray(column).tobytes()
+            )
+            state.update(f"\x1e{name}\x1e{len(data)}\x1e".encode())
+            state.update(data)
+        return state.hexdigest()[:32]
+
+    def digest(self) -> str:
+        """Names the content: equal for equal samples, wherever they are mounted."""
+        return self._digest
+
+    def save(self, path: Path | str) -> None:
+        """Write Parquet under a temporary name, then rename."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {_VERSION_KEY: VERSION.encode()}
+        if self.root.resolve() != path.parent.resolve():
+            metadata[_ROOT_KEY] = str(self.root.resolve()).encode()
+        arrays = {
+            name: pa.array(column, pa.string() if COLUMNS[name] is object else None)
+            for name, column in self._columns.items()
+        }
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            pq.write_table(
+                pa.table(arrays).replace_schema_metadata(metadata), partial, compression="zstd"
+            )
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path | str, root: Path | str | None = None) -> Manifest:
+        """Read a manifest; raises UserError where the file is no manifest of this version."""
+        path = Path(path)
+        try:
+            # Of this one file: the table reader would take `key=value` folders on its way for columns.
+            table = pq.ParquetFile(path).read()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(
+                f"{path} cannot be read as a manifest ({error}); index the source again"
+            ) from error
+        metadata = table.schema.metadata or {}
+        missing = COLUMNS.keys() - set(table.column_names)
+        if missing or metadata.get(_VERSION_KEY, b"").decode() != VERSION:
+            raise UserError(
+                f"{path} is not a manifest of this version (missing: {', '.join(sorted(missing)) or 'none'}); "
+                "remove it to have the source indexed again"
+            )
+        columns = {}
+        for name, dtype in COLUMNS.items():
+            column = table.column(name).to_numpy(zero_copy_only=False)
+            columns[name] = column.astype(dtype, copy=False)
+        stored_root = metadata.get(_ROOT_KEY, str(path.parent).encode()).decode()
+        return cls(columns, stored_root if root is None else root)

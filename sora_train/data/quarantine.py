@@ -1,0 +1,111 @@
+"""The account of samples that are not trained: by reason, on disk from the step they failed, with a limit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from sora_train.data.sample import Failure
+from sora_train.errors import Fault, UserError
+
+FILE_NAME = "quarantine.jsonl"
+
+
+def table_of_reasons(dropped: Mapping[str, int], total: int) -> str:
+    """One line: how many of all, and by reason."""
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
+    number = sum(dropped.values())
+    return f"{number} of {total} clips ({100 * number / max(total, 1):.1f} %): {reasons or 'none'}"
+
+
+class Quarantine:
+    """Samples that failed to decode, kept in an append-only file that all ranks of a run share.
+
+    An entry applies from its step on, so that a run resumed from an earlier step meets the same
+    failures. `dropped` are the samples known to be unusable before the run. Raises UserError at
+    once, and Fault in `add`, where more than `limit` of `total` are lost.
+    """
+
+    def __init__(self, path: Path | None, *, total: int, limit: float, dropped: Mapping[str, int]):
+        self.path = path
+        self.total, self.limit = total, limit
+        self._dropped = dict(dropped)
+        self._entries: dict[int, tuple[int, Failure]] = {}
+        self._read = 0
+        if sum(self._dropped.values()) > limit * total:
+            raise UserError(
+                f"{table_of_reasons(self._dropped, total)} cannot be trained, more than "
+                f"data.max_drop_fraction={limit:g} allows; mend or remove them, or raise it"
+            )
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def counts(self) -> dict[str, int]:
+        """Samples lost by reason, those of the index included."""
+        failed = Counter(failure.reason for _, failure in self._entries.values())
+        return dict(Counter(self._dropped) + failed)
+
+    def failure(self, row: int, step: int) -> Failure | None:
+        """Why a row must not be trained at a step, if it was quarantined by then."""
+        entry = self._entries.get(row)
+        return entry[1] if entry and entry[0] <= step else None
+
+    def add(self, step: int, failure: Failure, **where: object) -> None:
+        """Record a failure, with what helps to find the clip (shard, key, backend)."""
+        self.refresh()
+        if self.failure(failure.row, step):
+            return
+        self._entries[failure.row] = (step, failure)
+        if self.path is not None:
+            line = {
+                "step": step,
+                "row": failure.row,
+                "reason": failure.reason,
+                **where,
+                "detail": failure.detail,
+            }
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One write in append mode: lines of several ranks do not mix.
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, (json.dumps(line) + "\n").encode())
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        self._check()
+
+    def refresh(self) -> None:
+        """Learn what other ranks and earlier runs recorded."""
+        if self.path is None or not self.path.exists() or self.path.stat().st_size == self._read:
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            data = file.read()
+        # A line that is still being written is left for the next time.
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.splitlines():
+            try:
+                entry = json.loads(line)
+                row, step = int(entry["row"]), int(entry["step"])
+                failure = Failure(row, str(entry["reason"]), str(entry["detail"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise Fault(
+                    f"{self.path} holds a damaged line, {line[:80]!r}; remove that line"
+                ) from error
+            if row not in self._entries or step < self._entries[row][0]:
+                self._entries[row] = (step, failure)
+        self._check()
+
+    def _check(self) -> None:
+        lost = self.counts()
+        if sum(lost.values()) > self.limit * self.total:
+            raise Fault(
+                f"{table_of_reasons(lost, self.total)} are lost, more than data.max_drop_fraction={self.limit:g} "
+                f"allows; see {self.path or 'the reasons'}, mend the clips or raise it"
+            )

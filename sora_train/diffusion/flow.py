@@ -1,0 +1,82 @@
+"""Rectified flow: straight paths from data to noise (Liu et al. 2022, arXiv:2209.03003).
+
+The convention everywhere in sora_train: t = 0 is data, t = 1 is noise, z_t = (1 - t) * x + t *
+noise, and the model predicts the velocity v = dz/dt = noise - x.
+
+Dimension key: B batch, T latent frames; x, noise, z and v have shape (B, C, T, H, W).
+"""
+
+import torch
+from torch import Tensor
+
+
+def expand_times(t: Tensor, num_dims: int = 5) -> Tensor:
+    """Times (B,) or (B, T) so that they broadcast over (B, C, T, H, W)."""
+    if t.ndim == 1:
+        return t.view(-1, *[1] * (num_dims - 1))
+    return t[:, None, :, None, None]
+
+
+def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """z_t = (1 - t) * x + t * noise, t of shape (B,) or (B, T); exact at both ends
+    (arXiv:2209.03003, eq. 1)."""
+    t = expand_times(t, x.ndim).to(x.dtype)
+    return (1 - t) * x + t * noise
+
+
+def velocity_target(x: Tensor, noise: Tensor) -> Tensor:
+    """v = noise - x, the same at every t of the path."""
+    return noise - x
+
+
+def data_from_velocity(z: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """The data a velocity points to: x = z - t * v."""
+    return z - expand_times(t, z.ndim).to(z.dtype) * v
+
+
+def sample_losses(
+    v_pred: Tensor, x: Tensor, noise: Tensor, frame_weight_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Squared velocity error of each sample, averaged over what counts, in at least float32.
+
+    Args:
+        frame_weight_BT: weight of each latent frame; 0 leaves a frame (a given one) out. None
+            counts all alike.
+
+    Returns:
+        (losses, weights), both (B,): weight 1, or 0 for a sample of which no frame counts (its loss
+        is then 0).
+    """
+    dtype = torch.promote_types(v_pred.dtype, torch.float32)
+    error = v_pred.to(dtype) - velocity_target(x.to(dtype), noise.to(dtype))
+    if frame_weight_BT is None:
+        return error.square().mean(dim=(1, 2, 3, 4)), error.new_ones(len(x))
+    error_BT = error.square().mean(dim=(1, 3, 4))
+    weight_BT = frame_weight_BT.to(dtype)
+    total_B = weight_BT.sum(dim=1)
+    losses = (error_BT * weight_BT).sum(dim=1) / total_B.clamp_min(torch.finfo(dtype).tiny)
+    return losses, (total_B > 0).to(dtype)
+
+
+def velocity_loss(
+    v_pred: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    frame_weight_BT: Tensor | None = None,
+    sample_weight_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(loss sum, weight): the sum over samples of their mean squared velocity error, and how many
+    samples it sums.
+
+    Both are sums, so micro-batches and ranks add up and one division by the step's total weight
+    ends it.
+
+    Args:
+        sample_weight_B: 0 for a sample that failed to load (whatever its values are), else 1.
+    """
+    losses_B, weights_B = sample_losses(v_pred, x, noise, frame_weight_BT)
+    if sample_weight_B is not None:
+        weights_B = weights_B * sample_weight_B.to(weights_B)
+    # Not a product: a failed sample may hold NaN, and 0 * NaN is NaN.
+    counted = torch.where(weights_B > 0, losses_B * weights_B, torch.zeros_like(losses_B))
+    return counted.sum(), weights_B.sum()

@@ -1,0 +1,105 @@
+"""Ranks: starting and ending process groups, and the small exchange that keeps all ranks in step."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from sora_train.errors import Fault, UserError
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """Facts about this rank, collected once and passed around."""
+
+    rank: int
+    size: int
+    local_rank: int
+    ranks_per_node: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The torch device for `run.device`; asking for a GPU that is not there is an error."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device=cuda, but torch sees no GPU here; set run.device=cpu or auto")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def start(wanted_device: str, threads: int) -> World:
+    """Join the process group described by torchrun's environment, or make one of a single rank.
+
+    Tensors on a GPU travel over NCCL, the control plane over gloo: both live in one group.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = pick_device(wanted_device, local_rank)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // ranks_per_node))
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if not dist.is_initialized():
+        if size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+    return World(rank, size, local_rank, ranks_per_node, device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class ControlPlane:
+    """One small all-reduce on gloo before a step's first backward: true weights and flags.
+
+    Every rank leaves it with the same numbers, so all of them take the same branch. The group is
+    gloo's own, so it needs no GPU and never waits behind a kernel.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sum each value over all ranks, in float64."""
+        if self.group is None:
+            return [float(value) for value in values]
+        tensor = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.group)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+    def broadcast(self, value: object) -> object:
+        """The value rank 0 holds, on every rank."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank failed, so that no rank is left waiting for another."""
+        failed = self.sum([1.0 if error is not None else 0.0])[0]
+        if error is not None:
+            raise error
+        if failed:
+            raise Fault(f"{int(failed)} other rank(s) failed; their messages are in their own logs")

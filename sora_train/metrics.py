@@ -1,0 +1,68 @@
+"""The names, units and meaning of every metric, and the file they are written to first.
+
+`metrics.jsonl` in the run folder is the truth: one JSON object a row, always with `step`. Trackers
+are fed from it. Numbers are written in full precision.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Metric:
+    unit: str
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "step": Metric("steps", "optimizer steps taken; in every row"),
+    "time": Metric("s", "wall clock, seconds since 1970; in every row"),
+    "train/loss": Metric("1", "loss of this step over all ranks: the sum of the terms below"),
+    "train/loss/*": Metric("1", "one term of the objective: its sum over its weight"),
+    "train/grad_norm": Metric("1", "global gradient norm before clipping"),
+    "train/lr": Metric("1", "learning rate of this step"),
+    "train/step_seconds": Metric("s", "wall clock of this step, waiting for data included"),
+    "train/data_wait": Metric("share", "share of the step spent waiting for data"),
+    "train/tokens_per_second": Metric("tokens/s", "video tokens trained a second, all ranks"),
+    "train/clips": Metric("clips", "clips in this step with a weight above zero, all ranks"),
+    "train/samples_seen": Metric("clips", "clips trained since step 0"),
+    "train/epoch": Metric("epochs", "passes over the source, with its fraction"),
+    "train/dropped": Metric("clips", "clips that failed to decode since step 0, all ranks"),
+    "val/loss": Metric("1", "mean over the noise levels of the loss on held-out clips, EMA weights, fixed noise"),
+    "val/loss/t*": Metric("1", "the same at one noise level t"),
+    "val/psnr": Metric("dB", "VAE task: reconstruction of held-out clips"),
+}
+
+
+class MetricsFile:
+    """Appends rows to metrics.jsonl; a resumed run first drops the rows after its checkpoint."""
+
+    def __init__(self, path: Path, *, resume_step: int):
+        self.path = path
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Every whole row; a last line cut short by a kill is left out, as its step will be run again."""
+    rows = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines) - 1:
+                raise
+    return rows

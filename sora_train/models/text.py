@@ -1,0 +1,135 @@
+"""The text encoder: transformers' UMT5EncoderModel on UTF-8 bytes (ByT5Tokenizer), so nothing is
+downloaded.
+
+Dimension key: B batch, S caption tokens (bytes and an end mark), E caption width.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sora_train.config.model import TextConfig
+from sora_train.models.layers import keyed_generator
+
+# ByT5: 3 special ids, 256 bytes, 125 unused sentinels.
+VOCAB_SIZE = 384
+# Lengths are rounded up to this, so that few shapes occur.
+LENGTH_STEP = 16
+
+
+class TextEncoder(nn.Module):
+    """Captions to embeddings. Frozen unless `text.trainable`; without dropout, so that no draw is
+    unkeyed."""
+
+    def __init__(self, cfg: TextConfig):
+        super().__init__()
+        # transformers takes seconds to import, and only those who build an encoder need it.
+        from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+
+        self.cfg = cfg
+        self.tokenizer = ByT5Tokenizer()
+        self.num_truncated = 0
+        """Captions cut to `text.max_length` so far."""
+        self.model = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=VOCAB_SIZE,
+                d_model=cfg.d_model,
+                num_layers=cfg.num_layers,
+                num_heads=cfg.num_heads,
+                d_kv=cfg.d_kv,
+                d_ff=cfg.d_ff,
+                dropout_rate=0.0,
+            )
+        )
+        self.requires_grad_(cfg.trainable)
+        self.train(cfg.trainable)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids (B, S) int64 and mask (B, S) bool (True = the caption's own), S a multiple of 16 up
+        to `text.max_length`.
+
+        A longer caption is cut, keeping the end mark, and counted in `num_truncated`. The empty
+        caption, the null of classifier-free guidance, is the end mark alone."""
+        limit = self.cfg.max_length
+        self.num_truncated += sum(len(prompt.encode("utf-8")) + 1 > limit for prompt in prompts)
+        encoded = self.tokenizer(
+            list(prompts),
+            padding=True,
+            pad_to_multiple_of=LENGTH_STEP,
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
+        )
+        return encoded.input_ids, encoded.attention_mask.bool()
+
+    def forward(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """Caption embeddings (B, S, E) with zeros where the mask is False; under `wan` padding S is
+        `text.max_length`, so that the number of zeros attended to depends on no other caption of
+        the batch."""
+        captions_BSE = self.model(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state
+        captions_BSE = torch.where(mask_BS[..., None], captions_BSE, torch.zeros_like(captions_BSE))
+        if self.cfg.padding == "wan":
+            captions_BSE = F.pad(
+                captions_BSE, (0, 0, 0, self.cfg.max_length - captions_BSE.shape[1])
+            )
+        return captions_BSE
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """(captions, key mask) of strings, as the transformer takes them; the mask is None under
+        `wan` padding."""
+        device = self.model.shared.weight.device
+        ids_BS, mask_BS = (x.to(device) for x in self.tokenize(prompts))
+        return self(ids_BS, mask_BS), mask_BS if self.cfg.padding == "masked" else None
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """First value of every parameter, float32 on the CPU at full shape, keyed by (seed, name);
+        T5's own scales."""
+        for name, param in self.named_parameters():
+            yield name, self._initial_value(name, param.shape, seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill the parameters in place with `initial_values`."""
+        params = dict(self.named_parameters())
+        for name, value in self.initial_values(seed):
+            params[name].copy_(value)
+
+    def flops(self, text_tokens: int) -> int:
+        """Floating-point operations of one caption's forward pass; backward costs twice that."""
+        cfg = self.cfg
+        inner = cfg.num_heads * cfg.d_kv
+        layer = 8 * cfg.d_model * inner + 4 * text_tokens * inner + 6 * cfg.d_model * cfg.d_ff
+        return cfg.num_layers * text_tokens * layer
+
+    def digest(self) -> str:
+        """SHA-256 of sizes and, if frozen, weights. A trainable encoder's weights change and lie in
+        the checkpoint."""
+        sha = hashlib.sha256(json.dumps(self.cfg.model_dump(mode="json"), sort_keys=True).encode())
+        if not self.cfg.trainable:
+            for name, value in sorted(self.named_parameters()):
+                sha.update(name.encode())
+                sha.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def _initial_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """As transformers' UMT5PreTrainedModel._init_weights, which draws from the process's
+        generator instead."""
+        if len(shape) == 1:
+            return torch.ones(shape)
+        cfg, leaf = self.cfg, name.split(".")[-2]
+        std = {
+            "shared": 1.0,
+            "q": (cfg.d_model * cfg.d_kv) ** -0.5,
+            "k": cfg.d_model**-0.5,
+            "v": cfg.d_model**-0.5,
+            "o": (cfg.num_heads * cfg.d_kv) ** -0.5,
+            "relative_attention_bias": cfg.d_model**-0.5,
+            "wi_0": cfg.d_model**-0.5,
+            "wi_1": cfg.d_model**-0.5,
+            "wo": cfg.d_ff**-0.5,
+        }[leaf]
+        return torch.randn(shape, generator=keyed_generator(seed, f"text.{name}")) * std

@@ -1,0 +1,142 @@
+"""The model that is trained: the transformer and, when it is trainable, the text encoder before it.
+
+Dimension key: B batch, C latent channels, T, H, W latent frames, rows, columns, S caption tokens,
+E caption width.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sora_train.config.model import ModelConfig, TextConfig
+from sora_train.errors import ConfigError
+from sora_train.models.dit import VideoDiT
+from sora_train.models.text import TextEncoder
+
+Text = tuple[Tensor, Tensor | None]
+"""Byte ids (B, S) or caption embeddings (B, S, E), and the mask (B, S) of the caption's own
+tokens."""
+
+
+class TextToVideo(nn.Module):
+    """`transformer` and, with `text.trainable`, `text_encoder`: sharded, averaged, saved as one."""
+
+    def __init__(self, model: ModelConfig, text: TextConfig, *, seed: int = 0):
+        """Every weight is drawn from `seed` and its own name.
+
+        Raises:
+            ConfigError: caption embeddings would have two widths.
+        """
+        super().__init__()
+        if model.text_dim != text.d_model:
+            raise ConfigError(
+                f"model.text_dim is {model.text_dim} but text.d_model is {text.d_model}; "
+                "captions have one width, so make them equal"
+            )
+        self.transformer = VideoDiT(model)
+        encoder = TextEncoder(text)
+        self.text_encoder = encoder if text.trainable else None
+        # In a tuple it is no sub-module: a frozen encoder is neither sharded, averaged nor saved.
+        self._frozen: tuple[TextEncoder, ...] = () if text.trainable else (encoder,)
+        self.text_padding = text.padding
+        self.init_weights(seed)
+
+    def forward(
+        self,
+        latents_BCTHW: Tensor,
+        t_BT: Tensor,
+        text: Text,
+        *,
+        mask_BT: Tensor | None = None,
+        fps_B: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B, C, T, H, W) in at least float32.
+
+        Args:
+            latents_BCTHW: noisy latents.
+            t_BT: noise level of each latent frame in [0, 1].
+            text: what `tokenize` returned; ids are encoded here, embeddings are taken as they are.
+            mask_BT: 1 for given latent frames; only for models with `mask_proj`.
+            fps_B: frames a second of the clips; only models with `fps_proj` are told.
+
+        Raises:
+            ValueError: ids without a trainable encoder, or a mask missing where it is needed.
+        """
+        captions, mask_BS = text
+        if not captions.is_floating_point():
+            captions = self._encode(captions, mask_BS)
+        if self.text_padding == "wan":
+            mask_BS = None
+        elif mask_BS is None:
+            raise ValueError("text.padding is 'masked', so caption embeddings need their mask")
+        if self.transformer.fps_proj is None:
+            fps_B = None
+        return self.transformer(
+            latents_BCTHW, t_BT, captions, mask_BS, mask_BT=mask_BT, fps_B=fps_B
+        )
+
+    def tokenize(self, prompts: Sequence[str]) -> Text:
+        """Captions as `forward` takes them, on the model's device.
+
+        Byte ids for a trainable encoder, which runs inside `forward`; for a frozen one, whose
+        result never changes, the embeddings themselves.
+        """
+        device = self.transformer.proj_out.weight.device
+        if self.text_encoder is not None:
+            ids_BS, mask_BS = self.text_encoder.tokenize(prompts)
+            return ids_BS.to(device), mask_BS.to(device)
+        with torch.no_grad():
+            return self.frozen_encoder.to(device).encode(prompts)
+
+    @property
+    def frozen_encoder(self) -> TextEncoder:
+        """The text encoder of `text.trainable=false`, outside the parameters of this model."""
+        return self._frozen[0]
+
+    @property
+    def num_truncated(self) -> int:
+        """Captions cut to `text.max_length` so far."""
+        return (self.text_encoder or self.frozen_encoder).num_truncated
+
+    def text_digest(self) -> str:
+        """Digest of the text encoder; see TextEncoder.digest."""
+        return (self.text_encoder or self.frozen_encoder).digest()
+
+    def _encode(self, ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
+        if self.text_encoder is None:
+            raise ValueError(
+                "byte ids were given, but the text encoder is frozen and outside the model; "
+                "embed them first"
+            )
+        if mask_BS is None:
+            raise ValueError("byte ids need the mask that came with them")
+        return self.text_encoder(ids_BS, mask_BS)
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """First value of every parameter by its full name; see VideoDiT.initial_values."""
+        for prefix, module in (
+            ("transformer", self.transformer),
+            ("text_encoder", self.text_encoder),
+        ):
+            if module is not None:
+                for name, value in module.initial_values(seed):
+                    yield f"{prefix}.{name}", value
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill the parameters in place with `initial_values`, and a frozen encoder's likewise."""
+        params = dict(self.named_parameters())
+        for name, value in self.initial_values(seed):
+            params[name].copy_(value)
+        for encoder in self._frozen:
+            encoder.init_weights(seed)
+
+    def flops(self, num_tokens: int, text_tokens: int, num_frames: int = 1) -> int:
+        """Floating-point operations of one sample's forward pass; backward costs twice that.
+
+        A trainable text encoder is included, a frozen one is not.
+        """
+        total = self.transformer.flops(num_tokens, text_tokens, num_frames)
+        encoder = self.text_encoder
+        return total if encoder is None else total + encoder.flops(text_tokens)

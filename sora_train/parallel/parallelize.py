@@ -1,0 +1,35 @@
+"""Turns a plain model into a sharded one. The only file that knows both the model's blocks and the mesh."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def sharding_units(model: nn.Module) -> list[nn.Module]:
+    """Sub-modules gathered one at a time: the transformer's blocks, where the model has any."""
+    transformer = getattr(model, "transformer", model)
+    blocks = getattr(transformer, "blocks", ())
+    return list(blocks)
+
+
+def apply_fsdp(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype) -> nn.Module:
+    """Shard every block on its own, then whatever is left in the root, in place.
+
+    Inputs are not cast: a timestep of 997.3 would become 996 in bfloat16. Gradients are summed,
+    never averaged (gloo has no pre-multiplied sum, and the loss is scaled by the step's true weight
+    before backward), and travel in float32.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype,
+        reduce_dtype=torch.promote_types(param_dtype, torch.float32),
+        cast_forward_inputs=False,
+    )
+    for unit in [*sharding_units(model), model]:
+        # The root is resharded too, so that between steps every parameter is its sharded self.
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model

@@ -1,0 +1,71 @@
+"""`sora init NAME`: a project of one's own in two short files, subclassing Config and Trainer."""
+
+import keyword
+import os
+import shutil
+from pathlib import Path
+
+from sora_train.errors import UserError
+
+TRAIN = '''"""{title}: run it with `sora train {folder}/train.py {folder}/my.yaml key=value`."""
+
+from sora_train import Config, Trainer
+from sora_train.train import main
+
+
+class MyConfig(Config):
+    note: str = ""
+    """A key of your own: set with note=..., kept in the run's config.yaml."""
+
+
+class MyTrainer(Trainer):
+    """Override build_model, build_objective, build_data or callbacks; what you leave out stays as it is."""
+
+
+if __name__ == "__main__":
+    main(MyTrainer, MyConfig)
+'''
+
+YAML = """# {title}: an experiment of your own. `defaults` names what it starts from; below are the keys it changes.
+defaults:
+  - quickstart                 # or real_tiny, with data.source below
+  - override /model: tiny_t2v
+name: {name}
+run: {{dir: runs/{name}}}
+# data: {{source: my_clips}}
+buckets: {{max_crop: 0.5}}
+train: {{steps: 900}}
+sample: {{prompts: ["red circle moves left", "blue square rotates"]}}
+"""
+
+README = """# {title}
+
+    sora train {folder}/train.py {folder}/my.yaml
+    sora config show {folder}/my.yaml
+    sora sample --ckpt runs/{name} --prompt "red circle moves left"
+
+`train.py` subclasses Config and Trainer; `my.yaml` chooses values. Every key: `sora config explain KEY`.
+"""
+
+
+def create(folder: Path) -> str:
+    """Write the project and return what to do next. UserError if the folder is there already or has no usable name."""
+    name = folder.name
+    if not name.replace("-", "_").isidentifier() or keyword.iskeyword(name):
+        raise UserError(
+            f"'{name}' is no name for a project; use letters, digits and underscores, for example my_project"
+        )
+    if folder.exists():
+        raise UserError(f"{folder} exists already; choose another name or remove it")
+    words = {
+        "title": name.replace("_", " ").replace("-", " "),
+        "name": name,
+        "folder": folder.as_posix(),
+    }
+    partial = folder.with_name(f"{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file, text in (("train.py", TRAIN), ("my.yaml", YAML), ("README.md", README)):
+        (partial / file).write_text(text.format(**words))
+    os.replace(partial, folder)
+    return f"wrote {folder}/train.py, my.yaml and README.md\nnext: sora train {folder}/train.py {folder}/my.yaml"

@@ -1,0 +1,41 @@
+"""Writes a trained VAE as a folder other runs name in `vae.path`."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from sora_train.models.vae import VideoVAE
+from sora_train.objectives import to_pixels
+
+if TYPE_CHECKING:
+    from sora_train.trainer import Trainer
+
+FOLDER = "vae"
+STATISTICS_CLIPS = 256
+
+
+def export(trainer: "Trainer") -> None:
+    """Gather the weights, measure the latents' mean and deviation, write `vae/` in the run folder.
+
+    Stored in float16: half the size, and far finer than what the weights are known to.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(trainer.engine.model, options=options)
+    if not trainer.world.is_main:
+        return
+    vae = VideoVAE.from_config(trainer.cfg.vae)
+    vae.load_state_dict(weights)
+    vae.set_latent_stats(*vae.measure_latent_stats(pixel_batches(trainer)))
+    vae.save(trainer.folder.path / FOLDER, dtype=torch.float16)
+
+
+def pixel_batches(trainer: "Trainer"):
+    """Pixels of training clips, a few hundred of them, on the CPU."""
+    seen = 0
+    for _, clips, _ in trainer.data.loader.chunks(trainer.data.loader.cache_chunks(8)):
+        if clips:
+            seen += len(clips)
+            yield to_pixels(clips, torch.device("cpu"))
+        if seen >= STATISTICS_CLIPS:
+            return

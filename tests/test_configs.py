@@ -1,0 +1,87 @@
+"""Every shipped config composes and validates, says what it is, and the reference in docs/ is up to date."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sora_train.config import Config
+from sora_train.config.compose import compose, find_configs
+from sora_train.config.reference import reference
+from sora_train.config.schema import keys
+from sora_train.errors import ConfigError
+
+CONFIGS = find_configs()
+REPO = CONFIGS.parent
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in CONFIGS.glob("*/*.yaml")
+    if path.parent.name != "experiment"
+)
+# A VAE with stored weights and one with sizes exclude each other; all else combines freely.
+NEEDED = {"data=clips": ["data.source=my_clips"]}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_composes(name: str):
+    extra = ["data.source=my_clips"] if name == "real_tiny" else []
+    config = compose([f"experiment={name}", *extra]).config
+    assert config.name == name
+    assert config.run.dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_of_a_group_composes(option: str):
+    compose([option, *NEEDED.get(option, [])])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_tells_its_command_hardware_and_expectation(name: str):
+    lines = (CONFIGS / "experiment" / f"{name}.yaml").read_text().splitlines()
+    comments = "\n".join(line for line in lines if line.startswith("#"))
+    assert f"sora train experiment={name}" in comments
+    assert "Hardware:" in comments and "Expect:" in comments
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_option_says_in_its_first_comment_what_it_is(path: Path):
+    first = next(
+        line for line in path.read_text().splitlines() if not line.startswith("# @package")
+    )
+    assert first.startswith("# ") and len(first) > 20
+
+
+@pytest.mark.parametrize("group", sorted(path.name for path in CONFIGS.iterdir() if path.is_dir()))
+def test_group_is_a_section_or_an_experiment(group: str):
+    assert group in Config.model_fields or group == "experiment"
+
+
+def test_train_yaml_holds_choices_and_no_values():
+    assert set(yaml.safe_load((CONFIGS / "train.yaml").read_text())) == {"defaults"}
+
+
+def test_real_tiny_asks_for_its_clips():
+    with pytest.raises(ConfigError, match=r"data\.source is empty; name a folder"):
+        compose(["experiment=real_tiny"])
+
+
+def test_models_fit_the_vae_and_text_encoder_of_their_experiment():
+    for name in EXPERIMENTS:
+        config = compose([f"experiment={name}", "data.source=shapes"]).config
+        if config.task == "vae":
+            continue
+        assert config.model.text_dim == config.text.d_model, name
+        assert config.model.in_channels == config.vae.arch.get("z_dim", 16), name
+
+
+def test_every_key_is_documented():
+    bare = [name for name, key in keys(Config).items() if len(key.doc) < 10]
+    assert not bare
+
+
+def test_reference_is_up_to_date():
+    written = (REPO / "docs" / "config.md").read_text()
+    assert written == reference(), "run `make docs`"

@@ -1,0 +1,299 @@
+"""The command line: instant help, one sentence a mistake, the right exit code, sweeps, projects of one's own."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sora_train.cli import run
+from sora_train.commands import split_ckpt
+from sora_train.config.compose import compose
+from sora_train.errors import ConfigError, Fault, UserError, run_command
+from sora_train.project import create
+from sora_train.sweep import expand
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def command(
+    *arguments: str, cwd: Path = REPO, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+# --- help ---
+
+
+def test_help_answers_in_under_a_second():
+    command("-m", "sora_train", "--help")  # bytecode is written once
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = command("-m", "sora_train", "--help")
+        times.append(time.monotonic() - start)
+        assert done.returncode == 0 and "train" in done.stdout
+    assert min(times) < 1.0
+
+
+HELPED = [
+    "train",
+    "sample",
+    "prep shards",
+    "data index",
+    "data show",
+    "ckpt list",
+    "ckpt show",
+    "config show",
+]
+HELPED += ["config diff", "config explain", "bench train", "init", "report"]
+
+
+@pytest.mark.parametrize("name", HELPED)
+def test_every_command_teaches_by_example(name: str, capsys: pytest.CaptureFixture[str]):
+    assert run([*name.split(), "--help"]) == 0
+    assert f"\n  sora {name}" in capsys.readouterr().out
+
+
+def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]):
+    assert run([]) == 0
+    assert "Commands:" in capsys.readouterr().out
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["trian"], "Did you mean 'train'?; see `sora --help`"),
+        (["train", "experiment=quikstart"], "did you mean 'quickstart'?"),
+        (["train", "train.step=3"], "did you mean 'train.steps'?"),
+        (["train", "missing.yaml"], "there is no file missing.yaml"),
+        (["train", "missing.py"], "`sora init NAME` writes NAME/train.py"),
+        (["train", "--frobnicate"], "cannot read '--frobnicate'"),
+        (["train", "experiment=real_tiny"], "data.source is empty"),
+        (["sample", "--prompt", "x"], "Missing option '--ckpt'; see `sora sample --help`"),
+        (["sample", "--ckpt", "runs/a"], "no prompt is given"),
+        (["sample", "--ckpt", "runs/a", "--size", "64"], "--size is '64'; write WIDTHxHEIGHT"),
+        (
+            ["sample", "--ckpt", "runs/a@x", "--prompt", "x"],
+            "must be a number, for example runs/a@500",
+        ),
+        (["sample", "--ckpt", "a", "--prompts", "none.txt"], "--prompts none.txt cannot be read"),
+        (["prep"], "see `sora prep --help`"),
+        (["prep", "shards", "inptu=x"], "unknown config key 'inptu'; did you mean 'input'?"),
+        (["prep", "shards", "input=x"], "config key 'output' has no value"),
+        (["data", "index", "source=nowhere"], "nowhere does not exist"),
+        (["ckpt", "list", "nowhere"], "nowhere"),
+        (["config", "explain", "data.cahce"], "did you mean 'data.cache'?"),
+        (["config", "diff", "quickstart", "b"], "did you mean 'experiment=quickstart'?"),
+        (["report", "nowhere"], "nowhere is no run folder"),
+    ],
+)
+def test_mistakes_of_the_user(
+    arguments: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SORA_DEBUG", raising=False)
+    assert run_command(lambda: run(arguments)) == 2
+    stderr = capsys.readouterr().err
+    assert told in stderr
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def raising(error: BaseException):
+    def fail() -> int:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (UserError("a; b"), 2, "error: a; b\n"),
+        (ConfigError("a\nb"), 2, "error: a\nerror: b\n"),
+        (Fault("a"), 1, "error: a\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            1,
+            "error: the disk is full (/x/y); free some space",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            1,
+            "error: Permission denied (/x); check the path",
+        ),
+        (MemoryError(), 1, "error: the machine ran out of memory"),
+        (
+            ZeroDivisionError("a\nb"),
+            1,
+            "error: internal fault (ZeroDivisionError: a b); set SORA_DEBUG=1",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_exit_codes_and_sentences(
+    error: BaseException,
+    code: int,
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.delenv("SORA_DEBUG", raising=False)
+    assert run_command(raising(error)) == code
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SORA_DEBUG", "1")
+    with pytest.raises(UserError):
+        run_command(raising(UserError("a")))
+
+
+def test_the_module_under_torchrun_tells_the_same():
+    done = command("-m", "sora_train.train", "train.step=3", SORA_DEBUG="0")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown config key 'train.step'; did you mean 'train.steps'?\n"
+
+
+def test_a_closed_pipe_is_no_traceback():
+    shell = f"{sys.executable} -m sora_train config show experiment=quickstart | true"
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+
+
+# --- data ---
+
+
+def test_clips_go_into_shards_and_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 24), (200, 0, 0)).save(clips / f"{name}.png")
+    (clips / "c.png").write_bytes(b"no picture")
+    (clips / "captions.jsonl").write_text(
+        "".join(f'{{"file": "{name}.png", "caption": "red {name}"}}\n' for name in "abc")
+    )
+    shards = tmp_path / "shards"
+    assert run(["prep", "shards", f"input={clips}", f"output={shards}", "workers=1"]) == 0
+    assert "3 clips = 2 usable + 1 dropped" in capsys.readouterr().out
+    assert run(["data", "show", f"source={shards}", f"work_dir={tmp_path / 'index'}"]) == 0
+    listed = capsys.readouterr().out
+    assert "32x24" in listed and "red a" in listed and "unreadable" in listed
+
+
+# --- sweeps ---
+
+
+def test_a_sweep_expands_to_every_combination_under_stable_names():
+    fixed, jobs = expand(["train.steps=5", "seed=0,1", "optim.lr=0.1,0.2"])
+    assert fixed == ["train.steps=5"]
+    assert [job.id for job in jobs] == [
+        f"optim.lr={lr},seed={seed}" for seed in (0, 1) for lr in (0.1, 0.2)
+    ]
+    assert all(job.overrides[0] == "train.steps=5" for job in jobs)
+    again = {job.id for job in expand(["optim.lr=0.2,0.1", "seed=1,0", "train.steps=5"])[1]}
+    assert again == {job.id for job in jobs}
+
+
+def test_long_and_odd_values_get_short_distinct_names():
+    values = [f'"{"x y" * 50}{i}"' for i in range(3)]
+    jobs = expand(["name=" + ",".join(values)])[1]
+    assert len({job.id for job in jobs}) == 3
+    assert all(len(job.id) < 100 and "/" not in job.id and " " not in job.id for job in jobs)
+
+
+def test_ranges_and_choices_are_hydras():
+    assert [job.id for job in expand(["seed=range(0,3)"])[1]] == ["seed=0", "seed=1", "seed=2"]
+    with pytest.raises(ConfigError, match="cannot be enumerated"):
+        expand(["optim.lr=interval(0,1)"])
+    with pytest.raises(ConfigError, match="give one run.dir"):
+        expand(["run.dir=a,b"])
+
+
+PROJECT = """
+import os, sys
+from sora_train.config import Config
+from sora_train.train import main
+
+class Stub:
+    def __init__(self, cfg): self.cfg = cfg
+    def train(self):
+        print(self.cfg.run.dir, self.cfg.seed, flush=True)
+        if self.cfg.seed == 1: os._exit(3)
+
+if __name__ == "__main__":
+    main(Stub, Config)
+"""
+
+
+def test_a_failing_job_cancels_none_of_the_others(tmp_path: Path):
+    (tmp_path / "own.py").write_text(PROJECT)
+    done = command(
+        "-m", "sora_train", "train", "own.py", "-m", "seed=0,1,2", "run.dir=out", cwd=tmp_path
+    )
+    assert done.returncode == 1
+    for seed in (0, 1, 2):
+        assert f"out/seed={seed} {seed}" in done.stdout
+    assert "2 of 3 runs succeeded" in done.stdout
+    assert "failed: seed=1 (exit code 3)" in done.stderr
+
+
+def test_a_wrong_value_in_a_sweep_is_met_before_the_first_run(tmp_path: Path):
+    (tmp_path / "own.py").write_text(PROJECT)
+    done = command("own.py", "-m", "seed=0,-1", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "config key 'seed' must be a whole number of at least 0, got -1" in done.stderr
+
+
+def test_a_sweep_does_not_run_under_torchrun():
+    done = command("-m", "sora_train.train", "-m", "seed=0,1", WORLD_SIZE="2", SORA_DEBUG="0")
+    assert done.returncode == 2 and "torchrun" in done.stderr
+
+
+# --- projects of one's own ---
+
+
+def test_init_writes_a_project_whose_files_compose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    told = create(Path("my_project"))
+    assert "sora train my_project/train.py my_project/my.yaml" in told
+    config = compose([], yaml_file=Path("my_project/my.yaml")).config
+    assert config.name == "my_project" and config.run.dir == "runs/my_project"
+    lines = [line for line in Path("my_project/train.py").read_text().splitlines() if line.strip()]
+    assert len(lines) <= 15
+    compile(Path("my_project/train.py").read_text(), "train.py", "exec")
+    with pytest.raises(UserError, match="exists already"):
+        create(Path("my_project"))
+    with pytest.raises(UserError, match="no name for a project"):
+        create(Path("my project"))
+
+
+def test_a_run_and_a_step_are_told_apart(tmp_path: Path):
+    assert split_ckpt("runs/a@500") == (Path("runs/a"), 500)
+    assert split_ckpt("runs/a") == (Path("runs/a"), None)
+    odd = tmp_path / "a@b"
+    odd.mkdir()
+    assert split_ckpt(str(odd)) == (odd, None)

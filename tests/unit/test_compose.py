@@ -1,0 +1,356 @@
+"""Composition: what wins over what, where values come from, and what a person is told about mistakes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import Field
+
+from sora_train.config import Config, Section
+from sora_train.config.compose import (
+    COMMAND_LINE,
+    DEFAULT,
+    compose,
+    load_yaml,
+    parse_settings,
+    read_config,
+    split_yaml_file,
+)
+from sora_train.config.explain import diff, explain, show
+from sora_train.config.schema import default_tree, flatten, keys, plain
+from sora_train.errors import ConfigError
+
+
+def message(*overrides: str, **options) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides, **options)
+    return str(caught.value)
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+# --- values ---
+
+
+def test_command_line_beats_experiment_beats_group_beats_default():
+    composed = compose(["experiment=quickstart", "train.steps=7"])
+    assert composed.config.train.steps == 7
+    assert composed.config.optim.lr == 1e-3
+    assert composed.sources["train.steps"] == COMMAND_LINE
+    assert composed.sources["optim.lr"] == "configs/experiment/quickstart.yaml"
+    assert composed.sources["model.num_layers"] == "configs/model/tiny_t2v.yaml"
+    assert composed.sources["train.log_every"] == DEFAULT
+
+
+def test_a_group_on_the_command_line_beats_the_experiments_choice():
+    composed = compose(["experiment=quickstart", "model=micro"])
+    assert composed.config.model.num_layers == 2
+    assert composed.sources["model.num_layers"] == "configs/model/micro.yaml"
+
+
+def test_every_leaf_has_a_source():
+    composed = compose(["experiment=parity_tiny"])
+    assert set(composed.sources) == set(flatten(plain(composed.config)))
+
+
+def test_any_key_can_be_set_without_plus():
+    settable = {name: key for name, key in keys(Config).items() if "[]" not in name}
+    for name in ("buckets.classes", "vae.arch", "vae.path", "data.source", "text.max_length"):
+        settable.pop(name)
+    overrides = []
+    for name, key in settable.items():
+        value = plain(key.default)
+        overrides.append(f"{name}={_grammar(value)}")
+    composed = compose(overrides)
+    for name, key in settable.items():
+        assert _at(composed.config, name) == key.default, name
+        assert composed.sources[name] == COMMAND_LINE
+
+
+def _grammar(value: object) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).replace("'", '"')
+
+
+def _at(config: Section, name: str) -> object:
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    steps=st.integers(1, 10**9),
+    lr=st.floats(1e-8, 1.0),
+    text=st.text("ab c,:/=[]{}()_-.", max_size=12),
+)
+def test_quoted_values_arrive_unchanged(steps: int, lr: float, text: str):
+    config = compose([f"train.steps={steps}", f"optim.lr={lr!r}", f'name="{text}"']).config
+    assert (config.train.steps, config.optim.lr, config.name) == (steps, lr, text)
+
+
+def test_list_elements_and_mapping_entries_can_be_set():
+    composed = compose(
+        [
+            "buckets.classes.0.pixels=1024",
+            "vae=micro",
+            "vae.arch.z_dim=8",
+            "vae.arch.is_residual=true",
+        ]
+    )
+    assert composed.config.buckets.classes[0].pixels == 1024
+    assert (
+        composed.config.vae.arch["z_dim"] == 8 and composed.config.vae.arch["is_residual"] is True
+    )
+    assert composed.sources["buckets.classes"] == COMMAND_LINE
+    assert composed.sources["vae.arch.z_dim"] == COMMAND_LINE
+    assert composed.sources["vae.arch.base_dim"] == "configs/vae/micro.yaml"
+
+
+def test_interpolations_are_resolved():
+    assert compose(["name=x", "run.dir=runs/${name}"]).config.run.dir == "runs/x"
+
+
+def test_the_default_tree_is_the_default_config():
+    assert Config.model_validate(default_tree(Config)) == Config()
+
+
+def test_a_config_survives_its_file(tmp_path: Path):
+    config = compose(["experiment=parity_tiny"]).config
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert read_config(tmp_path) == config
+
+
+# --- a user's own files ---
+
+
+def test_a_file_anywhere_inherits_an_experiment(tmp_path: Path):
+    file = write(
+        tmp_path / "my run.yaml",
+        "defaults: [real_tiny, override /model: micro]\nname: mine\ndata: {source: clips}\ntrain: {steps: 5}\n",
+    )
+    composed = compose(["train.steps=6"], yaml_file=file)
+    config = composed.config
+    assert (config.name, config.data.source, config.train.steps) == ("mine", "clips", 6)
+    assert config.model.num_layers == 2
+    assert config.data.max_drop_fraction == 0.2
+    assert composed.sources["name"] == str(file)
+    assert composed.sources["data.max_drop_fraction"] == "configs/experiment/real_tiny.yaml"
+
+
+def test_a_file_without_defaults_starts_from_the_plain_config(tmp_path: Path):
+    composed = compose([], yaml_file=write(tmp_path / "a.yaml", "seed: 3\n"))
+    assert composed.config.seed == 3 and composed.config.name == "default"
+
+
+def test_config_dir_adds_options_and_goes_before_the_shipped(tmp_path: Path):
+    write(tmp_path / "model/huge.yaml", "num_layers: 99\n")
+    write(tmp_path / "model/micro.yaml", "num_layers: 98\n")
+    write(
+        tmp_path / "experiment/own.yaml",
+        "# @package _global_\ndefaults: [override /model: huge]\nname: own\n",
+    )
+    composed = compose(["experiment=own"], config_dir=tmp_path)
+    assert composed.config.model.num_layers == 99
+    assert composed.sources["model.num_layers"] == str(tmp_path / "model/huge.yaml")
+    assert compose(["model=micro"], config_dir=tmp_path).config.model.num_layers == 98
+
+
+class OwnSection(Section):
+    weight: float = Field(2.0, ge=0)
+    """How much of it."""
+
+
+class OwnConfig(Config):
+    own: OwnSection = OwnSection()
+    must: Annotated[int, Field(ge=1)]
+    """A key without a default."""
+
+
+def test_a_subclass_adds_sections_and_required_keys():
+    config = compose(["own.weight=3", "must=1"], config_cls=OwnConfig).config
+    assert (config.own.weight, config.must) == (3, 1)
+    assert (
+        message(config_cls=OwnConfig)
+        == "config key 'must' has no value; add must=... to the command"
+    )
+    assert "must be a number of at least 0, got -1" in message(
+        "own.weight=-1", "must=1", config_cls=OwnConfig
+    )
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.step=3", "unknown config key 'train.step'; did you mean 'train.steps'?"),
+        ("lr=3", "unknown config key 'lr'; did you mean 'optim.lr'?"),
+        (
+            "optim.leaning_rate=3",
+            "unknown config key 'optim.leaning_rate'; `sora config show` lists every key",
+        ),
+        ("expriment=quickstart", "unknown config key 'expriment'; did you mean 'experiment'?"),
+        ("+data.surce=x", "unknown config key 'data.surce'; did you mean 'data.source'?"),
+        (
+            "modle.num_layers=2",
+            "unknown config key 'modle.num_layers'; did you mean 'model.num_layers'?",
+        ),
+        (
+            "model=tinyt2v",
+            "config group 'model' has no option 'tinyt2v'; did you mean 'tiny_t2v'? "
+            "there are: b, micro, s, tiny_t2v, wan_14b, wan_1_3b",
+        ),
+        ("tracker=null", "config group 'tracker' has no option 'null'; there are: none, wandb"),
+        ("train.steps=a", "config key 'train.steps' must be a whole number of at least 1, got 'a'"),
+        ("train.steps=0", "config key 'train.steps' must be a whole number of at least 1, got 0"),
+        (
+            "train.steps=1.5",
+            "config key 'train.steps' must be a whole number of at least 1, got 1.5",
+        ),
+        (
+            "objective.caption_dropout=2",
+            "config key 'objective.caption_dropout' must be a number from 0 to 1, got 2",
+        ),
+        (
+            "data.cache=latent",
+            "config key 'data.cache' must be one of 'none', 'latents', got 'latent'; did you mean 'latents'?",
+        ),
+        (
+            "data.micro_batch=x",
+            "config key 'data.micro_batch' must be a whole number of at least 1 or 'auto', got 'x'",
+        ),
+        (
+            "data.micro_batch=0",
+            "config key 'data.micro_batch' must be a whole number of at least 1 or 'auto', got 0",
+        ),
+        ("run.dir=123", "config key 'run.dir' must be text, got 123; quote it: 'run.dir=\"123\"'"),
+        (
+            "sample.prompts=hello",
+            "config key 'sample.prompts' must be a list of texts, got 'hello'",
+        ),
+        (
+            "train=3",
+            "config section 'train' holds keys of its own (steps, micro_batches, log_every), got 3",
+        ),
+        ("run.dir=a(b", "cannot read 'run.dir=a(b'; quote the value: 'run.dir=\"a(b\"'"),
+        ("steps", "cannot read 'steps'; write key=value, for example train.steps=100"),
+        (
+            "hydra.run.dir=x",
+            "'hydra.run.dir=x' sets Hydra itself, which sora_train does not use; leave it out",
+        ),
+        ("validation.times=[2]", "validation.times must be numbers between 0 and 1, got [2.0]"),
+        (
+            "train.steps=1,2",
+            "'train.steps=1,2' names several values; write -m for a run each, or key=[a,b] for a list",
+        ),
+        (
+            "buckets.classes=[{name: a, pixles: 300, pixels: 300, frames: [1]}]",
+            "unknown config key 'buckets.classes[0].pixles'; did you mean 'buckets.classes[].pixels'?",
+        ),
+        (
+            "buckets.classes=[{name: a, pixels: 3, frames: [1]}]",
+            "config key 'buckets.classes[0].pixels' must be a whole number of at least 64, got 3",
+        ),
+    ],
+)
+def test_one_sentence_names_key_value_and_remedy(override: str, expected: str):
+    assert message(override) == expected
+
+
+def test_all_mistakes_are_told_at_once():
+    assert message("train.step=1", "model=x").count("\n") == 1
+    assert message("train.steps=0", "optim.lr=-1").count("\n") == 1
+
+
+def test_a_broken_interpolation_is_told():
+    assert "nothing_here" in message("run.dir=${nothing_here}")
+
+
+def test_a_fault_in_a_file_names_the_file(tmp_path: Path):
+    unknown = write(tmp_path / "a.yaml", "train: {step: 3}\n")
+    assert (
+        message(yaml_file=unknown)
+        == f"unknown config key 'train.step'; did you mean 'train.steps'? ({unknown})"
+    )
+    value = write(tmp_path / "b.yaml", "train: {steps: many}\n")
+    assert message(yaml_file=value).endswith(f"got 'many' ({value})")
+    base = write(tmp_path / "c.yaml", "defaults: [real_tyni]\n")
+    assert "no config 'experiment/real_tyni'; did you mean 'real_tiny'?" in message(yaml_file=base)
+    broken = write(tmp_path / "d.yaml", "a: 1\nb: [\n")
+    assert message(yaml_file=broken).startswith(f"{broken} line ")
+    assert (
+        message(yaml_file=tmp_path / "e.yaml")
+        == f"there is no file {tmp_path / 'e.yaml'}; check the name"
+    )
+    assert "must hold `key: value` lines" in message(yaml_file=write(tmp_path / "f.yaml", "- 1\n"))
+    assert "both given" in message("experiment=quickstart", yaml_file=unknown)
+    wrong = write(tmp_path / "g.yaml", "defaults: [override /modle: s]\n")
+    assert "modle" in message(yaml_file=wrong)
+    assert "is not a folder" in message(config_dir=tmp_path / "none")
+
+
+def test_loading_a_file_refuses_a_key_given_twice(tmp_path: Path):
+    with pytest.raises(ConfigError, match="line 2"):
+        load_yaml(write(tmp_path / "a.yaml", "a: 1\na: 2\n"))
+
+
+def test_settings_of_a_command_are_strict():
+    assert parse_settings(OwnSection, ["weight=3"]).weight == 3
+    with pytest.raises(ConfigError, match="did you mean 'weight'"):
+        parse_settings(OwnSection, ["wieght=3"])
+    with pytest.raises(ConfigError, match="must be a number"):
+        parse_settings(OwnSection, ["weight=x"])
+
+
+def test_a_yaml_file_is_told_from_overrides():
+    assert split_yaml_file(["a.yaml", "x=b.yaml"]) == (Path("a.yaml"), ["x=b.yaml"])
+    with pytest.raises(ConfigError, match="one YAML file"):
+        split_yaml_file(["a.yaml", "b.yml"])
+
+
+# --- show, diff, explain ---
+
+
+def test_show_is_yaml_of_the_config_with_origins():
+    composed = compose(["experiment=quickstart", "train.steps=7"])
+    text = show(composed)
+    assert yaml.safe_load(text) == plain(composed.config)
+    line = next(line for line in text.splitlines() if line.strip().startswith("steps: 7"))
+    assert line.endswith("# command line")
+
+
+def test_diff_names_exactly_the_keys_that_differ(tmp_path: Path):
+    for name, extra in (("a", []), ("b", ["optim.lr=0.5", "seed=9"])):
+        config = compose(["experiment=parity_tiny", *extra]).config
+        write(tmp_path / name / "config.yaml", yaml.safe_dump(config.model_dump(mode="json")))
+    rows = diff(str(tmp_path / "a"), str(tmp_path / "b")).splitlines()
+    assert {row.split()[0] for row in rows[1:]} == {"optim.lr", "seed"}
+    assert "are the same" in diff(str(tmp_path / "a"), "experiment=parity_tiny")
+
+
+def test_explain_tells_meaning_type_default_value_and_origin():
+    composed = compose(["experiment=quickstart"])
+    text = explain("data.cache", composed)
+    for part in (
+        "encode every clip once",
+        "one of 'none', 'latents'",
+        "default  none",
+        "latents  (configs/exp",
+    ):
+        assert part in text
+    assert "tiny_t2v" in explain("model", composed)
+    with pytest.raises(ConfigError, match="did you mean 'data.cache'"):
+        explain("data.cahce", composed)

@@ -1,0 +1,292 @@
+"""Decoding: the right frames, at the right size, from processes that may spin, abort or die."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clip_files import number_of, numbered, real_clips, write_clip, write_timed
+from PIL import Image
+
+from sora_train.data import decode
+from sora_train.data.decode import BadClip, DecodeRequest, ProbeRequest, StorageFault
+from sora_train.data.decode_pool import DecodePool
+from sora_train.data.decode_worker import TEST_HOOK
+from sora_train.data.sample import Failure
+from sora_train.data.video_io import encode_h264
+from sora_train.errors import Fault, UserError
+
+
+def probe(path: Path, count: str = "decode") -> decode.Probe:
+    kind = "image" if path.suffix == ".png" else "video"
+    return decode.probe_video(ProbeRequest(0, path.name, str(path), 0, path.stat().st_size, kind, count))
+
+
+def request(path: Path, times: tuple[float, ...], **change: object) -> DecodeRequest:
+    size = (32, 48)
+    values: dict = {
+        "row": 7, "key": path.name, "path": str(path), "offset": 0, "length": path.stat().st_size,
+        "kind": "video", "times": times, "crop": (0, 0, *size), "shown": size,
+        "height": size[0], "width": size[1], "fps": 8.0, **change,
+    }  # fmt: skip
+    return DecodeRequest(**values)
+
+
+def real(name: str, times: tuple[float, ...], **change: object) -> DecodeRequest:
+    path = real_clips() / name
+    found = probe(path)
+    shown = (found.height, found.width)
+    known = {"shown": shown, "crop": (0, 0, *shown), "height": shown[0], "width": shown[1]}
+    return request(
+        path, times, rotation=found.rotation, start=found.start, fps=found.fps, **{**known, **change}
+    )
+
+
+def test_probe_says_what_is_in_the_file(tmp_path: Path):
+    found = probe(write_clip(tmp_path / "a.mp4", count=9, fps=8))
+    assert (found.frames, found.fps, found.vfr, found.height, found.width) == (9, 8.0, False, 32, 48)
+    assert found.duration == pytest.approx(9 / 8) and found.codec == "h264" and len(found.digest) == 32
+    assert probe(tmp_path / "a.mp4", "packets").frames == 9
+    Image.fromarray(numbered(1)[0]).save(tmp_path / "b.png")
+    found = probe(tmp_path / "b.png")
+    assert (found.frames, found.fps, found.height, found.width, found.codec) == (1, 0.0, 32, 48, "png")
+
+
+def test_exif_rotation_of_images(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(numbered(1)[0]).save(tmp_path / "b.png", exif=exif)
+    assert (probe(tmp_path / "b.png").height, probe(tmp_path / "b.png").width) == (48, 32)
+
+
+@pytest.mark.parametrize("seek_worth", [0.0, 1e9])
+def test_frames_are_those_shown_at_the_times(tmp_path: Path, monkeypatch, seek_worth: float):
+    monkeypatch.setattr(decode, "SEEK_WORTH_SECONDS", seek_worth)
+    path = write_clip(tmp_path / "a.mp4", count=36, fps=8)
+    for first in (0, 1, 13, 30):
+        times = tuple((first + step) / 8 + shift for step, shift in enumerate((0, 0.0004, 0.06, -0.0004, 0.12)))
+        clip = decode.decode_frames(request(path, times))
+        assert [number_of(frame) for frame in clip] == [first, first + 1, first + 2, first + 3, first + 4]
+
+
+@pytest.mark.parametrize("seek_worth", [0.0, 1e9])
+def test_variable_rate_goes_by_time(tmp_path: Path, monkeypatch, seek_worth: float):
+    monkeypatch.setattr(decode, "SEEK_WORTH_SECONDS", seek_worth)
+    shown_at = [500, 540, 580, 900, 940, 980, 1020, 1700, 1740, 1780, 1820, 1860, 2500, 2540, 2580, 2620]
+    path = write_timed(tmp_path / "v.mkv", shown_at)
+    found = probe(path)
+    assert found.vfr and found.frames == len(shown_at)
+    assert found.start == pytest.approx(0.5)
+    times = tuple(np.arange(0.1, 2.1, 0.17))
+    clip = decode.decode_frames(request(path, times, start=found.start, fps=found.fps))
+    expected = [np.searchsorted(np.array(shown_at) - 500, t * 1000 + 1, side="right") - 1 for t in times]
+    assert [number_of(frame) for frame in clip] == expected
+
+
+def test_a_file_that_became_shorter_is_not_padded(tmp_path: Path):
+    path = write_clip(tmp_path / "a.mp4", count=9)
+    with pytest.raises(BadClip, match="too_few_frames.*last frame is shown at 1.000 s, but 2.000 s"):
+        decode.decode_frames(request(path, (0.0, 2.0)))
+
+
+def test_crop_and_resize_are_of_the_displayed_frame(tmp_path: Path):
+    frames = np.zeros((2, 64, 96, 3), np.uint8)
+    frames[:, :, 48:] = 240
+    encode_h264(frames, 8, tmp_path / "half.mp4")
+    cut = {"shown": (64, 96), "height": 16, "width": 16}
+    left = decode.decode_frames(request(tmp_path / "half.mp4", (0.0,), crop=(0, 0, 48, 40), **cut))
+    right = decode.decode_frames(request(tmp_path / "half.mp4", (0.0,), crop=(16, 52, 48, 44), **cut))
+    assert left.shape == (1, 16, 16, 3) and left.dtype == np.uint8
+    assert left.max() < 12 and right.min() > 228
+
+
+def test_colours_come_back(tmp_path: Path):
+    colours = [(232, 36, 40), (40, 200, 60), (48, 84, 244), (244, 224, 36)]
+    frames = np.zeros((3, 32, 64, 3), np.uint8)
+    for index, colour in enumerate(colours):
+        frames[:, :, 16 * index : 16 * index + 16] = colour
+    encode_h264(frames, 8, tmp_path / "c.mp4", crf=10)
+    size = {"shown": (32, 64), "crop": (0, 0, 32, 64), "width": 64}
+    clip = decode.decode_frames(request(tmp_path / "c.mp4", (0.0,), **size))
+    seen = clip[0, 16, 8::16].astype(int)
+    assert np.abs(seen - colours).max() <= 6
+
+
+def test_equal_frames_make_equal_files_and_odd_sizes_are_refused(tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 255, (5, 48, 48, 3), np.uint8)
+    files = []
+    for number in range(4):
+        encode_h264(noise, 29.97, tmp_path / f"{number}.mp4")
+        files.append((tmp_path / f"{number}.mp4").read_bytes())
+    assert len(set(files)) == 1
+    assert files[0].index(b"moov") < files[0].index(b"mdat"), "the index is at the front"
+    with pytest.raises(UserError, match="31x48.*must be even.*32x48"):
+        encode_h264(numbered(2, 31, 48), 8, tmp_path / "odd.mp4")
+    assert sorted(os.listdir(tmp_path)) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "no_video"])
+def test_damaged_files_are_bad_clips(tmp_path: Path, damage: str):
+    path = write_clip(tmp_path / "a.mp4", count=20)
+    data = path.read_bytes()
+    damaged = {"empty": b"", "text": b"no video at all\n" * 50, "cut": data[:300], "no_video": data[:40]}
+    path.write_bytes(damaged[damage])
+    with pytest.raises(BadClip, match="unreadable"):
+        probe(path)
+
+
+def test_storage_is_told_from_damage(tmp_path: Path):
+    path = write_clip(tmp_path / "a.mp4")
+    size = path.stat().st_size
+    with pytest.raises(StorageFault, match=r"a\.mp4: ends \d+ bytes before the index says"):
+        decode.decode_frames(request(path, (0.0, 1.0), length=size + 9999))
+    path.unlink()
+    with pytest.raises(StorageFault, match="No such file"):
+        decode.probe_video(ProbeRequest(0, "a", str(path), 0, size, "video"))
+
+
+# -- real clips -------------------------------------------------------------------------------
+
+
+def test_real_clips_are_what_their_readme_says():
+    expected = {
+        "nasa.mp4": ("h264", 325, 25.0, 180, 320),
+        "bars_av1.mkv": ("av1", 125, 25.0, 360, 640),
+        "h264_10bit.mp4": ("h264", 30, 30.0, 200, 200),
+        "h265.mp4": ("hevc", 10, 10.0, 128, 128),
+        "rotated_90.mov": ("h264", 3, 30.0, 568, 320),
+    }
+    for name, known in expected.items():
+        found = probe(real_clips() / name)
+        assert (found.codec, found.frames, found.fps, found.height, found.width) == known, name
+    with pytest.raises(BadClip, match="after 28 of 50 frames"):
+        probe(real_clips() / "corrupted.mp4")
+
+
+@pytest.mark.parametrize("name", ["bars_av1.mkv", "nasa.mp4", "press.mp4", "h265.mp4"])
+def test_seeking_in_real_clips_gives_the_frames_of_decoding_through(name: str, monkeypatch):
+    fps = probe(real_clips() / name).fps
+    count = probe(real_clips() / name).frames
+    times = tuple(frame / fps for frame in range(count - 9, count, 2))
+    monkeypatch.setattr(decode, "SEEK_WORTH_SECONDS", 0.0)
+    sought = decode.decode_frames(real(name, times))
+    monkeypatch.setattr(decode, "SEEK_WORTH_SECONDS", 1e9)
+    assert (sought == decode.decode_frames(real(name, times))).all()
+    assert len({frame.tobytes() for frame in sought}) == len(times), "each time shows another frame"
+
+
+def test_rotated_clip_is_turned_clockwise():
+    clip = decode.decode_frames(real("rotated_90.mov", (0.0,)))
+    path = real_clips() / "rotated_90.mov"
+    assert clip.shape == (1, 568, 320, 3)
+    stored = decode.decode_frames(
+        request(path, (0.0,), shown=(320, 568), crop=(0, 0, 320, 568), height=320, width=568, fps=30.0)
+    )
+    assert (np.rot90(stored[0], -1) == clip[0]).all()
+
+
+@pytest.mark.parametrize("name", ["press.mp4", "h265.mp4", "rotated_90.mov", "hiker.mp4"])
+def test_decord_gives_the_same_frames(name: str):
+    pytest.importorskip("decord")
+    from sora_train.data import decode_decord
+
+    fps = probe(real_clips() / name).fps
+    asked = real(name, tuple(frame / fps for frame in (0, 1, 2)))
+    ours = decode.decode_frames(asked).astype(int)
+    theirs = decode_decord.decode_frames(asked).astype(int)
+    assert np.abs(ours - theirs).mean() < 3
+
+
+# -- processes --------------------------------------------------------------------------------
+
+
+def test_pool_gives_frames_and_failures(tmp_path: Path):
+    good = write_clip(tmp_path / "good.mp4")
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"x" * 5000)
+    with DecodePool(2, timeout=60) as pool:
+        futures = [pool.submit(request(path, (0.0, 0.5))) for path in (good, bad, good)]
+        first, second, third = (future.result(timeout=60) for future in futures)
+        assert [number_of(frame) for frame in first] == [0, 4]
+        assert (first == third).all()
+        assert isinstance(second, Failure) and (second.row, second.reason) == (7, "unreadable")
+        missing = pool.submit(request(good, (0.0,), length=10**6))
+        with pytest.raises(Fault, match=r"cannot read the clip 'good\.mp4'.*check the storage"):
+            missing.result(timeout=60)
+
+
+@pytest.mark.parametrize(("action", "reason"), [("spin", "decode_timeout"), ("abort", "decoder_crashed")])
+def test_a_clip_that_spins_or_aborts_costs_that_clip_only(tmp_path, monkeypatch, action, reason):
+    monkeypatch.setenv(TEST_HOOK, f"{action}=evil")
+    good, evil = write_clip(tmp_path / "good.mp4"), write_clip(tmp_path / "evil.mp4")
+    with DecodePool(1, timeout=60) as pool:
+        assert len(pool.submit(request(good, (0.0,))).result(timeout=60)) == 1
+        (before,) = pool.pids
+        began = time.monotonic()
+        lost = pool.submit(request(evil, (0.0,)), timeout=1.0).result(timeout=60)
+        assert (lost.row, lost.reason) == (7, reason)
+        assert time.monotonic() - began < 10
+        assert number_of(pool.submit(request(good, (1.0,))).result(timeout=60)[0]) == 8
+        assert pool.pids != [before], "the process was replaced"
+        assert not Path(f"/proc/{before}").exists()
+
+
+def test_a_killed_child_is_replaced(tmp_path: Path):
+    good = write_clip(tmp_path / "good.mp4")
+    with DecodePool(1, timeout=60) as pool:
+        pool.submit(request(good, (0.0,))).result(timeout=60)
+        os.kill(pool.pids[0], signal.SIGKILL)
+        # Killed by someone else, so the clip that was asked for next is not to blame.
+        assert number_of(pool.submit(request(good, (1.0,))).result(timeout=60)[0]) == 8
+
+
+def test_closing_ends_children_at_once_even_spinning_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv(TEST_HOOK, "spin=evil")
+    pool = DecodePool(2, timeout=600)
+    good = write_clip(tmp_path / "good.mp4")
+    pool.submit(request(good, (0.0,))).result(timeout=60)
+    futures = [pool.submit(request(write_clip(tmp_path / "evil.mp4"), (0.0,))) for _ in range(4)]
+    time.sleep(0.2)
+    pids = pool.pids
+    began = time.monotonic()
+    pool.close()
+    assert time.monotonic() - began < 20
+    assert all(future.done() for future in futures)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_children_end_with_their_parent(tmp_path: Path):
+    path = write_clip(tmp_path / "evil.mp4")
+    code = f"""
+import os, time
+from sora_train.data.decode import ProbeRequest
+from sora_train.data.decode_pool import DecodePool
+pool = DecodePool(1, timeout=600)
+ask = lambda key: pool.submit(ProbeRequest(0, key, {str(path)!r}, 0, {path.stat().st_size}, "video"))
+ask("good").result()
+ask("evil")
+time.sleep(0.5)
+print(pool.pids[0], flush=True)
+os._exit(0)
+"""
+    environment = {**os.environ, TEST_HOOK: "spin=evil"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    child = Path("/proc") / done.stdout.strip()
+    deadline = time.monotonic() + 10
+    while child.exists() and "State:\tZ" not in (child / "status").read_text():
+        assert time.monotonic() < deadline, "the child outlived its parent"
+        time.sleep(0.05)
+
+
+def test_a_decode_process_never_loads_torch():
+    code = (
+        "import sys, sora_train.data.decode_worker, sora_train.data.shapes_worker, sora_train.data.loader, "
+        "sora_train.data.index, sora_train.data.shapes_source, sora_train.data.shards; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
