@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -76,9 +75,12 @@ def contact_sheet(
     return _save(sheet, path)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # Pillow's own font has no letters beyond ASCII; the one matplotlib carries has most alphabets.
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    # Pillow's own font has no letters beyond ASCII; most Linux machines have one with more.
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size=size)
 
 
 def _frames(clip: np.ndarray, count: int) -> list[Image.Image]:
@@ -100,7 +102,7 @@ def _note(clip: np.ndarray) -> str:
     return f"{width}x{height}, {num_frames} frame{'s' if num_frames > 1 else ''}"
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Break `text` at spaces, or inside a word wider than a line, into lines of at most `width` pixels."""
     lines = [""]
     for word in text.split():

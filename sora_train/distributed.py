@@ -22,6 +22,8 @@ class World:
     local_rank: int
     ranks_per_node: int
     device: torch.device
+    owns_group: bool = True
+    """Whether `start` made the process group; one that was there before is left to whoever made it."""
 
     @property
     def is_main(self) -> bool:
@@ -52,16 +54,17 @@ def start(wanted_device: str, threads: int) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    if not dist.is_initialized():
+    owns_group = not dist.is_initialized()
+    if owns_group:
         if size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=TIMEOUT)
-    return World(rank, size, local_rank, ranks_per_node, device)
+    return World(rank, size, local_rank, ranks_per_node, device, owns_group)
 
 
-def stop() -> None:
-    if dist.is_initialized():
+def stop(world: World) -> None:
+    if world.owns_group and dist.is_initialized():
         dist.destroy_process_group()
 
 

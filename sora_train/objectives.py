@@ -91,13 +91,18 @@ class TextToVideoObjective:
         )
 
     def latents(self, clips: list[Clip]) -> Tensor:
-        """Normalised latents (B, C, T, H, W), float32: stored ones, or encoded now."""
-        if all(clip.latents is not None for clip in clips):
-            stored = np.stack([clip.latents for clip in clips if clip.latents is not None])
-            return torch.from_numpy(stored).to(self.device)
-        with torch.no_grad():
-            # One by one, so that a clip's latents never depend on its neighbours in the batch.
-            return torch.cat([self.vae.encode(to_pixels([clip], self.device)) for clip in clips]).float()
+        """Normalised latents (B, C, T, H, W), float32: stored ones, or encoded now.
+
+        Encoded one by one, so that a clip's latents never depend on its neighbours in the batch.
+        """
+        return torch.cat([self.latents_of(clip) for clip in clips])
+
+    @torch.no_grad()
+    def latents_of(self, clip: Clip) -> Tensor:
+        """Latents (1, C, T, H, W) of one clip on the device."""
+        if clip.latents is not None:
+            return torch.from_numpy(clip.latents)[None].to(self.device)
+        return self.vae.encode(to_pixels([clip], self.device)).float()
 
     def drop_captions(self, prompts: list[str], keys: list[tuple[int, int]]) -> list[str]:
         """The null caption is the encoded empty string."""

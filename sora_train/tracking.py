@@ -159,8 +159,8 @@ class Feed:
             state = json.loads(self._state_path.read_text())
             self._last_step, self._samples = state["last_step"], state["samples"]
 
-    def push(self) -> None:
-        """Log everything that is new."""
+    def push(self, *, final: bool = False) -> None:
+        """Log everything that is new; a samples folder once it is whole, or as it is at the end."""
         if not self._config_sent and (self._run_dir / "config.yaml").exists():
             import yaml
 
@@ -170,7 +170,7 @@ class Feed:
         rows = self._tail.rows()
         for row in rows:
             self._log_row(row)
-        folders = self._new_samples()
+        folders = self._new_samples(final)
         for folder in folders:
             self._log_samples(folder)
         if rows or folders:
@@ -190,10 +190,14 @@ class Feed:
             self._run.log({"step": step, "time": row["time"], **new})
             self._last_step.update(dict.fromkeys(new, step))
 
-    def _new_samples(self) -> list[Path]:
-        # prompts.json is complete or absent, and is written when the clips are.
-        found = sorted((self._run_dir / "samples").glob("step-*/prompts.json"))
-        return [path.parent for path in found if path.parent.name not in self._samples]
+    def _new_samples(self, final: bool) -> list[Path]:
+        found = [path.parent for path in sorted(self._run_dir.glob("samples/step-*/prompts.json"))]
+        return [
+            folder
+            for folder in found
+            if folder.name not in self._samples
+            and (final or (folder / "contact_sheet.png").exists())
+        ]
 
     def _log_samples(self, folder: Path) -> None:
         import wandb
@@ -232,7 +236,7 @@ def feed(run_dir: Path, *, project: str, mode: str, once: bool, parent: int | No
     while True:
         # Read the signs before the last push: what was written before them is then logged.
         over = once or stop_file.exists() or (parent is not None and os.getppid() != parent)
-        feed.push()
+        feed.push(final=over)
         if over:
             break
         time.sleep(POLL_SECONDS)
@@ -253,7 +257,9 @@ def _import_wandb() -> Any:
 def _mode(wandb: Any, mode: str) -> str:
     if mode != "auto":
         return mode
-    return os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    return os.environ.get("WANDB_MODE") or (
+        "online" if wandb.login(prompt=False) else "offline"
+    )
 
 
 def _run_id(run_dir: Path) -> str:

@@ -280,7 +280,7 @@ class Trainer:
     def close(self) -> None:
         self.data.close()
         self.folder.close()
-        distributed.stop()
+        distributed.stop(self.world)
 
 
 def headline(row: dict[str, float]) -> dict[str, float | str]:

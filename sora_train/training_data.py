@@ -250,7 +250,7 @@ def fill_cache(loader: Loader, vae: VideoVAE, world: World, title: str) -> None:
     Chunks are cut from the manifest, not from the tape, so stored latents depend on neither the
     world size nor on where a run was cut off.
     """
-    chunks = loader.cache_chunks(CACHE_CHUNK)[world.rank :: world.size]
+    chunks = loader.cache_chunks(CACHE_CHUNK, world.rank, world.size)
     total, done = sum(len(rows) for _, rows in chunks), 0
     with Progress(max(total, 1), title, enabled=world.is_main and total > 0) as progress:
         for _, clips, failures in loader.chunks(chunks):

@@ -71,7 +71,13 @@ def open_source(
         raise UserError(
             f"data.source={source} does not exist; give a folder of clips or shards, or a CSV/JSONL/Parquet table"
         )
-    if path.is_dir() and (path / FILE_NAME).exists():
+    has_manifest = path.is_dir() and (path / FILE_NAME).exists()
+    if captions and (has_manifest or path.is_file()):
+        raise UserError(
+            f"data.captions={captions} would not be used: data.source={source} holds its own captions; "
+            "leave data.captions empty"
+        )
+    if has_manifest:
         return _checked(Manifest.load(path / FILE_NAME, root=path))
     root, members = _list_source(path, captions)
     if not any(member.caption for member in members) and not allow_empty_captions:

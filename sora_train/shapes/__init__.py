@@ -1,1 +1,1 @@
-"""The embedded default data: a world of moving shapes, its captions, and an oracle that reads it."""
+"""The embedded default data: a world of moving shapes, their captions, and an oracle."""

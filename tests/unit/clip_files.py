@@ -25,7 +25,9 @@ def number_of(frame: np.ndarray) -> int:
     return round((float(frame.mean()) - 16) / LEVEL)
 
 
-def write_clip(path: Path, count: int = 9, fps: float = 8, height: int = 32, width: int = 48) -> Path:
+def write_clip(
+    path: Path, count: int = 9, fps: float = 8, height: int = 32, width: int = 48
+) -> Path:
     encode_h264(numbered(count, height, width), fps, path)
     return path
 
@@ -33,7 +35,9 @@ def write_clip(path: Path, count: int = 9, fps: float = 8, height: int = 32, wid
 def write_timed(path: Path, times_ms: list[int]) -> Path:
     """A Matroska clip of variable rate with B-frames: frame i is shown from `times_ms[i]` on."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"crf": "10", "bf": "2", "g": "8"})
+        stream = container.add_stream(
+            "libx264", rate=25, options={"crf": "10", "bf": "2", "g": "8"}
+        )
         stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
         for image, time in zip(numbered(len(times_ms)), times_ms, strict=True):

@@ -15,7 +15,9 @@ from sora_train.errors import ConfigError
 CFG = BucketsConfig(
     fps=8,
     classes=(
-        BucketClass(name="small", pixels=2304, frames=(1, 5, 9), aspect_ratios=("1:1", "2:1", "1:2")),
+        BucketClass(
+            name="small", pixels=2304, frames=(1, 5, 9), aspect_ratios=("1:1", "2:1", "1:2")
+        ),
         BucketClass(name="large", pixels=9216, frames=(1, 9), probability=3.0),
     ),
 )
@@ -24,7 +26,9 @@ TABLE = build_buckets(CFG, temporal_factor=4, spatial_multiple=16)
 
 def clips(*rows: dict[str, object]) -> Manifest:
     plain = {"kind": "video", "frames": 9, "fps": 8.0, "height": 48, "width": 48}
-    return Manifest.from_rows([empty_row(key=str(n), **{**plain, **row}) for n, row in enumerate(rows)], ".")
+    return Manifest.from_rows(
+        [empty_row(key=str(n), **{**plain, **row}) for n, row in enumerate(rows)], "."
+    )
 
 
 def bucket_of(seed: int = 0, cfg: BucketsConfig = CFG, **row: object) -> tuple[Bucket | None, str]:
@@ -90,12 +94,16 @@ def test_duration_counts_time_not_frames():
 
 
 def test_reasons():
-    cfg = BucketsConfig(fps=8, max_crop=0.3, classes=(BucketClass(name="c", pixels=2304, frames=(9,)),))
+    cfg = BucketsConfig(
+        fps=8, max_crop=0.3, classes=(BucketClass(name="c", pixels=2304, frames=(9,)),)
+    )
     assert bucket_of(cfg=cfg, frames=8) == (None, "too_short")
     assert bucket_of(cfg=cfg, height=30, width=30) == (None, "too_small")
     assert bucket_of(cfg=cfg, height=48, width=96) == (None, "aspect_ratio")
     assert bucket_of(cfg=cfg, drop_reason="unreadable") == (None, "unreadable")
-    assert bucket_of(cfg=cfg, height=39, width=39)[0] == Bucket(9, 48, 48), "enlarged by 1.25 at most"
+    assert bucket_of(cfg=cfg, height=39, width=39)[0] == Bucket(9, 48, 48), (
+        "enlarged by 1.25 at most"
+    )
 
 
 def test_classes_are_drawn_by_probability_and_by_seed_and_sample_only():
@@ -105,7 +113,10 @@ def test_classes_are_drawn_by_probability_and_by_seed_and_sample_only():
     assert abs(large.mean() - 0.75) < 0.03
     assert (found == assign(many, TABLE, CFG, seed=0).bucket_of_row).all()
     assert (found != assign(many, TABLE, CFG, seed=1).bucket_of_row).any()
-    assert (found[:100] == assign(clips(*[{"height": 128, "width": 128}] * 100), TABLE, CFG, 0).bucket_of_row).all()
+    assert (
+        found[:100]
+        == assign(clips(*[{"height": 128, "width": 128}] * 100), TABLE, CFG, 0).bucket_of_row
+    ).all()
 
 
 rows = st.fixed_dictionaries(
@@ -142,7 +153,9 @@ def test_used_and_dropped_are_all_and_what_is_used_can_be_cut(listed: list[dict]
         assert crop_size(height, width, bucket)[0] * CFG.max_upscale >= bucket.height - 1e-6
         for u in (0.0, 0.5, 1.0):
             top, left, crop_height, crop_width = crop(height, width, bucket, u, 1 - u)
-            assert 0 <= top <= height - crop_height + 1e-6 and 0 <= left <= width - crop_width + 1e-6
+            assert (
+                0 <= top <= height - crop_height + 1e-6 and 0 <= left <= width - crop_width + 1e-6
+            )
             assert crop_width / crop_height == pytest.approx(bucket.width / bucket.height)
             assert crop_height * crop_width / (height * width) >= 1 - CFG.max_crop - 1e-6
 
@@ -153,5 +166,8 @@ def test_windows_run_at_natural_speed():
     times, fps = window(40, 5.0, Bucket(9, 48, 48), 8.0, 0.0)
     assert fps == 5 and np.allclose(np.diff(times), 1 / 5)
     assert window(1, 0.0, Bucket(1, 48, 48), 8.0, 0.9) == ((0.0,), 0.0)
-    starts = {window(20, 8.0, Bucket(9, 48, 48), 8.0, uniform(0, "window", 0, row))[0][0] for row in range(300)}
+    starts = {
+        window(20, 8.0, Bucket(9, 48, 48), 8.0, uniform(0, "window", 0, row))[0][0]
+        for row in range(300)
+    }
     assert starts == {start / 8 for start in range(12)}, "every start a clip allows, and no other"

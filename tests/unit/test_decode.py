@@ -23,7 +23,9 @@ from sora_train.errors import Fault, UserError
 
 def probe(path: Path, count: str = "decode") -> decode.Probe:
     kind = "image" if path.suffix == ".png" else "video"
-    return decode.probe_video(ProbeRequest(0, path.name, str(path), 0, path.stat().st_size, kind, count))
+    return decode.probe_video(
+        ProbeRequest(0, path.name, str(path), 0, path.stat().st_size, kind, count)
+    )
 
 
 def request(path: Path, times: tuple[float, ...], **change: object) -> DecodeRequest:
@@ -42,18 +44,37 @@ def real(name: str, times: tuple[float, ...], **change: object) -> DecodeRequest
     shown = (found.height, found.width)
     known = {"shown": shown, "crop": (0, 0, *shown), "height": shown[0], "width": shown[1]}
     return request(
-        path, times, rotation=found.rotation, start=found.start, fps=found.fps, **{**known, **change}
+        path,
+        times,
+        rotation=found.rotation,
+        start=found.start,
+        fps=found.fps,
+        **{**known, **change},
     )
 
 
 def test_probe_says_what_is_in_the_file(tmp_path: Path):
     found = probe(write_clip(tmp_path / "a.mp4", count=9, fps=8))
-    assert (found.frames, found.fps, found.vfr, found.height, found.width) == (9, 8.0, False, 32, 48)
-    assert found.duration == pytest.approx(9 / 8) and found.codec == "h264" and len(found.digest) == 32
+    assert (found.frames, found.fps, found.vfr, found.height, found.width) == (
+        9,
+        8.0,
+        False,
+        32,
+        48,
+    )
+    assert (
+        found.duration == pytest.approx(9 / 8) and found.codec == "h264" and len(found.digest) == 32
+    )
     assert probe(tmp_path / "a.mp4", "packets").frames == 9
     Image.fromarray(numbered(1)[0]).save(tmp_path / "b.png")
     found = probe(tmp_path / "b.png")
-    assert (found.frames, found.fps, found.height, found.width, found.codec) == (1, 0.0, 32, 48, "png")
+    assert (found.frames, found.fps, found.height, found.width, found.codec) == (
+        1,
+        0.0,
+        32,
+        48,
+        "png",
+    )
 
 
 def test_exif_rotation_of_images(tmp_path: Path):
@@ -68,28 +89,58 @@ def test_frames_are_those_shown_at_the_times(tmp_path: Path, monkeypatch, seek_w
     monkeypatch.setattr(decode, "SEEK_WORTH_SECONDS", seek_worth)
     path = write_clip(tmp_path / "a.mp4", count=36, fps=8)
     for first in (0, 1, 13, 30):
-        times = tuple((first + step) / 8 + shift for step, shift in enumerate((0, 0.0004, 0.06, -0.0004, 0.12)))
+        times = tuple(
+            (first + step) / 8 + shift
+            for step, shift in enumerate((0, 0.0004, 0.06, -0.0004, 0.12))
+        )
         clip = decode.decode_frames(request(path, times))
-        assert [number_of(frame) for frame in clip] == [first, first + 1, first + 2, first + 3, first + 4]
+        assert [number_of(frame) for frame in clip] == [
+            first,
+            first + 1,
+            first + 2,
+            first + 3,
+            first + 4,
+        ]
 
 
 @pytest.mark.parametrize("seek_worth", [0.0, 1e9])
 def test_variable_rate_goes_by_time(tmp_path: Path, monkeypatch, seek_worth: float):
     monkeypatch.setattr(decode, "SEEK_WORTH_SECONDS", seek_worth)
-    shown_at = [500, 540, 580, 900, 940, 980, 1020, 1700, 1740, 1780, 1820, 1860, 2500, 2540, 2580, 2620]
+    shown_at = [
+        500,
+        540,
+        580,
+        900,
+        940,
+        980,
+        1020,
+        1700,
+        1740,
+        1780,
+        1820,
+        1860,
+        2500,
+        2540,
+        2580,
+        2620,
+    ]
     path = write_timed(tmp_path / "v.mkv", shown_at)
     found = probe(path)
     assert found.vfr and found.frames == len(shown_at)
     assert found.start == pytest.approx(0.5)
     times = tuple(np.arange(0.1, 2.1, 0.17))
     clip = decode.decode_frames(request(path, times, start=found.start, fps=found.fps))
-    expected = [np.searchsorted(np.array(shown_at) - 500, t * 1000 + 1, side="right") - 1 for t in times]
+    expected = [
+        np.searchsorted(np.array(shown_at) - 500, t * 1000 + 1, side="right") - 1 for t in times
+    ]
     assert [number_of(frame) for frame in clip] == expected
 
 
 def test_a_file_that_became_shorter_is_not_padded(tmp_path: Path):
     path = write_clip(tmp_path / "a.mp4", count=9)
-    with pytest.raises(BadClip, match="too_few_frames.*last frame is shown at 1.000 s, but 2.000 s"):
+    with pytest.raises(
+        BadClip, match="too_few_frames.*last frame is shown at 1.000 s, but 2.000 s"
+    ):
         decode.decode_frames(request(path, (0.0, 2.0)))
 
 
@@ -99,7 +150,9 @@ def test_crop_and_resize_are_of_the_displayed_frame(tmp_path: Path):
     encode_h264(frames, 8, tmp_path / "half.mp4")
     cut = {"shown": (64, 96), "height": 16, "width": 16}
     left = decode.decode_frames(request(tmp_path / "half.mp4", (0.0,), crop=(0, 0, 48, 40), **cut))
-    right = decode.decode_frames(request(tmp_path / "half.mp4", (0.0,), crop=(16, 52, 48, 44), **cut))
+    right = decode.decode_frames(
+        request(tmp_path / "half.mp4", (0.0,), crop=(16, 52, 48, 44), **cut)
+    )
     assert left.shape == (1, 16, 16, 3) and left.dtype == np.uint8
     assert left.max() < 12 and right.min() > 228
 
@@ -133,7 +186,12 @@ def test_equal_frames_make_equal_files_and_odd_sizes_are_refused(tmp_path: Path)
 def test_damaged_files_are_bad_clips(tmp_path: Path, damage: str):
     path = write_clip(tmp_path / "a.mp4", count=20)
     data = path.read_bytes()
-    damaged = {"empty": b"", "text": b"no video at all\n" * 50, "cut": data[:300], "no_video": data[:40]}
+    damaged = {
+        "empty": b"",
+        "text": b"no video at all\n" * 50,
+        "cut": data[:300],
+        "no_video": data[:40],
+    }
     path.write_bytes(damaged[damage])
     with pytest.raises(BadClip, match="unreadable"):
         probe(path)
@@ -184,7 +242,9 @@ def test_rotated_clip_is_turned_clockwise():
     path = real_clips() / "rotated_90.mov"
     assert clip.shape == (1, 568, 320, 3)
     stored = decode.decode_frames(
-        request(path, (0.0,), shown=(320, 568), crop=(0, 0, 320, 568), height=320, width=568, fps=30.0)
+        request(
+            path, (0.0,), shown=(320, 568), crop=(0, 0, 320, 568), height=320, width=568, fps=30.0
+        )
     )
     assert (np.rot90(stored[0], -1) == clip[0]).all()
 
@@ -199,6 +259,21 @@ def test_decord_gives_the_same_frames(name: str):
     ours = decode.decode_frames(asked).astype(int)
     theirs = decode_decord.decode_frames(asked).astype(int)
     assert np.abs(ours - theirs).mean() < 3
+
+
+def test_decord_in_a_process(tmp_path: Path):
+    pytest.importorskip("decord")
+    path = write_clip(tmp_path / "a.mp4", height=64, width=64)
+    size = {
+        "shown": (64, 64),
+        "crop": (0, 0, 64, 64),
+        "height": 64,
+        "width": 64,
+        "backend": "decord",
+    }
+    with DecodePool(1, timeout=60) as pool:
+        clip = pool.submit(request(path, (0.3, 0.5, 1.0), **size)).result(timeout=60)
+    assert [number_of(frame) for frame in clip] == [2, 4, 8]
 
 
 # -- processes --------------------------------------------------------------------------------
@@ -219,7 +294,9 @@ def test_pool_gives_frames_and_failures(tmp_path: Path):
             missing.result(timeout=60)
 
 
-@pytest.mark.parametrize(("action", "reason"), [("spin", "decode_timeout"), ("abort", "decoder_crashed")])
+@pytest.mark.parametrize(
+    ("action", "reason"), [("spin", "decode_timeout"), ("abort", "decoder_crashed")]
+)
 def test_a_clip_that_spins_or_aborts_costs_that_clip_only(tmp_path, monkeypatch, action, reason):
     monkeypatch.setenv(TEST_HOOK, f"{action}=evil")
     good, evil = write_clip(tmp_path / "good.mp4"), write_clip(tmp_path / "evil.mp4")
@@ -275,7 +352,9 @@ os._exit(0)
 """
     environment = {**os.environ, TEST_HOOK: "spin=evil"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
     child = Path("/proc") / done.stdout.strip()
     deadline = time.monotonic() + 10
     while child.exists() and "State:\tZ" not in (child / "status").read_text():

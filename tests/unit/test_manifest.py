@@ -34,7 +34,10 @@ def write_captions(folder: Path, captions: dict[str, str]) -> None:
 
 
 def test_round_trip_and_digest(tmp_path: Path):
-    rows = [empty_row(key=str(n), caption=f"clip {n}", fps=n / 3, vfr=bool(n % 2), offset=2**40) for n in range(5)]
+    rows = [
+        empty_row(key=str(n), caption=f"clip {n}", fps=n / 3, vfr=bool(n % 2), offset=2**40)
+        for n in range(5)
+    ]
     manifest = Manifest.from_rows(rows, tmp_path)
     manifest.save(tmp_path / "m.parquet")
     again = Manifest.load(tmp_path / "m.parquet")
@@ -113,11 +116,18 @@ def test_tables(tmp_path: Path, clip: Path, suffix: str):
     elif suffix == "parquet":
         pq.write_table(pa.table(rows), table)
     else:
-        table.write_text("\n".join(json.dumps(dict(zip(rows, row, strict=True))) for row in zip(*rows.values())))
+        table.write_text(
+            "\n".join(
+                json.dumps(dict(zip(rows, row, strict=True)))
+                for row in zip(*rows.values(), strict=True)
+            )
+        )
     manifest = opened(table, tmp_path)
     assert manifest.key.tolist() == rows["path"] and manifest.caption.tolist() == rows["text"]
     assert manifest.path(0) == str(tmp_path / "sub" / "a.mp4")
     assert manifest.dropped() == {}
+    with pytest.raises(UserError, match="holds its own captions; leave data.captions empty"):
+        opened(table, tmp_path, captions="other.csv")
 
 
 def make_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> Path:
@@ -158,7 +168,9 @@ def test_a_tar_cut_in_the_middle_keeps_what_is_whole(tmp_path: Path, clip: Path)
     data = clip.read_bytes()
     folder = tmp_path / "tars"
     folder.mkdir()
-    members = [(f"{n}.{e}", data if e == "mp4" else b"text") for n in range(3) for e in ("txt", "mp4")]
+    members = [
+        (f"{n}.{e}", data if e == "mp4" else b"text") for n in range(3) for e in ("txt", "mp4")
+    ]
     whole = make_tar(folder / "0.tar", members).read_bytes()
     cut = whole.index(data, whole.index(b"2.mp4")) + 100
     (folder / "0.tar").write_bytes(whole[:cut])
@@ -196,7 +208,9 @@ def test_bad_sources(tmp_path: Path, clip: Path):
     refused(r"0\.tar\.gz is a compressed tar.*unpack it first", packed)
     shutil.move(packed / "0.tar.gz", packed / "0.tar")
     refused(r"compressed \(gzip\) under the name of a plain tar", packed)
-    (packed / "0.tar").write_bytes(gzip.decompress((packed / "0.tar").read_bytes())[:0] + b"junk" * 500)
+    (packed / "0.tar").write_bytes(
+        gzip.decompress((packed / "0.tar").read_bytes())[:0] + b"junk" * 500
+    )
     refused("is not a tar file", packed)
     make_tar(packed / "0.tar", [("a.mp4", b"1"), ("a.mkv", b"2")])
     refused("two clips under the key 'a'", packed)

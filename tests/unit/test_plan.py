@@ -66,7 +66,9 @@ def test_short_micro_batches_are_at_most_one_a_bucket(tape: Tape):
 
 @given(tapes(), st.integers(0, 40), st.integers(1, 9), st.integers(1, 12))
 @settings(max_examples=60, deadline=None)
-def test_a_step_is_the_same_at_any_world_size(tape: Tape, step: int, micro_batches: int, world: int):
+def test_a_step_is_the_same_at_any_world_size(
+    tape: Tape, step: int, micro_batches: int, world: int
+):
     alone = rows_for_rank(tape, step, micro_batches, 0, 1)
     shares = [rows_for_rank(tape, step, micro_batches, rank, world) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1, "every rank has as many slots as its peers"
@@ -97,7 +99,9 @@ def test_epochs_differ_in_order_and_seeds_in_everything():
 
 def test_samples_are_shuffled_inside_windows_of_shards_only():
     shards = np.arange(1000) // 10
-    tape = Tape(np.zeros(1000, int), shards, BUCKETS[:1], {BUCKETS[0]: 1}, seed=3, window_shards=5, group=1)
+    tape = Tape(
+        np.zeros(1000, int), shards, BUCKETS[:1], {BUCKETS[0]: 1}, seed=3, window_shards=5, group=1
+    )
     rows = np.array([tape[index].rows[0] for index in range(1000)])
     windows = rows.reshape(20, 50) // 10
     assert all(len(set(window)) == 5 for window in windows), "five whole shards at a time"
@@ -152,7 +156,9 @@ def test_nothing_to_train_on_is_the_users_error():
 def test_a_million_rows_are_planned_in_seconds():
     rng = np.random.default_rng(0)
     rows = 1_000_000
-    shards = np.array([f"shard-{number:06d}.tar" for number in range(1000)], object)[np.arange(rows) // 1000]
+    shards = np.array([f"shard-{number:06d}.tar" for number in range(1000)], object)[
+        np.arange(rows) // 1000
+    ]
     tape = Tape(rng.integers(0, 4, rows), shards, BUCKETS, dict.fromkeys(BUCKETS, 16), seed=0)
     began = time.process_time()
     assert len(tape[123_456_789].rows) > 0

@@ -29,7 +29,9 @@ def test_used_and_dropped_are_all(tmp_path: Path):
     for row, key in enumerate(manifest.key):
         if not manifest.drop_reason[row]:
             name = manifest.caption[row].removeprefix("caption of ")
-            data = read_bytes(manifest.root, manifest.shard[row], manifest.offset[row], manifest.length[row])
+            data = read_bytes(
+                manifest.root, manifest.shard[row], manifest.offset[row], manifest.length[row]
+            )
             assert data == (source / name).read_bytes(), key
     again = open_source(str(tmp_path / "out"), work_dir=tmp_path)
     assert again.digest() == manifest.digest()
@@ -51,7 +53,9 @@ def test_nothing_is_left_where_it_fails(tmp_path: Path):
 
 def test_real_clips(tmp_path: Path):
     clips = real_clips()
-    manifest = write_shards(str(clips), str(tmp_path / "out"), captions=str(clips / "captions.jsonl"))
+    manifest = write_shards(
+        str(clips), str(tmp_path / "out"), captions=str(clips / "captions.jsonl")
+    )
     assert manifest.dropped() == {"unreadable": 1}
     frames = dict(zip(manifest.key.tolist(), manifest.frames.tolist(), strict=True))
     assert frames["nasa"] == 325 and frames["h265"] == 10 and frames["motorcycle_4k"] == 120

@@ -34,7 +34,9 @@ def test_every_range_holds_its_sample(tmp_path: Path):
     assert len(set(manifest.shard)) > 3
     for row, (key, data, _, caption) in enumerate(SAMPLES):
         assert (manifest.key[row], manifest.caption[row], manifest.frames[row]) == (key, caption, 3)
-        found = read_bytes(tmp_path, manifest.shard[row], manifest.offset[row], manifest.length[row])
+        found = read_bytes(
+            tmp_path, manifest.shard[row], manifest.offset[row], manifest.length[row]
+        )
         assert found == data
 
 
@@ -42,7 +44,10 @@ def test_webdataset_reads_them(tmp_path: Path):
     webdataset = pytest.importorskip("webdataset")
     write(tmp_path, max_bytes=20_000)
     shards = sorted(str(path) for path in tmp_path.glob("*.tar"))
-    read = {s["__key__"]: s for s in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)}
+    read = {
+        s["__key__"]: s
+        for s in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)
+    }
     assert set(read) == {key for key, *_ in SAMPLES}
     for key, data, extension, caption in SAMPLES:
         assert read[key][extension] == data
@@ -51,11 +56,16 @@ def test_webdataset_reads_them(tmp_path: Path):
 
 def test_equal_samples_make_equal_shards(tmp_path: Path):
     write(tmp_path / "a"), write(tmp_path / "b")
-    assert (tmp_path / "a/shard-000000.tar").read_bytes() == (tmp_path / "b/shard-000000.tar").read_bytes()
+    assert (tmp_path / "a/shard-000000.tar").read_bytes() == (
+        tmp_path / "b/shard-000000.tar"
+    ).read_bytes()
 
 
 def test_nothing_is_left_by_an_error_or_shows_before_the_end(tmp_path: Path):
-    with pytest.raises(UserError, match="'key0' occurs twice"), ShardWriter(tmp_path, max_bytes=1) as writer:
+    with (
+        pytest.raises(UserError, match="'key0' occurs twice"),
+        ShardWriter(tmp_path, max_bytes=1) as writer,
+    ):
         writer.write(*SAMPLES[0], {})
         writer.write(*SAMPLES[1], {})
         assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob("*.parquet"))
