@@ -56,7 +56,7 @@ printf '%s\n' "| part | verdict | time | log |" "|---|---|--:|---|" >"$out/suite
 # 1. Training throughput: model b on stored latents, one length of 1280 tokens, about 32k a step.
 train=(model=b text=bytes_small vae=tiny_random data=shapes data.cache=latents
   'buckets.classes=[{name: 256px, pixels: 65536, frames: [17], aspect_ratios: ["1:1"]}]'
-  buckets.fps=8 buckets.max_upscale=16 data.max_drop_fraction=1 data.shapes_clips=400
+  buckets.fps=8 buckets.max_upscale=16 data.max_drop_fraction=1 data.shapes_clips=700
   data.shapes_val_clips=1 data.micro_batch_tokens=32768 run.device=cuda)
 steps=(--steps 30 --warmup 10)
 if [ "$toy" = 1 ]; then

@@ -96,9 +96,7 @@ def save(
             error = Fault(f"cannot write the checkpoint {temporary}: {failure.strerror}; free space or set run.dir")
     control.raise_together(error)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*TypedStorage.*")
-            dcp.save(tensors, storage_writer=FileSystemWriter(temporary), process_group=control.group)
+        dcp.save(tensors, storage_writer=FileSystemWriter(temporary), process_group=control.group)
         if control.world.is_main:
             _commit(temporary, final, state)
     except OSError as failure:
@@ -143,7 +141,10 @@ def load_part(checkpoint: Checkpoint, tensors: dict[str, Tensor], prefix: str) -
     stored = reader.read_metadata().state_dict_metadata
     part = {name: entry for name, entry in stored.items() if name.startswith(prefix)}
     _require_same(checkpoint, part, tensors)
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        # Said of every load in a process without a group, which is what is meant here.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
 def verify(checkpoint: Checkpoint) -> None:

@@ -45,7 +45,9 @@ def contact_sheet(
     are shown, evenly spread from the first to the last. Raises ValueError on another shape or dtype.
     """
     if len(clips) != len(labels) or not clips:
-        raise ValueError(f"need as many labels as clips, and one or more: {len(labels)}, {len(clips)}")
+        raise ValueError(
+            f"need as many labels as clips, and one or more: {len(labels)}, {len(clips)}"
+        )
     font, small = _font(FONT_SIZE), _font(FONT_SIZE - 4)
     rows = [
         _Row(_frames(clip, frames_per_clip), _wrap(label, font, LABEL_WIDTH - GAP * 3), _note(clip))
@@ -63,7 +65,9 @@ def contact_sheet(
     for index, (row, row_height) in enumerate(zip(rows, heights, strict=True)):
         for number, line in enumerate(row.lines):
             draw.text((MARGIN, top + number * line_height), line, fill=TEXT, font=font)
-        draw.text((MARGIN, top + len(row.lines) * line_height + 2), row.note, fill=FAINT, font=small)
+        draw.text(
+            (MARGIN, top + len(row.lines) * line_height + 2), row.note, fill=FAINT, font=small
+        )
         left = MARGIN + LABEL_WIDTH
         for frame in row.frames:
             sheet.paste(frame, (left, top))

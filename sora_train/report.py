@@ -42,7 +42,7 @@ def write_report(run_dir: Path) -> Path:
         _oracle(summary.get("oracle")),
         _samples(run_dir),
         _charts(rows),
-        _dropped(summary.get("dropped")),
+        _dropped(summary.get("dropped"), summary.get("failed_to_decode")),
         _next_steps(run_dir),
         _verbatim(run_dir / "config.yaml", "Configuration (resolved)"),
         _verbatim(run_dir / "run.json", "Fingerprint: seed, threads, versions"),
@@ -72,6 +72,7 @@ def _header(run_dir: Path, summary: dict[str, Any], rows: list[dict[str, float]]
         ("parameters trained", count(facts["params"]) if "params" in facts else None),
         ("last training loss", _number(facts.get("final_loss"), "{:.4f}")),
         ("validation loss", _number(facts.get("val_loss"), "{:.4f}")),
+        ("held-out PSNR, dB", _number(facts.get("val_psnr"), "{:.2f}")),
         ("tokens a second", _number(facts.get("tokens_per_s"), "{:,.0f}")),
         ("waiting for data", _number(facts.get("data_wait"), "{:.1%}")),
     ]
@@ -224,12 +225,16 @@ def _clip(path: Path | None, run_dir: Path, budget: Budget) -> str:
     )
 
 
-def _dropped(dropped: dict[str, int] | None) -> str:
-    if not dropped:
+def _dropped(dropped: dict[str, int] | None, failed: int | None) -> str:
+    """Clips left out before training by reason, and those that failed to decode while it went on."""
+    counts = {str(reason).replace("_", " "): number for reason, number in (dropped or {}).items()}
+    if failed:
+        counts["failed to decode during training"] = failed
+    if not counts:
         return ""
     body = "".join(
-        f'<tr><td>{escape(str(reason))}</td><td class="n">{number:,}</td></tr>'
-        for reason, number in dropped.items()
+        f'<tr><td>{escape(reason)}</td><td class="n">{number:,}</td></tr>'
+        for reason, number in counts.items()
     )
     return (
         "<h2>Clips left out of training</h2><table><thead><tr><th>reason</th>"

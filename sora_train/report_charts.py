@@ -189,7 +189,9 @@ def _grid(
 def _polyline(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
     steps, values = thin(line.points)
     if len(steps) == 1:
-        return f'<circle cx="{x(steps[0]):.1f}" cy="{y(values[0]):.1f}" r="3" fill="{line.colour}"/>'
+        return (
+            f'<circle cx="{x(steps[0]):.1f}" cy="{y(values[0]):.1f}" r="3" fill="{line.colour}"/>'
+        )
     points = " ".join(
         f"{x(step):.1f},{y(value):.1f}" for step, value in zip(steps, values, strict=True)
     )
@@ -223,6 +225,4 @@ def spread(places: list[float], gap: float, low: float, high: float) -> list[flo
 
 
 def _text(x: float, y: float, text: str, anchor: str, colour: str = FAINT) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'
-    )
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'

@@ -4,7 +4,7 @@ A separate process follows metrics.jsonl and the samples folder and logs what ap
 never waits for it: it may hang, crash or be absent, and the files in the run folder stay complete.
 The same process, run by hand with `--once`, sends a finished run folder later:
 
-    python -m sora_train.tracking RUN_DIR --project NAME --once
+    python -m sora_train.tracking RUN_DIR --project NAME --mode online --once
 """
 
 import argparse
@@ -85,13 +85,23 @@ class ProcessTracker:
             return
         try:
             self._stop_file.touch()
-            self._process.wait(timeout)
+            if self._process.wait(timeout) == 0:
+                self._say_offline()
         except (subprocess.TimeoutExpired, OSError) as error:
             late = isinstance(error, subprocess.TimeoutExpired)
             self._say(f"did not finish in {timeout:g} s" if late else f"could not end ({error})")
             self._kill()
         finally:
             self._stop_file.unlink(missing_ok=True)
+
+    def _say_offline(self) -> None:
+        runs = self._log.parent / "wandb"
+        if any(runs.glob("offline-run-*")):
+            print(
+                f"W&B is offline; `wandb sync {shlex.quote(str(runs))}/offline-run-*` uploads the run.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _kill(self) -> None:
         assert self._process is not None
@@ -111,14 +121,24 @@ def start_tracker(cfg: TrackerConfig, run_dir: Path) -> Tracker:
     if cfg.kind == "none":
         return NullTracker()
     run_dir = Path(run_dir).absolute()
-    command = tracker_command(cfg, run_dir)
-    sync = shlex.join(["python", *command[1:], "--once"])
-    return ProcessTracker([*command, "--parent", str(os.getpid())], run_dir, sync)
+    later = [
+        "python",
+        "-m",
+        "sora_train.tracking",
+        str(run_dir),
+        "--project",
+        cfg.project,
+        "--once",
+    ]
+    sync = shlex.join([*later, "--mode", "online"])
+    return ProcessTracker(tracker_command(cfg, run_dir), run_dir, sync)
 
 
 def tracker_command(cfg: TrackerConfig, run_dir: Path) -> list[str]:
+    """What feeds `run_dir`, as a command that ends with this process."""
     module = [sys.executable, "-m", "sora_train.tracking", str(run_dir)]
-    return [*module, "--project", cfg.project, "--mode", cfg.mode]
+    options = ["--project", cfg.project, "--mode", cfg.mode, "--parent", str(os.getpid())]
+    return [*module, *options]
 
 
 class Tail:
@@ -144,7 +164,8 @@ class Tail:
 class Feed:
     """What of a run folder has been logged, and the logging of the rest.
 
-    Remembers, by metric, the last step logged: a resumed run repeats rows, W&B gets each once.
+    Remembers, by metric, the last step logged, so that a resumed run, which repeats rows, sends each
+    once. After a tracker that was killed rows are sent again rather than lost.
     """
 
     def __init__(self, run: Any, run_dir: Path):
@@ -167,17 +188,16 @@ class Feed:
             config = yaml.safe_load((self._run_dir / "config.yaml").read_text()) or {}
             self._run.config.update(config, allow_val_change=True)
             self._config_sent = True
-        rows = self._tail.rows()
-        for row in rows:
+        for row in self._tail.rows():
             self._log_row(row)
-        folders = self._new_samples(final)
-        for folder in folders:
+        for folder in self._new_samples(final):
             self._log_samples(folder)
-        if rows or folders:
-            temporary = self._state_path.with_suffix(".tmp")
-            state = {"last_step": self._last_step, "samples": self._samples}
-            temporary.write_text(json.dumps(state))
-            os.replace(temporary, self._state_path)
+
+    def save(self) -> None:
+        """Remember what was logged; called only once W&B has confirmed all of it."""
+        temporary = self._state_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"last_step": self._last_step, "samples": self._samples}))
+        os.replace(temporary, self._state_path)
 
     def _log_row(self, row: dict[str, Any]) -> None:
         step = row["step"]
@@ -241,6 +261,7 @@ def feed(run_dir: Path, *, project: str, mode: str, once: bool, parent: int | No
             break
         time.sleep(POLL_SECONDS)
     run.finish()
+    feed.save()
 
 
 def _import_wandb() -> Any:
@@ -257,9 +278,7 @@ def _import_wandb() -> Any:
 def _mode(wandb: Any, mode: str) -> str:
     if mode != "auto":
         return mode
-    return os.environ.get("WANDB_MODE") or (
-        "online" if wandb.login(prompt=False) else "offline"
-    )
+    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
 
 
 def _run_id(run_dir: Path) -> str:

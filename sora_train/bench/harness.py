@@ -85,7 +85,9 @@ def machine() -> dict[str, str | int]:
     gpus = torch.cuda.device_count()
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
         "gpu": torch.cuda.get_device_name(0) if gpus else "none",
         "gpus": gpus,
         "torch": torch.__version__,
@@ -108,7 +110,16 @@ def commit() -> str:
     here = Path(__file__).parent
     try:
         done = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            [
+                "git",
+                "-C",
+                str(here),
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=12",
+                "--exclude=*",
+            ],
             capture_output=True,
             text=True,
             timeout=10,
@@ -163,9 +174,17 @@ class Result:
         }
 
     def to_markdown(self) -> str:
-        lines = [f"# {self.name}", "", "| | median | p10 | p90 | unit | n |", "|---|--:|--:|--:|---|--:|"]
+        lines = [
+            f"# {self.name}",
+            "",
+            "| | median | p10 | p90 | unit | n |",
+            "|---|--:|--:|--:|---|--:|",
+        ]
         for key, value in self.measured.items():
-            shown = [value.form.format(number) for number in (value.stats.median, value.stats.p10, value.stats.p90)]
+            shown = [
+                value.form.format(number)
+                for number in (value.stats.median, value.stats.p10, value.stats.p90)
+            ]
             lines.append(f"| {key} | {' | '.join(shown)} | {value.unit} | {value.stats.n} |")
         lines += ["", "| | |", "|---|---|"]
         about = {**self.facts, **self.machine, "commit": self.commit, "written": self.written}
@@ -174,7 +193,9 @@ class Result:
 
 
 def _cell(value: object) -> str:
-    shown = f"{value:,.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    shown = f"{value:.6g}" if isinstance(value, float) else str(value)
     return "not known" if value is None else shown.replace("|", "\\|")
 
 

@@ -28,7 +28,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="sora bench train", allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=20, help="steps measured")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them, not counted")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of train.json, train.md")
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, help="folder of train.json, train.md"
+    )
     options, overrides = parser.parse_known_args(list(arguments))
     path = run(overrides, steps=options.steps, warmup=options.warmup, out=options.out)
     print(f"\n{path.with_suffix('.md').read_text()}\nwrote {path} and {path.with_suffix('.md')}")
@@ -54,7 +56,7 @@ def run(overrides: list[str], *, steps: int, warmup: int, out: Path) -> Path:
     chosen = [*([] if named else [DEFAULT_EXPERIMENT]), *overrides]
     with tempfile.TemporaryDirectory(prefix="sora_bench_") as folder:
         fixed = [f"run.dir={folder}/run", f"train.steps={warmup + steps}", "train.log_every=1"]
-        cfg = compose([*chosen, *BARE, *fixed, "tracker=none"]).config
+        cfg: Config = compose([*chosen, *BARE, *fixed, "tracker=none"]).config
         params, memory = _train(cfg)
         rows = read_metrics(Path(cfg.run.dir) / "metrics.jsonl")
     measured = [row for row in rows if "train/loss" in row and row["step"] > warmup]

@@ -145,7 +145,8 @@ class VideoVAE(nn.Module):
         latents = mean
         if draw_noise is not None:
             latents = mean + (0.5 * log_variance).exp() * draw_noise(tuple(mean.shape[1:])).to(mean)
-        return self._decode_unclamped(latents), mean, log_variance
+        # Clones, since a sharding hook on a view is lost when somebody writes into it.
+        return self._decode_unclamped(latents).clone(), mean.clone(), log_variance.clone()
 
     @torch.no_grad()
     def measure_latent_stats(self, batches: Iterable[Tensor]) -> tuple[list[float], list[float]]:

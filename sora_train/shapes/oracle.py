@@ -47,7 +47,8 @@ SOLID = (0.2, 0.8)  # the part of the soft mask's range that is stretched to 0..
 MOVED = 0.45  # the part of a full motion that counts as having moved
 TEMPLATE_SIDE = 26
 TEMPLATE_REACH = 1.75  # half the template's side, in radii of the disc of the same area
-TEMPLATE_BLURS = (0.06, 0.18, 0.32)  # in the same radii
+TEMPLATE_BLURS = (0.08, 0.2, 0.34)  # in the same radii
+TEMPLATE_SCALES = (0.92, 1.0, 1.08)  # blur fills holes and notches, which makes the area misleading
 ANGLE_STEP = math.radians(6)
 MAX_TURN = math.radians(180)
 MIN_TURN_GAIN = 0.004  # of correlation, that a turning template must win over a fixed one
@@ -82,9 +83,7 @@ def read(clip: np.ndarray) -> list[Reading]:
     the array is not a clip.
     """
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8:
-        raise UserError(
-            f"clip has shape {clip.shape} and type {clip.dtype}: give uint8 (frames, height, width, 3)"
-        )
+        raise UserError(f"clip is {clip.dtype} {clip.shape}: give uint8 (frames, height, width, 3)")
     pixels = clip.astype(np.float32)
     hue_THW, is_thing_THW = _hues(pixels)
     found = []
@@ -98,11 +97,12 @@ def read(clip: np.ndarray) -> list[Reading]:
     found = [item for item in found if item[0] >= MIN_SHARE * found[0][0]]
     if not found:
         return []
-    pan = _background_shift(pixels.mean(axis=-1), ~_grown(is_thing_THW, 2))
+    free_THW = ~_grown(is_thing_THW, 2)
+    pan = _background_shift(pixels @ np.full(3, 1 / 3, np.float32), free_THW)
     readings = []
     for _, colour, seed_THW in found:
         others_THW = is_thing_THW & ~seed_THW
-        mask_THW = _soft_mask(pixels, seed_THW, others_THW, ~_grown(is_thing_THW, 2))
+        mask_THW = _soft_mask(pixels, seed_THW, others_THW, free_THW)
         reading = _read_thing(mask_THW, colour, pan)
         if reading is not None:
             readings.append(reading)
@@ -171,16 +171,22 @@ def _soft_mask(
     resolution only. The background's colour is taken row by row, where it may have a gradient.
     """
     own = np.median(pixels[seed_THW], axis=0)
-    base = np.median(pixels[outside_THW], axis=0) if outside_THW.any() else np.zeros(3)
-    ground_HC = np.empty((pixels.shape[1], 3), np.float32)
-    for row in range(pixels.shape[1]):
-        free = pixels[:, row][outside_THW[:, row]]
-        ground_HC[row] = np.median(free, axis=0) if len(free) >= 8 else base
-    ground_HC = ground_HC[:, None]
-    way = own - ground_HC
-    soft_THW = ((pixels - ground_HC) * way).sum(axis=-1) / np.maximum((way * way).sum(axis=-1), 1)
+    free_THW = outside_THW.astype(np.float32)
+    free_H = free_THW.sum(axis=(0, 2))
+    sum_HC = np.einsum("thwc,thw->hc", pixels, free_THW)
+    base = sum_HC.sum(axis=0) / max(float(free_H.sum()), 1.0)
+    ground_HC = np.where(free_H[:, None] >= 8, sum_HC / np.maximum(free_H[:, None], 1), base)
+    way_HC = own - ground_HC
+    way_HC = (way_HC / np.maximum((way_HC**2).sum(axis=1, keepdims=True), 1)).astype(np.float32)
+    soft_THW = np.einsum("thwc,hc->thw", pixels, way_HC)
+    soft_THW -= (ground_HC * way_HC).sum(axis=1)[:, None]
     soft_THW[others_THW | ~_near(seed_THW)] = 0
-    return np.clip((soft_THW - SOLID[0]) / (SOLID[1] - SOLID[0]), 0, 1)
+    return _solid(soft_THW)
+
+
+def _solid(soft: np.ndarray) -> np.ndarray:
+    """The soft mask with texture and noise cut off below and shading cut off above."""
+    return np.clip((soft - SOLID[0]) / (SOLID[1] - SOLID[0]), 0, 1)
 
 
 def _near(seed_THW: np.ndarray) -> np.ndarray:
@@ -189,14 +195,13 @@ def _near(seed_THW: np.ndarray) -> np.ndarray:
     Rows and columns with next to no seed are left out, so that a stray pixel does not stretch it.
     """
     boxes = np.zeros_like(seed_THW)
-    for frame, seed_HW in enumerate(seed_THW):
+    for frame in np.flatnonzero(seed_THW.any(axis=(1, 2))):
         spans = []
         for axis in (1, 0):
-            profile = seed_HW.sum(axis=axis)
+            profile = seed_THW[frame].sum(axis=axis)
             solid = np.flatnonzero(profile >= max(1.0, 0.12 * profile.max()))
             spans.append(slice(max(solid[0] - 3, 0), solid[-1] + 4))
-        if seed_HW.any():
-            boxes[frame][tuple(spans)] = True
+        boxes[frame][tuple(spans)] = True
     return boxes
 
 
@@ -237,33 +242,42 @@ def _camera(shift: float) -> str:
 
 @functools.cache
 def _templates() -> dict[str, np.ndarray]:
-    """For each shape (blurs, angles, P): pictures of area pi, of zero mean and unit length."""
-    grid = (np.arange(TEMPLATE_SIDE) + 0.5) / TEMPLATE_SIDE * 2 - 1
-    x, y = np.meshgrid(grid * TEMPLATE_REACH, grid * TEMPLATE_REACH)
-    fine = np.linspace(-1.5, 1.5, 600)
+    """For each shape (scales and blurs, angles, P): pictures of zero mean and unit length.
+
+    A picture goes through what a mask goes through: blur, then the stretch of its solid part. At
+    scale 1 its area is then that of the unit disc, as the masks' is.
+    """
     pictures = {}
     for shape in SHAPES:
-        inside = (distance(shape, *np.meshgrid(fine, fine)) < 0).mean()
-        radius = math.sqrt(math.pi / (inside * 9.0))
         angles = np.arange(round(SYMMETRY.get(shape, ANGLE_STEP) / ANGLE_STEP)) * ANGLE_STEP
-        outlines = np.stack(
-            [
-                distance(
-                    shape,
-                    (math.cos(angle) * x + math.sin(angle) * y) / radius,
-                    (math.cos(angle) * y - math.sin(angle) * x) / radius,
-                )
-                for angle in angles
+        versions = []
+        for blur in TEMPLATE_BLURS:
+            radius = 1.0
+            for _ in range(3):
+                area = _picture(shape, 0.0, radius, blur).mean() * (2 * TEMPLATE_REACH) ** 2
+                radius *= math.sqrt(math.pi / area)
+            versions += [
+                [_picture(shape, angle, radius * scale, blur) for angle in angles]
+                for scale in TEMPLATE_SCALES
             ]
-        )
-        # A logistic edge over the signed distance stands for the blur of the pictures.
-        soft = np.stack(
-            [1 / (1 + np.exp(1.7 * outlines * radius / blur)) for blur in TEMPLATE_BLURS]
-        )
-        flat = soft.reshape(len(TEMPLATE_BLURS), len(angles), -1)
+        flat = np.stack(versions).reshape(len(versions), len(angles), -1)
         flat = flat - flat.mean(axis=-1, keepdims=True)
         pictures[shape] = flat / np.linalg.norm(flat, axis=-1, keepdims=True)
     return pictures
+
+
+def _picture(shape: str, angle: float, radius: float, blur: float) -> np.ndarray:
+    """One template: float64 (TEMPLATE_SIDE, TEMPLATE_SIDE) in [0, 1]."""
+    side = TEMPLATE_SIDE * 2
+    grid = ((np.arange(side) + 0.5) / side * 2 - 1) * TEMPLATE_REACH
+    x, y = np.meshgrid(grid / radius, grid / radius)
+    cos, sin = math.cos(angle), math.sin(angle)
+    outline = distance(shape, cos * x + sin * y, cos * y - sin * x)
+    sharp = np.clip(0.5 - outline * radius * side / (2 * TEMPLATE_REACH), 0, 1)
+    spread = np.exp(-((grid[:, None] - grid) ** 2) / (2 * blur**2))
+    spread /= spread.sum(axis=1, keepdims=True)
+    soft = _solid(spread @ sharp @ spread.T)
+    return soft.reshape(TEMPLATE_SIDE, 2, TEMPLATE_SIDE, 2).mean(axis=(1, 3))
 
 
 def _normalised(

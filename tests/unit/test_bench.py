@@ -1,0 +1,185 @@
+"""Benchmarks: the statistics are right, and no number goes without its machine, commit and command."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from sora_train.bench import harness
+from sora_train.bench import train as bench_train
+from sora_train.bench.harness import Measured, Result, Stats, measure, peak_flops
+from sora_train.config.compose import compose
+from sora_train.errors import ConfigError, UserError
+from sora_train.models.dit import VideoDiT
+
+REPO = Path(__file__).parents[2]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
+def test_statistics_are_those_of_numpy(values: list[float]):
+    stats = Stats.of(values)
+    expected = np.quantile(values, [0.1, 0.5, 0.9])
+    np.testing.assert_allclose([stats.p10, stats.median, stats.p90], expected, atol=1e-6)
+    assert stats.n == len(values)
+
+
+def test_no_measurement_is_no_result():
+    with pytest.raises(ValueError, match="no measurement"):
+        Stats.of([])
+
+
+def test_warm_up_is_called_and_not_counted(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+    costs = iter([100.0, 50.0, 1.0, 2.0, 3.0])
+
+    def work() -> None:
+        nonlocal now
+        now += next(costs)
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
+    stats = measure(work, warmup=2, repeats=3)
+    assert (stats.median, stats.n) == (2.0, 3)
+    assert next(costs, None) is None
+
+
+def test_a_result_carries_machine_commit_and_command(tmp_path: Path):
+    result = Result(
+        "toy", {"step": Measured(Stats.of([1.0, 2.0, 3.0]), "s")}, {"batch": 4, "peak": None}
+    )
+    path = result.write(tmp_path / "deep")
+    read = json.loads(path.read_text())
+    assert read["measured"]["step"] == {"median": 2.0, "p10": 1.2, "p90": 2.8, "n": 3, "unit": "s"}
+    assert read["machine"]["torch"] == torch.__version__ and read["machine"]["cpu"]
+    assert read["machine"]["cores"] >= 1
+    assert read["commit"] and read["command"].startswith("sora ")
+    page = path.with_suffix(".md").read_text()
+    assert "| step | 2 | 1.2 | 2.8 | s | 3 |" in page
+    assert read["commit"] in page and read["machine"]["cpu"] in page and read["command"] in page
+    assert sorted(file.name for file in path.parent.iterdir()) == ["toy.json", "toy.md"]
+
+
+def test_the_commit_is_unknown_outside_a_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "harness.py"))
+    assert harness.commit() == "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert harness.commit() == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 3060", None),
+    ],
+)
+def test_peaks_are_known_by_name(device: str, peak: float | None):
+    assert peak_flops(device) == peak
+
+
+def test_the_count_of_operations_is_that_of_the_real_model():
+    cfg = compose(
+        [
+            "experiment=parity_tiny",
+            "model.num_layers=3",
+            "model.ffn_dim=320",
+            "model.attention=gemm",
+        ]
+    ).config
+    model = VideoDiT(cfg.model).to("cpu")
+    latents = torch.randn(1, cfg.model.in_channels, 2, 16, 24)
+    captions = torch.randn(1, cfg.text.max_length, cfg.model.text_dim)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(latents, torch.full((1, 2), 0.5), captions)
+    tokens = 2 * 8 * 12
+    # What is left out is small: the noise level's own layers, once a latent frame.
+    assert 0.97 < bench_train.dit_flops(tokens, cfg) / 3 / counter.get_total_flops() <= 1
+
+
+def test_the_operations_of_a_step_are_those_of_its_clips():
+    cfg = compose(["experiment=parity_tiny"]).config
+    row = {"train/tokens_per_second": 320.0, "train/step_seconds": 0.5, "train/clips": 4.0}
+    assert bench_train.step_flops(row, cfg) == 4 * bench_train.dit_flops(40, cfg)
+    assert bench_train.step_flops({**row, "train/clips": 0.0}, cfg) == 0
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(0, 1), (1, -1)])
+def test_nothing_to_measure_is_refused(steps: int, warmup: int, tmp_path: Path):
+    with pytest.raises(UserError, match="--steps"):
+        bench_train.run([], steps=steps, warmup=warmup, out=tmp_path)
+
+
+def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun"):
+        bench_train.run([], steps=1, warmup=0, out=tmp_path)
+
+
+def test_a_wrong_override_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="optim.lrr"):
+        bench_train.run(["optim.lrr=1"], steps=1, warmup=0, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_toy_training_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["data.shapes_clips=8", "--steps", "3", "--warmup", "1", "--out", str(tmp_path)]
+    assert bench_train.main(["run.device=cpu", *arguments]) == 0
+    found = json.loads((tmp_path / "train.json").read_text())
+    measured = found["measured"]
+    assert set(measured) == {"step time", "throughput", "data wait"}, "no peak, so no MFU"
+    assert all(value["n"] == 3 for value in measured.values())
+    assert measured["step time"]["median"] > 0 and measured["throughput"]["median"] > 0
+    assert 0 <= measured["data wait"]["median"] <= 100
+    assert found["facts"]["steps before measuring"] == 1 and found["facts"]["device"] == "cpu"
+    assert "| step time |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_runs_at_toy_size_on_a_cpu(tmp_path: Path):
+    suite = REPO / "benchmarks/gpu_suite.sh"
+    limits = [int(seconds) for seconds in re.findall(r"^part \w+ (\d+) ", suite.read_text(), re.M)]
+    assert len(limits) == 3 and sum(limits) < 600
+    environment = {
+        **os.environ,
+        "SORA_TOY": "1",
+        "PYTHON": sys.executable,
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        ["bash", str(suite), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "suite.md").read_text().count("| passed |") == 3
+    assert (tmp_path / "train_256px/train.json").exists()
+    assert json.loads((tmp_path / "quickstart/summary.json").read_text())["steps"] == 2
+
+
+def test_a_part_that_fails_stops_no_other(tmp_path: Path):
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\ncase "$*" in *bench*) echo broken; exit 3;; esac\n')
+    fake.chmod(0o755)
+    environment = {**os.environ, "SORA_TOY": "1", "PYTHON": str(fake)}
+    command = ["bash", str(REPO / "benchmarks/gpu_suite.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    table = (tmp_path / "out/suite.md").read_text()
+    assert done.returncode == 1
+    assert "| train_256px | failed with exit code 3 |" in table
+    assert table.count("| passed |") == 2
+    assert (tmp_path / "out/train_256px.log").read_text() == "broken\n"
