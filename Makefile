@@ -9,10 +9,10 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-all lint format docs clean
+.PHONY: help env quickstart test test-all lint format docs tiny_vae clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## */\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
 
 env: $(STAMP)  ## make .venv with the versions of constraints.txt
 
@@ -40,8 +40,14 @@ format: $(STAMP)  ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)  ## write docs/config.md again from the config models
+docs: $(STAMP)  ## write docs/config.md and docs/metrics.md again from the models
 	$(BIN)/python -m sora_train.config.reference
+	$(BIN)/python -m sora_train.metrics_reference
+
+tiny_vae: $(STAMP)  ## train the video autoencoder that the package ships (about 40 minutes on a core)
+	$(BIN)/sora train experiment=tiny_vae
+	$(BIN)/sora train experiment=tiny_vae_short vae.path=runs/tiny_vae/vae
+	$(BIN)/sora train experiment=tiny_vae_long vae.path=runs/tiny_vae_short/vae
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis dist build

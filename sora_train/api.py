@@ -23,8 +23,16 @@ from sora_train.sampling import ClipShape, sample_clips
 class Model:
     """A trained text-to-video model with its VAE and the diffusion spec it was trained under."""
 
-    def __init__(self, cfg: Config, spec: DiffusionSpec, model: TextToVideo, vae: VideoVAE, step: int):
-        self.cfg, self.spec, self.step = cfg, spec, step
+    def __init__(
+        self,
+        cfg: Config,
+        spec: DiffusionSpec,
+        model: TextToVideo,
+        vae: VideoVAE,
+        shape: ClipShape,
+        step: int,
+    ):
+        self.cfg, self.spec, self.shape, self.step = cfg, spec, shape, step
         self.model, self.vae = model.eval(), vae
 
     def sample(
@@ -43,8 +51,8 @@ class Model:
         """`num` clips a prompt, those of one prompt next to each other, uint8 (T, H, W, 3) each.
 
         Args:
-            size: (width, height) in pixels; default: that of the model's largest square-most bucket.
-            frames: frames of a clip; default: the longest the model was trained on.
+            size: (width, height) in pixels; default: that of most training clips.
+            frames: frames of a clip; default: that of most training clips.
             fps: frame rate the model is told and clips are meant to be played at.
             seed: clip i starts from noise keyed by (seed, i).
             steps: sampler steps; default: the spec's.
@@ -74,18 +82,16 @@ class Model:
     def clip_shape(
         self, size: tuple[int, int] | None, frames: int | None, fps: float | None
     ) -> ClipShape:
-        """The wanted shape, gaps filled from the buckets the model was trained on, checked."""
-        largest = max(self.cfg.buckets.classes, key=lambda entry: entry.pixels)
+        """The wanted shape, gaps filled from the bucket that most training clips were in, checked."""
         multiple = self.vae.spatial_factor * max(self.cfg.model.patch_size[1:])
-        side = max(multiple, round(largest.pixels**0.5 / multiple) * multiple)
-        width, height = size or (side, side)
+        width, height = size or (self.shape.width, self.shape.height)
         if width % multiple or height % multiple or min(width, height) < multiple:
             raise UserError(
                 f"--size {width}x{height} does not fit the model: width and height must be multiples of {multiple}"
             )
-        count = frames or max(largest.frames)
+        count = frames or self.shape.frames
         self.vae.latent_shape(count, height, width)
-        return ClipShape(count, height, width, fps or self.cfg.buckets.fps)
+        return ClipShape(count, height, width, fps or self.shape.fps)
 
 
 def load(run: str | Path, *, step: int | None = None, weights: str = "ema", device: str = "auto") -> Model:
@@ -122,4 +128,4 @@ def load(run: str | Path, *, step: int | None = None, weights: str = "ema", devi
     tensors: dict[str, Tensor] = {f"{prefix}{name}": value.detach() for name, value in names.items()}
     checkpoints.load_part(found, tensors, prefix)
     target = pick_device(device)
-    return Model(cfg, spec, model.to(target), vae.to(target), found.step)
+    return Model(cfg, spec, model.to(target), vae.to(target), ClipShape(**state["sample_shape"]), found.step)

@@ -22,6 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from sora_train.distributed import ControlPlane
 from sora_train.errors import Fault, UserError
@@ -99,10 +100,22 @@ def save(
         dcp.save(tensors, storage_writer=FileSystemWriter(temporary), process_group=control.group)
         if control.world.is_main:
             _commit(temporary, final, state)
-    except OSError as failure:
-        error = Fault(f"cannot write the checkpoint {final}: {failure.strerror}; free space or set run.dir")
+    except (OSError, CheckpointException) as failure:
+        error = Fault(f"cannot write the checkpoint {final}: {_why(failure, folder)}; free space or set run.dir")
+        if control.world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
     control.raise_together(error)
     return Checkpoint(final, step)
+
+
+def _why(failure: OSError | CheckpointException, folder: Path) -> str:
+    """One line; torch tells of a full disk in many ways, so the space left is said beside them."""
+    causes = [failure] if isinstance(failure, OSError) else [cause for cause, _ in failure.failures.values()]
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    free = shutil.disk_usage(folder).free / 2**20
+    return f"{type(causes[0]).__name__}, with {free:,.0f} MiB free on its disk"
 
 
 def _commit(temporary: Path, final: Path, state: dict[str, Any]) -> None:

@@ -283,8 +283,11 @@ def config_explain(
 def bench_train(arguments: Overrides = None) -> int:
     """Measure training steps: warm-up, then median and spread, as JSON and Markdown.
 
+    Overrides choose what is trained; --steps N and --warmup N how much of it is measured, --out DIR where the
+    results go.
+
     \b
-    sora bench train experiment=quickstart
+    sora bench train experiment=quickstart --steps 30 --warmup 5 --out benchmarks/results
     """
     from sora_train.commands import bench_train as bench
 

@@ -21,7 +21,6 @@ def finish(trainer: "Trainer") -> None:
     """Commit the final checkpoint first: what follows can fail without losing the training."""
     trainer.save()
     trainer.write_samples()
-    final = trainer.validate()
     oracle = None
     if trainer.cfg.sample.oracle_prompts and isinstance(trainer.engine.model, TextToVideo):
         with trainer.ema.swapped_in(trainer.engine.model):
@@ -29,7 +28,7 @@ def finish(trainer: "Trainer") -> None:
     if trainer.cfg.task == "vae":
         export_vae(trainer)
     if trainer.world.is_main:
-        summary = summarise(trainer, final, oracle)
+        summary = summarise(trainer, oracle)
         write_atomically(trainer.folder.path / "summary.json", json.dumps(summary, indent=1))
         report = write_report(trainer.folder.path)
         print_summary(trainer, summary)
@@ -40,9 +39,10 @@ def finish(trainer: "Trainer") -> None:
             )
 
 
-def summarise(trainer: "Trainer", final: dict[str, float], oracle: dict[str, Any] | None) -> dict[str, Any]:
+def summarise(trainer: "Trainer", oracle: dict[str, Any] | None) -> dict[str, Any]:
     """The contents of summary.json; speeds are means over all steps but the first."""
-    rows = [row for row in read_metrics(trainer.folder.metrics) if "train/loss" in row]
+    rows = read_metrics(trainer.folder.metrics)
+    validated = next((row for row in reversed(rows) if "val/loss" in row), {})
     timed = rows[1:] or rows
     seconds = sum(row["train/step_seconds"] for row in timed)
     weighted = sum(row["train/data_wait"] * row["train/step_seconds"] for row in timed)
@@ -54,8 +54,8 @@ def summarise(trainer: "Trainer", final: dict[str, float], oracle: dict[str, Any
         "seconds": time.monotonic() - trainer.started,
         "params": trainer.params,
         "final_loss": rows[-1]["train/loss"] if rows else None,
-        "val_loss": final.get("val/loss"),
-        "val_psnr": final.get("val/psnr"),
+        "val_loss": validated.get("val/loss"),
+        "val_psnr": validated.get("val/psnr"),
         "tokens_per_s": tokens / seconds if seconds else None,
         "data_wait": weighted / seconds if seconds else None,
         "oracle": oracle,

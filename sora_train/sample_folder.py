@@ -67,9 +67,9 @@ def sample_prompts(trainer: "Trainer") -> list[str]:
 
 
 def sample_shape(trainer: "Trainer") -> ClipShape:
-    """The bucket with the longest clips, then with the most of them."""
+    """The bucket with the most clips, a video's if there is any; the longest among equals."""
     data = trainer.data
     counts = data.assignment.clips_per_bucket(data.table)
     filled = [spec.bucket for spec in data.table if counts.get(spec.bucket.name, 0) > 0]
-    bucket = max(filled, key=lambda b: (b.frames, counts[b.name]))
+    bucket = max(filled, key=lambda b: (b.frames > 1, counts[b.name], b.frames))
     return ClipShape(bucket.frames, bucket.height, bucket.width, trainer.cfg.buckets.fps)

@@ -6,6 +6,7 @@ To make it your own, subclass it and override `build_model`, `build_objective`, 
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from sora_train.optim import build_optimizer, lr_at
 from sora_train.parallel.engine import Engine, FsdpEngine
 from sora_train.progress import Progress
 from sora_train.run_folder import RunFolder
-from sora_train.sample_folder import write_samples
+from sora_train.sample_folder import sample_shape, write_samples
 from sora_train.specification import build_spec
 from sora_train.tracking import start_tracker
 from sora_train.training_data import TrainingData
@@ -114,7 +115,8 @@ class Trainer:
             ) as progress:
                 while self.step < self.cfg.train.steps:
                     row = self.train_step()
-                    row |= self.validate() if self.due(self.cfg.validation.every) else {}
+                    if self.due(self.cfg.validation.every) or self.step == self.cfg.train.steps:
+                        row |= self.validate()
                     if metrics and (self.step % self.cfg.train.log_every == 0 or "val/loss" in row):
                         metrics.write(self.step, row)
                     progress.update(self.step, **headline(row))
@@ -247,6 +249,7 @@ class Trainer:
             "task": self.cfg.task,
             "config": self.cfg.model_dump(mode="json"),
             "spec": self.spec.to_dict() if self.spec else None,
+            "sample_shape": asdict(sample_shape(self)),
             "manifest_digest": self.data.digest,
             "versions": checkpoints.state_versions(),
         }

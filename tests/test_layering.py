@@ -35,6 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ema": {"config", "distributed", "parallel"},
     "checkpoint": {"config", "distributed"},
     "tracking": {"config", "distributed"},
+    "report_charts": set(),
+    "metrics_reference": {"metrics"},
     "run_folder": {"config", "distributed"},
     "specification": {"config", "diffusion", "models"},
     "sampling": {"config", "diffusion", "models"},
