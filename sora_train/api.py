@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sora_train import checkpoint as checkpoints
 from sora_train.config import Config
-from sora_train.config.compose import read_config
+from sora_train.config.compose import load_yaml
+from sora_train.config.messages import validated
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.distributed import pick_device
 from sora_train.errors import UserError
@@ -63,20 +63,37 @@ class Model:
             UserError: no prompt, or a size or length the VAE and the patches cannot make.
         """
         if not prompts or num < 1:
-            raise UserError(f"nothing to sample: {len(prompts)} prompts, num={num}; give a prompt and num >= 1")
+            raise UserError(
+                f"nothing to sample: {len(prompts)} prompts, num={num}; give a prompt and num >= 1"
+            )
         shape = self.clip_shape(size, frames, fps)
         changes: dict[str, Any] = {"num_steps": steps, "guidance_scale": guidance_scale}
         try:
-            spec = self.spec.replace(**{key: value for key, value in changes.items() if value is not None})
+            spec = self.spec.replace(
+                **{key: value for key, value in changes.items() if value is not None}
+            )
         except ValueError as error:
             raise UserError(f"{error}; change steps or guidance_scale") from error
         repeated = [prompt for prompt in prompts for _ in range(num)]
-        return sample_clips(self.model, self.vae, spec, repeated, shape, seed=seed, on_batch=on_clip)
+        return sample_clips(
+            self.model, self.vae, spec, repeated, shape, seed=seed, on_batch=on_clip
+        )
 
-    def save(self, clips: list[np.ndarray], labels: list[str], out: Path, *, fps: float | None = None) -> list[Path]:
-        """Write H.264 mp4 files, contact_sheet.png and prompts.json into `out`."""
+    def save(
+        self,
+        clips: list[np.ndarray],
+        labels: list[str],
+        out: Path,
+        *,
+        fps: float | None = None,
+        seed: int = 0,
+    ) -> list[Path]:
+        """Write H.264 mp4 files, contact_sheet.png and prompts.json into `out`.
+
+        `seed` is the one the clips were sampled with; it is noted beside them.
+        """
         return save_clips(
-            Path(out), clips, labels, fps=fps or self.cfg.buckets.fps, seeds=list(range(len(clips)))
+            Path(out), clips, labels, fps=fps or self.shape.fps, seeds=[seed] * len(clips)
         )
 
     def clip_shape(
@@ -94,7 +111,18 @@ class Model:
         return ClipShape(count, height, width, fps or self.shape.fps)
 
 
-def load(run: str | Path, *, step: int | None = None, weights: str = "ema", device: str = "auto") -> Model:
+def shipped_config(run_dir: Path) -> Config:
+    """The run's config without the top-level keys that a project's own Config added; strict in all it keeps.
+
+    They were checked when the run began, and a model of one's own is refused by its weights.
+    """
+    values = load_yaml(run_dir / "config.yaml")
+    return validated(Config, {key: value for key, value in values.items() if key in Config.model_fields})
+
+
+def load(
+    run: str | Path, *, step: int | None = None, weights: str = "ema", device: str = "auto"
+) -> Model:
     """The model of a run folder, or of `RUN@STEP`.
 
     Args:
@@ -106,17 +134,24 @@ def load(run: str | Path, *, step: int | None = None, weights: str = "ema", devi
         UserError: no such run or checkpoint, or the checkpoint is not one of a text-to-video model.
     """
     folder, at, suffix = str(run).rpartition("@")
-    if at and suffix.isdigit():
+    if at and suffix.isdigit() and not Path(run).exists():
         run, step = folder, int(suffix)
     if weights not in ("ema", "live"):
         raise UserError(f"weights={weights!r} is neither 'ema' nor 'live'")
     found = checkpoints.find(Path(run), step)
     state = found.state()
     if state["task"] != "text_to_video":
-        raise UserError(f"{run} trained a {state['task']}, which cannot be sampled from; give a text_to_video run")
-    cfg = read_config(Path(run))
+        raise UserError(
+            f"{run} trained a {state['task']}, which cannot be sampled from; give a text_to_video run"
+        )
+    cfg = shipped_config(Path(run))
     vae = VideoVAE.from_config(cfg.vae)
-    spec = DiffusionSpec.from_dict(state["spec"])
+    try:
+        spec = DiffusionSpec.from_dict(state["spec"])
+    except ValueError as error:
+        raise UserError(
+            f"{found.path} cannot be sampled from: {error}; use the version of sora_train that wrote it"
+        ) from error
     if vae.digest() != spec.vae_digest:
         raise UserError(
             f"{run} was trained on the latents of another VAE than vae.path={cfg.vae.path!r} now holds; "
@@ -125,7 +160,11 @@ def load(run: str | Path, *, step: int | None = None, weights: str = "ema", devi
     model = TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
     names = dict(model.named_parameters())
     prefix = {"ema": "ema.", "live": "model."}[weights]
-    tensors: dict[str, Tensor] = {f"{prefix}{name}": value.detach() for name, value in names.items()}
+    tensors: dict[str, Tensor] = {
+        f"{prefix}{name}": value.detach() for name, value in names.items()
+    }
     checkpoints.load_part(found, tensors, prefix)
     target = pick_device(device)
-    return Model(cfg, spec, model.to(target), vae.to(target), ClipShape(**state["sample_shape"]), found.step)
+    return Model(
+        cfg, spec, model.to(target), vae.to(target), ClipShape(**state["sample_shape"]), found.step
+    )

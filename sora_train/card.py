@@ -33,8 +33,11 @@ def print_card(trainer: "Trainer") -> None:
 def run_table(trainer: "Trainer") -> Table:
     cfg, data = trainer.cfg, trainer.data
     clips, tokens = mean_step(trainer)
-    table = Table(title=f"{cfg.name} -> {trainer.folder.path}", show_header=False, title_justify="left")
+    table = Table(
+        title=f"{cfg.name} -> {trainer.folder.path}", show_header=False, title_justify="left"
+    )
     left = cfg.train.steps - trainer.step
+    found = data.account()
     rows = {
         "trainable parameters": f"{trainer.params:,}",
         "device": f"{trainer.world.device}, {trainer.world.size} rank(s), {torch.get_num_threads()} thread(s)",
@@ -42,6 +45,8 @@ def run_table(trainer: "Trainer") -> Table:
         "a step": f"{cfg.train.micro_batches} micro-batch(es), {clips:.1f} clips, {tokens:,.0f} tokens on average",
         "an epoch": f"{data.tape.clips_per_epoch:,} clips, {data.steps_per_epoch:.1f} steps; "
         f"the run is {cfg.train.steps / data.steps_per_epoch:.1f} epochs",
+        "clips": f"{found['used']:,} used + {found['dropped']:,} dropped + {found['failed']:,} failed before "
+        f"= {found['total']:,}",
         "held-out clips": str(len(data.val_clips)),
         "memory of weights and optimizer": f"{state_bytes(trainer) / 2**20:,.0f} MiB a rank",
         "expected time": f"about {duration(left * step_seconds(trainer))} for {left} steps",
@@ -77,7 +82,8 @@ def mean_step(trainer: "Trainer") -> tuple[float, float]:
     epoch = data.tape.epoch(0)
     sizes = np.diff(epoch.starts).tolist()
     tokens = sum(
-        data.tokens_of(data.tape.buckets[bucket]) * size for bucket, size in zip(epoch.bucket, sizes, strict=True)
+        data.tokens_of(data.tape.buckets[bucket]) * size
+        for bucket, size in zip(epoch.bucket, sizes, strict=True)
     )
     return data.tape.clips_per_epoch / data.steps_per_epoch, tokens / data.steps_per_epoch
 
@@ -96,7 +102,10 @@ def step_seconds(trainer: "Trainer") -> float:
     if isinstance(model, TextToVideo):
         text = trainer.cfg.text.max_length // 2
         epoch = data.tape.epoch(0)
-        mean = sum(model.flops(data.tokens_of(data.tape.bucket_of(int(row))), text) for row in epoch.rows[:64])
+        mean = sum(
+            model.flops(data.tokens_of(data.tape.bucket_of(int(row))), text)
+            for row in epoch.rows[:64]
+        )
         forward = mean / min(64, len(epoch.rows)) * data.tape.clips_per_epoch / data.steps_per_epoch
     else:
         pixels = sum(
@@ -105,7 +114,9 @@ def step_seconds(trainer: "Trainer") -> float:
             for spec in data.table
         )  # fmt: skip
         # Convolutions of constant resolution cost about two operations a weight and pixel of their level.
-        forward = 2.0 * trainer.params * pixels / trainer.vae.spatial_factor**2 * 4 / data.steps_per_epoch
+        forward = (
+            2.0 * trainer.params * pixels / trainer.vae.spatial_factor**2 * 4 / data.steps_per_epoch
+        )
     return 3 * forward / trainer.world.size / (matmul_flops(trainer) * ASSUMED_UTILISATION)
 
 

@@ -47,7 +47,10 @@ def complete(path: Path) -> bool:
     if not manifest.is_file():
         return False
     files = json.loads(manifest.read_text())["files"]
-    return all((path / name).is_file() and (path / name).stat().st_size == entry["size"] for name, entry in files.items())
+    return all(
+        (path / name).is_file() and (path / name).stat().st_size == entry["size"]
+        for name, entry in files.items()
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -68,7 +71,9 @@ def find(run_dir: Path, step: int | None = None) -> Checkpoint:
     """
     found = list_checkpoints(run_dir / "checkpoints")
     if not found:
-        raise UserError(f"{run_dir} holds no complete checkpoint; give a run folder that `sora train` has written")
+        raise UserError(
+            f"{run_dir} holds no complete checkpoint; give a run folder that `sora train` has written"
+        )
     if step is None:
         return found[-1]
     for checkpoint in found:
@@ -79,7 +84,11 @@ def find(run_dir: Path, step: int | None = None) -> Checkpoint:
 
 
 def save(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], control: ControlPlane
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    control: ControlPlane,
 ) -> Checkpoint:
     """Write a checkpoint of `step`; every rank calls this, rank 0 commits.
 
@@ -94,14 +103,18 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         except OSError as failure:
-            error = Fault(f"cannot write the checkpoint {temporary}: {failure.strerror}; free space or set run.dir")
+            error = Fault(
+                f"cannot write the checkpoint {temporary}: {failure.strerror}; free space or set run.dir"
+            )
     control.raise_together(error)
     try:
         dcp.save(tensors, storage_writer=FileSystemWriter(temporary), process_group=control.group)
         if control.world.is_main:
             _commit(temporary, final, state)
     except (OSError, CheckpointException) as failure:
-        error = Fault(f"cannot write the checkpoint {final}: {_why(failure, folder)}; free space or set run.dir")
+        error = Fault(
+            f"cannot write the checkpoint {final}: {_why(failure, folder)}; free space or set run.dir"
+        )
         if control.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
     control.raise_together(error)
@@ -110,7 +123,11 @@ def save(
 
 def _why(failure: OSError | CheckpointException, folder: Path) -> str:
     """One line; torch tells of a full disk in many ways, so the space left is said beside them."""
-    causes = [failure] if isinstance(failure, OSError) else [cause for cause, _ in failure.failures.values()]
+    causes = (
+        [failure]
+        if isinstance(failure, OSError)
+        else [cause for cause, _ in failure.failures.values()]
+    )
     for cause in causes:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
@@ -171,7 +188,9 @@ def verify(checkpoint: Checkpoint) -> None:
             )
 
 
-def _require_same(checkpoint: Checkpoint, stored: dict[str, Any], wanted: dict[str, Tensor]) -> None:
+def _require_same(
+    checkpoint: Checkpoint, stored: dict[str, Any], wanted: dict[str, Tensor]
+) -> None:
     missing = sorted(set(wanted) - set(stored))
     surplus = sorted(set(stored) - set(wanted))
     shapes = [
@@ -214,7 +233,9 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def canonical(model: dict[str, Tensor], optimizer: dict[str, Tensor], ema: dict[str, Tensor]) -> dict[str, Tensor]:
+def canonical(
+    model: dict[str, Tensor], optimizer: dict[str, Tensor], ema: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The flat name space of a checkpoint."""
     named = {f"model.{name}": tensor for name, tensor in model.items()}
     named |= {f"optim.{name}": tensor for name, tensor in optimizer.items()}

@@ -50,7 +50,7 @@ def sample_clips(
         num=num,
     )
     labels = [prompt for prompt in prompts for _ in range(num)]
-    return model.save(clips, labels, out, fps=fps)
+    return model.save(clips, labels, out, fps=fps, seed=seed)
 
 
 def prep_shards(overrides: list[str]) -> str:

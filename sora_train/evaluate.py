@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sora_train.objectives import to_pixels
 from sora_train.data.sample import Clip
+from sora_train.objectives import to_pixels
 from sora_train.progress import Progress
 from sora_train.sample_folder import sample_shape
 from sora_train.sampling import ClipShape, sample_clips, to_uint8
@@ -35,7 +35,16 @@ def oracle_scores(trainer: "Trainer") -> dict[str, Scores]:
         scores[name] = score(sampled(trainer, asked, shape, name), asked)
     everything = [*prompts["seen"], *prompts["held_out"]]
     clean = [
-        render(scene_of(prompt, seed, num_frames=shape.frames, fps=shape.fps, height=shape.height, width=shape.width))
+        render(
+            scene_of(
+                prompt,
+                seed,
+                num_frames=shape.frames,
+                fps=shape.fps,
+                height=shape.height,
+                width=shape.width,
+            )
+        )
         for seed, prompt in enumerate(everything)
     ]
     scores["chance"] = dict(CHANCE)
@@ -44,9 +53,13 @@ def oracle_scores(trainer: "Trainer") -> dict[str, Scores]:
     return scores
 
 
-def sampled(trainer: "Trainer", prompts: list[Prompt], shape: ClipShape, name: str) -> list[np.ndarray]:
+def sampled(
+    trainer: "Trainer", prompts: list[Prompt], shape: ClipShape, name: str
+) -> list[np.ndarray]:
     model = trainer.engine.model
-    with Progress(len(prompts), f"sampling {name} prompts", enabled=trainer.world.is_main) as progress:
+    with Progress(
+        len(prompts), f"sampling {name} prompts", enabled=trainer.world.is_main
+    ) as progress:
         return sample_clips(
             model,
             trainer.vae,
@@ -63,4 +76,6 @@ def sampled(trainer: "Trainer", prompts: list[Prompt], shape: ClipShape, name: s
 def reconstruct(trainer: "Trainer", clip: np.ndarray) -> np.ndarray:
     """What the VAE makes of a clip, uint8 (T, H, W, 3)."""
     row = Clip(row=0, epoch=0, pixels=clip, latents=None, fps=1.0, caption="", digest="")
-    return to_uint8(trainer.vae.decode(trainer.vae.encode(to_pixels([row], trainer.world.device)))[0])
+    return to_uint8(
+        trainer.vae.decode(trainer.vae.encode(to_pixels([row], trainer.world.device)))[0]
+    )

@@ -32,7 +32,9 @@ def finish(trainer: "Trainer") -> None:
         write_atomically(trainer.folder.path / "summary.json", json.dumps(summary, indent=1))
         report = write_report(trainer.folder.path)
         print_summary(trainer, summary)
-        Console().print(f"report: {report}\nsamples: {trainer.folder.path / 'samples'}", highlight=False)
+        Console().print(
+            f"report: {report}\nsamples: {trainer.folder.path / 'samples'}", highlight=False
+        )
         if trainer.cfg.task == "text_to_video":
             Console().print(
                 f'next: sora sample --ckpt {trainer.folder.path} --prompt "..."', highlight=False
@@ -60,14 +62,24 @@ def summarise(trainer: "Trainer", oracle: dict[str, Any] | None) -> dict[str, An
         "data_wait": weighted / seconds if seconds else None,
         "oracle": oracle,
         "samples": [str(path.relative_to(trainer.folder.path)) for path in samples],
+        "clips": trainer.data.account(),
         "dropped": trainer.data.assignment.dropped(),
-        "failed_to_decode": trainer.dropped,
+        "failed_to_decode": len(trainer.data.loader.quarantine),
     }
 
 
 def print_summary(trainer: "Trainer", summary: dict[str, Any]) -> None:
     table = Table(title=f"{trainer.cfg.name}: done", title_justify="left", show_header=False)
-    for key in ("steps", "seconds", "params", "final_loss", "val_loss", "val_psnr", "tokens_per_s", "data_wait"):
+    for key in (
+        "steps",
+        "seconds",
+        "params",
+        "final_loss",
+        "val_loss",
+        "val_psnr",
+        "tokens_per_s",
+        "data_wait",
+    ):
         value = summary[key]
         if value is not None:
             table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
@@ -81,7 +93,11 @@ def oracle_table(oracle: dict[str, Any]) -> Table:
     """What share of clips show what their prompt asks for, beside chance and the two ceilings."""
     table = Table(title="oracle: share of clips that show what was asked", title_justify="left")
     table.add_column("")
-    rows = [key for key in ("seen", "held_out", "chance", "ceiling_clean", "ceiling_vae") if key in oracle]
+    rows = [
+        key
+        for key in ("seen", "held_out", "chance", "ceiling_clean", "ceiling_vae")
+        if key in oracle
+    ]
     factors = list(oracle["seen"])
     for factor in factors:
         table.add_column(factor, justify="right")

@@ -30,7 +30,9 @@ METRICS: dict[str, Metric] = {
     "train/samples_seen": Metric("clips", "clips trained since step 0"),
     "train/epoch": Metric("epochs", "passes over the source, with its fraction"),
     "train/dropped": Metric("clips", "clips that failed to decode since step 0, all ranks"),
-    "val/loss": Metric("1", "mean over the noise levels of the loss on held-out clips, EMA weights, fixed noise"),
+    "val/loss": Metric(
+        "1", "mean over the noise levels of the loss on held-out clips, EMA weights, fixed noise"
+    ),
     "val/loss/t*": Metric("1", "the same at one noise level t"),
     "val/psnr": Metric("dB", "VAE task: reconstruction of held-out clips"),
 }

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sora_train.config import Config, VaeObjectiveConfig
 from sora_train.data.sample import Clip, ClipBatch
-from sora_train.diffusion.draws import draw_noise, draw_uniform
 from sora_train.diffusion.conditioning import choose_kind, frame_mask, frame_times
+from sora_train.diffusion.draws import draw_noise, draw_uniform
 from sora_train.diffusion.flow import interpolate, velocity_loss
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.models.text_to_video import TextToVideo
@@ -66,18 +66,23 @@ class TextToVideoObjective:
         return {"velocity": batch.weight}
 
     def terms(self, model: nn.Module, batch: ClipBatch) -> dict[str, Term]:
+        loss_sum = self.flow_batch(batch).loss_sum(model)
+        return {"velocity": Term(loss_sum * float(batch.weight > 0), batch.weight)}
+
+    def flow_batch(self, batch: ClipBatch) -> "FlowBatch":
+        """The batch on its way to noise, every draw keyed by sample."""
         clips = batch.clips or placeholder(batch)
         seed, keys = self.cfg.seed, [(clip.epoch, clip.row) for clip in clips]
         x = self.latents(clips)
-        flow = FlowBatch(
+        u_B = draw_uniform(seed, "timestep", keys)
+        return FlowBatch(
             x=x,
             noise=draw_noise(seed, "noise", keys, x.shape[1:]).to(x.device),
-            t_B=self.spec.training_times(draw_uniform(seed, "timestep", keys), x.shape[2:]).to(x.device),
+            t_B=self.spec.training_times(u_B, x.shape[2:]).to(x.device),
             mask_BT=self.given_frames(keys, x.shape[2]).to(x.device),
             prompts=self.drop_captions([clip.caption for clip in clips], keys),
             fps_B=torch.tensor([clip.fps for clip in clips], device=x.device),
         )
-        return {"velocity": Term(flow.loss_sum(model) * float(batch.weight > 0), batch.weight)}
 
     def given_frames(self, keys: list[tuple[int, int]], num_frames: int) -> Tensor:
         """Mask (B, T) of the latent frames each sample is shown clean, by the spec's conditioning."""
@@ -107,7 +112,10 @@ class TextToVideoObjective:
     def drop_captions(self, prompts: list[str], keys: list[tuple[int, int]]) -> list[str]:
         """The null caption is the encoded empty string."""
         u_B = draw_uniform(self.cfg.seed, "caption_dropout", keys).tolist()
-        return ["" if u < self.spec.caption_dropout else prompt for u, prompt in zip(u_B, prompts, strict=True)]
+        return [
+            "" if u < self.spec.caption_dropout else prompt
+            for u, prompt in zip(u_B, prompts, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -125,14 +133,17 @@ class FlowBatch:
     prompts: list[str]
     fps_B: Tensor
 
-    def loss_sum(self, model: nn.Module) -> Tensor:
-        """Sum over the samples of each one's mean squared velocity error on frames not given."""
+    def predict(self, model: nn.Module) -> Tensor:
+        """The model's velocity (B, C, T, H, W)."""
         assert isinstance(model, TextToVideo)
         t_BT = frame_times(self.t_B, self.mask_BT)
         z = interpolate(self.x, self.noise, t_BT)
         mask_BT = self.mask_BT if model.transformer.mask_proj is not None else None
-        v_pred = model(z, t_BT, model.tokenize(self.prompts), mask_BT=mask_BT, fps_B=self.fps_B)
-        return velocity_loss(v_pred, self.x, self.noise, 1.0 - self.mask_BT)[0]
+        return model(z, t_BT, model.tokenize(self.prompts), mask_BT=mask_BT, fps_B=self.fps_B)
+
+    def loss_sum(self, model: nn.Module) -> Tensor:
+        """Sum over the samples of each one's mean squared velocity error on frames not given."""
+        return velocity_loss(self.predict(model), self.x, self.noise, 1.0 - self.mask_BT)[0]
 
 
 class VaeObjective:
@@ -150,7 +161,9 @@ class VaeObjective:
         clips = batch.clips or placeholder(batch)
         pixels = to_pixels(clips, self.device)
         keys = [(clip.epoch, clip.row) for clip in clips]
-        reconstruction, mean, logvar = model(pixels, lambda shape: draw_noise(self.seed, "posterior", keys, shape))
+        reconstruction, mean, logvar = model(
+            pixels, lambda shape: draw_noise(self.seed, "posterior", keys, shape)
+        )
         errors: Mapping[str, Tensor] = {
             "mse": per_sample(reconstruction.sub(pixels).square()),
             "l1": per_sample(reconstruction.sub(pixels).abs()),
@@ -161,7 +174,8 @@ class VaeObjective:
         factors: dict[str, Any] = self.cfg.model_dump()
         good = float(batch.weight > 0)
         return {
-            name: Term(factors[name] * good * errors[name].sum(), batch.weight) for name in self.weights(batch)
+            name: Term(factors[name] * good * errors[name].sum(), batch.weight)
+            for name in self.weights(batch)
         }
 
 

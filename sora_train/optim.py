@@ -8,15 +8,19 @@ from torch import nn
 from sora_train.config import OptimConfig
 
 
+# Of two dimensions or more, yet no matrices: modulation and look-up tables, and the gains of the VAE's norms.
+NOT_DECAYED = {"scale_shift_table", "shared", "relative_attention_bias", "gamma"}
+
+
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay acts on matrices; norms, biases, modulation tables and embeddings are left alone."""
-    return parameter.ndim >= 2 and "scale_shift_table" not in name and "shared" not in name
+    """Weight decay acts on matrices and kernels; norms, biases, tables and embeddings are left alone."""
+    return parameter.ndim >= 2 and not NOT_DECAYED & set(name.split("."))
 
 
-def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
+def parameter_groups(parameters: dict[str, nn.Parameter], cfg: OptimConfig) -> list[dict]:
     """Four groups at most: (decayed or not) x (text encoder or not), each with its `lr_scale`."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if parameter.requires_grad:
             key = (decays(name, parameter), name.startswith("text_encoder."))
             groups.setdefault(key, []).append(parameter)
@@ -30,13 +34,13 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict]:
     ]
 
 
-def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(parameters: dict[str, nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), or plain SGD for parity tests."""
-    groups = parameter_groups(model, cfg)
+    groups = parameter_groups(parameters, cfg)
     if cfg.name == "sgd":
         return torch.optim.SGD(groups, lr=cfg.lr)
     beta1, beta2 = cfg.betas
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(beta1, beta2), eps=cfg.eps)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(beta1, beta2), eps=cfg.eps, fused=True)
 
 
 def lr_at(step: int, steps: int, cfg: OptimConfig) -> float:

@@ -14,8 +14,7 @@ from sora_train.train import main
 
 
 class MyConfig(Config):
-    note: str = ""
-    """A key of your own: set with note=..., kept in the run's config.yaml."""
+    """Keys of your own go here with their defaults, `note: str = ""`, and are set with note=..."""
 
 
 class MyTrainer(Trainer):
@@ -28,20 +27,20 @@ if __name__ == "__main__":
 
 YAML = """# {title}: an experiment of your own. `defaults` names what it starts from; below are the keys it changes.
 defaults:
-  - quickstart                 # or real_tiny, with data.source below
+  - quickstart                   # or real_tiny, for clips of your own
   - override /model: tiny_t2v
-name: {name}
-run: {{dir: runs/{name}}}
-# data: {{source: my_clips}}
-buckets: {{max_crop: 0.5}}
+  - override /buckets: shapes
+name: "{name}"
+run: {{dir: "runs/{name}"}}
+data: {{source: shapes}}           # or a folder of clips, shards or a table
 train: {{steps: 900}}
 sample: {{prompts: ["red circle moves left", "blue square rotates"]}}
 """
 
 README = """# {title}
 
-    sora train {folder}/train.py {folder}/my.yaml
     sora config show {folder}/my.yaml
+    sora train {folder}/train.py {folder}/my.yaml
     sora sample --ckpt runs/{name} --prompt "red circle moves left"
 
 `train.py` subclasses Config and Trainer; `my.yaml` chooses values. Every key: `sora config explain KEY`.

@@ -1,8 +1,8 @@
 """One run, one folder: its lock, its resolved config, its fingerprint, and where things lie in it.
 
-    config.yaml     the resolved configuration        metrics.jsonl   one row a step
-    run.json        seed, threads, library versions   checkpoints/    step-N folders and `latest`
-    samples/        step-N folders                    report.html, summary.json   written at the end
+config.yaml     the resolved configuration        metrics.jsonl   one row a step
+run.json        seed, threads, library versions   checkpoints/    step-N folders and `latest`
+samples/        step-N folders                    report.html, summary.json   written at the end
 """
 
 import fcntl
@@ -38,10 +38,14 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run.dir={self.path} cannot be made: {error.strerror}; choose another folder") from error
+            raise UserError(
+                f"run.dir={self.path} cannot be made: {error.strerror}; choose another folder"
+            ) from error
         self._take_lock()
         self._refuse_another_experiment(cfg)
-        write_atomically(self.path / "config.yaml", yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False))
+        write_atomically(
+            self.path / "config.yaml", yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+        )
         write_atomically(self.path / "run.json", json.dumps(fingerprint(cfg), indent=1))
 
     def _take_lock(self) -> None:
@@ -96,7 +100,9 @@ def differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) wherever two nested dicts differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = list(dict.fromkeys([*old, *new]))
-        return [row for key in keys for row in differences(old.get(key), new.get(key), f"{path}.{key}")]
+        return [
+            row for key in keys for row in differences(old.get(key), new.get(key), f"{path}.{key}")
+        ]
     return [] if old == new else [(path, old, new)]
 
 
@@ -129,4 +135,6 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise Fault(f"cannot write {path}: {error.strerror}; free space or choose another run.dir") from error
+        raise Fault(
+            f"cannot write {path}: {error.strerror}; free space or choose another run.dir"
+        ) from error

@@ -26,6 +26,7 @@ from sora_train.models.vae import VideoVAE
 from sora_train.objectives import Objective, TextToVideoObjective, VaeObjective
 from sora_train.optim import build_optimizer, lr_at
 from sora_train.parallel.engine import Engine, FsdpEngine
+from sora_train.parallel.mesh import resolve_degrees
 from sora_train.progress import Progress
 from sora_train.run_folder import RunFolder
 from sora_train.sample_folder import sample_shape, write_samples
@@ -61,18 +62,27 @@ class Trainer:
             cfg.run.deterministic == "auto" and self.world.device.type == "cpu"
         )
         torch.use_deterministic_algorithms(deterministic)
+        resolve_degrees(
+            cfg.parallel, self.world.size
+        )  # a wrong one is told before any clip is read
         self.control = ControlPlane(self.world)
         self.folder = RunFolder(cfg, is_main=self.world.is_main)
         self.step = self.samples_seen = self.dropped = 0
         self.started = time.monotonic()
 
         model = self.build_model()
-        self.vae = model if isinstance(model, VideoVAE) else VideoVAE.from_config(cfg.vae).to(self.world.device)
-        self.params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.vae = (
+            model
+            if isinstance(model, VideoVAE)
+            else VideoVAE.from_config(cfg.vae).to(self.world.device)
+        )
+        self.params = sum(
+            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+        )
         self.spec = build_spec(cfg, self.vae, model)
         self.data = self.build_data(model)
         self.objective = self.build_objective()
-        self.engine = FsdpEngine(model, cfg, self.world, lambda m: build_optimizer(m, cfg.optim))
+        self.engine = FsdpEngine(model, cfg, self.world, lambda named: build_optimizer(named, cfg.optim))
         self.ema = Ema(self.engine.model, cfg.ema.decay)
         if cfg.checkpoint.resume == "auto":
             self.resume()
@@ -88,13 +98,14 @@ class Trainer:
     def build_objective(self) -> Objective:
         if self.cfg.task == "vae":
             return VaeObjective(self.cfg, self.world.device)
+        assert self.spec is not None, "a text-to-video model has a diffusion spec"
         return TextToVideoObjective(self.cfg, self.spec, self.vae, self.world.device)
 
     def build_data(self, model: nn.Module) -> TrainingData:
         return TrainingData.build(self.cfg, self.vae, model, self.world, self.control, self.folder)
 
     def callbacks(self) -> list[Callback]:
-        """Called on every rank after each step with the trainer and the step's metrics."""
+        """Called on every rank after each step with the trainer and the step's metrics, which they may add to."""
         return []
 
     # --- the loop ---
@@ -104,7 +115,9 @@ class Trainer:
         print_card(self)
         if self.cfg.dry_run:
             return self.close()
-        metrics = MetricsFile(self.folder.metrics, resume_step=self.step) if self.world.is_main else None
+        metrics = (
+            MetricsFile(self.folder.metrics, resume_step=self.step) if self.world.is_main else None
+        )
         tracker = start_tracker(self.cfg.tracker, self.folder.path) if self.world.is_main else None
         callbacks = self.callbacks()
         try:
@@ -117,11 +130,11 @@ class Trainer:
                     row = self.train_step()
                     if self.due(self.cfg.validation.every) or self.step == self.cfg.train.steps:
                         row |= self.validate()
+                    for callback in callbacks:
+                        callback(self, row)
                     if metrics and (self.step % self.cfg.train.log_every == 0 or "val/loss" in row):
                         metrics.write(self.step, row)
                     progress.update(self.step, **headline(row))
-                    for callback in callbacks:
-                        callback(self, row)
                     if self.due(self.cfg.checkpoint.every):
                         self.save()
                     if self.due(self.cfg.sample.every):
@@ -189,7 +202,10 @@ class Trainer:
             sum(len(batch.failures) for batch in batches),
         ]
         *term_sums, clips, tokens, failed = self.control.sum(mine)
-        terms = {name: total / max(totals[name], 1.0) for name, total in zip(sums, term_sums, strict=True)}
+        terms = {
+            name: total / max(totals[name], 1.0)
+            for name, total in zip(sums, term_sums, strict=True)
+        }
         loss = sum(terms.values())
         if not all(map(torch.isfinite, map(torch.tensor, (loss, grad_norm)))):
             raise Fault(
@@ -260,7 +276,9 @@ class Trainer:
         )
 
     def save(self) -> None:
-        checkpoints.save(self.folder.checkpoints, self.step, self.tensors(), self.state(), self.control)
+        checkpoints.save(
+            self.folder.checkpoints, self.step, self.tensors(), self.state(), self.control
+        )
         if self.world.is_main:
             checkpoints.prune(self.folder.checkpoints, self.cfg.checkpoint.keep_last)
 

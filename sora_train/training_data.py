@@ -103,7 +103,17 @@ class TrainingData:
             fill_cache(loader, vae, world, "encoding clips")
             control.barrier()
         val_clips = [] if cfg.dry_run else read_validation(cfg, val, table, vae, reads_vae_latents)
-        data = cls(train, table, assignment, sizes, tape, loader, tokens_of, val_clips, cfg.train.micro_batches)
+        data = cls(
+            train,
+            table,
+            assignment,
+            sizes,
+            tape,
+            loader,
+            tokens_of,
+            val_clips,
+            cfg.train.micro_batches,
+        )
         data.digest = train.digest()
         return data
 
@@ -126,6 +136,21 @@ class TrainingData:
     def epoch_at(self, step: int) -> float:
         return step * self.micro_batches / self.tape.per_epoch
 
+    def account(self) -> dict[str, int]:
+        """Clips of the source, held-out ones left out: `used + dropped + failed = total`.
+
+        `dropped` fit no bucket or were known to be unusable, `failed` did not decode in this run.
+        """
+        self.loader.quarantine.refresh()
+        total, failed = len(self.manifest), len(self.loader.quarantine)
+        dropped = sum(self.assignment.dropped().values())
+        return {
+            "used": total - dropped - failed,
+            "dropped": dropped,
+            "failed": failed,
+            "total": total,
+        }
+
     def require_same(self, digest: str) -> None:
         """Raises UserError when the source is not the one the checkpoint was trained on."""
         if digest != self.digest:
@@ -142,7 +167,9 @@ def open_sources(cfg: Config, run_dir: Path) -> tuple[Manifest, Manifest]:
     """The manifests of the training clips and of the held-out ones."""
     data, work_dir = cfg.data, run_dir / "data"
     if not data.source:
-        raise UserError("data.source is empty; give a folder of clips or shards, a table, or `shapes`")
+        raise UserError(
+            "data.source is empty; give a folder of clips or shards, a table, or `shapes`"
+        )
     train, split = _open(data.source, "train", data.shapes_clips, cfg, work_dir)
     if data.val_source:
         return train, _open(data.val_source, "val", data.shapes_val_clips, cfg, work_dir)[0]
@@ -155,7 +182,9 @@ def open_sources(cfg: Config, run_dir: Path) -> tuple[Manifest, Manifest]:
     return train.select(kept), train.select(held_out)
 
 
-def _open(source: str, split: str, count: int, cfg: Config, work_dir: Path) -> tuple[Manifest, bool]:
+def _open(
+    source: str, split: str, count: int, cfg: Config, work_dir: Path
+) -> tuple[Manifest, bool]:
     """A manifest, and whether the source is the shapes world (which has splits of its own)."""
     data: DataConfig = cfg.data
     if source == SHAPES:
@@ -206,13 +235,15 @@ def plan(
     """Buckets of the clips, clips of a micro-batch, and the tape over them."""
     assignment = assign(manifest, table, cfg.buckets, cfg.seed)
     buckets = [spec.bucket for spec in table]
-    counts = np.bincount(assignment.bucket_of_row[assignment.bucket_of_row >= 0], minlength=len(buckets))
+    counts = np.bincount(
+        assignment.bucket_of_row[assignment.bucket_of_row >= 0], minlength=len(buckets)
+    )
     cost = cost_model(cfg, model)
     sizes = micro_batch_sizes(
         buckets, counts.tolist(), tokens_of, cost, data.micro_batch, data.micro_batch_tokens
     )
     if not sizes:
-        raise UserError(no_clip_fits(assignment, table))
+        raise UserError(no_clip_fits(manifest, assignment, table))
     tape = Tape(
         assignment.bucket_of_row,
         manifest.shard,
@@ -234,8 +265,15 @@ def cost_model(cfg: Config, model: nn.Module) -> Callable[[int], float]:
     return float
 
 
-def no_clip_fits(assignment: Assignment, table: list[BucketSpec]) -> str:
+def no_clip_fits(manifest: Manifest, assignment: Assignment, table: list[BucketSpec]) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in assignment.dropped().items())
+    unusable = np.flatnonzero(manifest.drop_reason != "")
+    if len(unusable) == len(manifest) > 0:
+        key, detail = manifest.key[unusable[0]], manifest.drop_detail[unusable[0]]
+        return (
+            f"no clip of data.source={manifest.root} can be used ({reasons}), {key} for one: {detail}; "
+            "mend or replace these files"
+        )
     names = ", ".join(spec.bucket.name for spec in table)
     return (
         f"no clip fits any bucket ({reasons or 'the source is empty'}); the buckets (frames x height x width) are "

@@ -1,5 +1,6 @@
 """Writes a trained VAE as a folder other runs name in `vae.path`."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ def export(trainer: "Trainer") -> None:
     vae.save(trainer.folder.path / FOLDER, dtype=torch.float16)
 
 
-def pixel_batches(trainer: "Trainer"):
+def pixel_batches(trainer: "Trainer") -> Iterator[torch.Tensor]:
     """Pixels of training clips, a few hundred of them, on the CPU."""
     seen = 0
     for _, clips, _ in trainer.data.loader.chunks(trainer.data.loader.cache_chunks(8)):

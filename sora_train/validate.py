@@ -28,7 +28,9 @@ def validation_loss(
             keys = [(0, clip.row) for clip in batch]
             flow = FlowBatch(
                 x=x,
-                noise=draw_noise(objective.cfg.seed, f"validation {t}", keys, x.shape[1:]).to(x.device),
+                noise=draw_noise(objective.cfg.seed, f"validation {t}", keys, x.shape[1:]).to(
+                    x.device
+                ),
                 t_B=torch.full((len(batch),), t, device=x.device),
                 mask_BT=x.new_zeros(len(batch), x.shape[2]),
                 prompts=[clip.caption for clip in batch],
@@ -40,7 +42,9 @@ def validation_loss(
 
 
 @torch.no_grad()
-def validation_psnr(model: nn.Module, objective: VaeObjective, clips: list[Clip]) -> dict[str, float]:
+def validation_psnr(
+    model: nn.Module, objective: VaeObjective, clips: list[Clip]
+) -> dict[str, float]:
     """`val/psnr` in dB and `val/loss` (mean absolute error) of the VAE's reconstructions."""
     psnr, error = 0.0, 0.0
     for batch in same_shape_batches(clips):
@@ -60,5 +64,7 @@ def same_shape_batches(clips: list[Clip]) -> list[list[Clip]]:
         assert array is not None
         by_shape.setdefault(array.shape, []).append(clip)
     return [
-        group[start : start + BATCH] for group in by_shape.values() for start in range(0, len(group), BATCH)
+        group[start : start + BATCH]
+        for group in by_shape.values()
+        for start in range(0, len(group), BATCH)
     ]

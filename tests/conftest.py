@@ -22,9 +22,21 @@ def parity_config(tmp_path: Path) -> Callable:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def real_videos() -> Path:
     folder = os.environ.get("SORA_TEST_VIDEOS")
     if not folder:
         pytest.skip("SORA_TEST_VIDEOS names no folder of real clips")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of parity_tiny after its two steps, with a sample; copy it before changing it."""
+    from sora_train.config.compose import compose
+    from sora_train.trainer import Trainer
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    steps = ["train.steps=2", "checkpoint.every=1", "validation.every=1", "sample.every=2"]
+    Trainer(compose(["experiment=parity_tiny", f"run.dir={folder}", *steps]).config).train()
+    return folder

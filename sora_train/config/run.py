@@ -126,7 +126,8 @@ class ObjectiveConfig(Section):
     shift: float = Field(1.0, gt=0)
     """Time shift: t' = shift * t / (1 + (shift - 1) * t), in training and sampling alike."""
     shift_rule: Literal["constant", "resolution"] = "constant"
-    """`constant`: `objective.shift` for every clip; `resolution`: times a factor that grows with tokens per frame and length."""
+    """`constant`: `objective.shift` for every clip; `resolution`: times a factor that grows with tokens a frame and
+    with length."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of samples trained with the empty caption, so that guidance has a null."""
     i2v_fraction: float = Field(0.0, ge=0, le=1)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ARTICLE, SIZE, SYNONYM, SETTING, CAMERA, LIGHTING, STYLE = (1 << bit for bit in range(7))
 NUM_PHRASINGS = 1 << 7
-MAX_CAPTION_BYTES = 112
+MAX_CAPTION_BYTES = 62
 
 # The first wording is the usual one.
 ACTIONS: dict[str, tuple[str, str]] = {
@@ -33,6 +33,10 @@ CAMERAS: dict[str, str] = {
     "pan_right": "camera pans right",
 }
 RELATIONS: dict[str, str] = {"left_of": "left of", "above": "above"}
+
+
+# What is left out first where a caption would grow too long.
+DISPENSABLE = (STYLE, LIGHTING, CAMERA, ARTICLE, SETTING)
 
 
 def subject(thing: Thing, phrasing: int, *, size: bool) -> str:
@@ -68,3 +72,11 @@ def describe(scene: Scene, phrasing: int) -> str:
     if phrasing & STYLE:
         parts.append(f"{scene.style} style")
     return ", ".join(parts)
+
+
+def shortened(scene: Scene, phrasing: int) -> int:
+    """`phrasing` less the optional parts that would make the caption longer than MAX_CAPTION_BYTES."""
+    for part in DISPENSABLE:
+        if len(describe(scene, phrasing).encode()) > MAX_CAPTION_BYTES:
+            phrasing &= ~part
+    return phrasing

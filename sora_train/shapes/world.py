@@ -38,8 +38,8 @@ SHAPES: dict[str, float] = {
     "circle": 1.0,
     "square": 1.25,
     "triangle": 1.3,
-    "cross": 1.17,
-    "ring": 1.08,
+    "cross": 1.3,
+    "ring": 1.18,
 }
 # Fraction of a turn after which the shape looks the same; shapes left out look alike at any angle.
 SYMMETRY: dict[str, float] = {
@@ -295,6 +295,7 @@ def _draw_phrasing(draws: _Draws, scene: Scene) -> int:
 
 
 def _named(scene: Scene, phrasing: int) -> Scene:
+    phrasing = captions.shortened(scene, phrasing)
     return replace(scene, phrasing=phrasing, caption=captions.describe(scene, phrasing))
 
 
@@ -386,7 +387,7 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if shape == "circle":
         return np.sqrt(x * x + y * y) - 1.0
     if shape == "ring":
-        return np.abs(np.sqrt(x * x + y * y) - 0.81) - 0.27
+        return np.abs(np.sqrt(x * x + y * y) - 0.92) - 0.26
     x_abs, y_abs = np.abs(x), np.abs(y)
     if shape == "square":
         return np.maximum(x_abs, y_abs) - 0.88
@@ -394,7 +395,7 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.maximum(y, 0.8660254 * x_abs - 0.5 * y) - 0.65
     if shape == "cross":
         long, short = np.maximum(x_abs, y_abs), np.minimum(x_abs, y_abs)
-        return np.maximum(long - 1.1, short - 0.38)
+        return np.maximum(long - 1.26, short - 0.32)
     raise UserError(
         f"shape={shape!r} is not a shape of the shapes world: choose one of {tuple(SHAPES)}"
     )

@@ -64,10 +64,30 @@ def test_one_clip_comes_back(real_videos: Path, tmp_path: Path) -> None:
     assert original is not None and not failures
     frames, height, width = original.shape[:3]
 
-    command = [sys.executable, "-m", "sora_train", "sample", "--ckpt", str(run), "--prompt", CAPTION]
-    options = ["--size", f"{width}x{height}", "--frames", str(frames), "--guidance-scale", "1", "--steps", "40"]
+    command = [
+        sys.executable,
+        "-m",
+        "sora_train",
+        "sample",
+        "--ckpt",
+        str(run),
+        "--prompt",
+        CAPTION,
+    ]
+    options = [
+        "--size",
+        f"{width}x{height}",
+        "--frames",
+        str(frames),
+        "--guidance-scale",
+        "1",
+        "--steps",
+        "40",
+    ]
     subprocess.run([*command, *options, "--out", str(tmp_path / "out")], check=True, timeout=120)
     sample = read_clip(next((tmp_path / "out").glob("*.mp4")))
 
     ceiling, reached = psnr(reconstruction, original), psnr(sample, original)
-    assert reached >= ceiling - 2.0, f"the sample has {reached:.2f} dB, the VAE's reconstruction {ceiling:.2f} dB"
+    assert reached >= ceiling - 2.0, (
+        f"the sample has {reached:.2f} dB, the VAE's reconstruction {ceiling:.2f} dB"
+    )

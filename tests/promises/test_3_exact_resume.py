@@ -69,7 +69,11 @@ def test_everything_that_trains_is_in_the_checkpoint(parity_config: Callable) ->
     stored = {name.split(".")[0] for name in tensors(cfg)}
     assert stored == {"model", "optim", "ema"}
     state = found.state()
-    assert state["step"] == 1 and state["samples_seen"] > 0 and state["spec"]["prediction"] == "velocity"
+    assert (
+        state["step"] == 1
+        and state["samples_seen"] > 0
+        and state["spec"]["prediction"] == "velocity"
+    )
 
 
 def test_a_torn_save_is_never_chosen(parity_config: Callable) -> None:

@@ -1,0 +1,55 @@
+"""What only a GPU can tell. Without one these skip; benchmarks/gpu_suite.sh runs them where there is one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sora_train.config import ModelConfig
+from sora_train.metrics import read_metrics
+from sora_train.models.dit import VideoDiT
+from sora_train.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here"),
+]
+
+
+def losses(run_dir: str) -> list[float]:
+    return [row["train/loss"] for row in read_metrics(Path(run_dir) / "metrics.jsonl")]
+
+
+def test_a_gpu_follows_the_cpu_in_float32(parity_config: Callable) -> None:
+    plain = ["optim=sgd", "optim.grad_clip=0", "parallel.param_dtype=float32"]
+    cpu = parity_config(*plain, "run.device=cpu", name="cpu")
+    gpu = parity_config(*plain, "run.device=cuda", name="gpu")
+    Trainer(cpu).train()
+    Trainer(gpu).train()
+    assert losses(gpu.run.dir) == pytest.approx(losses(cpu.run.dir), rel=2e-3)
+
+
+def test_bfloat16_stays_near_float32(parity_config: Callable) -> None:
+    single = parity_config("run.device=cuda", "parallel.param_dtype=float32", name="fp32")
+    half = parity_config("run.device=cuda", "parallel.param_dtype=bfloat16", name="bf16")
+    Trainer(single).train()
+    Trainer(half).train()
+    assert losses(half.run.dir) == pytest.approx(losses(single.run.dir), rel=3e-2)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "gemm"])
+def test_attention_backends_agree_with_float64(backend: str) -> None:
+    cfg = ModelConfig(
+        num_layers=2, num_heads=2, head_dim=64, ffn_dim=256, text_dim=32, attention=backend
+    )
+    model = VideoDiT(cfg)
+    model.init_weights(0)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.02)
+    draws = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, cfg.in_channels, 3, 8, 8, generator=draws)
+    t = torch.rand(2, 3, generator=draws)
+    captions = torch.randn(2, 9, 32, generator=draws)
+    reference = model.double()(latents.double(), t.double(), captions.double())
+    found = model.float().cuda()(latents.cuda(), t.cuda(), captions.cuda())
+    torch.testing.assert_close(found.double().cpu(), reference, rtol=2e-3, atol=2e-3)
