@@ -59,6 +59,15 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], int]] =
     "striped": ((64, 64, 70), (64, 64, 70), 24),
     "checkered": ((70, 66, 66), (70, 66, 66), 24),
 }
+# How often a scene without a pan has each; textures are what a small VAE spends its latents on.
+BACKGROUND_SHARES: dict[str, float] = {
+    "dark": 0.28,
+    "navy": 0.22,
+    "white": 0.2,
+    "gradient": 0.18,
+    "striped": 0.06,
+    "checkered": 0.06,
+}
 TEXTURED = ("striped", "checkered")
 CAMERAS = ("static", "pan_left", "pan_right")
 LIGHTING: dict[str, float] = {"bright": 1.0, "dim": 0.72}
@@ -340,7 +349,7 @@ def _stage(
     return Scene(
         things=(thing,),
         motion=motion,
-        background=draws.pick(TEXTURED if is_panned else tuple(BACKGROUNDS)),
+        background=draws.pick(TEXTURED) if is_panned else draws.weighted(BACKGROUND_SHARES),
         camera=camera,
         relation=None,
         lighting="bright" if draws.chance(0.85) else "dim",
