@@ -48,6 +48,7 @@ tiny_vae: $(STAMP)  ## train the video autoencoder that the package ships (about
 	$(BIN)/sora train experiment=tiny_vae
 	$(BIN)/sora train experiment=tiny_vae_short vae.path=runs/tiny_vae/vae
 	$(BIN)/sora train experiment=tiny_vae_long vae.path=runs/tiny_vae_short/vae
+	$(BIN)/sora train experiment=tiny_vae_long vae.path=runs/tiny_vae_long/vae run.dir=runs/tiny_vae_final
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis dist build

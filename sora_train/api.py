@@ -117,7 +117,9 @@ def shipped_config(run_dir: Path) -> Config:
     They were checked when the run began, and a model of one's own is refused by its weights.
     """
     values = load_yaml(run_dir / "config.yaml")
-    return validated(Config, {key: value for key, value in values.items() if key in Config.model_fields})
+    return validated(
+        Config, {key: value for key, value in values.items() if key in Config.model_fields}
+    )
 
 
 def load(

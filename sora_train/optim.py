@@ -7,7 +7,6 @@ from torch import nn
 
 from sora_train.config import OptimConfig
 
-
 # Of two dimensions or more, yet no matrices: modulation and look-up tables, and the gains of the VAE's norms.
 NOT_DECAYED = {"scale_shift_table", "shared", "relative_attention_bias", "gamma"}
 

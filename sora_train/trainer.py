@@ -82,7 +82,9 @@ class Trainer:
         self.spec = build_spec(cfg, self.vae, model)
         self.data = self.build_data(model)
         self.objective = self.build_objective()
-        self.engine = FsdpEngine(model, cfg, self.world, lambda named: build_optimizer(named, cfg.optim))
+        self.engine = FsdpEngine(
+            model, cfg, self.world, lambda named: build_optimizer(named, cfg.optim)
+        )
         self.ema = Ema(self.engine.model, cfg.ema.decay)
         if cfg.checkpoint.resume == "auto":
             self.resume()

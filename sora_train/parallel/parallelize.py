@@ -25,7 +25,9 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype) -> 
         reduce_dtype=torch.promote_types(param_dtype, torch.float32),
         cast_forward_inputs=False,
     )
-    for unit in [*sharding_units(model), model]:
+    # A single rank gathers nothing, so one unit spares it the hooks of all the others.
+    units = sharding_units(model) if mesh.size() > 1 else []
+    for unit in [*units, model]:
         # The root is resharded too, so that between steps every parameter is its sharded self.
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in model.modules():

@@ -68,6 +68,7 @@ def process(*arguments: str, limit: int | None = None, **environment: str) -> tu
 
     found = subprocess.run(
         [sys.executable, "-m", "sora_train", *arguments],
+        check=False,
         capture_output=True,
         text=True,
         timeout=120,
@@ -150,7 +151,13 @@ def test_more_bad_clips_than_allowed_are_counted(told: Told, tmp_path: Path, cli
     (clips / "b.txt").write_text("what it would show")
     code, sentence = told(*CLIPS, f"run.dir={tmp_path / 'run'}", f"data.source={clips}")
     assert code == EXIT_USER
-    for part in ("1 of 2 clips", "50.0 %", "unreadable 1", "data.max_drop_fraction=0.2", "raise it"):
+    for part in (
+        "1 of 2 clips",
+        "50.0 %",
+        "unreadable 1",
+        "data.max_drop_fraction=0.2",
+        "raise it",
+    ):
         assert part in sentence, sentence
 
 

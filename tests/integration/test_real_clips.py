@@ -1,4 +1,4 @@
-"""Real files (AV1, HEVC, 10-bit, 4K, rotated, one damaged): shards, training, samples, the report, and sampling again."""
+"""Real files (AV1, HEVC, 10-bit, 4K, rotated, one damaged): shards, training, samples, report, sampling again."""
 
 import contextlib
 import io
@@ -46,9 +46,7 @@ def sora(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 def shards(tmp_path_factory: pytest.TempPathFactory, real_videos: Path) -> Path:
     output = tmp_path_factory.mktemp("shards") / "real"
     captions = real_videos / "captions.jsonl"
-    cli.run(
-        ["prep", "shards", f"input={real_videos}", f"captions={captions}", f"output={output}"]
-    )
+    cli.run(["prep", "shards", f"input={real_videos}", f"captions={captions}", f"output={output}"])
     return output
 
 

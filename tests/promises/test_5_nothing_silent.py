@@ -51,7 +51,9 @@ def test_used_and_dropped_are_the_total_on_the_card_and_in_the_summary(
 ) -> None:
     run_dir = tmp_path / "run"
     where = [f"data.source={source}", f"run.dir={run_dir}", "data.val_clips=0"]
-    cfg = compose([*TINY, *SHORT, *where, "data.max_drop_fraction=0.4", "data.micro_batch=2"]).config
+    cfg = compose(
+        [*TINY, *SHORT, *where, "data.max_drop_fraction=0.4", "data.micro_batch=2"]
+    ).config
     Trainer(cfg).train()
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "7 used + 3 dropped + 0 failed before = 10" in told

@@ -8,25 +8,19 @@ import av
 import numpy as np
 import pytest
 
+from sora_train.data.video_io import encode_h264
 from sora_train.errors import UserError
 from sora_train.shapes import oracle, world
 
-SCENES = [world.sample_scene(11, index) for index in range(260)]
-SCENES += [world.sample_scene(11, index, "held_out") for index in range(60)]
+SCENES = [world.sample_scene(11, index) for index in range(160)]
+SCENES += [world.sample_scene(11, index, "held_out") for index in range(40)]
 PROMPTS = world.eval_prompts(80, held_out=False, seed=5)
 
 
 def compressed(clip: np.ndarray) -> np.ndarray:
-    """The clip after H.264 at crf 18 with colour at half the resolution."""
+    """The clip after H.264 as the training files have it: colour at half the resolution."""
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=8, options={"crf": "18"})
-        stream.height, stream.width = clip.shape[1:3]
-        stream.codec_context.thread_count = 1
-        stream.pix_fmt = "yuv420p"
-        for frame in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    encode_h264(clip, 8, file)
     file.seek(0)
     with av.open(file) as container:
         return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
@@ -69,25 +63,26 @@ def accuracy(
     return {factor: count / total for factor, count in hits.items()}
 
 
-def test_clean_clips_are_read_right() -> None:
+def test_clean_clips_of_every_size_are_read_right() -> None:
+    assert {(scene.height, scene.width) for scene in SCENES} == set(world.FRAME_SIZES)
     found = accuracy(SCENES, lambda clip: clip)
     assert min(found.values()) >= 0.99, found
 
 
 def test_compressed_clips_of_every_size_are_read_right() -> None:
-    scenes = SCENES[::5]
+    scenes = SCENES[::4]
     assert {(scene.height, scene.width) for scene in scenes} == set(world.FRAME_SIZES)
     found = accuracy(scenes, compressed)
     assert min(found.values()) >= 0.99, found
 
 
 def test_blurred_and_noisy_clips_are_read_right() -> None:
-    found = accuracy(SCENES[1::5], lambda clip: blurred(clip, 1.0, 6.0))
+    found = accuracy(SCENES[1::3], lambda clip: blurred(clip, 1.0, 6.0))
     assert min(found.values()) >= 0.97, found
 
 
 def test_heavy_blur_costs_little() -> None:
-    found = accuracy(SCENES[2::7], lambda clip: blurred(compressed(clip), 1.5, 6.0))
+    found = accuracy(SCENES[2::8], lambda clip: blurred(compressed(clip), 1.5, 6.0))
     assert min(found.values()) >= 0.93, found
 
 
