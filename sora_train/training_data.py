@@ -60,19 +60,7 @@ class TrainingData:
         Raises:
             UserError: no such source, no caption, no clip that fits a bucket, too many dropped.
         """
-        # Rank 0 probes or renders; the others then read the manifest it has written.
-        train, val = None, None
-        error: Exception | None = None
-        if world.is_main:
-            try:
-                train, val = open_sources(cfg, folder.path)
-            except Exception as failure:
-                error = failure
-        control.raise_together(error)
-        if not world.is_main:
-            train, val = open_sources(cfg, folder.path)
-        assert train is not None and val is not None
-
+        train, val = open_together(cfg, world, control, folder.path)
         reads_vae_latents = isinstance(model, TextToVideo)
         patch = cfg.model.patch_size if reads_vae_latents else (1, 1, 1)
         table = build_buckets(
@@ -103,7 +91,7 @@ class TrainingData:
             fill_cache(loader, vae, world, "encoding clips")
             control.barrier()
         val_clips = [] if cfg.dry_run else read_validation(cfg, val, table, vae, reads_vae_latents)
-        data = cls(
+        return cls(
             train,
             table,
             assignment,
@@ -113,9 +101,8 @@ class TrainingData:
             tokens_of,
             val_clips,
             cfg.train.micro_batches,
+            digest=train.digest(),
         )
-        data.digest = train.digest()
-        return data
 
     def step(self, step: int) -> list[ClipBatch]:
         """This rank's micro-batches of optimizer step `step` (0-based)."""
@@ -161,6 +148,21 @@ class TrainingData:
 
     def close(self) -> None:
         self.loader.close()
+
+
+def open_together(
+    cfg: Config, world: World, control: ControlPlane, run_dir: Path
+) -> tuple[Manifest, Manifest]:
+    """`open_sources` on every rank: rank 0 probes or renders, the others read the manifests it has written."""
+    opened: tuple[Manifest, Manifest] | None = None
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            opened = open_sources(cfg, run_dir)
+        except Exception as failure:
+            error = failure
+    control.raise_together(error)
+    return opened or open_sources(cfg, run_dir)
 
 
 def open_sources(cfg: Config, run_dir: Path) -> tuple[Manifest, Manifest]:

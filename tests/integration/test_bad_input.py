@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +60,8 @@ def one_sentence(stderr: str) -> str:
     return lines[0].removeprefix("error: ")
 
 
-def process(*arguments: str, limit: int | None = None, **environment: str) -> tuple[int, str]:
-    """Exit code and stderr of a real `python -m sora_train`; `limit`: the largest file it may write."""
-
-    def restrain() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit or -1, limit or -1))
-
+def process(*arguments: str, **environment: str) -> tuple[int, str]:
+    """Exit code and stderr of a real `python -m sora_train`."""
     found = subprocess.run(
         [sys.executable, "-m", "sora_train", *arguments],
         check=False,
@@ -73,9 +69,17 @@ def process(*arguments: str, limit: int | None = None, **environment: str) -> tu
         text=True,
         timeout=120,
         env={**os.environ, "SORA_DEBUG": "0", **environment},
-        preexec_fn=restrain if limit else None,
     )
     return found.returncode, found.stderr
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow over 400 kB, which stops a checkpoint halfway, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def assert_nothing_half_written(folder: Path) -> None:
@@ -233,6 +237,8 @@ def test_prep_refuses_what_it_cannot_write_whole(told: Told, tmp_path: Path, cli
         code, sentence = told("prep", "shards", *settings)
         assert code == EXIT_USER, sentence
         assert all(part in sentence for part in expected), sentence
+    code, stderr = process("prep", "shards", *cases[0][0])
+    assert code == EXIT_USER and "not an empty folder" in one_sentence(stderr)
     assert [path.name for path in taken.iterdir()] == ["mine.txt"]
     assert not new.exists()
     assert_nothing_half_written(tmp_path)
@@ -253,11 +259,12 @@ def test_a_disk_that_fills_under_a_text_file_is_a_fault(
     assert_nothing_half_written(tmp_path)
 
 
-def test_a_full_disk_ends_a_real_run_with_one_sentence(tmp_path: Path) -> None:
-    """No file may grow over 400 kB, which stops the checkpoint halfway, as a full disk does."""
+def test_a_disk_that_fills_under_a_checkpoint_is_a_fault(
+    told: Told, tmp_path: Path, finished_run: Path, small_files: None
+) -> None:
     run = tmp_path / "run"
-    code, stderr = process(*PARITY, f"run.dir={run}", "train.steps=1", "validation.every=0", limit=400_000)  # fmt: skip
-    sentence = one_sentence(stderr)
+    shutil.copytree(finished_run / "data", run / "data")
+    code, sentence = told(*PARITY, f"run.dir={run}", "train.steps=1", "validation.every=0")
     assert code == EXIT_FAULT
     assert str(run / "checkpoints" / "step-000001") in sentence and "free space" in sentence
     assert [path.name for path in (run / "checkpoints").iterdir()] == []

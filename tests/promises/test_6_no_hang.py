@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -70,9 +71,10 @@ def test_past_the_limit_the_run_stops_and_says_why(spinning_trainer: Callable) -
 
 
 @pytest.mark.timeout(120)
-def test_a_rank_that_fails_takes_the_others_with_it(tmp_path: Path) -> None:
+def test_a_rank_that_fails_takes_the_others_with_it(tmp_path: Path, finished_run: Path) -> None:
     """Far sooner than the ten minutes a collective may take."""
     run_dir = tmp_path / "run"
+    shutil.copytree(finished_run / "data", run_dir / "data")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     settings = ["experiment=parity_tiny", f"run.dir={run_dir}", "validation.every=0", "train.steps=200"]  # fmt: skip
     began = time.monotonic()

@@ -88,29 +88,19 @@ def test_offline_wandb_changes_no_file_of_the_run(
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        (["/nowhere/no-such-tracker"], "could not start"),
-        ([sys.executable, "-c", "raise SystemExit(3)"], "exit code 3"),
-    ],
-    ids=["cannot start", "crashes"],
-)
-def test_a_broken_tracker_does_not_touch_the_run(
+def test_a_tracker_that_cannot_start_does_not_touch_the_run(
     finished_run: Path,
     like_it: Callable,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    command: list[str],
-    said: str,
 ) -> None:
-    monkeypatch.setattr(tracking, "tracker_command", lambda cfg, run_dir: command)
+    monkeypatch.setattr(tracking, "tracker_command", lambda cfg, run_dir: ["/nowhere/tracker"])
     cfg = like_it("tracker=wandb")
     Trainer(cfg).train()
     assert untimed(Path(cfg.run.dir)) == untimed(finished_run)
     assert files(Path(cfg.run.dir)) == files(finished_run)
     told = capsys.readouterr().err
-    assert told.count(said) == 1 and "metrics.jsonl is complete" in told
+    assert told.count("could not start") == 1 and "metrics.jsonl is complete" in told
 
 
 def test_a_tracker_that_hangs_is_left_behind(
