@@ -107,6 +107,6 @@ def test_one_clip_comes_back(real_videos: Path, tmp_path: Path) -> None:
     sample = read_clip(next((tmp_path / "out").glob("*.mp4")))
 
     ceiling, reached = psnr(reconstruction, original), psnr(sample, original)
-    assert reached >= ceiling - 2.0, (
+    assert reached >= ceiling - 1.0, (
         f"the sample has {reached:.2f} dB, the VAE's reconstruction {ceiling:.2f} dB"
     )

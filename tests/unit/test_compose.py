@@ -42,7 +42,7 @@ def write(path: Path, text: str) -> Path:
 def test_command_line_beats_experiment_beats_group_beats_default():
     composed = compose(["experiment=quickstart", "train.steps=7"])
     assert composed.config.train.steps == 7
-    assert composed.config.optim.lr == 1e-3
+    assert composed.config.optim.lr == 2e-3
     assert composed.sources["train.steps"] == COMMAND_LINE
     assert composed.sources["optim.lr"] == "configs/experiment/quickstart.yaml"
     assert composed.sources["model.num_layers"] == "configs/model/tiny_t2v.yaml"
