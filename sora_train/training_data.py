@@ -305,7 +305,10 @@ def fill_cache(loader: Loader, vae: VideoVAE, world: World, title: str) -> None:
 def read_validation(
     cfg: Config, manifest: Manifest, table: list[BucketSpec], vae: VideoVAE, with_latents: bool
 ) -> list[Clip]:
-    """The held-out clips that fit a bucket, decoded once; their latents too where a VAE is frozen."""
+    """The held-out clips that fit a bucket, decoded once; their latents too where a VAE is frozen.
+
+    Those that fail are named, and bounded by `data.max_drop_fraction` as training clips are.
+    """
     assignment = assign(manifest, table, cfg.buckets, cfg.seed)
     rows = np.flatnonzero(assignment.bucket_of_row >= 0)[: cfg.validation.max_clips]
     if len(rows) == 0 or cfg.validation.every == 0:

@@ -44,9 +44,9 @@ class OptimConfig(Section):
     warmup_steps: int = Field(100, ge=0)
     """Steps over which the learning rate rises linearly from zero."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape of the learning rate after warm-up, down to `optim.final_lr_fraction` at the last step."""
+    """Shape of the learning rate after warm-up, down to `optim.final_lr_fraction` by the end of the run."""
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of the peak left at the last step."""
+    """Share of the peak that the learning rate falls to by the end of the run."""
     grad_clip: float = Field(1.0, ge=0)
     """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
 
