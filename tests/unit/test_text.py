@@ -68,10 +68,24 @@ def test_weights_are_keyed_and_the_digest_tells_them_apart():
     assert trainable.digest() == digest != build(padding="wan").digest()
 
 
+def test_heads_start_by_looking_at_their_neighbours():
+    """Bucket 0 is a byte itself, 1 and 9 (of 16) its neighbours; every head's bias falls with distance."""
+    encoder = build()
+    table = dict(encoder.named_parameters())[
+        "model.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    ]
+    half = len(table) // 2
+    for side in (table[:half], table[half:]):
+        assert (side.diff(dim=0) < 0).all()
+    assert (table[1] == table[half + 1]).all()
+
+
 def test_initial_scales_are_those_of_transformers():
     encoder = build(d_model=64, d_kv=32, d_ff=128)
     expected = {n: p.detach().clone() for n, p in TextEncoder(encoder.cfg).named_parameters()}
     for name, param in encoder.named_parameters():
+        if "shared" in name or "relative_attention_bias" in name:
+            continue  # ours: see TextEncoder._initial_value
         assert param.std().item() == pytest.approx(
             expected[name].std().item(), rel=0.2, abs=1e-6
         ), name
