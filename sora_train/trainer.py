@@ -62,6 +62,8 @@ class Trainer:
             cfg.run.deterministic == "auto" and self.world.device.type == "cpu"
         )
         torch.use_deterministic_algorithms(deterministic)
+        # Filling every fresh tensor with NaN is a hunt for bugs, not determinism, and costs a tenth of a small step.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         resolve_degrees(
             cfg.parallel, self.world.size
         )  # a wrong one is told before any clip is read

@@ -16,7 +16,7 @@ from sora_train.errors import Fault, UserError
 from sora_train.shapes.world import SPLITS
 
 # Raised when equal arguments no longer give equal files.
-VERSION = 4
+VERSION = 6
 _SCENES_A_REQUEST = 20
 _REQUEST_SECONDS = 300.0
 _SHARD_BYTES = 2 << 20

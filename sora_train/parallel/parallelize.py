@@ -18,8 +18,12 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype) -> 
 
     Inputs are not cast: a timestep of 997.3 would become 996 in bfloat16. Gradients are summed,
     never averaged (gloo has no pre-multiplied sum, and the loss is scaled by the step's true weight
-    before backward), and travel in float32.
+    before backward), and travel in float32. On one rank whose weights compute as they are there is
+    nothing to gather, cast or sum: the model stays as it is, which spares a small one copies of
+    every weight and gradient.
     """
+    if mesh.size() == 1 and all(p.dtype == param_dtype for p in model.parameters()):
+        return model
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
         reduce_dtype=torch.promote_types(param_dtype, torch.float32),

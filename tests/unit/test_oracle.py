@@ -70,7 +70,8 @@ def test_clean_clips_of_every_size_are_read_right() -> None:
 
 
 def test_compressed_clips_of_every_size_are_read_right() -> None:
-    scenes = SCENES[::4]
+    # All of the rare sizes, and some of the common one.
+    scenes = [s for s in SCENES if (s.height, s.width) != (48, 48)] + SCENES[::8]
     assert {(scene.height, scene.width) for scene in scenes} == set(world.FRAME_SIZES)
     found = accuracy(scenes, compressed)
     assert min(found.values()) >= 0.99, found

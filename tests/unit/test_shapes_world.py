@@ -75,9 +75,9 @@ def test_shares_of_kinds_sizes_and_durations() -> None:
     def share(chosen: list[bool]) -> float:
         return sum(chosen) / len(SCENES)
 
-    assert 0.09 < share([scene.relation is not None for scene in SCENES]) < 0.15
-    assert 0.09 < share([scene.num_frames == 1 for scene in SCENES]) < 0.15
-    assert 0.06 < share([scene.camera != "static" for scene in SCENES]) < 0.13
+    assert 0.02 < share([scene.relation is not None for scene in SCENES]) < 0.07
+    assert 0.02 < share([scene.num_frames == 1 for scene in SCENES]) < 0.07
+    assert 0.02 < share([scene.camera != "static" for scene in SCENES]) < 0.07
     assert share([scene.height == scene.width for scene in SCENES]) > 0.7
     assert {(scene.height, scene.width) for scene in SCENES} == set(world.FRAME_SIZES)
     assert {scene.num_frames for scene in SCENES} == {1, 9, 13, 17}
@@ -161,7 +161,7 @@ def test_captions_are_short_and_say_what_is_seen() -> None:
         if scene.relation is not None:
             assert captions.RELATIONS[scene.relation] in words
     assert np.median([len(scene.caption) for scene in SCENES]) < 70
-    assert len({scene.phrasing for scene in SCENES}) > 0.5 * captions.NUM_PHRASINGS
+    assert len({scene.phrasing for scene in SCENES}) > 0.3 * captions.NUM_PHRASINGS
 
 
 def test_every_phrasing_of_every_scene_kind_is_within_the_limit() -> None:
