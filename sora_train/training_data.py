@@ -193,7 +193,8 @@ def _open(
         folder = work_dir / f"shapes-{split}"
         with Progress(count, f"rendering {split} clips") as progress:
             manifest = prepare_shapes(
-                folder, split=split, num_clips=count, seed=cfg.seed, workers=data.num_workers,
+                folder, split=split, num_clips=count, seed=cfg.seed,
+                image_share=data.shapes_image_share, workers=data.num_workers,
                 progress=lambda done, total: progress.update(done),
             )  # fmt: skip
         return manifest, True

@@ -28,6 +28,8 @@ class DataConfig(Section):
     """Clips rendered when `data.source=shapes`."""
     shapes_val_clips: int = Field(64, ge=1)
     """Held-out clips rendered when `data.source=shapes`."""
+    shapes_image_share: float = Field(0.04, ge=0, le=1)
+    """Share of single images among the clips rendered when `data.source=shapes`."""
     max_drop_fraction: float = Field(0.01, ge=0, le=1)
     """Largest share of clips that may be dropped (unreadable, no caption, no bucket) before the run refuses
     to go on."""

@@ -25,6 +25,7 @@ class ShapesRequest:
     split: str
     first: int
     count: int
+    image_share: float
 
 
 @dataclass(frozen=True)

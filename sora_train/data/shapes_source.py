@@ -13,7 +13,7 @@ from sora_train.data.sample import Failure
 from sora_train.data.shapes_encode import ShapesRequest
 from sora_train.data.shards import ShardWriter
 from sora_train.errors import Fault, UserError
-from sora_train.shapes.world import SPLITS
+from sora_train.shapes.world import IMAGE_SHARE, SPLITS
 
 # Raised when equal arguments no longer give equal files.
 VERSION = 6
@@ -28,6 +28,7 @@ def prepare_shapes(
     split: str,
     num_clips: int,
     seed: int,
+    image_share: float = IMAGE_SHARE,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
@@ -38,13 +39,13 @@ def prepare_shapes(
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r} is none of the shapes world's: {', '.join(SPLITS)}")
-    name = f"{split}-{num_clips}-seed{seed}-v{VERSION}"
+    name = f"{split}-{num_clips}-seed{seed}-images{image_share:g}-v{VERSION}"
     folder = Path(dir) / name
     if (folder / FILE_NAME).exists():
         return Manifest.load(folder / FILE_NAME, root=folder)
     partial = folder.with_name(f".{name}.{os.getpid()}.tmp")
     try:
-        _write(partial, split, num_clips, seed, workers, progress)
+        _write(partial, split, num_clips, seed, image_share, workers, progress)
         _publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -56,6 +57,7 @@ def _write(
     split: str,
     num_clips: int,
     seed: int,
+    image_share: float,
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -73,6 +75,7 @@ def _write(
                     split,
                     first,
                     min(_SCENES_A_REQUEST, num_clips - first),
+                    image_share,
                 )
             )
             for first in starts

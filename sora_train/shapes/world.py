@@ -208,7 +208,9 @@ class _Draws:
         return values[-1]
 
 
-def sample_scene(seed: int, index: int, split: str = "train") -> Scene:
+def sample_scene(
+    seed: int, index: int, split: str = "train", *, image_share: float = IMAGE_SHARE
+) -> Scene:
     """Scene number `index` of a split, the same whatever was drawn before.
 
     `train` and `val` hold the combinations training may see, `held_out` only those it may not.
@@ -223,7 +225,7 @@ def sample_scene(seed: int, index: int, split: str = "train") -> Scene:
     draws = _Draws(seed, SPLITS.index(split), index)
     height, width = draws.weighted(FRAME_SIZES)
     num_frames, fps = draws.weighted(DURATIONS)
-    if draws.chance(IMAGE_SHARE):
+    if draws.chance(image_share):
         num_frames, fps = 1, 1.0
     held_out = split == "held_out"
     is_pair = draws.chance(PAIR_SHARE)
