@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sora_train.data.plan import nearby_efficiencies, row_costs, slot_efficiency
 from sora_train.models.text_to_video import TextToVideo
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def run_table(trainer: "Trainer") -> Table:
         "a step": f"{cfg.train.micro_batches} micro-batch(es), {clips:.1f} clips, {tokens:,.0f} tokens on average",
         "an epoch": f"{data.tape.clips_per_epoch:,} clips, {data.steps_per_epoch:.1f} steps; "
         f"the run is {cfg.train.steps / data.steps_per_epoch:.1f} epochs",
+        "ranks at work": busy_ranks(trainer),
         "clips": f"{found['used']:,} used + {found['dropped']:,} dropped + {found['failed']:,} failed before "
         f"= {found['total']:,}",
         "held-out clips": str(len(data.val_clips)),
@@ -54,6 +56,24 @@ def run_table(trainer: "Trainer") -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def busy_ranks(trainer: "Trainer") -> str:
+    """How much of the ranks' time the step's micro-batches fill, and what nearby world sizes would."""
+    micro_batches, ranks = trainer.cfg.train.micro_batches, trainer.world.size
+    tape = trainer.data.tape
+    steps = max(1, min(64, tape.per_epoch // micro_batches))
+    costs = row_costs(tape, micro_batches, ranks, steps=steps)
+    predicted = costs.sum() / (costs.max(axis=1).sum() * ranks)
+    text = (
+        f"{slot_efficiency(micro_batches, ranks):.0%} of the slots hold a micro-batch, "
+        f"{predicted:.1%} of the time is work (predicted, first {steps} step(s))"
+    )
+    if micro_batches % ranks:
+        text += f"; nearby: {nearby_efficiencies(micro_batches, ranks)}"
+    elif tape.group % ranks:
+        text += f"; data.group={tape.group} is no multiple of {ranks} ranks, so rows mix costs"
+    return text
 
 
 def bucket_table(trainer: "Trainer") -> Table:

@@ -185,6 +185,9 @@ def data_index(settings: Overrides = None) -> None:
     \b
     sora data index source=my_clips
     sora data index source=table.csv captions=captions.jsonl
+    sora data index source=s3://bucket/shard-{000..010}.tar output=my_index probe=header workers=16
+    sora data index source=my_tars output=my_index video_key=mp4 caption_keys=[json:caption.long,txt]
+    sora data index source=my_tars output=my_index part=1/4       (then the same with merge=true)
     """
     from sora_train.commands import data_index as index
 
@@ -201,6 +204,36 @@ def data_show(settings: Overrides = None) -> None:
     from sora_train.commands import data_show as show
 
     print(show(list(settings or [])))
+
+
+@data_app.command("report", context_settings=OVERRIDES)
+def data_report(arguments: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """Write a page and a picture of what a run would make of its clips: frames, buckets, drops, captions.
+
+    Overrides are those of a run; out=DIR says where the files go.
+
+    \b
+    sora data report experiment=quickstart
+    sora data report experiment=real_tiny data.source=my_clips out=my_report
+    """
+    from sora_train.commands import data_report as report
+
+    print(report(list(arguments or []), config_dir))
+
+
+@data_app.command("trace", context_settings=OVERRIDES)
+def data_trace(arguments: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """Print which clips each rank would train on in which step, a JSON row a micro-batch; no clip is decoded.
+
+    Overrides are those of a run; steps=A:B (B excluded), world=R ranks and out=FILE.jsonl are this command's own.
+
+    \b
+    sora data trace experiment=quickstart steps=0:4 world=2
+    sora data trace experiment=real_tiny data.source=my_clips steps=100:200 world=8 out=trace.jsonl
+    """
+    from sora_train.commands import data_trace as trace
+
+    print(trace(list(arguments or []), config_dir))
 
 
 @ckpt_app.command("list")
@@ -290,6 +323,22 @@ def bench_train(arguments: Overrides = None) -> int:
     sora bench train experiment=quickstart --steps 30 --warmup 5 --out benchmarks/results
     """
     from sora_train.commands import bench_train as bench
+
+    return bench(list(arguments or []))
+
+
+@bench_app.command("data", context_settings=OVERRIDES)
+def bench_data(arguments: Overrides = None) -> int:
+    """Measure the loader beside the bare decoder and plain webdataset, on the same clips and processes.
+
+    Overrides choose the clips and the loader; --clips N and --repeats N how much is measured, --soak N over how many
+    clips memory is watched, --out DIR where the results go.
+
+    \b
+    sora bench data experiment=quickstart --clips 500 --soak 5000
+    sora bench data experiment=real_tiny data.source=shards buckets=256px --clips 60
+    """
+    from sora_train.commands import bench_data as bench
 
     return bench(list(arguments or []))
 

@@ -1,5 +1,6 @@
 """What the sub-commands of `sora` do once their arguments are read; each returns what it prints."""
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from sora_train.config.settings import ShardSettings, SourceSettings
 from sora_train.errors import UserError
 
 if TYPE_CHECKING:
+    from sora_train.config import Config
     from sora_train.data.manifest import Manifest
 
 
@@ -73,8 +75,53 @@ def prep_shards(overrides: list[str]) -> str:
 
 def data_index(overrides: list[str]) -> str:
     """Counts of a source: usable clips, dropped ones by reason, and each dropped clip's own."""
-    manifest = _open(parse_settings(SourceSettings, overrides))
+    settings = parse_settings(SourceSettings, _quoted(overrides))
+    from sora_train.data.index_shards import is_shards
+
+    if is_shards(settings.source) or settings.output or settings.part or settings.merge:
+        return _index_shards(settings)
+    manifest = _open(settings)
     return count(manifest)
+
+
+def _quoted(overrides: list[str]) -> list[str]:
+    """A pattern of shards as a plain string: braces would begin a mapping to the reader of overrides."""
+    return [
+        f"source='{text.removeprefix('source=')}'"
+        if text.startswith("source=") and "'" not in text and '"' not in text
+        else text
+        for text in overrides
+    ]
+
+
+def _index_shards(settings: SourceSettings) -> str:
+    """Index shards by their names into `output`."""
+    from sora_train.data.index_shards import HowToIndex, index_shards
+    from sora_train.data.tars import MemberKeys
+
+    name = hashlib.sha256(settings.source.encode()).hexdigest()[:12]
+    output = Path(settings.output or Path(settings.work_dir) / f"shards-{name}")
+    videos = tuple(key for key in settings.video_key.lower().split(";") if key)
+    how = HowToIndex(
+        MemberKeys(videos, settings.caption_keys), settings.probe, settings.allow_empty_captions
+    )
+    with counting("indexing") as advance:
+        manifest = index_shards(
+            settings.source,
+            output,
+            how,
+            workers=settings.workers,
+            duplicate_keys=settings.duplicate_keys,
+            part=settings.part,
+            merge=settings.merge,
+            progress=advance,
+        )
+    if manifest is None:
+        return (
+            f"part {settings.part} is done, its rows lie in {output}; when all parts are: the same command with "
+            "merge=true instead of part="
+        )
+    return f"{count(manifest)}\nnext: sora train experiment=real_tiny data.source={output}"
 
 
 def data_show(overrides: list[str]) -> str:
@@ -96,6 +143,29 @@ def data_show(overrides: list[str]) -> str:
     table = _table(("clip", "kind", "frames", "size", "fps", "caption, or why it is dropped"), rows)
     rest = len(manifest) - len(shown)
     return f"{table}\n{f'{rest} more; raise limit=' if rest else count(manifest)}"
+
+
+def data_report(overrides: list[str], config_dir: Path | None) -> str:
+    """Write the report of what a run would make of its clips into `out=DIR`."""
+    from sora_train.config.compose import compose
+    from sora_train.data_report import account, write_data_report
+
+    given = [text.removeprefix("out=") for text in overrides if text.startswith("out=")]
+    rest = [text for text in overrides if not text.startswith("out=")]
+    cfg: Config = compose(rest, config_dir=config_dir).config
+    out = Path(given[-1] if given else f"{cfg.run.dir}/data_report").expanduser()
+    plan, paths = write_data_report(cfg, out)
+    return f"{account(plan)}\nwrote {', '.join(map(str, paths))}"
+
+
+def data_trace(arguments: list[str], config_dir: Path | None) -> str:
+    """Rows of the tape for `steps=A:B world=R`, printed or written to `out=FILE.jsonl`."""
+    from sora_train.config.compose import compose, split_yaml_file
+    from sora_train.data_trace import TraceRequest, trace
+
+    request, overrides = TraceRequest.parse(arguments)
+    yaml_file, overrides = split_yaml_file(overrides)
+    return trace(compose(overrides, config_dir=config_dir, yaml_file=yaml_file).config, request)
 
 
 def ckpt_list(run_dir: Path) -> str:
@@ -125,6 +195,13 @@ def ckpt_show(ckpt: str) -> str:
 def bench_train(overrides: list[str]) -> int:
     """Run the training benchmark; returns the exit code."""
     from sora_train.bench.train import main
+
+    return main(overrides)
+
+
+def bench_data(overrides: list[str]) -> int:
+    """Run the loader's benchmark; returns the exit code."""
+    from sora_train.bench.data import main
 
     return main(overrides)
 

@@ -29,7 +29,7 @@ FAINT = (130, 134, 140)
 class _Row:
     frames: list[Image.Image]
     lines: list[str]
-    note: str
+    notes: list[str]
 
     @property
     def width(self) -> int:
@@ -37,12 +37,17 @@ class _Row:
 
 
 def contact_sheet(
-    clips: Sequence[np.ndarray], labels: Sequence[str], path: Path, frames_per_clip: int = 5
+    clips: Sequence[np.ndarray],
+    labels: Sequence[str],
+    path: Path,
+    frames_per_clip: int = 5,
+    notes: Sequence[str] | None = None,
 ) -> Path:
     """Draw `clips` to a PNG at `path` and return it.
 
     clips: uint8 (T, H, W, 3) RGB each, any mix of sizes and lengths; up to `frames_per_clip` frames
-    are shown, evenly spread from the first to the last. Raises ValueError on another shape or dtype.
+    are shown, evenly spread from the first to the last. `notes` stand below the labels in place of
+    the clips' sizes. Raises ValueError on another shape or dtype.
     """
     if len(clips) != len(labels) or not clips:
         raise ValueError(
@@ -50,12 +55,16 @@ def contact_sheet(
         )
     font, small = _font(FONT_SIZE), _font(FONT_SIZE - 4)
     rows = [
-        _Row(_frames(clip, frames_per_clip), _wrap(label, font, LABEL_WIDTH - GAP * 3), _note(clip))
-        for clip, label in zip(clips, labels, strict=True)
+        _Row(
+            _frames(clip, frames_per_clip),
+            _wrap(label, font, LABEL_WIDTH - GAP * 3),
+            _wrap(note or _note(clip), small, LABEL_WIDTH - GAP * 3),
+        )
+        for clip, label, note in zip(clips, labels, notes or [""] * len(clips), strict=True)
     ]
     line_height = FONT_SIZE + 5
     heights = [
-        max(row.frames[0].height, line_height * len(row.lines) + line_height) for row in rows
+        max(row.frames[0].height, line_height * (len(row.lines) + len(row.notes))) for row in rows
     ]
     width = 2 * MARGIN + LABEL_WIDTH + max(row.width for row in rows)
     height = 2 * MARGIN + sum(heights) + 2 * ROW_GAP * (len(rows) - 1)
@@ -65,9 +74,9 @@ def contact_sheet(
     for index, (row, row_height) in enumerate(zip(rows, heights, strict=True)):
         for number, line in enumerate(row.lines):
             draw.text((MARGIN, top + number * line_height), line, fill=TEXT, font=font)
-        draw.text(
-            (MARGIN, top + len(row.lines) * line_height + 2), row.note, fill=FAINT, font=small
-        )
+        below = top + len(row.lines) * line_height + 2
+        for number, line in enumerate(row.notes):
+            draw.text((MARGIN, below + number * (line_height - 4)), line, fill=FAINT, font=small)
         left = MARGIN + LABEL_WIDTH
         for frame in row.frames:
             sheet.paste(frame, (left, top))
@@ -77,6 +86,16 @@ def contact_sheet(
             draw.line([(MARGIN, top), (width - MARGIN, top)], fill=RULE)
         top += ROW_GAP
     return _save(sheet, path)
+
+
+def filmstrip(clip: np.ndarray, frames_per_clip: int = 5) -> Image.Image:
+    """Up to `frames_per_clip` frames of a clip, uint8 (T, H, W, 3) RGB, side by side."""
+    frames = _frames(clip, frames_per_clip)
+    width = sum(frame.width for frame in frames) + GAP * (len(frames) - 1)
+    strip = Image.new("RGB", (width, frames[0].height), BACKGROUND)
+    for number, frame in enumerate(frames):
+        strip.paste(frame, (number * (frame.width + GAP), 0))
+    return strip
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

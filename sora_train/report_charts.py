@@ -1,4 +1,4 @@
-"""The curves of a run as SVG to be put into a page: loss, validation by noise level, throughput.
+"""The curves of a run as SVG to be put into a page: loss, validation by noise level, throughput; and histograms.
 
 Drawn by hand, so that a training machine needs no plotting package; text stays text in the page's
 own font.
@@ -23,6 +23,8 @@ PALE_BLUE = "#b6d1f7"
 ORANGE = "#d9730d"
 # From little noise to much: viridis, which keeps its order for the colour-blind.
 LEVELS = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151")
+
+BINS = 30
 
 Row = dict[str, float]
 Series = tuple[np.ndarray, np.ndarray]
@@ -163,6 +165,38 @@ def plot(lines: list[Line], limits: tuple[float, float], form: Callable[[float],
     parts += _labels([line for line in lines if line.label and len(line.points[0])], y, right)
     body = "".join(parts)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-size="12">{body}</svg>'
+
+
+def histogram(values: np.ndarray, unit: str, bins: int = BINS) -> str:
+    """An SVG element: how many of `values` (finite, one or more) fall into each of equal bins."""
+    low, high = float(values.min()), float(values.max())
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        low, high = low - 0.5, high + 0.5
+    counts, edges = np.histogram(values, bins, (low, high))
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    top = float(counts.max())
+
+    def x(value: float) -> float:
+        return LEFT + (value - low) / (high - low) * (right - LEFT)
+
+    def y(count: float) -> float:
+        return bottom - count / top * (bottom - TOP)
+
+    parts = []
+    for value in ticks(0, top):
+        if value == round(value):
+            parts.append(f'<path d="M{LEFT} {y(value):.1f}H{right}" stroke="{GRID}"/>')
+            parts.append(_text(LEFT - 8, y(value) + 4, _short(value), "end"))
+    for number in np.flatnonzero(counts):
+        begin, end = x(edges[number]) + 0.5, x(edges[number + 1]) - 0.5
+        at = min(y(counts[number]), bottom - 1.5)  # a single clip among millions is still seen
+        parts.append(
+            f'<path d="M{begin:.1f} {bottom}V{at:.1f}H{end:.1f}V{bottom}Z" fill="{BLUE}"/>'
+        )
+    parts.append(f'<path d="M{LEFT} {bottom}H{right}" stroke="#c9c9c4"/>')
+    parts += [_text(x(value), bottom + 17, _short(value), "middle") for value in ticks(low, high)]
+    parts.append(_text((LEFT + right) / 2, HEIGHT - 3, unit, "middle"))
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-size="12">{"".join(parts)}</svg>'
 
 
 def _grid(

@@ -83,6 +83,7 @@ class Trainer:
         )
         self.spec = build_spec(cfg, self.vae, model)
         self.data = self.build_data(model)
+        self.cfg = cfg = self.data.with_steps(cfg)
         self.objective = self.build_objective()
         self.engine = FsdpEngine(
             model, cfg, self.world, lambda named: build_optimizer(named, cfg.optim)
@@ -115,7 +116,7 @@ class Trainer:
     # --- the loop ---
 
     def train(self) -> None:
-        """Train to `train.steps`, from step 0 or from where the run folder stands."""
+        """Train to `train.steps` (those of `train.epochs`), from step 0 or from where the run folder stands."""
         print_card(self)
         if self.cfg.dry_run:
             return self.close()

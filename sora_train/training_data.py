@@ -1,5 +1,6 @@
 """Assembles what a run trains on: sources, buckets, the tape, stored latents and held-out clips."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,15 @@ from sora_train.data.cache import LatentCache
 from sora_train.data.index import open_source
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.plan import Tape, micro_batch_sizes
+from sora_train.data.plan import Tape, micro_batch_sizes, require_efficiency
 from sora_train.data.sample import Bucket, Clip, ClipBatch
 from sora_train.data.shapes_source import prepare_shapes
 from sora_train.distributed import ControlPlane, World
 from sora_train.errors import UserError
+from sora_train.models.flops import training_flops
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
+from sora_train.models.vae_geometry import Geometry
 from sora_train.objectives import to_pixels
 from sora_train.progress import Progress
 from sora_train.run_folder import RunFolder
@@ -58,8 +61,10 @@ class TrainingData:
         """Open the sources, plan the tape, encode what is to be cached.
 
         Raises:
-            UserError: no such source, no caption, no clip that fits a bucket, too many dropped.
+            UserError: no such source, no caption, no clip that fits a bucket, too many dropped, or
+                a world size that would leave too many ranks idle.
         """
+        require_efficiency(cfg.train.micro_batches, world.size, cfg.data.min_efficiency)
         train, val = open_together(cfg, world, control, folder.path)
         reads_vae_latents = isinstance(model, TextToVideo)
         patch = cfg.model.patch_size if reads_vae_latents else (1, 1, 1)
@@ -69,7 +74,7 @@ class TrainingData:
             spatial_multiple=vae.spatial_factor * max(patch[1:]),
         )
         tokens_of = token_counter(vae, patch)
-        tape, sizes, assignment = plan(cfg, train, table, tokens_of, model, cfg.data)
+        tape, sizes, assignment = plan(cfg, train, table, tokens_of, cost_model(cfg, model))
         cache = None
         if cfg.data.cache == "latents" and reads_vae_latents:
             cache = LatentCache(Path(cfg.data.cache_dir or folder.path / "cache"))
@@ -122,6 +127,14 @@ class TrainingData:
 
     def epoch_at(self, step: int) -> float:
         return step * self.micro_batches / self.tape.per_epoch
+
+    def with_steps(self, cfg: Config) -> Config:
+        """The config with `train.epochs` told in steps, which the learning rate and the end go by."""
+        if not cfg.train.epochs:
+            return cfg
+        steps = math.ceil(cfg.train.epochs * self.tape.per_epoch / self.micro_batches)
+        train = cfg.train.model_copy(update={"steps": steps, "epochs": 0.0})
+        return cfg.model_copy(update={"train": train})
 
     def account(self) -> dict[str, int]:
         """Clips of the source, held-out ones left out: `used + dropped + failed = total`.
@@ -217,7 +230,7 @@ def _open(
     return manifest, False
 
 
-def token_counter(vae: VideoVAE, patch: tuple[int, int, int]) -> Callable[[Bucket], int]:
+def token_counter(vae: VideoVAE | Geometry, patch: tuple[int, int, int]) -> Callable[[Bucket], int]:
     """Tokens of one clip of a bucket, after the VAE and the patch embedding."""
 
     def tokens(bucket: Bucket) -> int:
@@ -232,16 +245,18 @@ def plan(
     manifest: Manifest,
     table: list[BucketSpec],
     tokens_of: Callable[[Bucket], int],
-    model: nn.Module,
-    data: DataConfig,
+    cost: Callable[[int], float],
 ) -> tuple[Tape, dict[Bucket, int], Assignment]:
-    """Buckets of the clips, clips of a micro-batch, and the tape over them."""
+    """Buckets of the clips, the most clips of a micro-batch, and the tape over them.
+
+    Raises UserError where no clip fits a bucket.
+    """
+    data = cfg.data
     assignment = assign(manifest, table, cfg.buckets, cfg.seed)
     buckets = [spec.bucket for spec in table]
     counts = np.bincount(
         assignment.bucket_of_row[assignment.bucket_of_row >= 0], minlength=len(buckets)
     )
-    cost = cost_model(cfg, model)
     sizes = micro_batch_sizes(
         buckets, counts.tolist(), tokens_of, cost, data.micro_batch, data.micro_batch_tokens
     )
@@ -260,11 +275,16 @@ def plan(
     return tape, sizes, assignment
 
 
-def cost_model(cfg: Config, model: nn.Module) -> Callable[[int], float]:
-    """Cost of a clip of so many tokens; a * S + b * S^2 for a transformer, a * S for the VAE."""
+def cost_model(cfg: Config, model: nn.Module | None = None) -> Callable[[int], float]:
+    """Cost of a clip of so many tokens; a * S + b * S^2 for a transformer, a * S for the VAE.
+
+    Without a `model` it is that of the model that `cfg` describes.
+    """
+    text_tokens = cfg.text.max_length // 2
     if isinstance(model, TextToVideo):
-        text_tokens = cfg.text.max_length // 2
         return lambda tokens: float(model.flops(tokens, text_tokens))
+    if model is None and cfg.task == "text_to_video":
+        return lambda tokens: training_flops(cfg.model, cfg.text, tokens, text_tokens)
     return float
 
 

@@ -9,6 +9,7 @@ from sora_train.config import Config
 from sora_train.config.compose import compose, find_configs
 from sora_train.config.reference import reference
 from sora_train.config.schema import keys
+from sora_train.data.buckets import build_buckets
 from sora_train.errors import ConfigError
 
 CONFIGS = find_configs()
@@ -75,6 +76,24 @@ def test_models_fit_the_vae_and_text_encoder_of_their_experiment():
             continue
         assert config.model.text_dim == config.text.d_model, name
         assert config.model.in_channels == config.vae.arch.get("z_dim", 16), name
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "buckets").glob("*.yaml")))
+def test_buckets_fit_a_vae_of_4x8x8_and_patches_of_2(name: str):
+    config = compose([f"buckets={name}"]).config
+    table = build_buckets(config.buckets, temporal_factor=4, spatial_multiple=16)
+    assert {spec.class_name for spec in table} == {cls.name for cls in config.buckets.classes}
+    for spec in table:
+        assert spec.bucket.frames % 4 == 1
+        assert spec.bucket.height % 16 == spec.bucket.width % 16 == 0
+
+
+def test_a_run_is_as_long_as_its_steps_or_its_epochs_and_not_both():
+    assert compose(["train.steps=0", "train.epochs=2.5"]).config.train.epochs == 2.5
+    with pytest.raises(ConfigError, match=r"train\.steps=1000 and train\.epochs=2 both say"):
+        compose(["train.epochs=2"])
+    with pytest.raises(ConfigError, match=r"train\.steps=0 and train\.epochs=0 train nothing"):
+        compose(["train.steps=0"])
 
 
 def test_every_key_is_documented():

@@ -47,6 +47,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 BELOW_THE_TRAINER = {
     "card",
+    "data_report",
+    "data_report_plan",
+    "data_trace",
     "evaluate",
     "finish",
     "report",

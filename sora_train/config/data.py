@@ -41,7 +41,11 @@ class DataConfig(Section):
     micro_batch_tokens: int = Field(1024, ge=1)
     """Tokens of the largest bucket that one micro-batch may hold; shorter clips get more of them at the same cost."""
     group: int = Field(8, ge=1)
-    """Micro-batches of nearly equal cost that follow each other on the tape, so that ranks finish together."""
+    """Micro-batches of nearly equal cost that follow each other on the tape, so that ranks finish together: a
+    multiple of the ranks that will ever train side by side."""
+    min_efficiency: float = Field(0.5, ge=0, le=1)
+    """Least share of a step's slots that must hold a micro-batch: where the ranks do not divide
+    `train.micro_batches` the slots left over idle, and below this share the run refuses to start."""
     window_shards: int = Field(64, ge=1)
     """Shards whose samples are shuffled together."""
     num_workers: int = Field(2, ge=1)
@@ -50,11 +54,21 @@ class DataConfig(Section):
     """Micro-batches decoded ahead."""
     decode_timeout: float = Field(60.0, gt=0)
     """Seconds a clip may take to decode before its process is killed and the clip quarantined."""
+    read_retries: int = Field(5, ge=0)
+    """How often a failed read of remote storage (`http(s)://`, `s3://`, `gs://`) is tried again, after pauses
+    that grow, before the run stops."""
+    read_timeout: float = Field(30.0, gt=0)
+    """Seconds one attempt at reading a clip from remote storage may take before it counts as failed."""
+    disk_cache_dir: str = ""
+    """Folder on a local disk that keeps what was read from remote storage, shared by all processes of the
+    machine; empty: nothing is kept."""
+    disk_cache_gb: float = Field(50.0, gt=0)
+    """Bound of `data.disk_cache_dir` in GB; what was not used for longest is removed."""
     decoder: Literal["auto", "pyav", "decord"] = "auto"
     """`auto` uses PyAV; `decord` is refused where its wheel is missing or cannot read a clip's codec."""
-    probe: Literal["decode", "packets"] = "decode"
-    """How frames are counted when a source is indexed: decode every frame, or count packets (faster, trusts
-    the file)."""
+    probe: Literal["decode", "packets", "header"] = "decode"
+    """How frames are counted when a source is indexed: decode every frame, count packets (faster, trusts the
+    file), or take the header's word (fastest; a clip that holds fewer frames is found at its decode)."""
     cache: Literal["none", "latents"] = "none"
     """`latents`: encode every clip once before step 1, in an order of its own, and train from the stored latents."""
     cache_dir: str = ""

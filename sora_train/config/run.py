@@ -20,12 +20,27 @@ class RunConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: int = Field(1000, ge=1)
-    """Optimizer steps of the whole run."""
+    steps: int = Field(1000, ge=0)
+    """Optimizer steps of the whole run; 0: as many as `train.epochs` take."""
+    epochs: float = Field(0.0, ge=0)
+    """Passes over the clips instead of `train.steps`, rounded up to whole steps; needs train.steps=0."""
     micro_batches: int = Field(1, ge=1)
     """Micro-batches of one step over all ranks (M): fixed by the config, so a run means the same at any world size."""
     log_every: int = Field(1, ge=1)
     """Steps between two rows of metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if self.steps and self.epochs:
+            raise ValueError(
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} both say how long to train; "
+                "set train.steps=0 to train for epochs, or leave train.epochs out"
+            )
+        if not self.steps and not self.epochs:
+            raise ValueError(
+                "train.steps=0 and train.epochs=0 train nothing; set one of them, for example train.steps=1000"
+            )
+        return self
 
 
 class OptimConfig(Section):

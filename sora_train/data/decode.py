@@ -11,11 +11,14 @@ import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import av
 import numpy as np
 from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from sora_train.data.reading import ReadPolicy
 
 av.logging.set_level(av.logging.PANIC)
 
@@ -23,6 +26,8 @@ av.logging.set_level(av.logging.PANIC)
 TIME_TOLERANCE = 1e-3
 # A seek costs about as much as decoding a second of video from the start.
 SEEK_WORTH_SECONDS = 1.0
+# Enough of each end to tell two clips apart where reading the middle would cost too much.
+DIGEST_END_BYTES = 1 << 16
 # Frame intervals that differ from the median by more than this share of it make a rate variable.
 VARIABLE_RATE = 0.2
 
@@ -42,7 +47,7 @@ class StorageFault(Exception):
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """Asks what a byte range of a file holds; `count` is `decode` or `packets`."""
+    """Asks what a byte range of a file holds; `count` is `decode`, `packets` or `header`."""
 
     row: int
     key: str
@@ -91,24 +96,35 @@ class DecodeRequest:
     start: float = 0.0
     fps: float = 0.0
     backend: str = "pyav"
+    reading: ReadPolicy | None = None
+    """How to read the bytes of a `path` that is an address; None where it is a local file."""
+    digest: str = ""
+    """What the index says of the bytes, so that a cache does not give those of an older file."""
+    data: bytes | None = None
+    """The bytes, where they were read already."""
 
 
 class ByteRange(io.RawIOBase):
     """A part of a file as a file of its own, so that a tar's member is decoded where it lies.
 
+    `data` are its bytes where they were read already.
     A short read is remembered in `fault`: libav would report it as damage of the clip.
     """
 
-    def __init__(self, path: str, offset: int, length: int):
+    def __init__(self, path: str, offset: int, length: int, data: bytes | None = None):
         super().__init__()
         self.fault = ""
+        self.name = path
         self._position = 0
-        self._offset, self._length = offset, length
+        self._offset, self._length = offset if data is None else 0, length
+        self._file: io.RawIOBase | io.BytesIO
+        if data is not None:
+            self._file = io.BytesIO(data)
+            return
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise StorageFault(f"{path}: {error.strerror}") from error
-        self.name = path
 
     def readable(self) -> bool:
         return True
@@ -153,27 +169,44 @@ class ByteRange(io.RawIOBase):
 def probe_video(request: ProbeRequest) -> Probe:
     """Everything the manifest holds about a clip, its frames really decoded (or its packets counted).
 
-    Raises BadClip (`unreadable`) and StorageFault.
+    With `header` the container's own figures and its first frame have to do. Raises BadClip
+    (`unreadable`) and StorageFault.
     """
     with ByteRange(request.path, request.offset, request.length) as file:
-        try:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-            file.seek(0)
-            if request.kind == "image":
-                return _probe_image(file, digest)
-            return _probe_stream(file, request.count, digest)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise _explain(error, file) from error
+        return probe_file(file, request)
 
 
-def _explain(error: Exception, file: ByteRange) -> Exception:
+def probe_file(file: Any, request: ProbeRequest) -> Probe:
+    """`probe_video` of bytes that are open already, as a file that remembers in `fault` why it failed."""
+    try:
+        digest = _digest(file, request)
+        file.seek(0)
+        if request.kind == "image":
+            return _probe_image(file, digest)
+        return _probe_stream(file, request.count, digest)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _explain(error, file) from error
+
+
+def _digest(file: Any, request: ProbeRequest) -> str:
+    """SHA-256 of the bytes; where only the header is read, of their number and their two ends."""
+    if request.count != "header":
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    state = hashlib.sha256(f"ends {request.length} ".encode())
+    for start in (0, max(0, request.length - DIGEST_END_BYTES)):
+        file.seek(start)
+        state.update(file.read(DIGEST_END_BYTES) or b"")
+    return state.hexdigest()[:32]
+
+
+def _explain(error: Exception, file: Any) -> Exception:
     """Storage at fault, or the clip."""
     if file.fault:
         return StorageFault(file.fault)
     return BadClip("unreadable", " ".join(str(error).split())[:200] or type(error).__name__)
 
 
-def _probe_image(file: ByteRange, digest: str) -> Probe:
+def _probe_image(file: Any, digest: str) -> Probe:
     image = Image.open(cast(Any, file))
     codec = (image.format or "image").lower()
     if getattr(image, "n_frames", 1) > 1:
@@ -201,7 +234,7 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
     return stream
 
 
-def _probe_stream(file: ByteRange, count: str, digest: str) -> Probe:
+def _probe_stream(file: Any, count: str, digest: str) -> Probe:
     with av.open(cast(Any, file), mode="r") as container:
         stream = _video_stream(container)
         first, times, last_duration = _walk(container, stream, count)
@@ -225,7 +258,12 @@ def _walk(
 ) -> tuple[av.VideoFrame, list[float], float]:
     """The first frame, the time of every frame, and how long the last one is shown (0: unknown)."""
     rate = float(stream.average_rate or stream.guessed_rate or 25)
-    if count == "packets":
+    promised = _promised_frames(container, stream, rate) if count == "header" else 0
+    if promised:
+        first = next(_decoded(container, stream), None)
+        begin = first.time or 0.0 if first is not None else 0.0
+        times, last_duration = [begin + index / rate for index in range(promised)], 0.0
+    elif count in ("packets", "header"):
         packets = [packet for packet in container.demux(stream) if packet.size]
         times = [
             float(packet.pts * packet.time_base) if packet.pts is not None else index / rate
@@ -243,6 +281,17 @@ def _walk(
     if first is None or not times:
         raise BadClip("unreadable", "no frame can be decoded")
     return first, times, last_duration
+
+
+def _promised_frames(
+    container: av.container.InputContainer, stream: av.VideoStream, rate: float
+) -> int:
+    """How many frames the header says there are, 0 where it does not."""
+    if stream.frames:
+        return stream.frames
+    if stream.duration and stream.time_base:
+        return round(float(stream.duration * stream.time_base) * rate)
+    return round((container.duration or 0) / av.time_base * rate)
 
 
 def _shown_for(frame: av.VideoFrame) -> float:
@@ -289,7 +338,7 @@ def decode_frames(request: DecodeRequest) -> np.ndarray:
     A frame is shown from its own time until the next one's. Raises BadClip (`unreadable`,
     `too_few_frames`) and StorageFault.
     """
-    with ByteRange(request.path, request.offset, request.length) as file:
+    with ByteRange(request.path, request.offset, request.length, request.data) as file:
         try:
             if request.kind == "image":
                 return _decode_image(file, request)

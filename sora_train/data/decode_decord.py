@@ -33,7 +33,7 @@ def decode_frames(request: DecodeRequest) -> np.ndarray:
     """As `sora_train.data.decode.decode_frames`; images are not decord's business."""
     import decord
 
-    with ByteRange(request.path, request.offset, request.length) as file:
+    with ByteRange(request.path, request.offset, request.length, request.data) as file:
         try:
             reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
             starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]

@@ -25,6 +25,8 @@ from sora_train.errors import Fault
 START_SECONDS = 120.0
 EXIT_SECONDS = 5.0
 MAX_START_FAILURES = 3
+# What a read may take beyond its own deadline before its process is taken for stuck.
+READ_GRACE = 10.0
 
 
 class _Child:
@@ -73,6 +75,11 @@ class _Child:
         assert self._process is not None and self._process.stdin and self._process.stdout
         try:
             pipe.send(self._process.stdin.fileno(), (timeout, request))
+            reading = getattr(request, "reading", None)
+            if reading is not None:
+                first = self._first(reading.deadline + READ_GRACE)
+                if first[0] != "fetched":
+                    return first
             return pipe.receive(self._process.stdout.fileno(), timeout)
         except pipe.DeadlinePassed:
             self.kill()
@@ -84,6 +91,15 @@ class _Child:
                 code = "unknown (it closed its pipe and went on)"
             said = self.kill()
             return "died", f"the decode process ended with code {code} {said}".strip()
+
+    def _first(self, timeout: float) -> tuple[str, Any]:
+        """What comes of reading, before the clip's own deadline begins: lateness is not the clip's."""
+        assert self._process is not None and self._process.stdout
+        try:
+            return pipe.receive(self._process.stdout.fileno(), timeout)
+        except pipe.DeadlinePassed:
+            self.kill()
+            return "storage", f"its bytes did not come within {timeout:g} s"
 
     def kill(self) -> str:
         """End the process; the last line it wrote to stderr."""

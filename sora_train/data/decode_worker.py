@@ -5,6 +5,7 @@ is never imported again, no lock is inherited from a forked parent, and torch is
 """
 
 import ctypes
+import dataclasses
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
-from sora_train.data import decode, pipe  # noqa: E402 - the threads above must be set before numpy loads
+from sora_train.data import decode, pipe, reading  # noqa: E402 - the threads above must be set before numpy loads
 
 PARENT_DEATH_SIGNAL = 1
 # Of the parent's deadline; the alarm is for a parent that died while the child spun in native code.
@@ -23,14 +24,23 @@ TEST_HOOK = "SORA_TEST_DECODE"
 
 def answer(request: decode.ProbeRequest | decode.DecodeRequest) -> tuple[str, object]:
     """('ok', Probe or frames), ('bad', (reason, detail)) or ('storage', detail)."""
-    try:
-        if isinstance(request, decode.ProbeRequest):
-            return "ok", decode.probe_video(request)
-        if request.backend == "decord" and request.kind == "video":
-            from sora_train.data import decode_decord
+    return guarded(lambda: _found(request))
 
-            return "ok", decode_decord.decode_frames(request)
-        return "ok", decode.decode_frames(request)
+
+def _found(request: decode.ProbeRequest | decode.DecodeRequest) -> object:
+    if isinstance(request, decode.ProbeRequest):
+        return decode.probe_video(request)
+    if request.backend == "decord" and request.kind == "video":
+        from sora_train.data import decode_decord
+
+        return decode_decord.decode_frames(request)
+    return decode.decode_frames(request)
+
+
+def guarded(find: Callable[[], object]) -> tuple[str, object]:
+    """`find()` as an answer: ('ok', found), or whose fault it is that nothing is."""
+    try:
+        return "ok", find()
     except decode.BadClip as error:
         return "bad", (error.reason, error.detail)
     except decode.StorageFault as error:
@@ -61,6 +71,19 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
+def fetch(request: Any) -> tuple[Any, tuple[str, object] | None]:
+    """The request with its bytes, and the answer already where storage fails."""
+    try:
+        data = reading.read_range(
+            request.path, request.offset, request.length, request.reading, digest=request.digest
+        )
+    except decode.StorageFault as error:
+        return request, ("storage", str(error))
+    except MemoryError as error:
+        return request, ("storage", f"out of memory: {error}")
+    return dataclasses.replace(request, data=data), None
+
+
 def serve(answer: Callable[[Any], tuple[str, object]]) -> None:
     """Answer requests (deadline in seconds, request with a `key`) until stdin closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -74,11 +97,19 @@ def serve(answer: Callable[[Any], tuple[str, object]]) -> None:
             timeout, request = pipe.receive(requests)
         except pipe.Closed:
             return
-        signal.alarm(int(timeout) + ALARM_GRACE)
-        misbehave(request.key)
-        reply = answer(request)
-        signal.alarm(0)
+        reply = None
         try:
+            if getattr(request, "reading", None) is not None:
+                signal.alarm(int(request.reading.deadline) + ALARM_GRACE)
+                request, reply = fetch(request)
+                if reply is None:
+                    # From here on the clip's own deadline counts.
+                    pipe.send(answers, ("fetched", None))
+            if reply is None:
+                signal.alarm(int(timeout) + ALARM_GRACE)
+                misbehave(request.key)
+                reply = answer(request)
+            signal.alarm(0)
             pipe.send(answers, reply)
         except pipe.Closed:
             return

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from sora_train.data.captions import TABLE_SUFFIXES, read_table
-from sora_train.data.decode import Probe, ProbeRequest
+from sora_train.data.decode import Probe, ProbeRequest, StorageFault
 from sora_train.data.decode_pool import DecodePool
 from sora_train.data.manifest import FILE_NAME, Manifest, empty_row
+from sora_train.data.remote import fingerprint, is_remote, size_of
 from sora_train.data.sample import Failure
-from sora_train.data.tars import list_tar
-from sora_train.errors import UserError
+from sora_train.data.tars import (
+    COMPRESSED_SUFFIXES,
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    list_tar,
+    media_kind,
+)
+from sora_train.errors import Fault, UserError
 
-VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mkv", "webm", "mov", "avi"})
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-INDEX_VERSION = "1"
+INDEX_VERSION = "2"
+# Waiting for a disk or a server costs no core.
+CHECK_THREADS = 16
 # A long clip takes longer to decode whole than the few seconds training will ever want of it.
 PROBE_SECONDS_PER_MIB = 5.0
 
@@ -43,12 +50,6 @@ class Member:
     fault: str = ""
 
 
-def media_kind(name: str) -> str:
-    """`video`, `image` or '' by the name's extension."""
-    suffix = name.rsplit(".", 1)[-1].lower()
-    return "video" if suffix in VIDEO_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else ""
-
-
 def open_source(
     source: str,
     *,
@@ -62,23 +63,30 @@ def open_source(
 ) -> Manifest:
     """The manifest of `source`; `work_dir` keeps it for the next time.
 
-    `probe` is `decode` (count frames by decoding) or `packets`; `progress(done, total)` is called
+    `probe` is `decode` (count frames by decoding), `packets` or `header`; `progress(done, total)` is called
     as clips are probed; `timeout` is the least deadline of a clip in seconds. Raises UserError on a
     source that does not exist, is empty, is compressed, or has no captions.
     """
     path = Path(source).expanduser()
+    if not path.exists() and (is_remote(source) or "{" in source or "*" in source):
+        raise UserError(
+            f"data.source={source} names shards that are not indexed; run `sora data index source='{source}' "
+            "output=FOLDER` once, then train with data.source=FOLDER"
+        )
     if not path.exists():
         raise UserError(
             f"data.source={source} does not exist; give a folder of clips or shards, or a CSV/JSONL/Parquet table"
         )
-    has_manifest = path.is_dir() and (path / FILE_NAME).exists()
+    manifest_file = path / FILE_NAME if path.is_dir() else path
+    has_manifest = manifest_file.suffix == ".parquet" and Manifest.is_manifest(manifest_file)
+    has_manifest = has_manifest or (path.is_dir() and manifest_file.exists())
     if captions and (has_manifest or path.is_file()):
         raise UserError(
             f"data.captions={captions} would not be used: data.source={source} holds its own captions; "
             "leave data.captions empty"
         )
     if has_manifest:
-        return _checked(Manifest.load(path / FILE_NAME, root=path))
+        return checked(Manifest.load(manifest_file), manifest_file)
     root, members = _list_source(path, captions)
     if not any(member.caption for member in members) and not allow_empty_captions:
         raise UserError(
@@ -103,8 +111,11 @@ def open_source(
     return manifest
 
 
-def _checked(manifest: Manifest) -> Manifest:
-    """The manifest, if its shards are there and as long as it says."""
+def checked(manifest: Manifest, file: Path) -> Manifest:
+    """The manifest, if its shards are what they were when it was made.
+
+    Raises UserError naming the shard that is missing or changed.
+    """
     if len(manifest) == 0:
         raise UserError(f"the manifest of {manifest.root} lists no clips; prepare the data again")
     needed: dict[str, int] = {}
@@ -112,14 +123,28 @@ def _checked(manifest: Manifest) -> Manifest:
     for shard, end, reason in zip(manifest.shard, ends, manifest.drop_reason, strict=True):
         if not reason and end > needed.get(shard, -1):
             needed[shard] = int(end)
-    for shard, end in needed.items():
-        path = manifest.root / shard
-        size = path.stat().st_size if path.exists() else -1
-        if size < end:
-            found = "is missing" if size < 0 else f"holds {size} bytes where {end} are indexed"
-            raise UserError(
-                f"the shard {path} {found}; restore it, or remove {manifest.root / FILE_NAME} to index again"
-            )
+
+    def fault(shard: str) -> str:
+        path = manifest.shard_path(shard)
+        try:
+            size = size_of(path)
+            if size < needed[shard]:
+                return (
+                    f"the shard {path} is missing"
+                    if size < 0
+                    else f"the shard {path} holds {size} bytes where {needed[shard]} are indexed"
+                )
+            stamp = manifest.shards.get(shard)
+            if stamp and stamp != (size, fingerprint(path, size)):
+                return f"the shard {path} changed since it was indexed ({stamp[0]} bytes then, {size} now)"
+        except StorageFault as error:
+            raise Fault(f"a shard cannot be checked: {error}") from error
+        return ""
+
+    with ThreadPoolExecutor(CHECK_THREADS) as threads:
+        for found in threads.map(fault, needed):
+            if found:
+                raise UserError(f"{found}; restore it, or remove {file} to index again")
     return manifest
 
 
@@ -225,13 +250,13 @@ def _list_tars(folder: Path, tars: list[Path], captions: str) -> list[Member]:
     members = []
     for tar in tars:
         shard = tar.relative_to(folder).as_posix()
-        for sample in list_tar(tar, media_kind):
+        for sample in list_tar(tar):
             own = next(
                 (table[name] for name in (sample.name, sample.key) if name in table), sample.caption
             )
             members.append(
                 Member(
-                    shard, sample.key, sample.kind, sample.offset, sample.length, own, sample.fault
+                    shard, sample.key, sample.kind, sample.offset, sample.length, own, sample.detail
                 )
             )
     if not members:
@@ -279,13 +304,14 @@ def _probe_members(
             found = (
                 Failure(done - 1, "unreadable", member.fault) if future is None else future.result()
             )
-            rows.append(_row(member, found))
+            rows.append(member_row(member, found, probe == "header"))
             if progress:
                 progress(done, len(members))
     return rows
 
 
-def _row(member: Member, found: Probe | Failure) -> dict[str, object]:
+def member_row(member: Member, found: Probe | Failure, unverified: bool) -> dict[str, object]:
+    """A member and what was found in it, as a row of the manifest."""
     place = {
         "shard": member.shard,
         "key": member.key,
@@ -308,4 +334,5 @@ def _row(member: Member, found: Probe | Failure) -> dict[str, object]:
         duration=found.duration,
         start=found.start,
         sample_digest=found.digest,
+        unverified=unverified,
     )

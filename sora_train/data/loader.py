@@ -21,6 +21,8 @@ from sora_train.data.decode import DecodeRequest
 from sora_train.data.decode_pool import DecodePool
 from sora_train.data.manifest import Manifest
 from sora_train.data.plan import Tape, rows_for_rank
+from sora_train.data.reading import ReadPolicy, require
+from sora_train.data.remote import is_remote
 from sora_train.data.sample import Bucket, Clip, ClipBatch, Failure, MicroBatch
 from sora_train.data.transforms import crop, uniform, window
 from sora_train.errors import Fault, UserError
@@ -39,7 +41,8 @@ class Loader:
     `cache` the stored latents are delivered where they are, windows and crops are those of epoch 0
     in every epoch, and `vae_digest` says whose latents they are. `reasons` are those of
     `buckets.assign` (default: the manifest's); with `run_dir` failures are recorded there. Raises
-    UserError where too many clips are unusable, or the decoder cannot read them.
+    UserError where too many clips are unusable, the decoder cannot read them, or a package is missing
+    that reads their storage.
     """
 
     def __init__(
@@ -65,6 +68,13 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._vae_digest, self._cache = vae_digest, cache
         self._backend = _backend(data_cfg, manifest, tape)
+        self._reading = ReadPolicy(
+            data_cfg.read_retries,
+            data_cfg.read_timeout,
+            data_cfg.disk_cache_dir,
+            int(data_cfg.disk_cache_gb * 1e9),
+        )
+        require(set(manifest.shard.tolist()), data_cfg.disk_cache_dir)
         found = manifest.drop_reason if reasons is None else reasons
         names, counts = np.unique(found[found != ""].astype(str), return_counts=True)
         self.quarantine = quarantine.Quarantine(
@@ -242,14 +252,15 @@ class Loader:
             return self._decode(row, epoch)
         return self._clip(row, epoch, None, latents)
 
-    def _decode(self, row: int, epoch: int) -> Future:
-        """A future of the sample's Clip or Failure."""
+    def request(self, row: int, epoch: int) -> DecodeRequest:
+        """What the decoder is asked for a trained row in an epoch."""
         manifest, bucket = self.manifest, self.tape.bucket_of(row)
         times, _, box = self._cut(row, epoch)
-        request = DecodeRequest(
+        path = manifest.path(row)
+        return DecodeRequest(
             row=row,
             key=str(manifest.key[row]),
-            path=manifest.path(row),
+            path=path,
             offset=int(manifest.offset[row]),
             length=int(manifest.length[row]),
             kind=str(manifest.kind[row]),
@@ -262,9 +273,14 @@ class Loader:
             start=float(manifest.start[row]),
             fps=float(manifest.fps[row]),
             backend=self._backend,
+            reading=self._reading if is_remote(path) else None,
+            digest=str(manifest.sample_digest[row]),
         )
+
+    def _decode(self, row: int, epoch: int) -> Future:
+        """A future of the sample's Clip or Failure."""
         return _then(
-            self._pool.submit(request),
+            self._pool.submit(self.request(row, epoch)),
             lambda found: (
                 found if isinstance(found, Failure) else self._clip(row, epoch, found, None)
             ),

@@ -8,9 +8,10 @@ reason.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -21,8 +22,12 @@ import pyarrow.parquet as pq
 from sora_train.errors import UserError
 
 FILE_NAME = "manifest.parquet"
-VERSION = "1"
+VERSION = "2"
+# Version 1 had no `unverified`; every frame it counts was seen.
+READABLE_VERSIONS = ("1", "2")
+_DIGEST_VERSION = "1"
 _VERSION_KEY, _ROOT_KEY = b"sora_train.manifest", b"sora_train.root"
+_SHARDS_KEY, _REVISION_KEY = b"sora_train.shards", b"sora_train.revision"
 
 # Name -> numpy dtype; `object` columns hold strings.
 COLUMNS: dict[str, type] = {
@@ -46,9 +51,14 @@ COLUMNS: dict[str, type] = {
     "sample_digest": object,
     "drop_reason": object,
     "drop_detail": object,
+    "unverified": np.bool_,
 }
-# Where a source is mounted and how a decoder words its complaint do not change what is trained.
-_NOT_DIGESTED = frozenset({"source", "drop_detail"})
+# Where a source is mounted, how a decoder words its complaint and how closely a clip was looked at do
+# not change what is trained.
+_NOT_DIGESTED = frozenset({"source", "drop_detail", "unverified"})
+
+Stamp = tuple[int, str]
+"""What a shard was when it was indexed: bytes and fingerprint."""
 
 
 def text_digest(text: str) -> str:
@@ -72,7 +82,9 @@ class Manifest:
     `shard` is relative to `root`; a loose file is a shard with one member. `height` and `width` are
     as displayed, `rotation` the degrees counter-clockwise that a stored frame still has to be
     turned, `start` the time of the first frame on the container's own clock, `sample_digest`
-    that of the sample's bytes.
+    that of the sample's bytes. A shard named by an address (`s3://...`) needs no root. `unverified`
+    marks what only a header says; the first decode finds out. `shards` holds the stamp of each shard,
+    where the index took one, and `revision` counts the times shards were added.
     """
 
     source: np.ndarray
@@ -95,13 +107,22 @@ class Manifest:
     sample_digest: np.ndarray
     drop_reason: np.ndarray
     drop_detail: np.ndarray
+    unverified: np.ndarray
 
-    def __init__(self, columns: Mapping[str, np.ndarray], root: Path | str):
+    def __init__(
+        self,
+        columns: Mapping[str, np.ndarray],
+        root: Path | str,
+        shards: Mapping[str, Stamp] | None = None,
+        revision: int = 1,
+    ):
         lengths = {len(column) for column in columns.values()}
         assert set(columns) == set(COLUMNS) and len(lengths) == 1, (
             "a manifest has all columns, equally long"
         )
         self.root = Path(root)
+        self.shards = dict(shards or {})
+        self.revision = revision
         self._columns = dict(columns)
         for name, column in columns.items():
             setattr(self, name, column)
@@ -125,12 +146,36 @@ class Manifest:
         return {name: column[row : row + 1].tolist()[0] for name, column in self._columns.items()}
 
     def path(self, row: int) -> str:
-        """The file that holds a row's bytes."""
-        return str(self.root / self.shard[row])
+        """The file that holds a row's bytes, or its address."""
+        return self.shard_path(str(self.shard[row]))
+
+    def shard_path(self, shard: str) -> str:
+        """Where a shard lies: an address as it is, a path under the root."""
+        return shard if "://" in shard else str(self.root / shard)
 
     def select(self, rows: np.ndarray) -> Manifest:
         """The given rows (numbers or a mask), in their order, renumbered."""
-        return Manifest({name: column[rows] for name, column in self._columns.items()}, self.root)
+        columns = {name: column[rows] for name, column in self._columns.items()}
+        return Manifest(columns, self.root, self.shards, self.revision)
+
+    @classmethod
+    def joined(
+        cls,
+        parts: Sequence[Manifest],
+        root: Path | str,
+        shards: Mapping[str, Stamp],
+        revision: int = 1,
+    ) -> Manifest:
+        """The rows of `parts` one after the other."""
+        columns = {
+            name: np.concatenate([np.empty(0, dtype), *(getattr(part, name) for part in parts)])
+            for name, dtype in COLUMNS.items()
+        }
+        return cls(columns, root, shards, revision)
+
+    def with_columns(self, **changed: np.ndarray) -> Manifest:
+        """The same samples with some columns replaced."""
+        return Manifest({**self._columns, **changed}, self.root, self.shards, self.revision)
 
     def dropped(self) -> dict[str, int]:
         """How many samples cannot be used, by reason."""
@@ -138,7 +183,7 @@ class Manifest:
 
     @cached_property
     def _digest(self) -> str:
-        state = hashlib.sha256(VERSION.encode())
+        state = hashlib.sha256(_DIGEST_VERSION.encode())
         for name, dtype in COLUMNS.items():
             if name in _NOT_DIGESTED:
                 continue
@@ -160,7 +205,9 @@ class Manifest:
         """Write Parquet under a temporary name, then rename."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {_VERSION_KEY: VERSION.encode()}
+        metadata = {_VERSION_KEY: VERSION.encode(), _REVISION_KEY: str(self.revision).encode()}
+        if self.shards:
+            metadata[_SHARDS_KEY] = json.dumps(self.shards).encode()
         if self.root.resolve() != path.parent.resolve():
             metadata[_ROOT_KEY] = str(self.root.resolve()).encode()
         arrays = {
@@ -188,8 +235,11 @@ class Manifest:
                 f"{path} cannot be read as a manifest ({error}); index the source again"
             ) from error
         metadata = table.schema.metadata or {}
+        version = metadata.get(_VERSION_KEY, b"").decode()
+        if version == "1":
+            table = table.append_column("unverified", pa.array(np.zeros(len(table), np.bool_)))
         missing = COLUMNS.keys() - set(table.column_names)
-        if missing or metadata.get(_VERSION_KEY, b"").decode() != VERSION:
+        if missing or version not in READABLE_VERSIONS:
             raise UserError(
                 f"{path} is not a manifest of this version (missing: {', '.join(sorted(missing)) or 'none'}); "
                 "remove it to have the source indexed again"
@@ -199,4 +249,15 @@ class Manifest:
             column = table.column(name).to_numpy(zero_copy_only=False)
             columns[name] = column.astype(dtype, copy=False)
         stored_root = metadata.get(_ROOT_KEY, str(path.parent).encode()).decode()
-        return cls(columns, stored_root if root is None else root)
+        stamps = json.loads(metadata.get(_SHARDS_KEY, b"{}"))
+        shards = {shard: (int(size), str(digest)) for shard, (size, digest) in stamps.items()}
+        revision = int(metadata.get(_REVISION_KEY, b"1"))
+        return cls(columns, stored_root if root is None else root, shards, revision)
+
+    @staticmethod
+    def is_manifest(path: Path) -> bool:
+        """Whether a Parquet file is a manifest, of whatever version."""
+        try:
+            return _VERSION_KEY in (pq.ParquetFile(path).schema_arrow.metadata or {})
+        except (OSError, pa.ArrowInvalid):
+            return False

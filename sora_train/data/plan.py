@@ -2,9 +2,10 @@
 
 What a step consumes depends on the manifest, the buckets, the seed and the step alone. An epoch
 walks the manifest in windows of shards: shards are shuffled, samples are shuffled inside a window
-and fill the micro-batch of their bucket; full micro-batches leave in groups of nearly equal cost,
-so that ranks that work side by side finish together. Since a sample's bucket does not depend on the
-epoch, every epoch has the same counts, and a step maps to (epoch, offset) by division.
+and fill the micro-batch of their bucket; micro-batches leave in groups of nearly equal cost, so that
+ranks that work side by side finish together (balance.py says how they are cut). Since a sample's
+bucket does not depend on the epoch, every epoch has the same counts, and a step maps to (epoch,
+offset) by division.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
+from sora_train.data.balance import EQUAL_COST, Cut, cut_epoch
 from sora_train.data.sample import Bucket, MicroBatch
 from sora_train.errors import ConfigError, UserError
 from sora_train.keys import key_seed
 
-# Micro-batches whose predicted costs lie within this share of each other count as equal.
-EQUAL_COST = 0.02
+__all__ = ["EQUAL_COST", "Epoch", "Tape", "micro_batch_sizes", "rows_for_rank"]
+
 _EPOCHS_KEPT = 2
 
 
@@ -69,8 +71,8 @@ class Tape:
     """`tape[index]` is micro-batch `index` of the endless sequence; planning one epoch makes a seek free.
 
     `bucket_of_row` indexes `buckets` (-1: the row is not trained), `shards` names each row's shard
-    (strings or numbers), `sizes` gives the clips of a full micro-batch, `cost` the predicted cost
-    of a clip of a bucket. Raises UserError where no row has a bucket.
+    (strings or numbers), `sizes` gives the most clips a micro-batch holds, `cost` the predicted
+    cost of a clip of a bucket. Raises UserError where no row has a bucket.
     """
 
     def __init__(
@@ -93,16 +95,19 @@ class Tape:
                 "no clip fits any bucket, so there is nothing to train on; see the reasons listed"
             )
         self.seed, self.group, self.window_shards = seed, group, window_shards
-        self._bucket = self.bucket_of_row[self.rows]
+        # Small integers sort in linear time and take little of the memory of a large manifest.
+        self._bucket = _compact(self.bucket_of_row[self.rows], len(self.buckets))
         # Numbered by first appearance; sorting a million names would take seconds.
         self._shard = pa.array(np.asarray(shards)[self.rows]).dictionary_encode().indices.to_numpy()
-        self._size = np.array([sizes.get(bucket, 1) for bucket in self.buckets])
         self._cost = np.array(
-            [cost(b) if cost else b.frames * b.height * b.width for b in self.buckets]
+            [float(cost(b) if cost else b.frames * b.height * b.width) for b in self.buckets]
         )
-        per_bucket = np.bincount(self._bucket, minlength=len(self.buckets))
-        self.per_epoch = int((-(-per_bucket // self._size)).sum())
-        self._class_of_bucket = _cost_classes(self._cost * self._size)
+        self._count = np.bincount(self._bucket, minlength=len(self.buckets))
+        most = [sizes.get(bucket, 1) for bucket in self.buckets]
+        self._cuts = _MicroBatches.of(
+            cut_epoch(self._count.tolist(), most, self._cost.tolist(), group), self._cost
+        )
+        self.per_epoch = len(self._cuts.size)
         self._epochs: OrderedDict[int, Epoch] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -114,9 +119,13 @@ class Tape:
         """The bucket of a trained row."""
         return self.buckets[self.bucket_of_row[row]]
 
+    def clip_cost(self, bucket: Bucket) -> float:
+        """Predicted cost of a clip of a bucket."""
+        return float(self._cost[self.buckets.index(bucket)])
+
     def cost(self, micro_batch: MicroBatch) -> float:
         """Predicted cost of a micro-batch."""
-        return float(self._cost[self.buckets.index(micro_batch.bucket)] * len(micro_batch.rows))
+        return self.clip_cost(micro_batch.bucket) * len(micro_batch.rows)
 
     def __getitem__(self, index: int) -> MicroBatch:
         number, offset = divmod(index, self.per_epoch)
@@ -134,71 +143,89 @@ class Tape:
             self._epochs.move_to_end(number)
             return self._epochs[number]
 
-    def _plan(self, number: int) -> Epoch:
-        walk = self._walk(number)
-        bucket = self._bucket[walk]
-        # Stable: each bucket's samples stay in the order of the walk.
-        by_bucket = np.argsort(bucket, kind="stable")
-        count = np.bincount(bucket, minlength=len(self.buckets))
-        first = np.concatenate([[0], np.cumsum(count)])
-        batches = -(-count // self._size)
-        batch_bucket = np.repeat(np.arange(len(self.buckets)), batches)
-        nth = np.arange(len(batch_bucket)) - np.repeat(np.cumsum(batches) - batches, batches)
-        begin = first[batch_bucket] + nth * self._size[batch_bucket]
-        end = np.minimum(begin + self._size[batch_bucket], first[batch_bucket + 1])
-        order = self._order(batch_bucket, end - begin, done=by_bucket[end - 1], number=number)
+    def costs(self, first: int, count: int) -> np.ndarray:
+        """Predicted costs of `count` micro-batches from index `first` on."""
+        found = []
+        while count > 0:
+            number, offset = divmod(first, self.per_epoch)
+            epoch = self.epoch(number)
+            part = slice(offset, min(self.per_epoch, offset + count))
+            sizes = epoch.starts[part.start + 1 : part.stop + 1] - epoch.starts[part]
+            found.append(self._cost[epoch.bucket[part]] * sizes)
+            first, count = first + len(sizes), count - len(sizes)
+        return np.concatenate(found) if found else np.zeros(0)
 
-        begin, end = begin[order], end[order]
-        starts = np.concatenate([[0], np.cumsum(end - begin)])
-        source = np.arange(starts[-1]) + np.repeat(begin - starts[:-1], end - begin)
+    def _plan(self, number: int) -> Epoch:
+        cuts, walk = self._cuts, self._walk(number)
+        # Stable: each bucket's samples stay in the order of the walk.
+        by_bucket = np.argsort(self._bucket[walk], kind="stable")
+        order = self._order(done=by_bucket[cuts.begin + cuts.size - 1], number=number)
+        begin, size = cuts.begin[order], cuts.size[order]
+        starts = np.concatenate([[0], np.cumsum(size)])
+        source = np.repeat(begin - starts[:-1], size)
+        source += np.arange(starts[-1])
         rows = self.rows[walk[by_bucket[source]]]
-        return Epoch(rows, starts, batch_bucket[order])
+        return Epoch(rows, starts, cuts.bucket[order])
 
     def _walk(self, number: int) -> np.ndarray:
         """Positions of the trained rows, window of shuffled shards by window, shuffled inside each."""
         rng = np.random.Generator(np.random.Philox(key_seed(self.seed, "tape", number)))
         shard_rank = rng.permutation(int(self._shard.max()) + 1)
-        window = shard_rank[self._shard] // self.window_shards
+        window = shard_rank // self.window_shards
+        window = _compact(window, int(window.max()) + 1)[self._shard]
         shuffled = rng.permutation(len(self.rows))
         return shuffled[np.argsort(window[shuffled], kind="stable")]
 
-    def _order(
-        self, bucket: np.ndarray, size: np.ndarray, done: np.ndarray, number: int
-    ) -> np.ndarray:
+    def _order(self, done: np.ndarray, number: int) -> np.ndarray:
         """The order in which micro-batches leave: groups of equal cost as they fill, the rest by cost.
 
         `done` is where in the walk each micro-batch got its last sample. Groups begin at multiples
-        of `group` on the endless tape: where an epoch before left one open, the rest of this epoch
-        closes it.
+        of `group` on the endless tape: where an epoch before left one open, the dearest of what
+        this epoch leaves over close it, since the dearest opened it.
         """
-        cost_class = np.where(size == self._size[bucket], self._class_of_bucket[bucket], -1)
-        queue = np.lexsort((done, cost_class))
-        classes = cost_class[queue]
-        place = np.arange(len(queue)) - np.searchsorted(classes, classes, side="left")
-        total = np.searchsorted(classes, classes, side="right") - np.searchsorted(
-            classes, classes, side="left"
-        )
-        in_group = (classes >= 0) & (place < total // self.group * self.group)
+        cuts = self._cuts
+        queue = np.lexsort((done, cuts.level))
+        levels = cuts.level[queue]
+        first = np.searchsorted(levels, levels, side="left")
+        total = np.searchsorted(levels, levels, side="right") - first
+        in_group = np.arange(len(queue)) - first < total // self.group * self.group
         groups = queue[in_group].reshape(-1, self.group)
-        groups = groups[np.argsort(done[groups[:, -1]])] if len(groups) else groups
+        groups = groups[np.argsort(done[groups].max(axis=1))] if len(groups) else groups
         rest = queue[~in_group]
         open_slots = -number * self.per_epoch % self.group
-        missing = open_slots - len(rest)
-        if missing > 0 and len(groups):
+        if open_slots > len(rest) and len(groups):
             rest, groups = np.concatenate([rest, groups[-1]]), groups[:-1]
-        rest = rest[np.lexsort((done[rest], self._cost[bucket[rest]] * size[rest]))]
-        return np.concatenate([rest[:open_slots], groups.reshape(-1), rest[open_slots:]])
+        rest = rest[np.lexsort((done[rest], cuts.cost[rest]))]
+        middle = max(0, len(rest) - open_slots)
+        return np.concatenate([rest[middle:], groups.reshape(-1), rest[:middle]])
 
 
-def _cost_classes(costs: np.ndarray) -> np.ndarray:
-    """Numbers the costs so that equal numbers lie within EQUAL_COST of the least of them."""
-    classes = np.zeros(len(costs), np.int64)
-    number, least = -1, -np.inf
-    for index in np.argsort(costs, kind="stable"):
-        if number < 0 or costs[index] > least * (1 + EQUAL_COST):
-            number, least = number + 1, costs[index]
-        classes[index] = number
-    return classes
+@dataclass(frozen=True)
+class _MicroBatches:
+    """What every epoch is cut into, bucket by bucket: `begin` counts samples, bucket after bucket."""
+
+    bucket: np.ndarray
+    begin: np.ndarray
+    size: np.ndarray
+    level: np.ndarray
+    cost: np.ndarray
+
+    @classmethod
+    def of(cls, cuts: Sequence[Cut], costs: np.ndarray) -> _MicroBatches:
+        number = np.repeat(np.arange(len(cuts)), [cut.count for cut in cuts])
+        # Different sizes of a bucket alternate evenly, so that all of them are met along the walk.
+        place = np.concatenate([(np.arange(cut.count) + 0.5) / cut.count for cut in cuts])
+        bucket = np.array([cut.bucket for cut in cuts])[number]
+        order = np.lexsort((place, bucket))
+        number, bucket = number[order], bucket[order]
+        size = np.array([cut.size for cut in cuts])[number]
+        level = np.array([cut.level for cut in cuts])[number]
+        return cls(bucket, np.cumsum(size) - size, size, level, costs[bucket] * size)
+
+
+def _compact(numbers: np.ndarray, count: int) -> np.ndarray:
+    """The numbers, all below `count`, in the smallest unsigned type."""
+    return numbers.astype(np.min_scalar_type(max(count - 1, 0)))
 
 
 def rows_for_rank(
@@ -213,3 +240,53 @@ def rows_for_rank(
     slots = -(-micro_batches // world_size)
     entries = [rank + slot * world_size for slot in range(slots)]
     return [tape[first + entry] if entry < micro_batches else None for entry in entries]
+
+
+def row_costs(
+    tape: Tape, micro_batches: int, world_size: int, *, first_step: int = 0, steps: int = 1
+) -> np.ndarray:
+    """Predicted cost of each rank's micro-batch, (rows, world_size): ranks wait for each other once a row.
+
+    Slots left over, where the ranks do not divide the step, are 0.
+    """
+    slots = -(-micro_batches // world_size)
+    costs = np.zeros((steps, slots * world_size))
+    costs[:, :micro_batches] = tape.costs(
+        first_step * micro_batches, steps * micro_batches
+    ).reshape(steps, micro_batches)
+    return costs.reshape(steps * slots, world_size)
+
+
+def imbalance(costs: np.ndarray) -> np.ndarray:
+    """(max - mean) / max of every row of `row_costs`: the share of the row that an average rank waits."""
+    most = costs.max(axis=1)
+    return (most - costs.mean(axis=1)) / most
+
+
+def slot_efficiency(micro_batches: int, world_size: int) -> float:
+    """Share of a step's slots that hold a micro-batch; 1 where the ranks divide the step."""
+    return micro_batches / (world_size * -(-micro_batches // world_size))
+
+
+def require_efficiency(micro_batches: int, world_size: int, least: float) -> None:
+    """Raises UserError, naming the world sizes nearby, where too many slots would idle."""
+    found = slot_efficiency(micro_batches, world_size)
+    if found < least - 1e-9:
+        raise UserError(
+            f"train.micro_batches={micro_batches} keep {found:.0%} of {world_size} ranks busy, less than "
+            f"data.min_efficiency={least:g}; nearby: {nearby_efficiencies(micro_batches, world_size)}; start on "
+            "one of those, choose train.micro_batches as a multiple of the ranks (it changes the run), or lower "
+            "data.min_efficiency"
+        )
+
+
+def nearby_efficiencies(micro_batches: int, world_size: int) -> str:
+    """The slot efficiency of the next world sizes below and above, and of the nearest full ones, in words."""
+    full = [size for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+    below = max((size for size in full if size < world_size), default=None)
+    above = min((size for size in full if size > world_size), default=None)
+    sizes = {world_size - 1, world_size + 1, below, above} - {None, 0, world_size}
+    return ", ".join(
+        f"{size} ranks {slot_efficiency(micro_batches, size):.0%}"
+        for size in sorted(size for size in sizes if size)
+    )

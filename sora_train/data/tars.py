@@ -1,78 +1,193 @@
-"""Lists a webdataset tar without reading the clips in it: where each begins, and its caption."""
+"""Lists a webdataset tar without reading the clips in it: where each begins, and its caption.
+
+What cannot be used is listed too, with the reason: a key without a clip, a member of no bytes, a
+member twice, a tar that is cut off. A fault of the shard itself is a sample of the empty key.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from sora_train.data.decode import ByteRange, StorageFault
 from sora_train.errors import UserError
 
+VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mkv", "webm", "mov", "avi"})
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # A caption is text; whatever is larger under such a name is something else.
 MAX_CAPTION_BYTES = 1 << 20
+# Webdataset's own expression: what it does not match (`noext`, `._copy.mp4`) is no member of a sample.
+_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class MemberKeys:
+    """Which members are the clip and its caption, by extension.
+
+    `video`: extensions, empty for any known one; `captions`: an extension (`txt`, `short.txt`) or
+    `json:caption.long` for a field of a JSON member, the first that is there counts.
+    """
+
+    video: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ("txt", "json")
 
 
 @dataclass
 class TarSample:
-    """The members of one key: the clip's byte range, its caption, and a fault where bytes are missing."""
+    """The members of one key: the clip's byte range, its caption's sources, and why it cannot be used."""
 
     key: str
     name: str = ""
     kind: str = ""
     offset: int = 0
     length: int = 0
-    fault: str = ""
+    reason: str = ""
+    detail: str = ""
+    extensions: list[str] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
+    caption: str = ""
 
-    @property
-    def caption(self) -> str:
-        if "txt" in self.texts:
-            return self.texts["txt"].strip()
-        try:
-            known = json.loads(self.texts.get("json", "{}"))
-        except json.JSONDecodeError:
-            return ""
-        found = known.get("caption") or known.get("text") if isinstance(known, dict) else ""
-        return found.strip() if isinstance(found, str) else ""
+
+@dataclass(frozen=True)
+class ListRequest:
+    """Asks a decode process for the samples of a tar of `length` bytes."""
+
+    row: int
+    key: str
+    path: str
+    offset: int
+    length: int
+    members: MemberKeys
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The samples of a tar, or the compression that hides them."""
+
+    samples: list[TarSample]
+    compressed: str = ""
+
+
+def media_kind(name: str) -> str:
+    """`video`, `image` or '' by the name's extension."""
+    suffix = name.rsplit(".", 1)[-1].lower()
+    return "video" if suffix in VIDEO_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else ""
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Webdataset's key and extension: the file's name is split at its first dot."""
-    folder, _, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+    """Webdataset's key and extension: the file's name is split at its first dot; ('', '') where it has none."""
+    found = _NAME.fullmatch(name)
+    return (found[1], found[2].lower()) if found else ("", "")
 
 
-def list_tar(path: Path, media_kind: Callable[[str], str]) -> list[TarSample]:
-    """The samples of a tar in its order, keys without a clip left out.
+def caption_of(texts: dict[str, str], keys: Sequence[str]) -> str:
+    """The first caption that `keys` find among a sample's text members, '' where there is none."""
+    for key in keys:
+        extension, _, place = key.partition(":")
+        text = texts.get(extension.lower(), "")
+        if extension.lower().rsplit(".", 1)[-1] == "json":
+            text = _field(text, [place] if place else ["caption", "text"])
+        if text.strip():
+            return text.strip()
+    return ""
 
-    A clip cut off by the end of the file is listed with its fault. Raises UserError on a compressed
-    tar, on what is no tar, and on two members of one name.
-    """
-    with path.open("rb") as file:
-        head = file.read(8)
-    for magic, name in _COMPRESSED.items():
-        if head.startswith(magic):
-            raise UserError(
-                f"{path} is compressed ({name}) under the name of a plain tar; decompress it first"
-            )
-    samples: dict[str, TarSample] = {}
-    size = path.stat().st_size
+
+def _field(text: str, places: Sequence[str]) -> str:
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    _add(tar, member, size, samples, media_kind, path)
-    except tarfile.ReadError as error:
-        if not samples:
+        known = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        return ""
+    for place in places:
+        found: Any = known
+        for step in place.split("."):
+            found = found.get(step) if isinstance(found, dict) else None
+        if isinstance(found, str) and found.strip():
+            return found
+    return ""
+
+
+def compression(head: bytes) -> str:
+    """The name of the compression a file begins with, '' for none."""
+    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), "")
+
+
+def list_tar(path: Path) -> list[TarSample]:
+    """The samples of a local tar in its order, keys without a clip left out.
+
+    A clip cut off by the end of the file is listed with its reason. Raises UserError on a
+    compressed tar, on what is no tar, and on two clips of one key.
+    """
+    size = path.stat().st_size
+    with ByteRange(str(path), 0, size) as file:
+        packed = compression(file.read(8) or b"")
+        if packed:
             raise UserError(
-                f"{path} is not a tar file ({error}); remove it or make it again"
-            ) from error
-        # The end is missing; the sample it cut is marked already, and those before it are whole.
-    return [sample for sample in samples.values() if sample.kind]
+                f"{path} is compressed ({packed}) under the name of a plain tar; decompress it first"
+            )
+        samples = list_shard(file, size, path.name, MemberKeys())
+    for sample in samples:
+        if sample.reason in ("not_a_tar", "empty_shard"):
+            raise UserError(
+                f"{path} is not a tar file ({sample.detail}); remove it or make it again"
+            )
+        if sample.reason in ("ambiguous_clip", "duplicate_key"):
+            raise UserError(
+                f"{path} holds two clips under the key {sample.key!r} ({sample.detail}); give each its own"
+            )
+    return [sample for sample in samples if sample.kind]
+
+
+def list_shard(file: Any, size: int, name: str, keys: MemberKeys) -> list[TarSample]:
+    """Every sample of a tar open as `file` (a ByteRange or RemoteRange of `size` bytes), usable or not.
+
+    `name` is what the shard is called in details. Raises StorageFault.
+    """
+    if size == 0:
+        return [TarSample("", reason="empty_shard", detail=f"the shard {name} holds no byte")]
+    samples: dict[str, TarSample] = {}
+    again: list[TarSample] = []
+    end = 0
+    tar = None
+    try:
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                if member.isfile():
+                    _add(tar, member, size, samples, again, keys)
+        reason, detail = _bad_end(file, tar.offset)
+    except tarfile.TarError as error:
+        if tar is None:
+            return [TarSample("", reason="not_a_tar", detail=f"the shard {name}: {error}")]
+        reason, detail = ("shard_cut" if end > size else "shard_damaged"), str(error)
+    except OSError as error:
+        raise StorageFault(file.fault or f"{name}: {error.strerror or error}") from error
+    listed = [*(_judged(sample, keys, name) for sample in samples.values()), *again]
+    if reason and not any(sample.reason == "shard_cut" for sample in listed):
+        listed.append(TarSample("", reason=reason, detail=f"the shard {name}: {detail}"))
+    return listed
+
+
+def _bad_end(file: Any, offset: int) -> tuple[str, str]:
+    """Reason and detail of what is wrong where the tar's members end; '' where its end mark stands."""
+    file.seek(offset)
+    block = file.read(_BLOCK) or b""
+    if len(block) < _BLOCK:
+        return "shard_cut", "it is cut off, its end mark is missing"
+    if block.strip(b"\0"):
+        return (
+            "shard_damaged",
+            f"the header at byte {offset} is damaged, what follows cannot be found",
+        )
+    return "", ""
 
 
 def _add(
@@ -80,22 +195,52 @@ def _add(
     member: tarfile.TarInfo,
     size: int,
     samples: dict[str, TarSample],
-    media_kind: Callable[[str], str],
-    path: Path,
+    again: list[TarSample],
+    keys: MemberKeys,
 ) -> None:
     key, extension = split_name(member.name)
+    if not key:
+        return
     sample = samples.setdefault(key, TarSample(key))
     whole = member.offset_data + member.size <= size
-    kind = media_kind(member.name)
-    if kind and (not sample.kind or (kind == "video" and sample.kind == "image")):
-        sample.name, sample.kind = member.name, kind
-        sample.offset, sample.length = member.offset_data, member.size
-        sample.fault = "" if whole else f"the shard {path.name} is cut off inside the clip"
+    kind = media_kind(member.name) if not keys.video else ""
+    if extension in keys.video:
+        kind = media_kind(member.name) or "video"
+    found = TarSample(key, member.name, kind, member.offset_data, member.size)
+    if not whole:
+        found.reason = "shard_cut"
+    elif member.size == 0:
+        found.reason = "empty_member"
+    if kind and extension in sample.extensions:
+        found.reason, found.detail = "duplicate_key", f"{member.name} is in the shard before"
+        again.append(found)
+    elif kind and (not sample.kind or (kind == "video" and sample.kind == "image")):
+        found.extensions, found.texts = sample.extensions, sample.texts
+        samples[key] = found
     elif kind and kind == sample.kind:
-        raise UserError(
-            f"{path} holds two clips under the key {key!r} ({sample.name}, {member.name}); give each its own"
-        )
-    elif extension in ("txt", "json") and whole and member.size <= MAX_CAPTION_BYTES:
+        sample.reason = "ambiguous_clip"
+        sample.detail = f"{sample.name}, {member.name}: choose one with video_key="
+    elif whole and extension in _text_extensions(keys) and member.size <= MAX_CAPTION_BYTES:
         data = tar.extractfile(member)
         assert data is not None, "a regular member can be read"
-        sample.texts[extension] = data.read().decode(errors="replace")
+        sample.texts.setdefault(extension, data.read().decode(errors="replace"))
+    samples[key].extensions.append(extension)
+
+
+def _text_extensions(keys: MemberKeys) -> set[str]:
+    return {key.partition(":")[0].lower() for key in keys.captions}
+
+
+def _judged(sample: TarSample, keys: MemberKeys, shard: str) -> TarSample:
+    """The sample with its caption, and the reason and detail of what is wrong with it."""
+    sample.caption = caption_of(sample.texts, keys.captions)
+    sample.texts = {}
+    members = ", ".join(sample.extensions) or "none"
+    if not sample.kind:
+        sample.reason = "missing_clip"
+        sample.detail = f"the members of the key are {members}"
+    elif sample.reason == "shard_cut":
+        sample.detail = f"the shard {shard} is cut off inside the clip"
+    elif sample.reason == "empty_member":
+        sample.detail = f"{sample.name} holds no byte"
+    return sample

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sora_train.config.model import ModelConfig
 from sora_train.models.attention import Attention
+from sora_train.models.flops import transformer_flops
 from sora_train.models.layers import (
     ConditionEmbedder,
     FeedForward,
@@ -220,14 +221,7 @@ class VideoDiT(nn.Module):
             text_tokens: caption tokens attended to, S.
             num_frames: latent frames, each with its own time embedding.
         """
-        cfg, d, tokens, text = self.cfg, self.cfg.dim, num_tokens, text_tokens
-        patch = cfg.in_channels * math.prod(cfg.patch_size)
-        self_attention = 8 * tokens * d * d + 4 * tokens * tokens * d
-        cross_attention = 4 * (tokens + text) * d * d + 4 * tokens * text * d
-        block = self_attention + cross_attention + 4 * tokens * d * cfg.ffn_dim
-        ends = 4 * tokens * patch * d + 2 * text * (cfg.text_dim * d + d * d)
-        time = 2 * num_frames * (cfg.freq_dim * d + 7 * d * d)
-        return cfg.num_layers * block + ends + time
+        return transformer_flops(self.cfg, num_tokens, text_tokens, num_frames)
 
 
 class TokenSeam(nn.Module):

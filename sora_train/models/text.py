@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_train.config.model import TextConfig
+from sora_train.models.flops import text_flops
 from sora_train.models.layers import keyed_generator
 
 # ByT5: 3 special ids, 256 bytes, 125 unused sentinels.
@@ -100,10 +101,7 @@ class TextEncoder(nn.Module):
 
     def flops(self, text_tokens: int) -> int:
         """Floating-point operations of one caption's forward pass; backward costs twice that."""
-        cfg = self.cfg
-        inner = cfg.num_heads * cfg.d_kv
-        layer = 8 * cfg.d_model * inner + 4 * text_tokens * inner + 6 * cfg.d_model * cfg.d_ff
-        return cfg.num_layers * text_tokens * layer
+        return text_flops(self.cfg, text_tokens)
 
     def digest(self) -> str:
         """SHA-256 of sizes and, if frozen, weights. A trainable encoder's weights change and lie in

@@ -8,7 +8,6 @@ through in chunks of four."""
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -23,11 +22,9 @@ from torch import Tensor, nn
 
 from sora_train.config.model import VaeConfig
 from sora_train.errors import ConfigError, UserError
+from sora_train.models.vae_geometry import Geometry, factors
 from sora_train.models.vae_init import init_autoencoder
 
-# AutoencoderKLWan encodes this many frames at a time after the first, whatever its temporal factor
-# is.
-CHUNK = 4
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHIPPED = "shipped:"
 
@@ -42,7 +39,7 @@ class VideoVAE(nn.Module):
         self.autoencoder = _build(_complete(arch), seed)
         config = self.autoencoder.config
         self.channels: int = config.z_dim
-        self.temporal_factor, self.spatial_factor = _factors(dict(config))
+        self.temporal_factor, self.spatial_factor = factors(dict(config))
         self.requires_grad_(trainable)
         self.train(trainable)
 
@@ -175,28 +172,18 @@ class VideoVAE(nn.Module):
         them."""
         self.autoencoder.register_to_config(latents_mean=list(mean), latents_std=list(std))
 
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.channels, self.temporal_factor, self.spatial_factor)
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of a clip's latents. Raises UserError when the clip does not fit."""
-        if num_frames < 1 or (num_frames - 1) % self.frame_step:
-            raise UserError(
-                f"a clip of {num_frames} frames does not fit the VAE; take 1 + k * "
-                f"{self.frame_step} frames, "
-                "for example "
-                f"{1 + self.frame_step * max(1, round((num_frames - 1) / self.frame_step))}"
-            )
-        if height % self.spatial_factor or width % self.spatial_factor or min(height, width) < 1:
-            raise UserError(
-                f"a frame of {height}x{width} pixels does not fit the VAE; both must be multiples "
-                f"of {self.spatial_factor}"
-            )
-        t = 1 + (num_frames - 1) // self.temporal_factor
-        return self.channels, t, height // self.spatial_factor, width // self.spatial_factor
+        return self.geometry.latent_shape(num_frames, height, width)
 
     @property
     def frame_step(self) -> int:
-        """Clips have 1 + k * frame_step frames. Never below four: AutoencoderKLWan drops an
-        incomplete chunk silently."""
-        return math.lcm(CHUNK, self.temporal_factor)
+        """Clips have 1 + k * frame_step frames."""
+        return self.geometry.frame_step
 
     @property
     def dtype(self) -> torch.dtype:
@@ -267,6 +254,23 @@ class VideoVAE(nn.Module):
         return latents * std + mean
 
 
+def read_geometry(cfg: VaeConfig) -> Geometry:
+    """The geometry of the VAE that the config names, its weights left where they are.
+
+    Raises UserError when the folder is missing or is not a VAE.
+    """
+    if not cfg.path:
+        return Geometry.of(cfg.arch)
+    folder = shipped_folder(cfg.path) if cfg.path.startswith(SHIPPED) else Path(cfg.path)
+    try:
+        return Geometry.of(json.loads((folder / "config.json").read_text()))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"vae.path '{folder}' has no readable config.json ({error}); give a folder in the "
+            "diffusers layout"
+        ) from error
+
+
 def shipped_folder(path: str) -> Path:
     """The folder of a VAE inside the package, `shipped:NAME`. Raises UserError with the names there
     are."""
@@ -284,7 +288,7 @@ def _complete(arch: dict[str, Any]) -> dict[str, Any]:
     """`arch` with what follows from it: latent statistics of the right length (none yet: 0 and 1)
     and both factors."""
     z_dim = arch.get("z_dim", 16)
-    temporal, spatial = _factors(arch)
+    temporal, spatial = factors(arch)
     completed = {
         "scale_factor_temporal": temporal,
         "scale_factor_spatial": spatial,
@@ -308,32 +312,6 @@ def _complete(arch: dict[str, Any]) -> dict[str, Any]:
             "them out"
         )
     return completed
-
-
-def _factors(arch: dict[str, Any]) -> tuple[int, int]:
-    """(temporal, spatial) compression that the layers make. AutoencoderKLWan folds patches of
-    `patch_size` itself."""
-    levels = len(arch.get("dim_mult", (1, 2, 4, 4))) - 1
-    in_time = arch.get("temperal_downsample", (False, True, True))
-    if len(in_time) != levels:
-        raise ConfigError(
-            f"vae.arch: temperal_downsample has {len(in_time)} entries; dim_mult has "
-            f"{levels + 1}, so it needs {levels}"
-        )
-    patch = arch.get("patch_size") or 1
-    channels = 3 * patch * patch
-    if arch.get("in_channels", 3) != channels or arch.get("out_channels", 3) != channels:
-        raise ConfigError(
-            f"vae.arch: with patch_size={patch} both in_channels and out_channels must be "
-            f"{channels}"
-        )
-    temporal = 2 ** sum(map(bool, in_time))
-    if temporal > CHUNK:
-        raise ConfigError(
-            f"vae.arch: a temporal factor of {temporal} is more than AutoencoderKLWan can run; at "
-            f"most {CHUNK}"
-        )
-    return temporal, patch * 2**levels
 
 
 def _build(arch: dict[str, Any], seed: int) -> nn.Module:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
 from sora_train.data.buckets import assign, build_buckets
 from sora_train.data.index import open_source
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.plan import Tape, micro_batch_sizes
+from sora_train.data.plan import Tape, micro_batch_sizes, rows_for_rank
+from sora_train.data.sample import Bucket
 from sora_train.data.shapes_source import prepare_shapes
 from sora_train.data.shards import read_bytes
 from sora_train.errors import Fault
@@ -142,3 +145,115 @@ def test_a_clip_that_breaks_later_is_counted_not_replaced(
     ):
         for step in range(steps):
             reader.step(step)
+
+
+# --- the same as laws of the tape, on random manifests, tables and world sizes ---
+
+
+@st.composite
+def tapes(draw: st.DrawFn) -> Tape:
+    """A tape over up to 300 clips in up to 6 buckets (-1: none), in shards of any sizes, empty ones included."""
+    number = draw(st.integers(1, 6))
+    buckets = [Bucket(1 + 4 * index, 32, 32) for index in range(number)]
+    per_shard = draw(
+        st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda held: sum(held) > 0)
+    )
+    rows = sum(per_shard)
+    bucket_of_row = np.array(
+        draw(st.lists(st.integers(-1, number - 1), min_size=rows, max_size=rows))
+    )
+    bucket_of_row[draw(st.integers(0, rows - 1))] = 0
+    counts = np.bincount(bucket_of_row[bucket_of_row >= 0], minlength=number).tolist()
+    sizes = micro_batch_sizes(
+        buckets, counts, lambda bucket: bucket.frames, lambda tokens: tokens + tokens**2 / 50,
+        draw(st.one_of(st.just("auto"), st.integers(1, 9))), draw(st.integers(1, 200)),
+    )  # fmt: skip
+    return Tape(
+        bucket_of_row, np.repeat(np.arange(len(per_shard)), per_shard), buckets, sizes,
+        seed=draw(st.integers(0, 99)), group=draw(st.integers(1, 16)), window_shards=draw(st.integers(1, 8)),
+        cost=lambda bucket: bucket.frames + bucket.frames**2 / 50,
+    )  # fmt: skip
+
+
+def of_step(tape: Tape, step: int, micro_batches: int, world: int) -> list[tuple]:
+    """What all ranks together train in a step, in the order of the tape."""
+    shares = [rows_for_rank(tape, step, micro_batches, rank, world) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1, (
+        "a rank with fewer slots would hang its peers"
+    )
+    found = [entry for share in shares for entry in share if entry is not None]
+    return [
+        (e.index, e.epoch, e.bucket, e.rows) for e in sorted(found, key=lambda entry: entry.index)
+    ]
+
+
+@given(tapes(), st.integers(1, 12), st.integers(1, 9))
+@settings(max_examples=80, deadline=None)
+def test_conservation_on_any_manifest_table_and_world_size(
+    tape: Tape, micro_batches: int, world: int
+):
+    steps = -(-2 * tape.per_epoch // micro_batches)
+    seen = [entry for step in range(steps) for entry in of_step(tape, step, micro_batches, world)]
+    for epoch in (0, 1):
+        used = [row for _, e, _, rows in seen if e == epoch for row in rows]
+        assert sorted(used) == np.flatnonzero(tape.bucket_of_row >= 0).tolist()
+        assert len(used) + int((tape.bucket_of_row < 0).sum()) == len(tape.bucket_of_row)
+
+
+@given(tapes(), st.integers(0, 30), st.integers(1, 12), st.integers(2, 40))
+@settings(max_examples=80, deadline=None)
+def test_the_tape_is_the_same_for_every_world_size(
+    tape: Tape, step: int, micro_batches: int, world: int
+):
+    assert of_step(tape, step, micro_batches, world) == of_step(tape, step, micro_batches, 1)
+
+
+@given(tapes(), st.integers(0, 60), st.integers(1, 12))
+@settings(max_examples=80, deadline=None)
+def test_a_seek_gives_what_the_walk_gives(tape: Tape, step: int, micro_batches: int):
+    sought = of_step(tape, step, micro_batches, 1)
+    walked = [of_step(tape, earlier, micro_batches, 1) for earlier in range(step + 1)]
+    assert walked[-1] == sought
+
+
+def test_epoch_two_holds_the_same_clips_in_another_order():
+    buckets = [Bucket(1, 32, 32), Bucket(5, 32, 32)]
+    tape = Tape(
+        np.arange(500) % 2, np.arange(500) // 50, buckets, dict.fromkeys(buckets, 4), seed=0
+    )
+    walk = [tape[index].rows for index in range(2 * tape.per_epoch)]
+    first, second = walk[: tape.per_epoch], walk[tape.per_epoch :]
+    assert first != second and sorted(map(len, first)) == sorted(map(len, second))
+    assert sorted(sum(first, ())) == sorted(sum(second, ())) == list(range(500))
+
+
+def test_shards_of_uneven_sizes_give_every_rank_the_same_number_of_steps():
+    buckets = [Bucket(5, 32, 32)]
+    shards = np.repeat(np.arange(4), [7, 3, 0, 11])
+    tape = Tape(np.zeros(21, int), shards, buckets, {buckets[0]: 2}, seed=0)
+    for epochs in range(1, 4):
+        steps = -(-epochs * tape.per_epoch // 4)
+        slots = [sum(len(rows_for_rank(tape, s, 4, rank, 4)) for s in range(steps)) for rank in range(4)]  # fmt: skip
+        assert slots == [steps] * 4
+    used = Counter(row for n in range(3 * tape.per_epoch) for row in tape[n].rows)
+    assert used == dict.fromkeys(range(21), 3)
+
+
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_fewer_clips_than_a_micro_batch_are_all_seen_equally_often(
+    few: int, micro_batch: int, steps: int
+):
+    buckets = [Bucket(1, 32, 32), Bucket(5, 32, 32)]
+    bucket_of_row = np.array([0] * 40 + [1] * few)
+    sizes = micro_batch_sizes(
+        buckets, [40, few], lambda bucket: bucket.frames, float, micro_batch, 0
+    )
+    assert sizes[buckets[1]] == min(micro_batch, few), (
+        "the micro-batch shrinks, no clip is left out"
+    )
+    tape = Tape(bucket_of_row, np.zeros(len(bucket_of_row), int), buckets, sizes, seed=0)
+    entries = [entry for step in range(steps) for entry in of_step(tape, step, 3, 2)]
+    seen = Counter(row for *_, rows in entries for row in rows)
+    times = [seen[row] for row in range(len(bucket_of_row))]
+    assert max(times) - min(times) <= 1

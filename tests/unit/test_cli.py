@@ -59,7 +59,8 @@ HELPED = [
     "ckpt show",
     "config show",
 ]
-HELPED += ["config diff", "config explain", "bench train", "init", "report"]
+HELPED += ["config diff", "config explain", "bench train", "bench data", "init", "report"]
+HELPED += ["data report"]
 
 
 @pytest.mark.parametrize("name", HELPED)

@@ -214,11 +214,14 @@ def test_a_subclass_adds_sections_and_required_keys():
             "there are: b, micro, s, tiny_t2v, wan_14b, wan_1_3b",
         ),
         ("tracker=null", "config group 'tracker' has no option 'null'; there are: none, wandb"),
-        ("train.steps=a", "config key 'train.steps' must be a whole number of at least 1, got 'a'"),
-        ("train.steps=0", "config key 'train.steps' must be a whole number of at least 1, got 0"),
+        ("train.steps=a", "config key 'train.steps' must be a whole number of at least 0, got 'a'"),
+        (
+            "train.steps=0",
+            "train.steps=0 and train.epochs=0 train nothing; set one of them, for example train.steps=1000",
+        ),
         (
             "train.steps=1.5",
-            "config key 'train.steps' must be a whole number of at least 1, got 1.5",
+            "config key 'train.steps' must be a whole number of at least 0, got 1.5",
         ),
         (
             "objective.caption_dropout=2",
@@ -243,7 +246,7 @@ def test_a_subclass_adds_sections_and_required_keys():
         ),
         (
             "train=3",
-            "config section 'train' holds keys of its own (steps, micro_batches, log_every), got 3",
+            "config section 'train' holds keys of its own (steps, epochs, micro_batches, log_every), got 3",
         ),
         ("run.dir=a(b", "cannot read 'run.dir=a(b'; quote the value: 'run.dir=\"a(b\"'"),
         ("steps", "cannot read 'steps'; write key=value, for example train.steps=100"),

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_train.data.plan import EQUAL_COST, Tape, micro_batch_sizes, rows_for_rank
+from sora_train.data.plan import (
+    EQUAL_COST,
+    Tape,
+    imbalance,
+    micro_batch_sizes,
+    require_efficiency,
+    row_costs,
+    rows_for_rank,
+    slot_efficiency,
+)
 from sora_train.data.sample import Bucket
 from sora_train.errors import UserError
 
@@ -54,12 +63,13 @@ def test_every_sample_exactly_once_an_epoch(tape: Tape, epoch: int):
 
 @given(tapes())
 @settings(max_examples=40, deadline=None)
-def test_short_micro_batches_are_at_most_one_a_bucket(tape: Tape):
+def test_micro_batches_of_a_bucket_differ_by_one_clip_or_one_is_short(tape: Tape):
     for epoch in range(3):
         entries = [tape[epoch * tape.per_epoch + offset] for offset in range(tape.per_epoch)]
         for bucket in BUCKETS:
             lengths = [len(entry.rows) for entry in entries if entry.bucket == bucket]
-            assert sum(length < max(lengths, default=0) for length in lengths) <= 1
+            short = [length for length in lengths if length < max(lengths)]
+            assert len(short) <= 1 or min(lengths) == max(lengths) - 1
             expected = (tape.bucket_of_row == BUCKETS.index(bucket)).sum()
             assert sum(lengths) == expected
 
@@ -167,3 +177,32 @@ def test_a_million_rows_are_planned_in_seconds():
     for index in range(123_456_789, 123_456_889):
         tape[index]
     assert time.process_time() - began < 0.5
+
+
+def test_idle_slots_are_told_and_refused():
+    assert slot_efficiency(8, 4) == 1 and slot_efficiency(8, 3) == 8 / 9
+    require_efficiency(8, 3, 0.8)
+    with pytest.raises(
+        UserError,
+        match=r"micro_batches=8 keep 80% of 5 ranks .*4 ranks 100%, 6 ranks 67%, 8 ranks 100%",
+    ):
+        require_efficiency(8, 5, 0.9)
+
+
+@given(tapes(), st.integers(1, 9), st.integers(1, 12), st.integers(0, 5), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_row_costs_are_those_of_the_ranks(
+    tape: Tape, micro_batches: int, world: int, first: int, steps: int
+):
+    found = row_costs(tape, micro_batches, world, first_step=first, steps=steps)
+    shares = [
+        [rows_for_rank(tape, step, micro_batches, rank, world) for rank in range(world)]
+        for step in range(first, first + steps)
+    ]
+    expected = [
+        [tape.cost(entry) if entry else 0 for entry in row]
+        for share in shares
+        for row in zip(*share, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected)
+    assert ((imbalance(found) >= -1e-12) & (imbalance(found) < 1)).all()

@@ -1,0 +1,88 @@
+"""The loader's benchmark at toy size: all contenders read the same clips, and what cannot be measured is said."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clip_files import write_clip
+
+from sora_train.bench import webdataset_peer
+from sora_train.bench.data import DataBench, Memory, main, resident, run
+from sora_train.bench.raw_worker import RawRequest, answer
+from sora_train.config.compose import compose
+from sora_train.data.index import open_source
+from sora_train.errors import UserError
+
+TOY = [
+    "experiment=quickstart",
+    "data.shapes_clips=12",
+    "data.shapes_val_clips=1",
+    "data.num_workers=1",
+    "data.prefetch=1",
+]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [*TOY, f"run.dir={tmp_path_factory.mktemp('toy')}"]
+
+
+def test_a_toy_loader_is_measured(
+    toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    sizes = ["--clips", "8", "--repeats", "1", "--soak", "16", "--out", str(tmp_path)]
+    assert main([*toy, *sizes]) == 0
+    found = json.loads((tmp_path / "data.json").read_text())
+    measured = found["measured"]
+    rates = {"bare decoder", "loader", "webdataset"}
+    shares = {"loader / bare decoder", "webdataset / bare decoder"}
+    times = {"processes up", "first micro-batch after that"}
+    memory = {"RSS of this process", "RSS of its decoders"}
+    assert set(measured) == rates | shares | times | memory
+    assert all(value["median"] > 0 for value in measured.values())
+    loader, raw = (measured[name]["median"] for name in ("loader", "bare decoder"))
+    assert measured["loader / bare decoder"]["median"] == pytest.approx(100 * loader / raw)
+    assert found["facts"]["clips"] == 12 and found["facts"]["decode processes"] == 1
+    assert "growth of RSS, %" in found["facts"]
+    assert "| loader / bare decoder |" in capsys.readouterr().out
+
+
+def test_a_pass_holds_the_clips_asked_for_and_passes_differ(toy: list[str]):
+    bench = DataBench.open(compose(toy).config)
+    first, second = bench.pass_of(10, 0), bench.pass_of(10, 1)
+    assert first.stop == second.start and first.start == bench.warm
+    for micro_batches in (first, second):
+        clips = [len(rows) for rows in bench.rows(micro_batches)]
+        assert sum(clips) >= 10 > sum(clips[:-1])
+
+
+def test_the_bare_decoder_counts_what_it_decodes(toy: list[str]):
+    bench = DataBench.open(compose(toy).config)
+    with bench.open_loader() as loader:
+        good = loader.request(int(bench.tape.rows[0]), 0)
+    missing = type(good)(**{**vars(good), "path": "/nowhere.tar"})
+    assert answer(RawRequest(0, "bench", (good, missing, good))) == ("ok", 2)
+
+
+def test_loose_clips_are_no_shards_for_webdataset(tmp_path: Path):
+    write_clip(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_text("a clip")
+    assert "tars" in webdataset_peer.missing(open_source(str(tmp_path), work_dir=tmp_path / "w"))
+
+
+def test_memory_that_grows_is_told():
+    flat, grows = [100 << 20] * 20, [(100 + number) << 20 for number in range(20)]
+    assert Memory(flat, flat).facts(20)["growth of RSS, MiB"] == 0
+    assert Memory(grows, flat).facts(20)["growth of RSS, MiB"] == pytest.approx(16)
+    own = resident()
+    if own is not None:
+        ballast = np.ones(64 << 20, np.uint8)
+        now = resident()
+        assert now is not None and now[0] - own[0] > len(ballast) // 2
+
+
+@pytest.mark.parametrize(("clips", "repeats", "soak"), [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
+def test_nothing_to_measure_is_refused(clips: int, repeats: int, soak: int, tmp_path: Path):
+    with pytest.raises(UserError, match="--clips"):
+        run([], clips=clips, repeats=repeats, soak=soak, out=tmp_path)

@@ -1,0 +1,135 @@
+"""The data report: what it says of each clip is what a run would make of it, on a page of its own."""
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clip_files import write_clip
+from PIL import Image
+
+from sora_train.cli import run
+from sora_train.config.compose import compose
+from sora_train.data_report import account, write_data_report
+from sora_train.data_report_plan import DataPlan
+from sora_train.models.vae import VideoVAE, read_geometry
+from sora_train.report_charts import histogram
+
+HOSTILE = '<b>a "hostile" & bold caption</b>'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips for two buckets, and one for each reason to be dropped."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_clip(folder / "long.mp4", count=30, fps=24, height=48, width=96)
+    write_clip(folder / "slow.mp4", count=6, fps=4, height=48, width=96)
+    write_clip(folder / "narrow.mp4", count=12, height=32, width=320)
+    write_clip(folder / "tiny.mp4", count=12, height=16, width=16)
+    write_clip(folder / "short.mp4", count=2, height=48, width=96)
+    (folder / "broken.mp4").write_bytes((folder / "long.mp4").read_bytes()[:200])
+    write_clip(folder / "silent.mp4", count=12, height=64, width=64)
+    for name in ("long", "slow", "narrow", "tiny", "short", "broken"):
+        (folder / f"{name}.txt").write_text(HOSTILE if name == "long" else f"a {name} clip")
+    return folder
+
+
+def overrides(folder: Path, work: Path) -> list[str]:
+    classes = '[{name: c, pixels: 2304, frames: [5, 9], aspect_ratios: ["1:1", "2:1"]}]'
+    return [
+        "experiment=real_tiny",
+        f"data.source={folder}",
+        f"run.dir={work}",
+        f"buckets.classes={classes}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[DataPlan, list[Path]]:
+    work = tmp_path_factory.mktemp("report")
+    cfg = compose(overrides(folder, work / "run")).config
+    return write_data_report(cfg, work / "out")
+
+
+def row_of(plan: DataPlan, key: str) -> int:
+    return plan.manifest.key.tolist().index(key)
+
+
+def test_the_fate_of_a_clip_is_told_in_words(written: tuple[DataPlan, list[Path]]):
+    plan, _ = written
+    told = {key: plan.fate(row) for row, key in enumerate(plan.manifest.key.tolist())}
+    assert told["long.mp4"] == "30 frames at 24 -> 10 at 8 fps -> bucket 9x32x64"
+    assert told["slow.mp4"] == "6 frames at 4 -> 6 at 4 fps -> bucket 5x32x64"
+    assert told["short.mp4"] == "2 frames at 8 -> 2 at 8 fps -> dropped: too short"
+    assert told["tiny.mp4"].endswith("dropped: too small")
+    assert told["narrow.mp4"].endswith("dropped: aspect ratio")
+    assert told["broken.mp4"] == "dropped: unreadable"
+    assert told["silent.mp4"].endswith("dropped: no caption")
+    assert plan.framing(row_of(plan, "long.mp4")) == "96x48 -> 100 % kept -> 64x32"
+
+
+def test_used_and_dropped_add_up(written: tuple[DataPlan, list[Path]]):
+    plan, paths = written
+    with paths[1].open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(plan.manifest) == 7
+    used = [row for row in rows if row["bucket"]]
+    assert len(used) == len(plan.used) == int(plan.clips_per_bucket.sum()) == 2
+    assert all(bool(row["bucket"]) != bool(row["reason"]) for row in rows)
+    assert "7 clips = 2 used + 5 dropped" in account(plan)
+    assert {int(row["tokens"]) for row in used} == {
+        plan.tokens[number] for number in np.flatnonzero(plan.clips_per_bucket)
+    }
+
+
+def test_the_page_stands_alone_and_escapes(written: tuple[DataPlan, list[Path]]):
+    page = written[1][0].read_text()
+    assert not re.search(r'(?:src|href)="(?!data:)', page) and "http" not in page
+    assert "<b>a &quot;hostile" not in page and HOSTILE not in page
+    assert "&lt;b&gt;a &quot;hostile&quot; &amp; bold caption&lt;/b&gt;" in page
+    for reason in ("too short", "too small", "aspect ratio", "unreadable", "no caption"):
+        assert f"<td>{reason}</td>" in page
+    assert page.count('src="data:image/jpeg;base64,') == 2
+    assert page.count("<svg ") == 7
+    assert "9x32x64: 1 clip" in page
+
+
+def test_the_picture_holds_the_examples(written: tuple[DataPlan, list[Path]]):
+    with Image.open(written[1][2]) as picture:
+        # Five frames of 64x32, each grown fourfold, beside the captions.
+        assert picture.width > 5 * 256 and picture.height > 2 * 128
+
+
+def test_nothing_that_fits_is_a_report_too(folder: Path, tmp_path: Path):
+    given = [*overrides(folder, tmp_path), "buckets.classes.0.pixels=1000000"]
+    given = [text.replace("pixels: 2304", "pixels: 1000000") for text in given[:-1]]
+    plan, paths = write_data_report(compose(given).config, tmp_path / "out")
+    assert len(plan.used) == 0
+    assert [path.suffix for path in paths] == [".html", ".csv"]
+    assert "7 clips = 0 used + 7 dropped" in account(plan)
+
+
+def test_the_command_says_where_things_are(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    given = [*overrides(folder, tmp_path), f"out={tmp_path / 'here'}"]
+    assert run(["data", "report", *given]) == 0
+    assert (tmp_path / "here/data_report.html").exists()
+    assert str(tmp_path / "here/data_report.png") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_random", "micro"])
+def test_the_geometry_read_is_that_of_the_vae_built(name: str):
+    cfg = compose([f"vae={name}"]).config.vae
+    vae, geometry = VideoVAE.from_config(cfg), read_geometry(cfg)
+    assert geometry == vae.geometry
+    assert (geometry.frame_step, geometry.spatial_factor) == (vae.frame_step, vae.spatial_factor)
+
+
+def test_a_histogram_counts_every_value():
+    values = np.array([0.0] * 3 + [10.0] * 9)
+    bars = re.findall(r'd="M[\d.]+ ([\d.]+)V([\d.]+)H', histogram(values, "s"))
+    heights = [float(bottom) - float(top) for bottom, top in bars]
+    assert len(heights) == 2 and heights[1] == pytest.approx(3 * heights[0], rel=0.01)
+    assert "<svg" in histogram(np.array([4]), "equal values have one bar")

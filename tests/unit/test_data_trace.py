@@ -1,0 +1,55 @@
+"""`sora data trace`: rows of the tape as a run would train them, whatever the world size."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sora_train.commands import data_trace
+from sora_train.config.compose import compose
+from sora_train.data_trace import TraceRequest
+from sora_train.errors import UserError
+from sora_train.models.text_to_video import TextToVideo
+from sora_train.training_data import cost_model
+
+RUN = ["experiment=parity_tiny", "train.micro_batches=5", "data.shapes_clips=24"]
+
+
+def traced(folder: Path, world: int) -> list[dict]:
+    out = folder / f"{world}.jsonl"
+    printed = data_trace(
+        [*RUN, f"run.dir={folder}/run", "steps=2:6", f"world={world}", f"out={out}"], None
+    )
+    assert "(max - mean) / max" in printed
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_any_world_size_traces_the_same_samples(tmp_path: Path):
+    alone, three = traced(tmp_path, 1), traced(tmp_path, 3)
+    assert list(alone[0]) == ["step", "rank", "micro", "bucket", "samples", "tokens", "cost"]
+    assert len(alone) == 4 * 5 and len(three) == 4 * 6
+    assert [row["samples"] for row in three if row["samples"]] == [row["samples"] for row in alone]
+    idle = [row for row in three if not row["samples"]]
+    assert len(idle) == 4 and all(row["tokens"] == row["cost"] == 0 for row in idle)
+    assert {(row["rank"], row["micro"]) for row in three} == set(np.ndindex(3, 2))
+
+
+def test_without_a_file_the_rows_are_printed(tmp_path: Path):
+    printed = data_trace([*RUN, f"run.dir={tmp_path}", "steps=0:1"], None)
+    assert [json.loads(line)["micro"] for line in printed.splitlines()] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("wrong", ["steps=3", "steps=5:5", "steps=a:b", "world=0", "world=x"])
+def test_a_wrong_argument_is_named(wrong: str):
+    with pytest.raises(UserError, match=wrong.split("=")[0] + "="):
+        TraceRequest.parse(["experiment=quickstart", wrong])
+
+
+@pytest.mark.parametrize("trainable", ["true", "false"])
+def test_costs_are_those_of_the_model_that_is_built(trainable: str):
+    cfg = compose(["experiment=parity_tiny", f"text.trainable={trainable}"]).config
+    built = cost_model(cfg, TextToVideo(cfg.model, cfg.text))
+    assert [cost_model(cfg)(tokens) for tokens in (1, 48, 999)] == [
+        built(tokens) for tokens in (1, 48, 999)
+    ]

@@ -1,0 +1,344 @@
+"""Remote bytes: the right ones or a fault of storage in time, whatever the server does."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from clip_files import write_clip
+from hypothesis import given
+from hypothesis import strategies as st
+from range_server import RangeServer
+
+from sora_train.config import BucketClass, BucketsConfig, DataConfig
+from sora_train.data.buckets import assign, build_buckets
+from sora_train.data.decode import StorageFault
+from sora_train.data.decode_worker import TEST_HOOK
+from sora_train.data.loader import Loader
+from sora_train.data.manifest import Manifest
+from sora_train.data.plan import Tape
+from sora_train.data.reading import DiskCache, ReadPolicy, read_range, require
+from sora_train.data.shards import ShardWriter
+from sora_train.errors import Fault, UserError
+
+QUICK = ReadPolicy(retries=3, timeout=2.0, first_pause=0.02)
+HASTY = ReadPolicy(retries=1, timeout=0.5, first_pause=0.02)
+DATA = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RangeServer]:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "a.tar").write_bytes(DATA)
+    with RangeServer(folder) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "faults", [[], ["503", "503"], ["half"], ["stall"], ["other", "429", "half"], ["trickle"]]
+)
+def test_passing_faults_change_no_byte(server: RangeServer, faults: list[str]):
+    server.faults.extend(faults)
+    assert read_range(server.url("a.tar"), 512, 1000, QUICK) == DATA[512:1512]
+    assert server.asked == [("/a.tar", "bytes=512-1511")] * (len(faults) + 1)
+
+
+@pytest.mark.parametrize(
+    ("always", "said"),
+    [
+        ("503", "HTTP 503 Service Unavailable"),
+        ("half", "the connection closed after 500 of 1000 bytes"),
+        ("stall", "no whole answer within data.read_timeout=0.5 s"),
+        ("trickle", "no whole answer within data.read_timeout=0.5 s"),
+        ("other", "another range was sent, bytes 1-1000/10240"),
+    ],
+)
+def test_lasting_faults_end_in_time_and_say_what_was_tried(
+    server: RangeServer, always: str, said: str
+):
+    server.always = always
+    began = time.monotonic()
+    with pytest.raises(StorageFault) as caught:
+        read_range(server.url("a.tar"), 0, 1000, HASTY)
+    assert time.monotonic() - began < HASTY.deadline + 0.5
+    assert f"{server.url('a.tar')}, 1000 bytes from 0 on: {said} (2 attempts in " in str(
+        caught.value
+    )
+    assert len(server.asked) == HASTY.retries + 1
+
+
+@pytest.mark.parametrize(
+    ("always", "name", "offset", "said"),
+    [
+        ("", "b.tar", 0, "HTTP 404 Not Found"),
+        ("403", "a.tar", 0, "HTTP 403 Forbidden"),
+        ("whole", "a.tar", 512, "the server knows no byte ranges"),
+        ("", "a.tar", len(DATA) - 10, f"the file ends at byte {len(DATA)}, before the index says"),
+        ("", "a.tar", len(DATA) + 10, "the file ends before the index says"),
+    ],
+)
+def test_what_another_attempt_cannot_mend_is_not_tried_again(server, always, name, offset, said):
+    server.always = always
+    with pytest.raises(StorageFault, match=said) as caught:
+        read_range(server.url(name) + "?signature=secret", offset, 1000, QUICK)
+    assert "(1 attempt in" in str(caught.value) and len(server.asked) == 1
+    assert "secret" not in str(caught.value)
+
+
+def test_a_loose_file_needs_no_ranges_and_no_bytes_no_server(server: RangeServer):
+    server.always = "whole"
+    assert read_range(server.url("a.tar"), 0, len(DATA), QUICK) == DATA
+    assert read_range("http://127.0.0.1:1/gone", 0, 0, QUICK) == b""
+
+
+def test_a_server_that_is_not_there():
+    with pytest.raises(StorageFault, match=r"http://127\.0\.0\.1:1/a\.tar.*4 attempts"):
+        read_range("http://127.0.0.1:1/a.tar", 0, 5, QUICK)
+
+
+def test_other_schemes_go_through_fsspec():
+    with fsspec.open("memory://reading/a.tar", "wb") as file:
+        file.write(DATA)
+    assert read_range("memory://reading/a.tar", 300, 50, QUICK) == DATA[300:350]
+    with pytest.raises(StorageFault, match=r"memory://reading/b\.tar.*\(1 attempt in"):
+        read_range("memory://reading/b.tar", 300, 50, QUICK)
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, scheme: str, package: str):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package}.*sora_train\[{scheme}\]"):
+        require(["local.tar", f"{scheme}://bucket/a.tar"])
+    require(["local.tar", "https://host/a.tar"])
+
+
+def test_a_cache_folder_that_cannot_be_is_refused_before_the_run(tmp_path: Path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"data\.disk_cache_dir=.*cache .*local disk"):
+        require(["https://host/a.tar"], str(tmp_path / "cache"))
+    require(["local.tar"], str(tmp_path / "cache"))
+
+
+def test_s3(server: RangeServer):
+    """A server of S3's own answers to reads: ranges by path, and its faults."""
+    pytest.importorskip("s3fs")
+    (server.folder / "bucket").mkdir()
+    (server.folder / "bucket" / "a.tar").write_bytes(DATA)
+    code = (
+        "from sora_train.data.reading import ReadPolicy, read_range\n"
+        "policy = ReadPolicy(2, 15.0, first_pause=0.02)\n"
+        "print(read_range('s3://bucket/a.tar', 512, 1000, policy).hex())\n"
+        "read_range('s3://bucket/gone.tar', 0, 10, policy)\n"
+    )
+    env = {
+        **os.environ,
+        "AWS_ENDPOINT_URL": server.url("").rstrip("/"),
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server.faults.extend(["503", "half"])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert bytes.fromhex(done.stdout) == DATA[512:1512], done.stderr
+    assert "StorageFault: s3://bucket/gone.tar, 10 bytes from 0 on" in done.stderr
+
+
+@given(st.integers(0, 12), st.integers(0, 1 << 40))
+def test_pauses_are_keyed_and_grow_within_bounds(attempt: int, offset: int):
+    policy = ReadPolicy(first_pause=0.5)
+    pause = policy.pause(attempt, "u", offset)
+    assert pause == policy.pause(attempt, "u", offset) != policy.pause(attempt, "u", offset + 1)
+    mean = min(10.0, 0.5 * 2**attempt)
+    assert 0.5 * mean <= pause <= 1.5 * mean
+
+
+def test_what_was_read_is_read_once(server: RangeServer, tmp_path: Path):
+    policy = ReadPolicy(0, 5.0, str(tmp_path / "cache"), 100_000)
+    url = server.url("a.tar")
+    for _ in range(3):
+        assert read_range(url, 100, 50, policy) == DATA[100:150]
+    assert len(server.asked) == 1
+    read_range(url, 100, 51, policy)
+    read_range(url, 100, 50, policy, digest="of another file")
+    assert len(server.asked) == 3
+    for path in (tmp_path / "cache").glob("??/*.bytes"):
+        path.write_bytes(path.read_bytes().replace(DATA[110:112], b"??"))
+    assert read_range(url, 100, 50, policy) == DATA[100:150], "a damaged file is read again"
+    server.always = "404"
+    with pytest.raises(StorageFault):
+        read_range(url, 0, 7, policy)
+
+
+def test_a_cache_that_cannot_be_written_is_named(server: RangeServer, tmp_path: Path):
+    (tmp_path / "cache").write_text("a file")
+    policy = ReadPolicy(0, 5.0, str(tmp_path / "cache"), 1000)
+    with pytest.raises(StorageFault, match=r"data\.disk_cache_dir=.*cache"):
+        read_range(server.url("a.tar"), 0, 7, policy)
+
+
+def stored(cache: DiskCache) -> int:
+    return sum(path.stat().st_size for path in cache.folder.glob("??/*"))
+
+
+def test_the_least_recently_used_go_first_and_the_bound_holds(tmp_path: Path):
+    cache = DiskCache(tmp_path, 1000)
+    for number in range(9):
+        cache.put(f"k{number:02d}", bytes([number]) * 96)
+        os.utime(cache.path(f"k{number:02d}"), (number, number))
+    assert cache.get("k00") == bytes(96)
+    for number in range(9, 12):
+        cache.put(f"k{number:02d}", bytes([number]) * 96)
+        assert stored(cache) <= 1000
+    assert cache.get("k00") is not None, "it was used last"
+    assert cache.get("k01") is None and cache.get("k11") == bytes([11]) * 96
+    cache.put("large", bytes(2000))
+    assert cache.get("large") is None and cache.get("k11") is not None
+    cache.put("whole", bytes(996))
+    assert cache.get("whole") == bytes(996) and stored(cache) == 1000
+
+
+def test_a_lost_account_and_files_left_over_are_dealt_with(tmp_path: Path):
+    cache = DiskCache(tmp_path, 1000)
+    for number in range(9):
+        cache.put(f"k{number:02d}", bytes(96))
+    left = tmp_path / "k0" / ".k0.1.1.tmp"
+    left.write_bytes(bytes(50))
+    os.utime(left, (0, 0))
+    (tmp_path / "bytes.txt").write_text("nonsense")
+    cache.put("k90", bytes(96))
+    assert not left.exists() and cache.get("k90") is not None
+    cache.put("k91", bytes(96))
+    assert stored(cache) <= 1000
+
+
+def test_processes_share_a_cache(tmp_path: Path):
+    code = (
+        "import sys; from sora_train.data.reading import DiskCache\n"
+        "cache = DiskCache(sys.argv[1], 5000)\n"
+        "for number in range(150):\n"
+        "    key = f'{number * 7 % 40:02d}'\n"
+        "    found = cache.get(key)\n"
+        "    assert found in (None, key.encode() * 100), key\n"
+        "    cache.put(key, key.encode() * 100)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    running = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait(60) for process in running] == [0, 0, 0]
+    cache = DiskCache(tmp_path, 5000)
+    assert 0 < stored(cache) <= 5000
+    assert int((tmp_path / "bytes.txt").read_text()) >= stored(cache), "at least what is there"
+    assert not list(tmp_path.glob("??/.*"))
+
+
+# -- end to end: the loader trains from remote shards ---------------------------------------------
+
+BUCKETS = BucketsConfig(
+    fps=8, classes=(BucketClass(name="c", pixels=1536, frames=(1, 5), aspect_ratios=("3:2",)),)
+)
+TABLE = build_buckets(BUCKETS, temporal_factor=4, spatial_multiple=16)
+NUM_CLIPS = 6
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("shards")
+    clips = tmp_path_factory.mktemp("clips")
+    with ShardWriter(folder / "out", max_bytes=8000) as writer:
+        for number in range(NUM_CLIPS):
+            height, width = 32 + 2 * number, 48 + 4 * number
+            clip = write_clip(clips / f"{number}.mp4", 12, height=height, width=width)
+            meta: dict[str, object] = {
+                "kind": "video", "codec": "h264", "frames": 12, "fps": 8.0, "duration": 1.5,
+                "height": height, "width": width, "sample_digest": f"d{number}",
+            }  # fmt: skip
+            writer.write(f"clip{number}", clip.read_bytes(), "mp4", f"caption {number}", meta)
+    return Manifest.load(folder / "out" / "manifest.parquet")
+
+
+def remote_of(manifest: Manifest, server: RangeServer) -> Manifest:
+    made = manifest.select(np.arange(len(manifest)))
+    made.shard[:] = [server.url(shard) for shard in manifest.shard]
+    made.root = Path("/nowhere")
+    return made
+
+
+def loader_of(manifest: Manifest, run_dir: Path | None = None, **options: object) -> Loader:
+    found = assign(manifest, TABLE, BUCKETS, seed=0)
+    buckets = [spec.bucket for spec in TABLE]
+    # Both manifests name their shards in the same order, so they have the same tape.
+    tape = Tape(
+        found.bucket_of_row, manifest.shard, buckets, dict.fromkeys(buckets, 2), seed=0, group=2
+    )
+    cfg = DataConfig(**{"max_drop_fraction": 0.5, "decode_timeout": 30.0, **options})
+    return Loader(
+        manifest, tape, BUCKETS, cfg, seed=0, micro_batches=2, reasons=found.reasons, run_dir=run_dir
+    )  # fmt: skip
+
+
+def pixels(loader: Loader, steps: int) -> dict[tuple[int, int], bytes]:
+    with loader:
+        return {
+            (clip.epoch, clip.row): clip.pixels.tobytes()
+            for step in range(steps)
+            for batch in loader.step(step)
+            for clip in batch.clips
+            if clip.pixels is not None
+        }
+
+
+def test_remote_shards_give_the_pixels_of_local_ones(shards: Manifest, tmp_path: Path):
+    assert len(set(shards.shard)) > 1
+    local = pixels(loader_of(shards), 4)
+    assert len(local) >= NUM_CLIPS
+    with RangeServer(shards.root) as server:
+        server.faults.extend(["503", "half", "503", "half"])
+        far = remote_of(shards, server)
+        options = {"disk_cache_dir": str(tmp_path / "cache"), "read_timeout": 5.0}
+        found = pixels(loader_of(far, tmp_path, **options), 4)
+        assert found == local
+        asked = len(server.asked)
+        assert asked >= NUM_CLIPS
+        assert pixels(loader_of(far, tmp_path, **options), 4) == local
+        assert len(server.asked) == asked, "the second run reads from the local disk"
+    assert not (tmp_path / "quarantine.jsonl").exists()
+
+
+@pytest.mark.parametrize("always", ["503", "stall"])
+def test_a_server_that_stays_down_stops_the_run_and_blames_no_clip(
+    shards: Manifest, tmp_path: Path, always: str
+):
+    with RangeServer(shards.root) as server:
+        server.always = always
+        # The clip's own deadline is the shorter one: waiting for storage must not count against it.
+        options = {"read_retries": 1, "read_timeout": 1.2, "decode_timeout": 1.0}
+        with loader_of(remote_of(shards, server), tmp_path, **options) as loader:
+            began = time.monotonic()
+            with pytest.raises(Fault, match=r"shard-00000\d\.tar.*\(2 attempts in .*storage"):
+                loader.step(0)
+            assert time.monotonic() - began < 10, "the processes' start included"
+    assert not (tmp_path / "quarantine.jsonl").exists()
+
+
+def test_a_remote_clip_that_spins_has_its_own_deadline_not_the_storages(
+    shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(TEST_HOOK, "spin=clip1")
+    with RangeServer(shards.root) as server:
+        options = {"read_timeout": 60.0, "decode_timeout": 1.0}
+        with loader_of(remote_of(shards, server), tmp_path, **options) as loader:
+            began = time.monotonic()
+            failures = [
+                failure
+                for step in range(2)
+                for batch in loader.step(step)
+                for failure in batch.failures
+            ]
+            assert time.monotonic() - began < 20
+    assert [(failure.row, failure.reason) for failure in failures] == [(1, "decode_timeout")]
