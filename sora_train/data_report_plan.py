@@ -11,7 +11,7 @@ import numpy as np
 
 from sora_train.config import Config
 from sora_train.contact_sheet import MAX_FRAME
-from sora_train.data.buckets import Assignment, BucketSpec, assign, build_buckets
+from sora_train.data.buckets import Assignment, BucketSpec, assign
 from sora_train.data.decode_pool import DecodePool
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
@@ -20,7 +20,7 @@ from sora_train.data.sample import Bucket, Failure
 from sora_train.data.transforms import crop_size, sampled_frames
 from sora_train.models.vae import read_geometry
 from sora_train.progress import Progress
-from sora_train.training_data import open_sources, token_counter
+from sora_train.training_data import bucket_table, open_sources, token_counter
 
 CLIPS_A_BUCKET = 3
 FRAMES_SHOWN = 5
@@ -48,11 +48,7 @@ class DataPlan:
         """
         geometry = read_geometry(cfg.vae)
         patch = cfg.model.patch_size if cfg.task == "text_to_video" else (1, 1, 1)
-        table = build_buckets(
-            cfg.buckets,
-            temporal_factor=geometry.frame_step,
-            spatial_multiple=geometry.spatial_factor * max(patch[1:]),
-        )
+        table = bucket_table(cfg, geometry, patch)
         tokens_of = token_counter(geometry, patch)
         train, val = open_sources(cfg, Path(cfg.run.dir))
         return cls(

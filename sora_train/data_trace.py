@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sora_train.config import Config
-from sora_train.data.buckets import build_buckets
 from sora_train.data.plan import Tape, imbalance, row_costs, rows_for_rank, slot_efficiency
 from sora_train.errors import UserError
 from sora_train.models.vae import read_geometry
 from sora_train.run_folder import write_atomically
-from sora_train.training_data import cost_model, open_sources, plan, token_counter
+from sora_train.training_data import bucket_table, cost_model, open_sources, plan, token_counter
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,7 @@ class Trace:
         """
         geometry = read_geometry(cfg.vae)
         patch = cfg.model.patch_size if cfg.task == "text_to_video" else (1, 1, 1)
-        table = build_buckets(
-            cfg.buckets,
-            temporal_factor=geometry.frame_step,
-            spatial_multiple=geometry.spatial_factor * max(patch[1:]),
-        )
+        table = bucket_table(cfg, geometry, patch)
         train, _ = open_sources(cfg, Path(cfg.run.dir))
         tokens_of = token_counter(geometry, patch)
         tape, _, _ = plan(cfg, train, table, tokens_of, cost_model(cfg))

@@ -68,11 +68,7 @@ class TrainingData:
         train, val = open_together(cfg, world, control, folder.path)
         reads_vae_latents = isinstance(model, TextToVideo)
         patch = cfg.model.patch_size if reads_vae_latents else (1, 1, 1)
-        table = build_buckets(
-            cfg.buckets,
-            temporal_factor=vae.frame_step,
-            spatial_multiple=vae.spatial_factor * max(patch[1:]),
-        )
+        table = bucket_table(cfg, vae, patch)
         tokens_of = token_counter(vae, patch)
         tape, sizes, assignment = plan(cfg, train, table, tokens_of, cost_model(cfg, model))
         cache = None
@@ -228,6 +224,21 @@ def _open(
             timeout=data.decode_timeout,
         )
     return manifest, False
+
+
+def bucket_table(
+    cfg: Config, vae: VideoVAE | Geometry, patch: tuple[int, int, int]
+) -> list[BucketSpec]:
+    """The buckets whose clips the VAE and the patch embedding take.
+
+    Raises:
+        ConfigError: the buckets do not fit the VAE.
+    """
+    return build_buckets(
+        cfg.buckets,
+        temporal_factor=vae.frame_step,
+        spatial_multiple=vae.spatial_factor * max(patch[1:]),
+    )
 
 
 def token_counter(vae: VideoVAE | Geometry, patch: tuple[int, int, int]) -> Callable[[Bucket], int]:
