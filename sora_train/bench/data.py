@@ -195,9 +195,9 @@ class DataBench:
         """Clips a second of the bare decoder."""
         with self.open_loader() as loader:  # for its requests; its processes are never started
             requests = [
-                loader.request(row, self.tape[index].epoch)
+                loader.request(row, epoch)
                 for index in micro_batches
-                for row in self.tape[index].rows
+                for row, epoch in zip(self.tape[index].rows, self.tape[index].epochs, strict=True)
             ]
         portions = [
             RawRequest(0, "bench", tuple(requests[at : at + RAW_CLIPS]))

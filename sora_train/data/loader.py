@@ -128,13 +128,14 @@ class Loader:
         for entry in wanted:
             if entry.index not in self._pending:
                 self._pending[entry.index] = [
-                    self._begin(row, entry.epoch, step) for row in entry.rows
+                    self._begin(row, epoch, step)
+                    for row, epoch in zip(entry.rows, entry.epochs, strict=True)
                 ]
 
     def _idle(self, step: int) -> ClipBatch:
         """A slot without work, in the shape of its neighbours so that it takes no longer than they do."""
         peer = self.tape[step * self._micro_batches]
-        return ClipBatch(MicroBatch(-1, peer.bucket, peer.epoch, ()), [], [], 0.0)
+        return ClipBatch(MicroBatch(-1, peer.bucket, peer.epoch, (), ()), [], [], 0.0)
 
     def _collect(self, step: int, entry: MicroBatch, futures: Sequence[Future]) -> ClipBatch:
         clips: list[Clip] = []

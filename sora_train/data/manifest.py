@@ -22,9 +22,8 @@ import pyarrow.parquet as pq
 from sora_train.errors import UserError
 
 FILE_NAME = "manifest.parquet"
-VERSION = "2"
-# Version 1 had no `unverified`; every frame it counts was seen.
-READABLE_VERSIONS = ("1", "2")
+VERSION = "3"
+READABLE_VERSIONS = ("1", "2", "3")
 _DIGEST_VERSION = "1"
 _VERSION_KEY, _ROOT_KEY = b"sora_train.manifest", b"sora_train.root"
 _SHARDS_KEY, _REVISION_KEY = b"sora_train.shards", b"sora_train.revision"
@@ -52,10 +51,15 @@ COLUMNS: dict[str, type] = {
     "drop_reason": object,
     "drop_detail": object,
     "unverified": np.bool_,
+    "captions": object,
+    "members": object,
+    "scores": object,
 }
-# Where a source is mounted, how a decoder words its complaint and how closely a clip was looked at do
-# not change what is trained.
-_NOT_DIGESTED = frozenset({"source", "drop_detail", "unverified"})
+# What older versions had no column for: nothing was known of it.
+_ADDED = frozenset({"unverified", "captions", "members", "scores"})
+# Where a source is mounted, how a decoder words its complaint, how closely a clip was looked at and how
+# it was judged do not change what is trained.
+_NOT_DIGESTED = frozenset({"source", "drop_detail", "unverified", "scores"})
 
 Stamp = tuple[int, str]
 """What a shard was when it was indexed: bytes and fingerprint."""
@@ -85,6 +89,11 @@ class Manifest:
     that of the sample's bytes. A shard named by an address (`s3://...`) needs no root. `unverified`
     marks what only a header says; the first decode finds out. `shards` holds the stamp of each shard,
     where the index took one, and `revision` counts the times shards were added.
+
+    Three columns hold JSON objects, or '' where there is nothing to say: `captions` names further
+    captions (`{"short": "...", "dense": "..."}`), `members` the byte ranges of what stands beside or
+    instead of the clip (`{"latents.npy": [offset, length]}`), `scores` how the sample was judged
+    (`{"aesthetic": 5.2}`).
     """
 
     source: np.ndarray
@@ -108,6 +117,9 @@ class Manifest:
     drop_reason: np.ndarray
     drop_detail: np.ndarray
     unverified: np.ndarray
+    captions: np.ndarray
+    members: np.ndarray
+    scores: np.ndarray
 
     def __init__(
         self,
@@ -188,6 +200,8 @@ class Manifest:
             if name in _NOT_DIGESTED:
                 continue
             column = self._columns[name]
+            if name in _ADDED and not column.any():
+                continue  # the samples are those of a manifest without the column
             data = (
                 "\x1f".join(column).encode()
                 if dtype is object
@@ -236,8 +250,10 @@ class Manifest:
             ) from error
         metadata = table.schema.metadata or {}
         version = metadata.get(_VERSION_KEY, b"").decode()
-        if version == "1":
-            table = table.append_column("unverified", pa.array(np.zeros(len(table), np.bool_)))
+        if version in READABLE_VERSIONS[:-1]:
+            for name in sorted(_ADDED - set(table.column_names)):
+                nothing: object = "" if COLUMNS[name] is object else False
+                table = table.append_column(name, pa.array([nothing] * len(table)))
         missing = COLUMNS.keys() - set(table.column_names)
         if missing or version not in READABLE_VERSIONS:
             raise UserError(

@@ -131,7 +131,8 @@ class Tape:
         number, offset = divmod(index, self.per_epoch)
         epoch = self.epoch(number)
         rows = epoch.rows[epoch.starts[offset] : epoch.starts[offset + 1]]
-        return MicroBatch(index, self.buckets[epoch.bucket[offset]], number, tuple(rows.tolist()))
+        bucket = self.buckets[epoch.bucket[offset]]
+        return MicroBatch(index, bucket, number, tuple(rows.tolist()), (number,) * len(rows))
 
     def epoch(self, number: int) -> Epoch:
         """The plan of an epoch; the last two asked for are kept."""

@@ -20,12 +20,17 @@ class Bucket:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One entry of the tape: manifest rows of one bucket that are trained together."""
+    """One entry of the tape: manifest rows of one bucket that are trained together.
+
+    `epoch` is the tape's. `epochs` holds each row's own, by which its draws are keyed: how often it
+    was trained before. They differ where a source is repeated within an epoch of the tape.
+    """
 
     index: int
     bucket: Bucket
     epoch: int
     rows: tuple[int, ...]
+    epochs: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -416,7 +416,7 @@ def clip_batch(rows: list[int], weight: float) -> ClipBatch:
         Clip(row, 0, rng.integers(0, 256, (5, 32, 32, 3), np.uint8), None, 8.0, "red", "")
         for row in rows
     ]
-    return ClipBatch(MicroBatch(0, bucket, 0, tuple(rows)), clips, [], weight)
+    return ClipBatch(MicroBatch(0, bucket, 0, tuple(rows), (0,) * len(rows)), clips, [], weight)
 
 
 def test_a_slot_without_clips_runs_and_weighs_nothing(
