@@ -32,23 +32,25 @@ def print_card(trainer: "Trainer") -> None:
 
 
 def run_table(trainer: "Trainer") -> Table:
-    cfg, data = trainer.cfg, trainer.data
+    cfg, data, part = trainer.cfg, trainer.data, trainer.data.part(trainer.step)
     clips, tokens = mean_step(trainer)
     table = Table(
         title=f"{cfg.name} -> {trainer.folder.path}", show_header=False, title_justify="left"
     )
     left = cfg.train.steps - trainer.step
-    found = data.account()
     rows = {
         "trainable parameters": f"{trainer.params:,}",
         "device": f"{trainer.world.device}, {trainer.world.size} rank(s), {torch.get_num_threads()} thread(s)",
         "steps": f"{trainer.step} -> {cfg.train.steps}" + (" (resumed)" if trainer.step else ""),
         "a step": f"{cfg.train.micro_batches} micro-batch(es), {clips:.1f} clips, {tokens:,.0f} tokens on average",
-        "an epoch": f"{data.tape.clips_per_epoch:,} clips, {data.steps_per_epoch:.1f} steps; "
-        f"the run is {cfg.train.steps / data.steps_per_epoch:.1f} epochs",
+        "an epoch": f"{part.clips_per_epoch:,} clips, {part.per_epoch / data.micro_batches:.1f} steps; "
+        f"the run is {data.epoch_at(cfg.train.steps):.1f} epochs",
         "ranks at work": busy_ranks(trainer),
-        "clips": f"{found['used']:,} used + {found['dropped']:,} dropped + {found['failed']:,} failed before "
-        f"= {found['total']:,}",
+        **{
+            f"clips{name}": f"{found['used']:,} used + {found['dropped']:,} dropped + {found['failed']:,} "
+            f"failed before = {found['total']:,}"
+            for name, found in accounts(trainer).items()
+        },
         "held-out clips": str(len(data.val_clips)),
         "memory of weights and optimizer": f"{state_bytes(trainer) / 2**20:,.0f} MiB a rank",
         "expected time": f"about {duration(left * step_seconds(trainer))} for {left} steps",
@@ -58,12 +60,23 @@ def run_table(trainer: "Trainer") -> Table:
     return table
 
 
+def accounts(trainer: "Trainer") -> dict[str, dict[str, int]]:
+    """The account of all clips, and where there are several sources that of each, by what is put behind "clips"."""
+    data = trainer.data
+    found = {"": data.account()}
+    if len(data.sources.names) > 1:
+        found |= {f" of {name}": own for name, own in data.account_by_source().items()}
+    return found
+
+
 def busy_ranks(trainer: "Trainer") -> str:
     """How much of the ranks' time the step's micro-batches fill, and what nearby world sizes would."""
     micro_batches, ranks = trainer.cfg.train.micro_batches, trainer.world.size
-    tape = trainer.data.tape
+    tape = trainer.data.part(trainer.step)
     steps = max(1, min(64, tape.per_epoch // micro_batches))
-    costs = row_costs(tape, micro_batches, ranks, steps=steps)
+    costs = row_costs(
+        tape, micro_batches, ranks, first_step=-(-tape.first // micro_batches), steps=steps
+    )
     predicted = costs.sum() / (costs.max(axis=1).sum() * ranks)
     text = (
         f"{slot_efficiency(micro_batches, ranks):.0%} of the slots hold a micro-batch, "
@@ -82,9 +95,10 @@ def bucket_table(trainer: "Trainer") -> Table:
     for column in ("frames x height x width", "clips", "tokens a clip", "clips a micro-batch"):
         table.add_column(column, justify="right")
     counts = data.assignment.clips_per_bucket(data.table)
+    sizes = data.part(trainer.step).sizes
     for spec in data.table:
         count = counts.get(spec.bucket.name, 0)
-        size = str(data.sizes[spec.bucket]) if count else "no clip fits"
+        size = str(sizes.get(spec.bucket, "rests")) if count else "no clip fits"
         table.add_row(spec.bucket.name, f"{count:,}", str(data.tokens_of(spec.bucket)), size)
     return table
 
@@ -98,14 +112,15 @@ def details(trainer: "Trainer", reason: str) -> list[str]:
 
 def mean_step(trainer: "Trainer") -> tuple[float, float]:
     """Clips and tokens of an average step."""
-    data = trainer.data
-    epoch = data.tape.epoch(0)
+    data, part = trainer.data, trainer.data.part(trainer.step)
+    epoch = part.epoch(0)
     sizes = np.diff(epoch.starts).tolist()
     tokens = sum(
-        data.tokens_of(data.tape.buckets[bucket]) * size
+        data.tokens_of(part.buckets[bucket]) * size
         for bucket, size in zip(epoch.bucket, sizes, strict=True)
     )
-    return data.tape.clips_per_epoch / data.steps_per_epoch, tokens / data.steps_per_epoch
+    steps = part.per_epoch / data.micro_batches
+    return part.clips_per_epoch / steps, tokens / steps
 
 
 def state_bytes(trainer: "Trainer") -> float:
@@ -118,15 +133,15 @@ def state_bytes(trainer: "Trainer") -> float:
 def step_seconds(trainer: "Trainer") -> float:
     """A guess from the model's FLOPs and the speed of one matrix product, measured now."""
     model = trainer.engine.model
-    data = trainer.data
+    data, part = trainer.data, trainer.data.part(trainer.step)
+    steps = part.per_epoch / data.micro_batches
     if isinstance(model, TextToVideo):
         text = trainer.cfg.text.max_length // 2
-        epoch = data.tape.epoch(0)
+        epoch = part.epoch(0)
         mean = sum(
-            model.flops(data.tokens_of(data.tape.bucket_of(int(row))), text)
-            for row in epoch.rows[:64]
+            model.flops(data.tokens_of(part.bucket_of(int(row))), text) for row in epoch.rows[:64]
         )
-        forward = mean / min(64, len(epoch.rows)) * data.tape.clips_per_epoch / data.steps_per_epoch
+        forward = mean / min(64, len(epoch.rows)) * part.clips_per_epoch / steps
     else:
         pixels = sum(
             spec.bucket.frames * spec.bucket.height * spec.bucket.width
@@ -134,9 +149,7 @@ def step_seconds(trainer: "Trainer") -> float:
             for spec in data.table
         )  # fmt: skip
         # Convolutions of constant resolution cost about two operations a weight and pixel of their level.
-        forward = (
-            2.0 * trainer.params * pixels / trainer.vae.spatial_factor**2 * 4 / data.steps_per_epoch
-        )
+        forward = 2.0 * trainer.params * pixels / trainer.vae.spatial_factor**2 * 4 / steps
     return 3 * forward / trainer.world.size / (matmul_flops(trainer) * ASSUMED_UTILISATION)
 
 

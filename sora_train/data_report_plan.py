@@ -20,7 +20,8 @@ from sora_train.data.sample import Bucket, Failure
 from sora_train.data.transforms import crop_size, sampled_frames
 from sora_train.models.vae import read_geometry
 from sora_train.progress import Progress
-from sora_train.training_data import bucket_table, open_sources, token_counter
+from sora_train.training_data import bucket_table, token_counter
+from sora_train.training_sources import open_sources
 
 CLIPS_A_BUCKET = 3
 FRAMES_SHOWN = 5
@@ -50,7 +51,8 @@ class DataPlan:
         patch = cfg.model.patch_size if cfg.task == "text_to_video" else (1, 1, 1)
         table = bucket_table(cfg, geometry, patch)
         tokens_of = token_counter(geometry, patch)
-        train, val = open_sources(cfg, Path(cfg.run.dir))
+        sources = open_sources(cfg, Path(cfg.run.dir))
+        train, val = sources.train, sources.val
         return cls(
             cfg,
             train,

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sora_train.config import Config
-from sora_train.data.plan import Tape, imbalance, row_costs, rows_for_rank, slot_efficiency
+from sora_train.data.plan import imbalance, row_costs, rows_for_rank, slot_efficiency
+from sora_train.data.splice import Splice
 from sora_train.errors import UserError
 from sora_train.models.vae import read_geometry
 from sora_train.run_folder import write_atomically
-from sora_train.training_data import bucket_table, cost_model, open_sources, plan, token_counter
+from sora_train.training_data import bucket_table, cost_model, plan, token_counter
+from sora_train.training_sources import open_sources
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class TraceRequest:
 class Trace:
     """The tape of a run, and tokens of a clip of each of its buckets."""
 
-    tape: Tape
+    tape: Splice
     tokens: dict[str, int]
     micro_batches: int
 
@@ -66,9 +68,9 @@ class Trace:
         geometry = read_geometry(cfg.vae)
         patch = cfg.model.patch_size if cfg.task == "text_to_video" else (1, 1, 1)
         table = bucket_table(cfg, geometry, patch)
-        train, _ = open_sources(cfg, Path(cfg.run.dir))
+        sources = open_sources(cfg, Path(cfg.run.dir))
         tokens_of = token_counter(geometry, patch)
-        tape, _, _ = plan(cfg, train, table, tokens_of, cost_model(cfg))
+        _, tape, _ = plan(cfg, sources, table, tokens_of, cost_model(cfg))
         tokens = {spec.bucket.name: tokens_of(spec.bucket) for spec in table}
         return cls(tape, tokens, cfg.train.micro_batches)
 

@@ -71,6 +71,7 @@ class Trainer:
         self.folder = RunFolder(cfg, is_main=self.world.is_main)
         self.step = self.samples_seen = self.dropped = 0
         self.started = time.monotonic()
+        self.resumed = self.newest_checkpoint() if cfg.checkpoint.resume == "auto" else None
 
         model = self.build_model()
         self.vae = (
@@ -89,8 +90,7 @@ class Trainer:
             model, cfg, self.world, lambda named: build_optimizer(named, cfg.optim)
         )
         self.ema = Ema(self.engine.model, cfg.ema.decay)
-        if cfg.checkpoint.resume == "auto":
-            self.resume()
+        self.resume()
 
     # --- what a project of one's own may replace ---
 
@@ -107,7 +107,10 @@ class Trainer:
         return TextToVideoObjective(self.cfg, self.spec, self.vae, self.world.device)
 
     def build_data(self, model: nn.Module) -> TrainingData:
-        return TrainingData.build(self.cfg, self.vae, model, self.world, self.control, self.folder)
+        state = self.resumed.state() if self.resumed else None
+        return TrainingData.build(
+            self.cfg, self.vae, model, self.world, self.control, self.folder, state
+        )
 
     def callbacks(self) -> list[Callback]:
         """Called on every rank after each step with the trainer and the step's metrics, which they may add to."""
@@ -271,7 +274,8 @@ class Trainer:
             "config": self.cfg.model_dump(mode="json"),
             "spec": self.spec.to_dict() if self.spec else None,
             "sample_shape": asdict(sample_shape(self)),
-            "manifest_digest": self.data.digest,
+            "manifest_digest": self.data.sources.digest(),
+            "stocks": [asdict(stock) for stock in self.data.sources.stocks],
             "versions": checkpoints.state_versions(),
         }
 
@@ -287,16 +291,19 @@ class Trainer:
         if self.world.is_main:
             checkpoints.prune(self.folder.checkpoints, self.cfg.checkpoint.keep_last)
 
-    def resume(self) -> None:
-        """Go on from the newest complete checkpoint of the run folder, if there is one."""
+    def newest_checkpoint(self) -> checkpoints.Checkpoint | None:
+        """The newest complete checkpoint of the run folder, as rank 0 sees it."""
         found = checkpoints.list_checkpoints(self.folder.checkpoints) if self.world.is_main else []
         newest = self.control.broadcast(found[-1] if found else None)
-        if newest is None:
+        assert newest is None or isinstance(newest, checkpoints.Checkpoint)
+        return newest
+
+    def resume(self) -> None:
+        """Go on from the newest complete checkpoint of the run folder, if there is one."""
+        if self.resumed is None:
             return
-        assert isinstance(newest, checkpoints.Checkpoint)
-        checkpoints.load(newest, self.tensors(), self.control)
-        state = newest.state()
-        self.data.require_same(state["manifest_digest"])
+        checkpoints.load(self.resumed, self.tensors(), self.control)
+        state = self.resumed.state()
         self.step, self.samples_seen, self.dropped = (
             state["step"],
             state["samples_seen"],

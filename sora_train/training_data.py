@@ -1,23 +1,24 @@
 """Assembles what a run trains on: sources, buckets, the tape, stored latents and held-out clips."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from sora_train.config import Config, DataConfig
-from sora_train.data.buckets import Assignment, BucketSpec, assign, build_buckets
+from sora_train.config import Config
+from sora_train.data.buckets import NO_BUCKET, Assignment, BucketSpec, assign, build_buckets
 from sora_train.data.cache import LatentCache
-from sora_train.data.index import open_source
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.plan import Tape, micro_batch_sizes, require_efficiency
+from sora_train.data.plan import Share, Tape, micro_batch_sizes, require_efficiency
 from sora_train.data.sample import Bucket, Clip, ClipBatch
-from sora_train.data.shapes_source import prepare_shapes
+from sora_train.data.splice import Change, Splice, repeats_of
+from sora_train.data.walk import samples_an_epoch
 from sora_train.distributed import ControlPlane, World
 from sora_train.errors import UserError
 from sora_train.models.flops import training_flops
@@ -27,9 +28,9 @@ from sora_train.models.vae_geometry import Geometry
 from sora_train.objectives import to_pixels
 from sora_train.progress import Progress
 from sora_train.run_folder import RunFolder
+from sora_train.training_sources import Sources, Stock, open_together
 
 CACHE_CHUNK = 16
-SHAPES = "shapes"
 
 
 @dataclass
@@ -39,13 +40,12 @@ class TrainingData:
     manifest: Manifest
     table: list[BucketSpec]
     assignment: Assignment
-    sizes: dict[Bucket, int]
-    tape: Tape
+    sources: Sources
+    tape: Splice
     loader: Loader
     tokens_of: Callable[[Bucket], int]
     val_clips: list[Clip]
     micro_batches: int
-    digest: str = ""
     _waited: float = field(default=0.0, repr=False)
 
     @classmethod
@@ -57,20 +57,28 @@ class TrainingData:
         world: World,
         control: ControlPlane,
         folder: RunFolder,
+        state: Mapping[str, Any] | None = None,
     ) -> "TrainingData":
         """Open the sources, plan the tape, encode what is to be cached.
+
+        `state` is that of the checkpoint the run goes on from: rows keep their numbers, and what the
+        sources have gained since then joins at the end of the epoch.
 
         Raises:
             UserError: no such source, no caption, no clip that fits a bucket, too many dropped, or
                 a world size that would leave too many ranks idle.
         """
         require_efficiency(cfg.train.micro_batches, world.size, cfg.data.min_efficiency)
-        train, val = open_together(cfg, world, control, folder.path)
+        stocks = Stock.listed(state) if state else []
+        sources = open_together(cfg, world, control, folder.path, stocks)
+        train = sources.train
         reads_vae_latents = isinstance(model, TextToVideo)
         patch = cfg.model.patch_size if reads_vae_latents else (1, 1, 1)
         table = bucket_table(cfg, vae, patch)
         tokens_of = token_counter(vae, patch)
-        tape, sizes, assignment = plan(cfg, train, table, tokens_of, cost_model(cfg, model))
+        sources, tape, assignment = plan(
+            cfg, sources, table, tokens_of, cost_model(cfg, model), state["step"] if state else 0
+        )
         cache = None
         if cfg.data.cache == "latents" and reads_vae_latents:
             cache = LatentCache(Path(cfg.data.cache_dir or folder.path / "cache"))
@@ -91,18 +99,19 @@ class TrainingData:
         if cache is not None and not cfg.dry_run:
             fill_cache(loader, vae, world, "encoding clips")
             control.barrier()
-        val_clips = [] if cfg.dry_run else read_validation(cfg, val, table, vae, reads_vae_latents)
+        val_clips = (
+            [] if cfg.dry_run else read_validation(cfg, sources.val, table, vae, reads_vae_latents)
+        )
         return cls(
             train,
             table,
             assignment,
-            sizes,
+            sources,
             tape,
             loader,
             tokens_of,
             val_clips,
             cfg.train.micro_batches,
-            digest=train.digest(),
         )
 
     def step(self, step: int) -> list[ClipBatch]:
@@ -117,113 +126,49 @@ class TrainingData:
         waited, self._waited = self._waited, 0.0
         return waited
 
-    @property
-    def steps_per_epoch(self) -> float:
-        return self.tape.per_epoch / self.micro_batches
+    def part(self, step: int) -> Tape:
+        """The tape that a step is drawn from, as long as neither the mix nor the sources change."""
+        return self.tape.at(step * self.micro_batches)
 
     def epoch_at(self, step: int) -> float:
-        return step * self.micro_batches / self.tape.per_epoch
+        """Epochs begun and done before a step."""
+        return self.tape.epochs_before(step * self.micro_batches)
 
     def with_steps(self, cfg: Config) -> Config:
         """The config with `train.epochs` told in steps, which the learning rate and the end go by."""
         if not cfg.train.epochs:
             return cfg
-        steps = math.ceil(cfg.train.epochs * self.tape.per_epoch / self.micro_batches)
+        steps = math.ceil(self.tape.index_after(cfg.train.epochs) / self.micro_batches)
         train = cfg.train.model_copy(update={"steps": steps, "epochs": 0.0})
         return cfg.model_copy(update={"train": train})
 
     def account(self) -> dict[str, int]:
-        """Clips of the source, held-out ones left out: `used + dropped + failed = total`.
+        """Clips of all sources, held-out ones left out: `used + dropped + failed = total`.
 
         `dropped` fit no bucket or were known to be unusable, `failed` did not decode in this run.
         """
-        self.loader.quarantine.refresh()
-        total, failed = len(self.manifest), len(self.loader.quarantine)
-        dropped = sum(self.assignment.dropped().values())
-        return {
-            "used": total - dropped - failed,
-            "dropped": dropped,
-            "failed": failed,
-            "total": total,
-        }
+        parts = self.account_by_source().values()
+        return {name: sum(part[name] for part in parts) for name in next(iter(parts))}
 
-    def require_same(self, digest: str) -> None:
-        """Raises UserError when the source is not the one the checkpoint was trained on."""
-        if digest != self.digest:
-            raise UserError(
-                "data.source is not what this run was trained on so far (its manifest changed); "
-                "restore it, or start anew in another run.dir"
-            )
+    def account_by_source(self) -> dict[str, dict[str, int]]:
+        """`account` of each source."""
+        self.loader.quarantine.refresh()
+        found = {}
+        failed_rows = np.array(self.loader.quarantine.rows(), int)
+        for number, name in enumerate(self.sources.names):
+            own = self.sources.source_of_row == number
+            total, failed = int(own.sum()), int(own[failed_rows].sum())
+            dropped = int((self.assignment.reasons[own] != "").sum())
+            found[name] = {
+                "used": total - dropped - failed,
+                "dropped": dropped,
+                "failed": failed,
+                "total": total,
+            }
+        return found
 
     def close(self) -> None:
         self.loader.close()
-
-
-def open_together(
-    cfg: Config, world: World, control: ControlPlane, run_dir: Path
-) -> tuple[Manifest, Manifest]:
-    """`open_sources` on every rank: rank 0 probes or renders, the others read the manifests it has written."""
-    opened: tuple[Manifest, Manifest] | None = None
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            opened = open_sources(cfg, run_dir)
-        except Exception as failure:
-            error = failure
-    control.raise_together(error)
-    return opened or open_sources(cfg, run_dir)
-
-
-def open_sources(cfg: Config, run_dir: Path) -> tuple[Manifest, Manifest]:
-    """The manifests of the training clips and of the held-out ones."""
-    data, work_dir = cfg.data, run_dir / "data"
-    if not data.source:
-        raise UserError(
-            "data.source is empty; give a folder of clips or shards, a table, or `shapes`"
-        )
-    train, split = _open(data.source, "train", data.shapes_clips, cfg, work_dir)
-    if data.val_source:
-        return train, _open(data.val_source, "val", data.shapes_val_clips, cfg, work_dir)[0]
-    if split:
-        return train, _open(SHAPES, "val", data.shapes_val_clips, cfg, work_dir)[0]
-    usable = np.flatnonzero(train.drop_reason == "")
-    count = min(data.val_clips, len(usable) // 10)
-    held_out = usable[len(usable) - count :]
-    kept = np.setdiff1d(np.arange(len(train)), held_out)
-    return train.select(kept), train.select(held_out)
-
-
-def _open(
-    source: str, split: str, count: int, cfg: Config, work_dir: Path
-) -> tuple[Manifest, bool]:
-    """A manifest, and whether the source is the shapes world (which has splits of its own)."""
-    data: DataConfig = cfg.data
-    if source == SHAPES:
-        folder = work_dir / f"shapes-{split}"
-        with Progress(count, f"rendering {split} clips") as progress:
-            manifest = prepare_shapes(
-                folder, split=split, num_clips=count, seed=cfg.seed,
-                image_share=data.shapes_image_share, workers=data.num_workers,
-                progress=lambda done, total: progress.update(done),
-            )  # fmt: skip
-        return manifest, True
-    with Progress(1, f"indexing {source}") as progress:
-
-        def show(done: int, total: int) -> None:
-            progress.total = total
-            progress.update(done)
-
-        manifest = open_source(
-            source,
-            captions=data.captions if split == "train" else "",
-            work_dir=work_dir,
-            probe=data.probe,
-            workers=data.num_workers,
-            progress=show,
-            allow_empty_captions=data.allow_empty_captions,
-            timeout=data.decode_timeout,
-        )
-    return manifest, False
 
 
 def bucket_table(
@@ -253,37 +198,82 @@ def token_counter(vae: VideoVAE | Geometry, patch: tuple[int, int, int]) -> Call
 
 def plan(
     cfg: Config,
-    manifest: Manifest,
+    sources: Sources,
     table: list[BucketSpec],
     tokens_of: Callable[[Bucket], int],
     cost: Callable[[int], float],
-) -> tuple[Tape, dict[Bucket, int], Assignment]:
-    """Buckets of the clips, the most clips of a micro-batch, and the tape over them.
+    step: int = 0,
+) -> tuple[Sources, Splice, Assignment]:
+    """The bucket of every clip and the tape over them, for a run that stands at `step`.
 
-    Raises UserError where no clip fits a bucket.
+    Where the sources have grown the new clips join at the end of the epoch, which the sources
+    returned say. Raises UserError where no clip fits a bucket.
     """
-    data = cfg.data
-    assignment = assign(manifest, table, cfg.buckets, cfg.seed)
+    assignment = assign(sources.train, table, cfg.buckets, cfg.seed)
+    if not (assignment.bucket_of_row >= 0).any():
+        raise UserError(no_clip_fits(sources.train, assignment, table))
     buckets = [spec.bucket for spec in table]
-    counts = np.bincount(
-        assignment.bucket_of_row[assignment.bucket_of_row >= 0], minlength=len(buckets)
-    )
-    sizes = micro_batch_sizes(
-        buckets, counts.tolist(), tokens_of, cost, data.micro_batch, data.micro_batch_tokens
-    )
-    if not sizes:
-        raise UserError(no_clip_fits(manifest, assignment, table))
-    tape = Tape(
-        assignment.bucket_of_row,
-        manifest.shard,
-        buckets,
-        sizes,
-        seed=cfg.seed,
-        group=data.group,
-        window_shards=data.window_shards,
-        cost=lambda bucket: cost(tokens_of(bucket)),
-    )
-    return tape, sizes, assignment
+
+    def make(change: Change, shares: Sequence[Share], first_epoch: int) -> Tape:
+        bucket_of_row = assignment.bucket_of_row.copy()
+        bucket_of_row[change.rows :] = NO_BUCKET
+        met = [
+            samples_an_epoch(count, share.repeats)
+            for count, share in zip(
+                _counts(sources, bucket_of_row, len(table)), shares, strict=True
+            )
+        ]
+        sizes = micro_batch_sizes(
+            buckets, np.sum(met, axis=0).tolist(), tokens_of, cost,
+            cfg.data.micro_batch, cfg.data.micro_batch_tokens,
+        )  # fmt: skip
+        return Tape(
+            bucket_of_row, sources.train.shard, buckets, sizes,
+            seed=cfg.seed, group=cfg.data.group, window_shards=cfg.data.window_shards,
+            cost=lambda bucket: cost(tokens_of(bucket)),
+            source_of_row=sources.source_of_row, mix=shares,
+            first=change.first, first_epoch=first_epoch,
+        )  # fmt: skip
+
+    joined = len(sources.stocks) - sources.grown
+    changes = _changes(cfg, sources, assignment, len(table), joined)
+    tape = Splice(changes, make)
+    if sources.grown:
+        first = tape.end_of_epoch(step * cfg.train.micro_batches)
+        sources = sources.joined_at(first)
+        tape = Splice(_changes(cfg, sources, assignment, len(table), joined + 1), make)
+    return sources, tape, assignment
+
+
+def _changes(
+    cfg: Config, sources: Sources, assignment: Assignment, num_buckets: int, joined: int
+) -> list[Change]:
+    """What the tape is made of, part by part: the mixes of `data.mix`, and the first stocks that joined."""
+    mixes = [(mix.from_step * cfg.train.micro_batches, mix) for mix in cfg.data.mix]
+    stocks = list(zip(sources.stocks, sources.blocks, strict=True))[:joined]
+    changes = []
+    for first in sorted({0, *(first for first, _ in mixes), *(stock.first for stock, _ in stocks)}):
+        rows = [rows for stock, rows in stocks if stock.first <= first][-1]
+        mix = next((mix for begin, mix in reversed(mixes) if begin <= first), None)
+        if mix is None:
+            repeats = (1.0,) * len(sources.names)
+        elif mix.weights:
+            known = assignment.bucket_of_row[:rows]
+            clips = [int(count.sum()) for count in _counts(sources, known, num_buckets)]
+            repeats = repeats_of([mix.weights.get(name, 0.0) for name in sources.names], clips)
+        else:
+            repeats = tuple(mix.repeats.get(name, 1.0) for name in sources.names)
+        changes.append(Change(first, rows, repeats))
+    return changes
+
+
+def _counts(sources: Sources, bucket_of_row: np.ndarray, buckets: int) -> list[np.ndarray]:
+    """Clips of each bucket, source by source."""
+    source = sources.source_of_row[: len(bucket_of_row)]
+    return [
+        np.bincount(bucket_of_row[(source == number) & (bucket_of_row >= 0)], minlength=buckets)
+        for number in range(len(sources.names))
+    ]
 
 
 def cost_model(cfg: Config, model: nn.Module | None = None) -> Callable[[int], float]:

@@ -55,6 +55,7 @@ BELOW_THE_TRAINER = {
     "report",
     "sample_folder",
     "training_data",
+    "training_sources",
     "vae_export",
 }
 """Parts of the trainer in files of their own: they may import each other and all lower layers."""

@@ -26,6 +26,7 @@ from sora_train.data.plan import Tape
 from sora_train.data_report_plan import DataPlan
 from sora_train.errors import UserError
 from sora_train.training_data import cost_model, plan
+from sora_train.training_sources import Sources
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
 DEFAULT_OUT = Path("benchmarks/results")
@@ -152,8 +153,10 @@ class DataBench:
         tokens = {
             spec.bucket: number for spec, number in zip(sources.table, sources.tokens, strict=True)
         }
-        tape, _, _ = plan(cfg, sources.manifest, sources.table, tokens.__getitem__, cost_model(cfg))
-        return cls(cfg, sources, tape)
+        _, tape, _ = plan(
+            cfg, Sources.of(sources.manifest), sources.table, tokens.__getitem__, cost_model(cfg)
+        )
+        return cls(cfg, sources, tape.parts[0])
 
     def open_loader(self) -> Loader:
         """One step is one micro-batch."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sora_train.config.base import Section
-from sora_train.config.data import BucketClass, BucketsConfig, DataConfig
+from sora_train.config.data import BucketClass, BucketsConfig, DataConfig, MixConfig, SourceConfig
 from sora_train.config.model import ModelConfig, TextConfig, VaeConfig
 from sora_train.config.run import (
     CheckpointConfig,
@@ -28,6 +28,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EmaConfig",
+    "MixConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
@@ -35,6 +36,7 @@ __all__ = [
     "RunConfig",
     "SampleConfig",
     "Section",
+    "SourceConfig",
     "TextConfig",
     "TrackerConfig",
     "TrainConfig",

@@ -1,8 +1,9 @@
 """Where the clips come from, how they fall into buckets, and how they are read."""
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from sora_train.config.base import Section
 
@@ -12,10 +13,38 @@ IntList = Annotated[tuple[int, ...], Field(strict=False)]
 StrList = Annotated[tuple[str, ...], Field(strict=False)]
 
 
+class SourceConfig(Section):
+    name: str
+    """Name of the source in `data.mix`, in the account of clips and in reports."""
+    source: str
+    """Where its clips are, in the forms of `data.source`."""
+    captions: str = ""
+    """A captions file for a plain folder, as `data.captions`."""
+
+
+class MixConfig(Section):
+    from_step: int = Field(0, ge=0)
+    """The step from which this mix counts; the first one is 0."""
+    weights: dict[str, float] = {}
+    """Source name -> its share of the clips, in any unit; a source that is not named rests. An epoch is then the
+    shortest one that meets every clip of the sources at work at least once."""
+    repeats: dict[str, float] = {}
+    """Source name -> how often an epoch meets each of its clips (0.5: every second clip, the others the epoch
+    after; 0: it rests); a source that is not named is met once."""
+
+    def meets(self, name: str) -> bool:
+        """Whether the source is met at all."""
+        return self.weights.get(name, 0.0) > 0 if self.weights else self.repeats.get(name, 1.0) > 0
+
+
 class DataConfig(Section):
     source: str = "shapes"
     """`shapes` (the built-in procedural world), a folder of shards, a plain folder of clips, or a
     CSV/JSONL/Parquet table."""
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
+    """Several sources at once, instead of `data.source` (set that to '')."""
+    mix: Annotated[tuple[MixConfig, ...], Field(strict=False)] = ()
+    """How often the clips of each of `data.sources` are met, step range by step range; empty: once an epoch."""
     captions: str = ""
     """A captions file (JSONL/CSV/Parquet with `file` and `caption`) for a plain folder; empty: `captions.jsonl`
     in the folder, else a sidecar .txt per clip."""
@@ -74,14 +103,66 @@ class DataConfig(Section):
     cache_dir: str = ""
     """Where cached latents lie; empty: `cache/` in the run folder. Keys are content addresses, so it may be shared."""
 
-    @field_validator("source")
-    @classmethod
-    def _source_named(cls, source: str) -> str:
-        if not source:
+    @model_validator(mode="after")
+    def _source_named(self) -> "DataConfig":
+        if not self.source and not self.sources:
             raise ValueError(
                 "data.source is empty; name a folder of clips or shards or a table, for example data.source=my_clips"
             )
-        return source
+        if self.source and self.sources:
+            raise ValueError(
+                f"data.source={self.source} and data.sources are both given; set data.source='' to train on several "
+                "sources, or leave data.sources out"
+            )
+        names = [source.name for source in self.sources]
+        for source in self.sources:
+            if not source.name or not source.source or names.count(source.name) > 1:
+                raise ValueError(
+                    f"data.sources: name={source.name!r} source={source.source!r}; every source needs a name of its "
+                    "own and a place"
+                )
+        if self.sources and self.captions:
+            raise ValueError(
+                f"data.captions={self.captions} belongs to one source; give it as captions: in data.sources"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mix_is_whole(self) -> "DataConfig":
+        names = {source.name for source in self.sources}
+        steps = [mix.from_step for mix in self.mix]
+        if self.mix and not names:
+            raise ValueError("data.mix needs several sources to mix; give them as data.sources")
+        if self.mix and (steps[0] != 0 or sorted(set(steps)) != steps):
+            raise ValueError(
+                f"data.mix has from_step {steps}; the first is 0 and each is later than the one before"
+            )
+        for number, mix in enumerate(self.mix):
+            _check_mix(mix, f"data.mix[{number}]", names)
+        resting = [
+            name
+            for name in sorted(names)
+            if self.mix and not any(mix.meets(name) for mix in self.mix)
+        ]
+        if resting:
+            raise ValueError(
+                f"data.mix never meets the source {resting[0]!r}; give it a weight, or leave it out of data.sources"
+            )
+        return self
+
+
+def _check_mix(mix: MixConfig, key: str, names: set[str]) -> None:
+    if bool(mix.weights) == bool(mix.repeats):
+        raise ValueError(f"{key} needs either weights or repeats, one of the two")
+    for name, value in {**mix.weights, **mix.repeats}.items():
+        if name not in names:
+            raise ValueError(
+                f"{key} names {name!r}, but data.sources are {', '.join(sorted(names))}"
+            )
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{key} gives {name!r} {value}; 0 or more is needed")
+    if not any(mix.meets(name) for name in names):
+        raise ValueError(f"{key} lets every source rest; give one a weight above 0")
 
 
 class BucketClass(Section):

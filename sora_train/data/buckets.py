@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sora_train.config import BucketClass, BucketsConfig
+from sora_train.data import keyed
 from sora_train.data.manifest import Manifest
 from sora_train.data.sample import Bucket
 from sora_train.data.transforms import sampled_frames
@@ -150,7 +151,7 @@ def assign(
     large_enough = np.zeros(len(manifest), bool)
     chosen = np.full(len(manifest), NO_BUCKET, np.int64)
     best = np.full(len(manifest), np.inf)
-    draws = _keyed_uniform(key_seed(seed, "bucket"), len(manifest))
+    draws = keyed.words(key_seed(seed, "bucket"), np.arange(len(manifest)))
     for number, name in enumerate(dict.fromkeys(spec.class_name for spec in table)):
         members = [index for index, spec in enumerate(table) if spec.class_name == name]
         index, fits_time, fits_size, fits_crop = _fit_class(manifest, table, members, cfg)
@@ -158,7 +159,7 @@ def assign(
         large_enough |= fits_time & fits_size
         feasible = usable & fits_time & fits_size & fits_crop
         # The smallest of exponential draws with rates p_i is number i with probability p_i / sum.
-        draw = -np.log1p(-_mix(draws, number)) / table[members[0]].probability
+        draw = -np.log1p(-keyed.uniforms(draws, number)) / table[members[0]].probability
         better = feasible & (draw < best)
         chosen[better], best[better] = index[better], draw[better]
     left = usable & (chosen == NO_BUCKET)
@@ -201,21 +202,3 @@ def _fit_class(
         ]
     )
     return lookup[nearest, np.maximum(rank, 0)], rank >= 0, fits_size, fits_crop
-
-
-def _keyed_uniform(key: int, count: int) -> np.ndarray:
-    """64-bit words, word i a function of (key, i) only: SplitMix64 (Steele et al. 2014), vectorised."""
-    rows = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    return _scramble(rows)
-
-
-def _mix(words: np.ndarray, number: int) -> np.ndarray:
-    """Uniforms in [0, 1) of stream `number` of the words."""
-    step = np.uint64((number + 1) * 0xD1B54A32D192ED03 & (1 << 64) - 1)
-    return (_scramble(words + step) >> np.uint64(11)) * 2.0**-53
-
-
-def _scramble(words: np.ndarray) -> np.ndarray:
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

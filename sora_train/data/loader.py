@@ -20,7 +20,7 @@ from sora_train.data.cache import LatentCache, latent_key
 from sora_train.data.decode import DecodeRequest
 from sora_train.data.decode_pool import DecodePool
 from sora_train.data.manifest import Manifest
-from sora_train.data.plan import Tape, rows_for_rank
+from sora_train.data.plan import TapeLike, rows_for_rank
 from sora_train.data.reading import ReadPolicy, require
 from sora_train.data.remote import is_remote
 from sora_train.data.sample import Bucket, Clip, ClipBatch, Failure, MicroBatch
@@ -48,7 +48,7 @@ class Loader:
     def __init__(
         self,
         manifest: Manifest,
-        tape: Tape,
+        tape: TapeLike,
         buckets_cfg: BucketsConfig,
         data_cfg: DataConfig,
         *,
@@ -341,7 +341,7 @@ class Loader:
         self.close()
 
 
-def _backend(cfg: DataConfig, manifest: Manifest, tape: Tape) -> str:
+def _backend(cfg: DataConfig, manifest: Manifest, tape: TapeLike) -> str:
     """The decoder that will read the clips. Raises UserError where the one asked for cannot."""
     if cfg.decoder != "decord":
         return "pyav"

@@ -1,11 +1,10 @@
 """The tape: an endless, world-size-free sequence of micro-batches. Pure functions of numpy arrays.
 
 What a step consumes depends on the manifest, the buckets, the seed and the step alone. An epoch
-walks the manifest in windows of shards: shards are shuffled, samples are shuffled inside a window
-and fill the micro-batch of their bucket; micro-batches leave in groups of nearly equal cost, so that
-ranks that work side by side finish together (balance.py says how they are cut). Since a sample's
-bucket does not depend on the epoch, every epoch has the same counts, and a step maps to (epoch,
-offset) by division.
+walks the sources (walk.py); samples fill the micro-batch of their bucket as they are met, and
+micro-batches leave in groups of nearly equal cost, so that ranks that work side by side finish
+together (balance.py says how they are cut). Since a sample's bucket does not depend on the epoch,
+every epoch has the same counts, and a step maps to (epoch, offset) by division.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
-import pyarrow as pa
 
 from sora_train.data.balance import EQUAL_COST, Cut, cut_epoch
 from sora_train.data.sample import Bucket, MicroBatch
+from sora_train.data.walk import SourceWalk, compact
 from sora_train.errors import ConfigError, UserError
-from sora_train.keys import key_seed
 
-__all__ = ["EQUAL_COST", "Epoch", "Tape", "micro_batch_sizes", "rows_for_rank"]
+__all__ = ["EQUAL_COST", "Epoch", "Share", "Tape", "TapeLike", "micro_batch_sizes", "rows_for_rank"]
 
 _EPOCHS_KEPT = 2
 
@@ -59,12 +57,38 @@ def micro_batch_sizes(
 
 
 @dataclass(frozen=True)
+class Share:
+    """How often an epoch meets the samples of a source, and how many passes over it were begun before."""
+
+    repeats: float = 1.0
+    first_pass: int = 0
+
+
+@dataclass(frozen=True)
 class Epoch:
-    """One epoch of the tape: micro-batch i holds `rows[starts[i]:starts[i + 1]]` of `bucket[i]`."""
+    """One epoch of the tape: micro-batch i holds `rows[starts[i]:starts[i + 1]]` of `bucket[i]`.
+
+    `passes` are the rows' own epochs.
+    """
 
     rows: np.ndarray
+    passes: np.ndarray
     starts: np.ndarray
     bucket: np.ndarray
+
+
+class TapeLike(Protocol):
+    """What reads a tape needs of it: `Tape` and `Splice` are such."""
+
+    rows: np.ndarray
+    bucket_of_row: np.ndarray
+    buckets: list[Bucket]
+
+    def __getitem__(self, index: int) -> MicroBatch: ...
+
+    def costs(self, first: int, count: int) -> np.ndarray: ...
+
+    def bucket_of(self, row: int) -> Bucket: ...
 
 
 class Tape:
@@ -72,7 +96,9 @@ class Tape:
 
     `bucket_of_row` indexes `buckets` (-1: the row is not trained), `shards` names each row's shard
     (strings or numbers), `sizes` gives the most clips a micro-batch holds, `cost` the predicted
-    cost of a clip of a bucket. Raises UserError where no row has a bucket.
+    cost of a clip of a bucket. Of several sources `source_of_row` indexes `mix`; they are met evenly
+    spread over an epoch. A tape that goes on from another begins with micro-batch `first` and
+    epoch `first_epoch`. Raises UserError where no row has a bucket.
     """
 
     def __init__(
@@ -86,6 +112,10 @@ class Tape:
         group: int = 8,
         window_shards: int = 64,
         cost: Callable[[Bucket], float] | None = None,
+        source_of_row: np.ndarray | None = None,
+        mix: Sequence[Share] = (Share(),),
+        first: int = 0,
+        first_epoch: int = 0,
     ):
         self.bucket_of_row = np.asarray(bucket_of_row)
         self.buckets = list(buckets)
@@ -94,26 +124,34 @@ class Tape:
             raise UserError(
                 "no clip fits any bucket, so there is nothing to train on; see the reasons listed"
             )
-        self.seed, self.group, self.window_shards = seed, group, window_shards
-        # Small integers sort in linear time and take little of the memory of a large manifest.
-        self._bucket = _compact(self.bucket_of_row[self.rows], len(self.buckets))
-        # Numbered by first appearance; sorting a million names would take seconds.
-        self._shard = pa.array(np.asarray(shards)[self.rows]).dictionary_encode().indices.to_numpy()
+        self.seed, self.group, self.first, self.first_epoch = seed, group, first, first_epoch
+        self.sizes = dict(sizes)
+        source = (
+            np.zeros(len(self.rows), int) if source_of_row is None else source_of_row[self.rows]
+        )
+        bucket, shard = self.bucket_of_row[self.rows], np.asarray(shards)[self.rows]
+        self._of_source = [np.flatnonzero(source == number) for number in range(len(mix))]
+        self.walks = [
+            SourceWalk(
+                bucket[own], shard[own],
+                buckets=len(self.buckets), seed=seed, number=number, window_shards=window_shards,
+                repeats=share.repeats, first_pass=share.first_pass,
+            )
+            for number, (share, own) in enumerate(zip(mix, self._of_source, strict=True))
+        ]  # fmt: skip
+        self._bucket = compact(bucket, len(self.buckets))
         self._cost = np.array(
             [float(cost(b) if cost else b.frames * b.height * b.width) for b in self.buckets]
         )
-        self._count = np.bincount(self._bucket, minlength=len(self.buckets))
+        count = np.sum([walk.an_epoch for walk in self.walks], axis=0)
+        self.clips_per_epoch = int(count.sum())
         most = [sizes.get(bucket, 1) for bucket in self.buckets]
         self._cuts = _MicroBatches.of(
-            cut_epoch(self._count.tolist(), most, self._cost.tolist(), group), self._cost
+            cut_epoch(count.tolist(), most, self._cost.tolist(), group), self._cost
         )
         self.per_epoch = len(self._cuts.size)
         self._epochs: OrderedDict[int, Epoch] = OrderedDict()
         self._lock = threading.Lock()
-
-    @property
-    def clips_per_epoch(self) -> int:
-        return len(self.rows)
 
     def bucket_of(self, row: int) -> Bucket:
         """The bucket of a trained row."""
@@ -128,14 +166,19 @@ class Tape:
         return self.clip_cost(micro_batch.bucket) * len(micro_batch.rows)
 
     def __getitem__(self, index: int) -> MicroBatch:
-        number, offset = divmod(index, self.per_epoch)
+        number, offset = divmod(index - self.first, self.per_epoch)
         epoch = self.epoch(number)
-        rows = epoch.rows[epoch.starts[offset] : epoch.starts[offset + 1]]
-        bucket = self.buckets[epoch.bucket[offset]]
-        return MicroBatch(index, bucket, number, tuple(rows.tolist()), (number,) * len(rows))
+        part = slice(epoch.starts[offset], epoch.starts[offset + 1])
+        return MicroBatch(
+            index,
+            self.buckets[epoch.bucket[offset]],
+            self.first_epoch + number,
+            tuple(epoch.rows[part].tolist()),
+            tuple(epoch.passes[part].tolist()),
+        )
 
     def epoch(self, number: int) -> Epoch:
-        """The plan of an epoch; the last two asked for are kept."""
+        """The plan of an epoch, the first of this tape being 0; the last two asked for are kept."""
         with self._lock:
             if number not in self._epochs:
                 self._epochs[number] = self._plan(number)
@@ -148,7 +191,7 @@ class Tape:
         """Predicted costs of `count` micro-batches from index `first` on."""
         found = []
         while count > 0:
-            number, offset = divmod(first, self.per_epoch)
+            number, offset = divmod(first - self.first, self.per_epoch)
             epoch = self.epoch(number)
             part = slice(offset, min(self.per_epoch, offset + count))
             sizes = epoch.starts[part.start + 1 : part.stop + 1] - epoch.starts[part]
@@ -157,25 +200,30 @@ class Tape:
         return np.concatenate(found) if found else np.zeros(0)
 
     def _plan(self, number: int) -> Epoch:
-        cuts, walk = self._cuts, self._walk(number)
+        cuts = self._cuts
+        met, passes = self._walk(number)
         # Stable: each bucket's samples stay in the order of the walk.
-        by_bucket = np.argsort(self._bucket[walk], kind="stable")
+        by_bucket = np.argsort(self._bucket[met], kind="stable")
         order = self._order(done=by_bucket[cuts.begin + cuts.size - 1], number=number)
         begin, size = cuts.begin[order], cuts.size[order]
         starts = np.concatenate([[0], np.cumsum(size)])
         source = np.repeat(begin - starts[:-1], size)
         source += np.arange(starts[-1])
-        rows = self.rows[walk[by_bucket[source]]]
-        return Epoch(rows, starts, cuts.bucket[order])
+        taken = by_bucket[source]
+        return Epoch(self.rows[met[taken]], passes[taken], starts, cuts.bucket[order])
 
-    def _walk(self, number: int) -> np.ndarray:
-        """Positions of the trained rows, window of shuffled shards by window, shuffled inside each."""
-        rng = np.random.Generator(np.random.Philox(key_seed(self.seed, "tape", number)))
-        shard_rank = rng.permutation(int(self._shard.max()) + 1)
-        window = shard_rank // self.window_shards
-        window = _compact(window, int(window.max()) + 1)[self._shard]
-        shuffled = rng.permutation(len(self.rows))
-        return shuffled[np.argsort(window[shuffled], kind="stable")]
+    def _walk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The trained rows that an epoch meets and their passes: the sources' walks, evenly mixed."""
+        walks = [walk.epoch(number) for walk in self.walks]
+        if len(walks) == 1:
+            return walks[0]
+        met = np.concatenate(
+            [own[samples] for own, (samples, _) in zip(self._of_source, walks, strict=True)]
+        )
+        passes = np.concatenate([passes for _, passes in walks])
+        place = np.concatenate([(np.arange(len(own)) + 0.5) / max(len(own), 1) for own, _ in walks])
+        order = np.argsort(place, kind="stable")
+        return met[order], passes[order]
 
     def _order(self, done: np.ndarray, number: int) -> np.ndarray:
         """The order in which micro-batches leave: groups of equal cost as they fill, the rest by cost.
@@ -193,7 +241,7 @@ class Tape:
         groups = queue[in_group].reshape(-1, self.group)
         groups = groups[np.argsort(done[groups].max(axis=1))] if len(groups) else groups
         rest = queue[~in_group]
-        open_slots = -number * self.per_epoch % self.group
+        open_slots = -(self.first + number * self.per_epoch) % self.group
         if open_slots > len(rest) and len(groups):
             rest, groups = np.concatenate([rest, groups[-1]]), groups[:-1]
         rest = rest[np.lexsort((done[rest], cuts.cost[rest]))]
@@ -224,13 +272,8 @@ class _MicroBatches:
         return cls(bucket, np.cumsum(size) - size, size, level, costs[bucket] * size)
 
 
-def _compact(numbers: np.ndarray, count: int) -> np.ndarray:
-    """The numbers, all below `count`, in the smallest unsigned type."""
-    return numbers.astype(np.min_scalar_type(max(count - 1, 0)))
-
-
 def rows_for_rank(
-    tape: Tape, step: int, micro_batches: int, rank: int, world_size: int
+    tape: TapeLike, step: int, micro_batches: int, rank: int, world_size: int
 ) -> list[MicroBatch | None]:
     """The micro-batches of a step that a rank works on, one for each of its slots.
 
@@ -244,7 +287,7 @@ def rows_for_rank(
 
 
 def row_costs(
-    tape: Tape, micro_batches: int, world_size: int, *, first_step: int = 0, steps: int = 1
+    tape: TapeLike, micro_batches: int, world_size: int, *, first_step: int = 0, steps: int = 1
 ) -> np.ndarray:
     """Predicted cost of each rank's micro-batch, (rows, world_size): ranks wait for each other once a row.
 

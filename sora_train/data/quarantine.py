@@ -45,6 +45,10 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def rows(self) -> list[int]:
+        """The rows that failed in this run."""
+        return list(self._entries)
+
     def counts(self) -> dict[str, int]:
         """Samples lost by reason, those of the index included."""
         failed = Counter(failure.reason for _, failure in self._entries.values())
