@@ -63,6 +63,7 @@ def summarise(trainer: "Trainer", oracle: dict[str, Any] | None) -> dict[str, An
         "oracle": oracle,
         "samples": [str(path.relative_to(trainer.folder.path)) for path in samples],
         "clips": trainer.data.account(),
+        "clips_by_source": trainer.data.account_by_source(),
         "dropped": trainer.data.assignment.dropped(),
         "failed_to_decode": len(trainer.data.loader.quarantine),
     }

@@ -14,6 +14,7 @@ import numpy as np
 from sora_train.config import Config, SourceConfig
 from sora_train.data.index import open_source
 from sora_train.data.manifest import Manifest, text_digest
+from sora_train.data.remote import is_remote
 from sora_train.data.shapes_source import prepare_shapes
 from sora_train.distributed import ControlPlane, World
 from sora_train.errors import UserError
@@ -108,23 +109,23 @@ def open_sources(cfg: Config, run_dir: Path, stocks: Sequence[Stock] = ()) -> So
     share = -(-data.val_clips // len(wanted))
     kept: dict[str, np.ndarray] = {}
     opened: dict[str, Manifest] = {}
-    held_out: list[Manifest] = []
+    held_out: dict[str, Manifest] = {}
     for source in wanted:
         manifest, split = _open(source, "train", data.shapes_clips, cfg, work_dir)
         opened[source.name] = manifest
         began_with = stocks[0].rows.get(source.name, 0) if stocks else len(manifest)
         apart = np.zeros(0, int)
         if split and not data.val_source:
-            held_out.append(_open(source, "val", data.shapes_val_clips, cfg, work_dir)[0])
+            held_out[source.name] = _open(source, "val", data.shapes_val_clips, cfg, work_dir)[0]
         elif not data.val_source:
             usable = np.flatnonzero(manifest.drop_reason[:began_with] == "")
             count = min(share, len(usable) // 10)
             apart = usable[len(usable) - count :]
-            held_out.append(manifest.select(apart))
+            held_out[source.name] = manifest.select(apart)
         kept[source.name] = np.setdiff1d(np.arange(len(manifest)), apart)
     if data.val_source:
         val = SourceConfig(name="val", source=data.val_source)
-        held_out = [_open(val, "val", data.shapes_val_clips, cfg, work_dir)[0]]
+        held_out = {val.name: _open(val, "val", data.shapes_val_clips, cfg, work_dir)[0]}
     now = _stock_now(opened, stocks)
     return _in_order(opened, kept, held_out, now, grown=0 < len(stocks) < len(now))
 
@@ -158,7 +159,7 @@ def _stock_now(opened: Mapping[str, Manifest], stocks: Sequence[Stock]) -> tuple
 def _in_order(
     opened: Mapping[str, Manifest],
     kept: Mapping[str, np.ndarray],
-    held_out: Sequence[Manifest],
+    held_out: Mapping[str, Manifest],
     stocks: tuple[Stock, ...],
     grown: bool,
 ) -> Sources:
@@ -178,20 +179,24 @@ def _in_order(
         blocks.append(sum(map(len, numbers)))
     if len(names) > 1:
         parts = [_placed(part, name) for part, name in zip(parts, names * len(stocks), strict=True)]
-        held_out = [_placed(part, part.root.name) for part in held_out]
+        held_out = {name: _placed(part, name) for name, part in held_out.items()}
     train = parts[0] if len(parts) == 1 else Manifest.joined(parts, parts[0].root, parts[0].shards)
-    val = held_out[0]
-    if len(held_out) > 1:
-        val = Manifest.joined(held_out, val.root, {})
+    val, *more = held_out.values()
+    if more:
+        val = Manifest.joined([val, *more], val.root, {})
     return Sources(train, val, names, np.concatenate(numbers), tuple(blocks), stocks, grown)
 
 
 def _placed(part: Manifest, name: str) -> Manifest:
     """The rows with whole paths, since sources lie in different places, under their source's name."""
     shards, places = np.unique(part.shard.astype(str), return_inverse=True)
-    paths = np.array([part.shard_path(shard) for shard in shards.tolist()] or [""], object)
+    paths = np.array([_whole(part.shard_path(shard)) for shard in shards.tolist()] or [""], object)
     shard = paths[places] if len(part) else part.shard
     return part.with_columns(shard=shard, source=np.full(len(part), name, object))
+
+
+def _whole(path: str) -> str:
+    return path if is_remote(path) else str(Path(path).absolute())
 
 
 def _open(

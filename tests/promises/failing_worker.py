@@ -1,4 +1,4 @@
-"""Run under torchrun by test_6_no_hang: `sora train` with a trainer whose second rank fails after its first step."""
+"""Run under torchrun by test_no_hang: `sora train` with a trainer whose second rank fails after its first step."""
 
 from sora_train.errors import Fault
 from sora_train.train import main

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_1_layout_invariance: trains one cell of the table after another in one process group.
+"""Run under torchrun by test_layout_invariance: trains one cell of the table after another in one process group.
 
 Arguments: a folder, then one JSON list of overrides a cell. Each cell writes metrics.jsonl into FOLDER/cell-N.
 """
