@@ -71,7 +71,7 @@ class ShardWriter:
         self._keys.add(key)
         if self._tar is None or self._tar.tarstream.offset >= self.max_bytes:
             self._next_shard()
-        known = {
+        known: dict[str, object] = {
             name: meta[name]
             for name in ("frames", "fps", "height", "width", "duration")
             if name in meta
