@@ -78,26 +78,44 @@ def data_index(overrides: list[str]) -> str:
     settings = parse_settings(SourceSettings, _quoted(overrides))
     from sora_train.data.index_shards import is_shards
 
-    if is_shards(settings.source) or settings.output or settings.part or settings.merge:
+    names_members = settings.model_fields_set & {"caption_keys", "video_key"}
+    if (
+        is_shards(settings.source)
+        or settings.output
+        or settings.part
+        or settings.merge
+        or names_members
+    ):
         return _index_shards(settings)
     manifest = _open(settings)
     return count(manifest)
 
 
 def _quoted(overrides: list[str]) -> list[str]:
-    """A pattern of shards as a plain string: braces would begin a mapping to the reader of overrides."""
-    return [
-        f"source='{text.removeprefix('source=')}'"
-        if text.startswith("source=") and "'" not in text and '"' not in text
-        else text
-        for text in overrides
-    ]
+    """Patterns of shards and caption keys as plain strings: a brace would begin a mapping to the reader of
+    overrides, and an equals sign another override.
+    """
+
+    def plain(text: str) -> str:
+        key, _, value = text.partition("=")
+        if "'" in value or '"' in value:
+            return text
+        if key == "source":
+            return f"source='{value}'"
+        if key == "caption_keys" and "=" in value:
+            places = value.removeprefix("[").removesuffix("]").split(",")
+            quoted = ",".join(f"'{place.strip()}'" for place in places)
+            return f"caption_keys=[{quoted}]"
+        return text
+
+    return [plain(text) for text in overrides]
 
 
 def _index_shards(settings: SourceSettings) -> str:
     """Index shards by their names into `output`."""
+    from sora_train.data.caption_texts import MAIN
     from sora_train.data.index_shards import HowToIndex, index_shards
-    from sora_train.data.tars import MemberKeys
+    from sora_train.data.tars import MemberKeys, caption_name
 
     name = hashlib.sha256(settings.source.encode()).hexdigest()[:12]
     output = Path(settings.output or Path(settings.work_dir) / f"shards-{name}")
@@ -121,7 +139,8 @@ def _index_shards(settings: SourceSettings) -> str:
             f"part {settings.part} is done, its rows lie in {output}; when all parts are: the same command with "
             "merge=true instead of part="
         )
-    return f"{count(manifest)}\nnext: sora train experiment=real_tiny data.source={output}"
+    named = [name for name, _ in map(caption_name, settings.caption_keys) if name != MAIN]
+    return f"{count(manifest, named)}\nnext: sora train experiment=real_tiny data.source={output}"
 
 
 def data_show(overrides: list[str]) -> str:
@@ -225,14 +244,23 @@ def split_ckpt(text: str) -> tuple[Path, int | None]:
     return Path(folder), int(step)
 
 
-def count(manifest: "Manifest") -> str:
-    """`used + dropped(reason) = total` in words, and a line for each dropped clip up to twenty."""
+def count(manifest: "Manifest", captions: Sequence[str] = ()) -> str:
+    """`used + dropped(reason) = total` in words, and a line for each dropped clip up to twenty.
+
+    Captions are counted by name where there are others than the main one, or `captions` names some.
+    """
+    from sora_train.data.caption_choice import caption_counts
+
     dropped = manifest.dropped()
     usable = len(manifest) - sum(dropped.values())
     lines = [
         f"{manifest.root}: {len(manifest)} clips = {usable} usable + {sum(dropped.values())} dropped"
     ]
     lines += [f"  {number} {reason}" for reason, number in sorted(dropped.items())]
+    named = caption_counts(manifest)
+    if len(named) > 1 or captions:
+        said = ", ".join(f"{named[name]} {name}" for name in dict.fromkeys([*named, *captions]))
+        lines.append(f"  captions: {said}")
     faulty = [row for row in range(len(manifest)) if manifest.drop_reason[row]]
     lines += [
         f"  {manifest.key[row]}: {manifest.drop_reason[row]}, {manifest.drop_detail[row]}"

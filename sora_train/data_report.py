@@ -15,6 +15,8 @@ import yaml
 
 from sora_train.config import Config
 from sora_train.contact_sheet import contact_sheet, filmstrip
+from sora_train.data.caption_choice import captions_by_name, without_weighted
+from sora_train.data.caption_texts import MAIN
 from sora_train.data_report_plan import FRAMES_SHOWN, DataPlan, Thumbnail, read_thumbnails
 from sora_train.report import count
 from sora_train.report_charts import histogram
@@ -67,6 +69,12 @@ def account(plan: DataPlan) -> str:
         for spec, number in zip(plan.table, plan.clips_per_bucket, strict=True)
         if number
     ]
+    weights = plan.cfg.data.caption_weights
+    if plain := without_weighted(plan.manifest, weights):
+        lines.append(
+            f"  {plain} with none of the captions of data.caption_weights ({', '.join(weights)}): trained on their "
+            "main one"
+        )
     return "\n".join(lines)
 
 
@@ -75,7 +83,8 @@ def clip_table(plan: DataPlan) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     columns = ("key", "shard", "kind", "codec", "frames", "fps", "width", "height", "duration")
-    writer.writerow([*columns, "bucket", "tokens", "reason", "what", "detail", "caption"])
+    found = ("bucket", "tokens", "reason", "what", "detail", "caption", "captions", "scores")
+    writer.writerow([*columns, *found])
     for row in range(len(plan.manifest)):
         known, bucket = plan.manifest.row(row), plan.bucket(row)
         writer.writerow(
@@ -86,7 +95,7 @@ def clip_table(plan: DataPlan) -> str:
                 plan.assignment.reasons[row],
                 plan.fate(row),
                 known["drop_detail"],
-                known["caption"],
+                *(known[name] for name in ("caption", "captions", "scores")),
             ]
         )
     return text.getvalue()
@@ -190,9 +199,6 @@ def _why(plan: DataPlan, row: int) -> str:
 def _charts(plan: DataPlan) -> str:
     manifest, seen = plan.manifest, plan.manifest.frames > 0
     moving = seen & (manifest.kind == "video")
-    lengths = np.array([len(text.encode()) for text in manifest.caption])
-    cut = int((lengths >= plan.cfg.text.max_length).sum())  # the end mark takes a byte
-    caption_note = f"{cut:,} are cut at text.max_length={plan.cfg.text.max_length}"
     drawn = (
         ("Duration", manifest.duration[moving], "seconds"),
         ("Frame rate", manifest.fps[moving], "frames a second"),
@@ -200,7 +206,7 @@ def _charts(plan: DataPlan) -> str:
         ("Height", manifest.height[seen], "pixels"),
         ("Frames at the sampling rate", plan.sampled[seen], "frames"),
         ("Tokens of a clip", np.repeat(plan.tokens, plan.clips_per_bucket), "tokens"),
-        (f"Caption length; {caption_note}", lengths, "bytes"),
+        *_caption_lengths(plan),
     )
     figures = "".join(
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{histogram(values, unit)}'
@@ -209,6 +215,17 @@ def _charts(plan: DataPlan) -> str:
         if len(values)
     )
     return f'<h2>Distributions, in clips</h2><div class="charts">{figures}</div>'
+
+
+def _caption_lengths(plan: DataPlan) -> list[tuple[str, np.ndarray, str]]:
+    """Title, values and unit of a chart for the captions of each name."""
+    charts, longest = [], plan.cfg.text.max_length
+    for name, texts in captions_by_name(plan.manifest).items():
+        lengths = np.array([len(text.encode()) for text in texts.values()])
+        cut = int((lengths >= longest).sum())  # the end mark takes a byte
+        title = "Caption length" if name == MAIN else f"Length of captions named {name}"
+        charts.append((f"{title}; {cut:,} are cut at text.max_length={longest}", lengths, "bytes"))
+    return charts
 
 
 def _fates(plan: DataPlan) -> str:

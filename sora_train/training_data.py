@@ -327,7 +327,8 @@ def fill_cache(loader: Loader, vae: VideoVAE, world: World, title: str) -> None:
 def read_validation(
     cfg: Config, manifest: Manifest, table: list[BucketSpec], vae: VideoVAE, with_latents: bool
 ) -> list[Clip]:
-    """The held-out clips that fit a bucket, decoded once; their latents too where a VAE is frozen.
+    """The held-out clips that fit a bucket, decoded once, with their main captions; their latents too
+    where a VAE is frozen.
 
     Those that fail are named, and bounded by `data.max_drop_fraction` as training clips are.
     """
@@ -340,10 +341,8 @@ def read_validation(
     buckets = [spec.bucket for spec in table]
     tape = Tape(kept, manifest.shard, buckets, dict.fromkeys(buckets, 1), seed=cfg.seed)
     device = next(vae.parameters()).device
-    with Loader(
-        manifest, tape, cfg.buckets, cfg.data.model_copy(update={"max_drop_fraction": 1.0}), seed=cfg.seed,
-        micro_batches=1,
-    ) as loader:  # fmt: skip
+    data = cfg.data.model_copy(update={"max_drop_fraction": 1.0, "caption_weights": {}})
+    with Loader(manifest, tape, cfg.buckets, data, seed=cfg.seed, micro_batches=1) as loader:
         clips, _ = loader.decode_rows(rows.tolist())
     if not with_latents:
         return clips

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sora_train.config.base import Section
 
@@ -64,6 +64,12 @@ class DataConfig(Section):
     to go on."""
     allow_empty_captions: bool = False
     """Accept clips without a caption and train them as unconditional."""
+    caption_weights: dict[str, float] = {}
+    """Weights by which one of a clip's captions is drawn each time it is trained, by name, such as
+    {caption: 0.5, short: 0.3, fields: 0.2}; a clip that has none of these keeps its main one, `caption`. Empty:
+    always the main one."""
+    caption_field_dropout: float = Field(0.1, ge=0, le=1)
+    """Probability that a field of a structured caption is left out; one field is always kept."""
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Clips in one micro-batch, or `auto`: as many as cost about `data.micro_batch_tokens` tokens of the
     largest bucket."""
@@ -102,6 +108,21 @@ class DataConfig(Section):
     """`latents`: encode every clip once before step 1, in an order of its own, and train from the stored latents."""
     cache_dir: str = ""
     """Where cached latents lie; empty: `cache/` in the run folder. Keys are content addresses, so it may be shared."""
+
+    @field_validator("caption_weights")
+    @classmethod
+    def _some_weight(cls, weights: dict[str, float]) -> dict[str, float]:
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(
+                    f"data.caption_weights.{name}={weight} is no weight; give it a number of at least 0"
+                )
+        if weights and not any(weights.values()):
+            raise ValueError(
+                f"data.caption_weights={weights} gives every caption the weight 0; give one a weight above 0, "
+                "or leave it empty for the main caption"
+            )
+        return weights
 
     @model_validator(mode="after")
     def _source_named(self) -> "DataConfig":

@@ -34,13 +34,24 @@ class SourceSettings(Section):
     """Extension of the members that are the clips, several with `;` (`mp4;left.mp4`); empty: any known one."""
     caption_keys: StrList = ("txt", "json")
     """Where captions lie, the first that is there: an extension (`txt`, `short.txt`) or `json:caption.long` for a
-    field of a JSON member."""
+    field of a JSON member. `NAME=PLACE` (`short=json:caption.short`) keeps a further caption under that name."""
     duplicate_keys: Literal["refuse", "drop", "per_shard"] = "refuse"
     """A key that occurs again: refuse, drop the later ones (counted), or let each shard have keys of its own."""
     part: str = ""
     """`i/N`: index every N-th shard only, beginning with the i-th (1/4 ... 4/4), on N machines that share `output`."""
     merge: bool = False
     """Write the manifest from what the parts have found, without looking at a shard again."""
+
+    @field_validator("caption_keys")
+    @classmethod
+    def _named_places(cls, caption_keys: tuple[str, ...]) -> tuple[str, ...]:
+        for key in caption_keys:
+            name, equals, place = key.partition("=")
+            if equals and not (name and place):
+                raise ValueError(
+                    f"caption_keys holds {key!r}; write NAME=PLACE, such as short=json:caption.short"
+                )
+        return caption_keys
 
     @field_validator("part")
     @classmethod

@@ -4,23 +4,46 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sora_train.data.caption_texts import (
+    Fields,
+    Named,
+    dumped,
+    known_scores,
+    text_or_fields,
+    with_main,
+)
 from sora_train.errors import UserError
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
 FILE_COLUMNS = ("file", "path", "video", "file_name")
 CAPTION_COLUMNS = ("caption", "text")
+NAMED, SCORE = "caption_", "score_"
 
 
-def read_table(path: Path) -> dict[str, str]:
-    """File name -> caption (empty where there is none), in the table's order.
+@dataclass(frozen=True)
+class Texts:
+    """What a table says of a clip, as the manifest's columns of these names hold it; '' where it is silent."""
 
-    The columns are `file` (or path, video, file_name) and `caption` (or text). Raises UserError
-    naming the file and line of what cannot be read, and a file that is named twice.
+    caption: str = ""
+    captions: str = ""
+    scores: str = ""
+
+
+def read_table(path: Path) -> dict[str, Texts]:
+    """File name -> captions and scores, in the table's order.
+
+    The columns are `file` (or path, video, file_name), `caption` (or text), `caption_NAME` for
+    further captions and `score_NAME` for numbers; the last two may also be one column `captions` and
+    `scores` with an object of them. Raises UserError naming the file and line of what cannot be
+    read, and a file that is named twice.
     """
     suffix = path.suffix.lower()
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
@@ -30,7 +53,7 @@ def read_table(path: Path) -> dict[str, str]:
         rows = readers[suffix](path)
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read as a {suffix[1:]} table: {error}") from error
-    table: dict[str, str] = {}
+    table: dict[str, Texts] = {}
     for number, row in enumerate(rows, start=1):
         name = next((row[column] for column in FILE_COLUMNS if row.get(column)), None)
         if not name:
@@ -43,8 +66,56 @@ def read_table(path: Path) -> dict[str, str]:
                 f"{path}, row {number}: {name!r} was named before; keep one row for each clip"
             )
         caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), "")
-        table[str(name)] = str(caption).strip()
+        where = f"{path}, row {number}"
+        main, captions = with_main(str(caption).strip(), _captions(row, where))
+        table[str(name)] = Texts(main, captions, dumped(_scores(row, where)))
     return table
+
+
+def _entries(row: Mapping[str, object], whole: str, prefix: str, where: str) -> dict[str, object]:
+    """What the column `whole` and the columns that begin with `prefix` say, by name."""
+    found = row.get(whole) or {}
+    if not isinstance(found, Mapping):
+        raise UserError(
+            f'{where}: {whole} is no object like {{"NAME": ...}}; write columns {prefix}NAME instead'
+        )
+    columns = {
+        str(column).removeprefix(prefix): value
+        for column, value in row.items()
+        if str(column).startswith(prefix) and column != prefix
+    }
+    entries = {**found, **columns}
+    return {str(name): value for name, value in entries.items() if value not in (None, "")}
+
+
+def _captions(row: Mapping[str, object], where: str) -> Named:
+    named: Named = {}
+    for name, value in _entries(row, "captions", NAMED, where).items():
+        said: str | Fields | None = text_or_fields(value)
+        if said is None:
+            raise UserError(
+                f"{where}: the caption {name!r} is neither a text nor an object of texts: {value!r}"
+            )
+        if said:
+            named[name] = said
+    return named
+
+
+def _scores(row: Mapping[str, object], where: str) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for name, value in _entries(row, "scores", SCORE, where).items():
+        try:
+            found = known_scores({name: float(value) if isinstance(value, str) else value})
+        except ValueError:
+            found = {}
+        # Parquet has no other word for a score that is not known.
+        unknown = isinstance(value, float) and math.isnan(value)
+        if not found and not unknown:
+            raise UserError(
+                f"{where}: the score {name!r} is not a number: {value!r}; correct or empty it"
+            )
+        scores |= found
+    return scores
 
 
 def _jsonl(path: Path) -> list[dict[str, object]]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sora_train.data.captions import TABLE_SUFFIXES, read_table
+from sora_train.data.captions import TABLE_SUFFIXES, Texts, read_table
 from sora_train.data.decode import Probe, ProbeRequest, StorageFault
 from sora_train.data.decode_pool import DecodePool
 from sora_train.data.manifest import FILE_NAME, Manifest, empty_row
@@ -48,6 +48,8 @@ class Member:
     length: int
     caption: str
     fault: str = ""
+    captions: str = ""
+    scores: str = ""
 
 
 def open_source(
@@ -160,7 +162,7 @@ def _list_source(path: Path, captions: str) -> tuple[Path, list[Member]]:
             )
         root, table = path.parent, read_table(path)
         return root, [
-            _loose(root, name, caption) for name, caption in _existing(root, table, path).items()
+            _loose(root, name, texts) for name, texts in _existing(root, table, path).items()
         ]
     files = sorted(
         file
@@ -194,7 +196,7 @@ def _compressed(path: Path) -> UserError:
     )
 
 
-def _existing(root: Path, table: dict[str, str], path: Path) -> dict[str, str]:
+def _existing(root: Path, table: dict[str, Texts], path: Path) -> dict[str, Texts]:
     missing = [name for name in table if not (root / name).is_file()]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -210,11 +212,14 @@ def _existing(root: Path, table: dict[str, str], path: Path) -> dict[str, str]:
     return table
 
 
-def _loose(root: Path, name: str, caption: str) -> Member:
-    return Member(name, name, media_kind(name), 0, (root / name).stat().st_size, caption)
+def _loose(root: Path, name: str, texts: Texts) -> Member:
+    return Member(
+        name, name, media_kind(name), 0, (root / name).stat().st_size, texts.caption,
+        captions=texts.captions, scores=texts.scores,
+    )  # fmt: skip
 
 
-def _caption_table(folder: Path, captions: str) -> tuple[Path, dict[str, str]] | None:
+def _caption_table(folder: Path, captions: str) -> tuple[Path, dict[str, Texts]] | None:
     """The captions file given, else one in the folder."""
     if captions:
         path = Path(captions).expanduser()
@@ -235,11 +240,12 @@ def _list_folder(folder: Path, clips: list[Path], captions: str) -> list[Member]
     members = []
     for clip in clips:
         name = clip.relative_to(folder).as_posix()
-        caption = table.get(name, "")
+        texts = table.get(name, Texts())
         sidecar = clip.with_suffix(".txt")
-        if not caption and sidecar.is_file():
+        if not texts.caption and sidecar.is_file():
             caption = sidecar.read_text(encoding="utf-8", errors="replace").strip()
-        members.append(_loose(folder, name, caption))
+            texts = replace(texts, caption=caption)
+        members.append(_loose(folder, name, texts))
     return members
 
 
@@ -251,14 +257,14 @@ def _list_tars(folder: Path, tars: list[Path], captions: str) -> list[Member]:
     for tar in tars:
         shard = tar.relative_to(folder).as_posix()
         for sample in list_tar(tar):
-            own = next(
-                (table[name] for name in (sample.name, sample.key) if name in table), sample.caption
-            )
+            inside = Texts(sample.caption, sample.captions, sample.scores)
+            own = next((table[name] for name in (sample.name, sample.key) if name in table), inside)
             members.append(
                 Member(
-                    shard, sample.key, sample.kind, sample.offset, sample.length, own, sample.detail
+                    shard, sample.key, sample.kind, sample.offset, sample.length, own.caption, sample.detail,
+                    own.captions, own.scores or inside.scores,
                 )
-            )
+            )  # fmt: skip
     if not members:
         raise UserError(
             f"the shards of {folder} hold no clip ({len(tars)} looked at, {tars[0].name} the first)"
@@ -319,6 +325,8 @@ def member_row(member: Member, found: Probe | Failure, unverified: bool) -> dict
         "offset": member.offset,
         "length": member.length,
         "caption": member.caption,
+        "captions": member.captions,
+        "scores": member.scores,
     }
     if isinstance(found, Failure):
         return empty_row(**place, drop_reason=found.reason, drop_detail=found.detail)

@@ -35,7 +35,7 @@ from sora_train.data.tars import (
 from sora_train.errors import Fault, UserError
 
 PARTS_FOLDER = ".manifest.parts"
-PARTS_VERSION = "1"
+PARTS_VERSION = "2"
 # A server that stalls is given up after some attempts; its child must live to tell.
 REMOTE_SECONDS = 180.0
 LIST_SECONDS = 1800.0
@@ -305,8 +305,9 @@ def _begun(
     for shard, samples in listed:
         for sample in samples:
             member = Member(
-                shard.name, sample.key, sample.kind, sample.offset, sample.length, sample.caption
-            )
+                shard.name, sample.key, sample.kind, sample.offset, sample.length, sample.caption,
+                captions=sample.captions, scores=sample.scores,
+            )  # fmt: skip
             if sample.reason:
                 yield member, Failure(number, sample.reason, sample.detail)
             else:

@@ -17,6 +17,7 @@ import numpy as np
 from sora_train.config import BucketsConfig, DataConfig
 from sora_train.data import decode_decord, quarantine
 from sora_train.data.cache import LatentCache, latent_key
+from sora_train.data.caption_choice import CaptionChoice, require_captions
 from sora_train.data.decode import DecodeRequest
 from sora_train.data.decode_pool import DecodePool
 from sora_train.data.manifest import Manifest
@@ -41,8 +42,8 @@ class Loader:
     `cache` the stored latents are delivered where they are, windows and crops are those of epoch 0
     in every epoch, and `vae_digest` says whose latents they are. `reasons` are those of
     `buckets.assign` (default: the manifest's); with `run_dir` failures are recorded there. Raises
-    UserError where too many clips are unusable, the decoder cannot read them, or a package is missing
-    that reads their storage.
+    UserError where too many clips are unusable, the decoder cannot read them, a package is missing
+    that reads their storage, or no clip has a caption that is weighted.
     """
 
     def __init__(
@@ -68,6 +69,10 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._vae_digest, self._cache = vae_digest, cache
         self._backend = _backend(data_cfg, manifest, tape)
+        require_captions(manifest, data_cfg.caption_weights)
+        self._captions = CaptionChoice(
+            seed, data_cfg.caption_weights, data_cfg.caption_field_dropout
+        )
         self._reading = ReadPolicy(
             data_cfg.read_retries,
             data_cfg.read_timeout,
@@ -292,9 +297,8 @@ class Loader:
     ) -> Clip:
         manifest = self.manifest
         fps = self._cut(row, epoch)[1]
-        return Clip(
-            row, epoch, pixels, latents, fps, manifest.caption[row], manifest.sample_digest[row]
-        )
+        caption = self._captions.prompt(manifest.caption[row], manifest.captions[row], epoch, row)
+        return Clip(row, epoch, pixels, latents, fps, caption, manifest.sample_digest[row])
 
     def _wait(self, row: int, future: Future) -> Clip | Failure:
         """A future's value. The pool's deadlines bound the wait; a pool that died is a Fault, not a hang."""

@@ -1,8 +1,8 @@
 """Tar shards in webdataset's layout: one writer for everyone's data, and byte ranges to read them.
 
 A sample is the members `key.mp4` (or another extension), `key.txt` (its caption) and `key.json`
-(what else is known). Everything is written under temporary names; `close` renames the shards and
-writes the manifest last, so a folder with a manifest is whole.
+(what else is known, its other captions and its scores among it). Everything is written under temporary
+names; `close` renames the shards and writes the manifest last, so a folder with a manifest is whole.
 """
 
 from __future__ import annotations
@@ -71,11 +71,14 @@ class ShardWriter:
         self._keys.add(key)
         if self._tar is None or self._tar.tarstream.offset >= self.max_bytes:
             self._next_shard()
-        known = {
+        known: dict[str, object] = {
             name: meta[name]
             for name in ("frames", "fps", "height", "width", "duration")
             if name in meta
         }
+        for name in ("captions", "scores"):
+            if meta.get(name):
+                known[name] = json.loads(str(meta[name]))
         members = {ext: video_bytes, "json": json.dumps(known).encode()}
         if caption:
             members["txt"] = caption.encode()

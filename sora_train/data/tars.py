@@ -14,6 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sora_train.data.caption_texts import (
+    MAIN,
+    Fields,
+    Named,
+    dumped,
+    known_scores,
+    named_by,
+    text_or_fields,
+    with_main,
+)
 from sora_train.data.decode import ByteRange, StorageFault
 from sora_train.errors import UserError
 
@@ -33,7 +43,8 @@ class MemberKeys:
     """Which members are the clip and its caption, by extension.
 
     `video`: extensions, empty for any known one; `captions`: an extension (`txt`, `short.txt`) or
-    `json:caption.long` for a field of a JSON member, the first that is there counts.
+    `json:caption.long` for a field of a JSON member, the first that is there counts. `short=txt` is a
+    caption of that name, beside the main one.
     """
 
     video: tuple[str, ...] = ()
@@ -54,6 +65,8 @@ class TarSample:
     extensions: list[str] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     caption: str = ""
+    captions: str = ""
+    scores: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,30 +101,63 @@ def split_name(name: str) -> tuple[str, str]:
     return (found[1], found[2].lower()) if found else ("", "")
 
 
+def caption_name(key: str) -> tuple[str, str]:
+    """A caption key's name and place: `short=json:caption.short` names one, `txt` is a place of the main one."""
+    before, equals, place = key.partition("=")
+    return (before, place) if equals and ":" not in before else (MAIN, key)
+
+
 def caption_of(texts: dict[str, str], keys: Sequence[str]) -> str:
-    """The first caption that `keys` find among a sample's text members, '' where there is none."""
-    for key in keys:
-        extension, _, place = key.partition(":")
-        text = texts.get(extension.lower(), "")
-        if extension.lower().rsplit(".", 1)[-1] == "json":
-            text = _field(text, [place] if place else ["caption", "text"])
-        if text.strip():
-            return text.strip()
-    return ""
+    """The first text that `keys` find among a sample's text members, '' where there is none."""
+    return next((said for key in keys for said in _found(texts, key) if isinstance(said, str)), "")
 
 
-def _field(text: str, places: Sequence[str]) -> str:
+def captions_of(texts: dict[str, str], keys: Sequence[str]) -> tuple[str, str]:
+    """The manifest's columns `caption` and `captions`: what `keys` find among a sample's text members.
+
+    A plain `json` also takes every caption of the `captions` object that the member holds.
+    """
+    named: Named = {}
+    main: list[str] = []
+    for name, place in map(caption_name, keys):
+        if name == MAIN:
+            main.append(place)
+        elif found := _found(texts, place):
+            named.setdefault(name, found[0])
+    if "json" in (place.lower() for place in main):
+        inside = named_by(_loaded(texts.get("json", "")).get("captions"))
+        named |= {name: said for name, said in inside.items() if name not in named}
+    return with_main(caption_of(texts, main), named)
+
+
+def scores_of(texts: dict[str, str]) -> str:
+    """The manifest's column `scores`: the numbers of the `scores` object of the JSON member."""
+    return dumped(known_scores(_loaded(texts.get("json", "")).get("scores")))
+
+
+def _found(texts: dict[str, str], place: str) -> list[str | Fields]:
+    """The captions, texts or fields, that stand at a place."""
+    extension, _, path = place.partition(":")
+    text = texts.get(extension.lower(), "")
+    if extension.lower().rsplit(".", 1)[-1] != "json":
+        return [text.strip()] if text.strip() else []
+    found: list[str | Fields] = []
+    for steps in [path] if path else ["caption", "text"]:
+        value: Any = _loaded(text)
+        for step in steps.split("."):
+            value = value.get(step) if isinstance(value, dict) else None
+        if said := text_or_fields(value):
+            found.append(said)
+    return found
+
+
+def _loaded(text: str) -> dict[str, Any]:
+    """The object that a JSON member holds, an empty one where it holds none."""
     try:
         known = json.loads(text or "{}")
     except json.JSONDecodeError:
-        return ""
-    for place in places:
-        found: Any = known
-        for step in place.split("."):
-            found = found.get(step) if isinstance(found, dict) else None
-        if isinstance(found, str) and found.strip():
-            return found
-    return ""
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def compression(head: bytes) -> str:
@@ -228,12 +274,13 @@ def _add(
 
 
 def _text_extensions(keys: MemberKeys) -> set[str]:
-    return {key.partition(":")[0].lower() for key in keys.captions}
+    return {"json", *(caption_name(key)[1].partition(":")[0].lower() for key in keys.captions)}
 
 
 def _judged(sample: TarSample, keys: MemberKeys, shard: str) -> TarSample:
-    """The sample with its caption, and the reason and detail of what is wrong with it."""
-    sample.caption = caption_of(sample.texts, keys.captions)
+    """The sample with its captions and scores, and the reason and detail of what is wrong with it."""
+    sample.caption, sample.captions = captions_of(sample.texts, keys.captions)
+    sample.scores = scores_of(sample.texts)
     sample.texts = {}
     members = ", ".join(sample.extensions) or "none"
     if not sample.kind:

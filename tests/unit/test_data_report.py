@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from sora_train.cli import run
 from sora_train.config.compose import compose
-from sora_train.data_report import account, write_data_report
+from sora_train.data_report import account, page, write_data_report
 from sora_train.data_report_plan import DataPlan
 from sora_train.models.vae import VideoVAE, read_geometry
 from sora_train.report_charts import histogram
@@ -67,6 +68,23 @@ def test_the_fate_of_a_clip_is_told_in_words(written: tuple[DataPlan, list[Path]
     assert told["broken.mp4"] == "dropped: unreadable"
     assert told["silent.mp4"].endswith("dropped: no caption")
     assert plan.framing(row_of(plan, "long.mp4")) == "96x48 -> 100 % kept -> 64x32"
+
+
+def test_captions_are_counted_by_name(written: tuple[DataPlan, list[Path]]):
+    plan, _ = written
+    captions = plan.manifest.captions.copy()
+    captions[row_of(plan, "long.mp4")] = '{"fields": {"subject": "a ball"}, "short": "ball"}'
+    data = plan.cfg.data.model_copy(update={"caption_weights": {"fields": 1.0, "short": 0.0}})
+    named = replace(
+        plan,
+        manifest=plan.manifest.with_columns(captions=captions),
+        cfg=plan.cfg.model_copy(update={"data": data}),
+    )
+    without = np.count_nonzero(plan.manifest.drop_reason == "") - 1
+    assert f"{without} with none of the captions of data.caption_weights" in account(named)
+    told = page(named, [])
+    assert "Length of captions named fields; 0 are cut" in told and "named short" in told
+    assert "named" not in account(plan) and "captions named" not in page(plan, [])
 
 
 def test_used_and_dropped_add_up(written: tuple[DataPlan, list[Path]]):
