@@ -272,6 +272,7 @@ class Trainer:
             "spec": self.spec.to_dict() if self.spec else None,
             "sample_shape": asdict(sample_shape(self)),
             "manifest_digest": self.data.digest,
+            "quarantine": self.data.loader.quarantine.lines(),
             "versions": checkpoints.state_versions(),
         }
 
@@ -297,6 +298,8 @@ class Trainer:
         checkpoints.load(newest, self.tensors(), self.control)
         state = newest.state()
         self.data.require_same(state["manifest_digest"])
+        quarantined = state.get("quarantine", [])
+        self.data.loader.quarantine.restore(quarantined, record=self.world.is_main)
         self.step, self.samples_seen, self.dropped = (
             state["step"],
             state["samples_seen"],
