@@ -2,19 +2,20 @@
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-from clip_files import CODED_SIZE, code_of, skip_ticks, turn, write_coded
+from clip_files import CODED_SIZE, code_of, inflate, skip_ticks, turn, write_coded
 
-from sora_train.data import decode
+from sora_train.data import decode, decode_torchcodec
 from sora_train.data.decode import DecodeRequest, Probe, ProbeRequest
 from sora_train.data.decode_pool import DecodePool, worker_of
 from sora_train.data.sample import Bucket, Failure
 from sora_train.data.transforms import sampled_frames, window
+from sora_train.errors import Fault, UserError
 
 NTSC, MILLI = Fraction(1001, 24000), Fraction(1, 1000)
 COUNT = 84
@@ -164,3 +165,53 @@ def test_the_rate_of_a_variable_clip_is_that_of_its_sampled_frames(
         assert fps == min(target, found.fps)
         assert np.diff(times) == pytest.approx(1 / fps)
         assert times[-1] <= last + 0.01 and last - times[-1] + times[0] < 1 / fps + 0.01
+
+
+def test_every_decoder_tells_whose_fault_it_is(
+    pool: tuple[str, DecodePool], clips: Callable[[str], Path], tmp_path: Path
+):
+    """A clip that is shorter than planned, cut, empty or turned to noise is bad; one that storage cuts short is not."""
+    backend, processes = pool
+    whole = clips("30fps_b_frames")
+    found, data = probed(whole), whole.read_bytes()
+
+    def answer(data: bytes, times: tuple[float, ...], **change: object) -> object:
+        path = tmp_path / "clip.mp4"
+        path.write_bytes(data)
+        wanted = replace(asked(path, found, times, backend), **change)
+        return processes.submit(wanted).result(timeout=120)
+
+    middle = windows(found)[1]
+    assert [code_of(frame) for frame in answer(data, middle)][0] == round(middle[0] * 30)
+    for bad, times, reason in (
+        (inflate(data), (0.0, 5.0), "too_few_frames"),
+        (data, (0.0, 5.0), "too_few_frames"),
+        (data[: len(data) // 2], windows(found)[-1], "unreadable"),
+        (b"", middle, "unreadable"),
+        (data[:40] + bytes(len(data) - 40), middle, "unreadable"),
+    ):
+        failure = answer(bad, times)
+        assert isinstance(failure, Failure) and failure.detail, (reason, len(bad))
+        # A header that promises too much may be found out by the time or by the bytes that are not there.
+        assert failure.reason in {reason, "unreadable"}
+    with pytest.raises(Fault, match="before the index says.*check the storage"):
+        answer(data, middle, length=len(data) + 9999)
+
+
+def test_torch_is_loaded_by_torchcodecs_process_alone(
+    pool: tuple[str, DecodePool], clips: Callable[[str], Path]
+):
+    backend, processes = pool
+    path = clips("30fps_b_frames")
+    found = probed(path)
+    processes.submit(asked(path, found, (0.0,), backend)).result(timeout=120)
+    (pid,) = processes.pids
+    loaded = Path(f"/proc/{pid}/maps").read_text()
+    assert ("libtorch" in loaded) == (backend == "torchcodec")
+    assert "libav" in loaded
+
+
+def test_a_decoder_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"torchcodec is not installed.*sora_train\[torchcodec\]"):
+        decode_torchcodec.require()
