@@ -106,27 +106,17 @@ class DecodeRequest:
     """The bytes, where they were read already."""
 
 
-class ByteRange(io.RawIOBase):
-    """A part of a file as a file of its own, so that a tar's member is decoded where it lies.
+class PartOfFile(io.RawIOBase):
+    """`length` bytes from `offset` on as a file of its own; what reads them is a subclass's.
 
-    `data` are its bytes where they were read already.
-    A short read is remembered in `fault`: libav would report it as damage of the clip.
+    A read that fails is remembered in `fault`: libav would report it as damage of the clip.
     """
 
-    def __init__(self, path: str, offset: int, length: int, data: bytes | None = None):
+    def __init__(self, name: str, offset: int, length: int):
         super().__init__()
         self.fault = ""
-        self.name = path
-        self._position = 0
-        self._offset, self._length = offset if data is None else 0, length
-        self._file: io.RawIOBase | io.BytesIO
-        if data is not None:
-            self._file = io.BytesIO(data)
-            return
-        try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise StorageFault(f"{path}: {error.strerror}") from error
+        self.name = name
+        self._offset, self._length, self._position = offset, length, 0
 
     def readable(self) -> bool:
         return True
@@ -141,6 +131,24 @@ class ByteRange(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+
+class ByteRange(PartOfFile):
+    """A part of a local file, so that a tar's member is decoded where it lies.
+
+    `data` are its bytes where they were read already.
+    """
+
+    def __init__(self, path: str, offset: int, length: int, data: bytes | None = None):
+        super().__init__(path, offset if data is None else 0, length)
+        self._file: io.RawIOBase | io.BytesIO
+        if data is not None:
+            self._file = io.BytesIO(data)
+            return
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise StorageFault(f"{path}: {error.strerror}") from error
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
