@@ -12,7 +12,7 @@ import numpy as np
 from sora_train.config import Config
 from sora_train.contact_sheet import MAX_FRAME
 from sora_train.data.buckets import Assignment, BucketSpec, assign
-from sora_train.data.decode_pool import DecodePool
+from sora_train.data.decode_pool import DecodePool, worker_of
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.plan import Tape
@@ -144,7 +144,7 @@ def read_thumbnails(plan: DataPlan) -> list[Thumbnail]:
         Loader(
             plan.manifest, tape, plan.cfg.buckets, cfg, seed=plan.cfg.seed, micro_batches=1
         ) as loader,
-        DecodePool(cfg.num_workers, cfg.decode_timeout) as pool,
+        DecodePool(cfg.num_workers, cfg.decode_timeout, module=worker_of(cfg.decoder)) as pool,
         Progress(len(rows), "decoding examples") as progress,
     ):
         futures = []

@@ -276,6 +276,7 @@ class Trainer:
             "sample_shape": asdict(sample_shape(self)),
             "manifest_digest": self.data.sources.digest(),
             "stocks": [asdict(stock) for stock in self.data.sources.stocks],
+            "quarantine": self.data.loader.quarantine.lines(),
             "versions": checkpoints.state_versions(),
         }
 
@@ -304,6 +305,7 @@ class Trainer:
             return
         checkpoints.load(self.resumed, self.tensors(), self.control)
         state = self.resumed.state()
+        self.data.loader.quarantine.restore(state["quarantine"], record=self.world.is_main)
         self.step, self.samples_seen, self.dropped = (
             state["step"],
             state["samples_seen"],

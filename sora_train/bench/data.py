@@ -173,7 +173,8 @@ class DataBench:
     def raw_pool(self) -> DecodePool:
         """The bare decoder's processes."""
         deadline = RAW_CLIPS * self.cfg.data.decode_timeout
-        return DecodePool(self.cfg.data.num_workers, deadline, module="sora_train.bench.raw_worker")
+        program = "raw_torchcodec_worker" if self.cfg.data.decoder == "torchcodec" else "raw_worker"
+        return DecodePool(self.cfg.data.num_workers, deadline, module=f"sora_train.bench.{program}")
 
     def pass_of(self, clips: int, repeat: int) -> range:
         """The micro-batches of a pass: as many as hold `clips` clips, other ones each time."""

@@ -99,8 +99,9 @@ class DataConfig(Section):
     machine; empty: nothing is kept."""
     disk_cache_gb: float = Field(50.0, gt=0)
     """Bound of `data.disk_cache_dir` in GB; what was not used for longest is removed."""
-    decoder: Literal["auto", "pyav", "decord"] = "auto"
-    """`auto` uses PyAV; `decord` is refused where its wheel is missing or cannot read a clip's codec."""
+    decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
+    """`auto` uses PyAV; `decord` is refused where its wheel is missing or cannot read a clip's codec, `torchcodec`
+    where it is missing."""
     probe: Literal["decode", "packets", "header"] = "decode"
     """How frames are counted when a source is indexed: decode every frame, count packets (faster, trusts the
     file), or take the header's word (fastest; a clip that holds fewer frames is found at its decode)."""

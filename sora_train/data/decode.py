@@ -28,6 +28,8 @@ TIME_TOLERANCE = 1e-3
 SEEK_WORTH_SECONDS = 1.0
 # Enough of each end to tell two clips apart where reading the middle would cost too much.
 DIGEST_END_BYTES = 1 << 16
+# Decoders that hand out whole batches get no larger ones: a minute of 1080p would be 6 GB.
+BATCH_BYTES = 1 << 28
 # Frame intervals that differ from the median by more than this share of it make a rate variable.
 VARIABLE_RATE = 0.2
 
@@ -104,27 +106,17 @@ class DecodeRequest:
     """The bytes, where they were read already."""
 
 
-class ByteRange(io.RawIOBase):
-    """A part of a file as a file of its own, so that a tar's member is decoded where it lies.
+class PartOfFile(io.RawIOBase):
+    """`length` bytes from `offset` on as a file of its own; what reads them is a subclass's.
 
-    `data` are its bytes where they were read already.
-    A short read is remembered in `fault`: libav would report it as damage of the clip.
+    A read that fails is remembered in `fault`: libav would report it as damage of the clip.
     """
 
-    def __init__(self, path: str, offset: int, length: int, data: bytes | None = None):
+    def __init__(self, name: str, offset: int, length: int):
         super().__init__()
         self.fault = ""
-        self.name = path
-        self._position = 0
-        self._offset, self._length = offset if data is None else 0, length
-        self._file: io.RawIOBase | io.BytesIO
-        if data is not None:
-            self._file = io.BytesIO(data)
-            return
-        try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise StorageFault(f"{path}: {error.strerror}") from error
+        self.name = name
+        self._offset, self._length, self._position = offset, length, 0
 
     def readable(self) -> bool:
         return True
@@ -139,6 +131,24 @@ class ByteRange(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+
+class ByteRange(PartOfFile):
+    """A part of a local file, so that a tar's member is decoded where it lies.
+
+    `data` are its bytes where they were read already.
+    """
+
+    def __init__(self, path: str, offset: int, length: int, data: bytes | None = None):
+        super().__init__(path, offset if data is None else 0, length)
+        self._file: io.RawIOBase | io.BytesIO
+        if data is not None:
+            self._file = io.BytesIO(data)
+            return
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise StorageFault(f"{path}: {error.strerror}") from error
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
@@ -218,7 +228,7 @@ def _probe_image(file: Any, digest: str) -> Probe:
     return Probe(codec, 1, 0.0, False, height, width, 0, 0.0, 0.0, digest)
 
 
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
     """The first moving picture; a cover image is a video stream to libav, not to us."""
     streams = [
         stream
@@ -236,7 +246,7 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 def _probe_stream(file: Any, count: str, digest: str) -> Probe:
     with av.open(cast(Any, file), mode="r") as container:
-        stream = _video_stream(container)
+        stream = video_stream(container)
         first, times, last_duration = _walk(container, stream, count)
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         codec = stream.codec.canonical_name
@@ -264,7 +274,10 @@ def _walk(
         begin = first.time or 0.0 if first is not None else 0.0
         times, last_duration = [begin + index / rate for index in range(promised)], 0.0
     elif count in ("packets", "header"):
-        packets = [packet for packet in container.demux(stream) if packet.size]
+        # Those that an edit list hides are decoded for the sake of others, but not shown.
+        packets = [
+            packet for packet in container.demux(stream) if packet.size and not packet.is_discard
+        ]
         times = [
             float(packet.pts * packet.time_base) if packet.pts is not None else index / rate
             for index, packet in enumerate(packets)
@@ -287,11 +300,17 @@ def _promised_frames(
     container: av.container.InputContainer, stream: av.VideoStream, rate: float
 ) -> int:
     """How many frames the header says there are, 0 where it does not."""
-    if stream.frames:
-        return stream.frames
+    lasts = 0
     if stream.duration and stream.time_base:
-        return round(float(stream.duration * stream.time_base) * rate)
-    return round((container.duration or 0) / av.time_base * rate)
+        lasts = round(float(stream.duration * stream.time_base) * rate)
+    if stream.frames:
+        # An edit list shortens what is shown, not what is stored.
+        return min(stream.frames, lasts or stream.frames)
+    if lasts:
+        return lasts
+    # Such containers count from 0, not from their first frame.
+    ends = (container.duration or 0) - max(0, container.start_time or 0)
+    return max(0, round(ends / av.time_base * rate))
 
 
 def _shown_for(frame: av.VideoFrame) -> float:
@@ -354,7 +373,7 @@ def _decode_image(file: ByteRange, request: DecodeRequest) -> np.ndarray:
 
 def _decode_stream(file: ByteRange, request: DecodeRequest) -> np.ndarray:
     with av.open(cast(Any, file), mode="r") as container:
-        stream = _video_stream(container)
+        stream = video_stream(container)
         if request.times[0] > SEEK_WORTH_SECONDS:
             tick = float(stream.time_base or 1)
             container.seek(
@@ -416,6 +435,13 @@ def _pick(
 def _fit(frame: av.VideoFrame, request: DecodeRequest) -> np.ndarray:
     rgb = frame.to_ndarray(format="rgb24", threads=1)
     return fit_frame(np.rot90(rgb, request.rotation // 90), request)
+
+
+def batches_of_frames(request: DecodeRequest) -> Iterator[slice]:
+    """The places in a clip of frames that may be held together at their full size."""
+    size = max(1, BATCH_BYTES // max(1, 3 * request.shown[0] * request.shown[1]))
+    for start in range(0, len(request.times), size):
+        yield slice(start, min(start + size, len(request.times)))
 
 
 def fit_frame(rgb: np.ndarray, request: DecodeRequest) -> np.ndarray:

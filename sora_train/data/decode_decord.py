@@ -10,6 +10,7 @@ from sora_train.data.decode import (
     ByteRange,
     DecodeRequest,
     StorageFault,
+    batches_of_frames,
     fit_frame,
 )
 from sora_train.errors import UserError
@@ -36,25 +37,41 @@ def decode_frames(request: DecodeRequest) -> np.ndarray:
     with ByteRange(request.path, request.offset, request.length, request.data) as file:
         try:
             reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
-            starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]
+            shown_from, shown_to = reader.get_frame_timestamp(range(len(reader))).T.astype(float)
         except (decord.DECORDError, RuntimeError, OSError) as error:
             if file.fault:
                 raise StorageFault(file.fault) from error
             raise BadClip("unreadable", " ".join(str(error).split())[-200:]) from error
-    starts = starts - starts.min()
+    # It counts frames that an edit list hides where it seeks, and leaves them out where it does not.
+    if shown_from.min() < -TIME_TOLERANCE:
+        raise BadClip(
+            "unreadable",
+            "decord miscounts a clip whose edit list hides its first frames; use data.decoder=pyav",
+        )
+    starts, ends = shown_from - shown_from.min(), float(shown_to.max() - shown_from.min())
+    if request.times[-1] >= ends + TIME_TOLERANCE:
+        raise BadClip(
+            "too_few_frames",
+            f"the last frame ends at {ends:.3f} s, but {request.times[-1]:.3f} s was planned; "
+            "the file changed since it was indexed",
+        )
     order = np.argsort(starts, kind="stable")
     shown = (
         np.searchsorted(starts[order], np.asarray(request.times) + TIME_TOLERANCE, side="right") - 1
     )
     indices = order[np.clip(shown, 0, None)]
-    try:
-        frames = reader.get_batch(indices.tolist()).asnumpy()
-    except (decord.DECORDError, RuntimeError) as error:
-        raise BadClip("unreadable", " ".join(str(error).split())[-200:]) from error
-    size = frames.shape[1:3]
-    if size != request.shown:
-        raise BadClip(
-            "unreadable",
-            f"decord sees frames of {size}, the index {request.shown}; use data.decoder=pyav",
-        )
-    return np.stack([fit_frame(frame, request) for frame in frames])
+    clip = np.empty((len(indices), request.height, request.width, 3), np.uint8)
+    for batch in batches_of_frames(request):
+        try:
+            frames = reader.get_batch(indices[batch].tolist()).asnumpy()
+        except (decord.DECORDError, RuntimeError) as error:
+            raise BadClip("unreadable", " ".join(str(error).split())[-200:]) from error
+        if frames.shape[1:3] != request.shown:
+            raise BadClip(
+                "unreadable",
+                f"decord sees frames of {frames.shape[1:3]}, the index {request.shown}; "
+                "use data.decoder=pyav",
+            )
+        for place, frame in zip(range(batch.start, batch.stop), frames, strict=True):
+            clip[place] = fit_frame(frame, request)
+    return clip

@@ -29,6 +29,14 @@ MAX_START_FAILURES = 3
 READ_GRACE = 10.0
 
 
+_WORKER = "sora_train.data.decode_worker"
+
+
+def worker_of(backend: str) -> str:
+    """The program that decodes with a backend."""
+    return "sora_train.data.decode_torchcodec_worker" if backend == "torchcodec" else _WORKER
+
+
 class _Child:
     """One decode process, started by the first request it gets."""
 
@@ -129,9 +137,7 @@ class DecodePool:
     `decode_timeout`, `decoder_crashed`). Storage errors raise Fault from `Future.result`.
     """
 
-    def __init__(
-        self, num_workers: int, timeout: float, *, module: str = "sora_train.data.decode_worker"
-    ):
+    def __init__(self, num_workers: int, timeout: float, *, module: str = _WORKER):
         self.timeout = timeout
         self._queue: queue.Queue[tuple[Any, float, Future] | None] = queue.Queue()
         self._children = [_Child(module) for _ in range(num_workers)]

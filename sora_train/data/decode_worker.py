@@ -1,7 +1,8 @@
 """A child process that decodes: requests come on stdin, answers leave on stdout, one at a time.
 
 It is a program of its own (`python -m sora_train.data.decode_worker`), so that a user's main module
-is never imported again, no lock is inherited from a forked parent, and torch is never loaded.
+is never imported again, no lock is inherited from a forked parent, and torch is never loaded
+(but in `decode_torchcodec_worker`, which serves that decoder alone).
 """
 
 import ctypes
@@ -34,6 +35,10 @@ def _found(request: decode.ProbeRequest | decode.DecodeRequest) -> object:
         from sora_train.data import decode_decord
 
         return decode_decord.decode_frames(request)
+    if request.backend == "torchcodec" and request.kind == "video":
+        from sora_train.data import decode_torchcodec
+
+        return decode_torchcodec.decode_frames(request)
     return decode.decode_frames(request)
 
 

@@ -15,11 +15,11 @@ from types import TracebackType
 import numpy as np
 
 from sora_train.config import BucketsConfig, DataConfig
-from sora_train.data import decode_decord, quarantine
+from sora_train.data import decode_decord, decode_torchcodec, quarantine
 from sora_train.data.cache import LatentCache, latent_key
 from sora_train.data.caption_choice import CaptionChoice, require_captions
 from sora_train.data.decode import DecodeRequest
-from sora_train.data.decode_pool import DecodePool
+from sora_train.data.decode_pool import DecodePool, worker_of
 from sora_train.data.manifest import Manifest
 from sora_train.data.plan import TapeLike, rows_for_rank
 from sora_train.data.reading import ReadPolicy, require
@@ -91,7 +91,9 @@ class Loader:
         self.wait_seconds = 0.0
         """Time `step` and `chunks` made their callers wait, in all."""
         self._pending: dict[int, list[Future]] = {}
-        self._pool = DecodePool(data_cfg.num_workers, data_cfg.decode_timeout)
+        self._pool = DecodePool(
+            data_cfg.num_workers, data_cfg.decode_timeout, module=worker_of(self._backend)
+        )
         self._readers = ThreadPoolExecutor(_CACHE_THREADS, thread_name_prefix="latents")
 
     # -- training -----------------------------------------------------------------------------
@@ -347,6 +349,9 @@ class Loader:
 
 def _backend(cfg: DataConfig, manifest: Manifest, tape: TapeLike) -> str:
     """The decoder that will read the clips. Raises UserError where the one asked for cannot."""
+    if cfg.decoder == "torchcodec":
+        decode_torchcodec.require()
+        return "torchcodec"
     if cfg.decoder != "decord":
         return "pyav"
     decode_decord.require()

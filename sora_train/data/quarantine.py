@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from sora_train.data.sample import Failure
 from sora_train.errors import Fault, UserError
@@ -25,15 +26,16 @@ class Quarantine:
     """Samples that failed to decode, kept in an append-only file that all ranks of a run share.
 
     An entry applies from its step on, so that a run resumed from an earlier step meets the same
-    failures. `dropped` are the samples known to be unusable before the run. Raises UserError at
-    once, and Fault in `add`, where more than `limit` of `total` are lost.
+    failures. Its lines are part of a checkpoint too (`lines`, `restore`), so that a checkpoint that
+    is carried elsewhere takes them along. `dropped` are the samples known to be unusable before the
+    run. Raises UserError at once, and Fault in `add`, where more than `limit` of `total` are lost.
     """
 
     def __init__(self, path: Path | None, *, total: int, limit: float, dropped: Mapping[str, int]):
         self.path = path
         self.total, self.limit = total, limit
         self._dropped = dict(dropped)
-        self._entries: dict[int, tuple[int, Failure]] = {}
+        self._entries: dict[int, dict[str, Any]] = {}
         self._read = 0
         if sum(self._dropped.values()) > limit * total:
             raise UserError(
@@ -51,37 +53,57 @@ class Quarantine:
 
     def counts(self) -> dict[str, int]:
         """Samples lost by reason, those of the index included."""
-        failed = Counter(failure.reason for _, failure in self._entries.values())
+        failed = Counter(str(line["reason"]) for line in self._entries.values())
         return dict(Counter(self._dropped) + failed)
 
     def failure(self, row: int, step: int) -> Failure | None:
         """Why a row must not be trained at a step, if it was quarantined by then."""
-        entry = self._entries.get(row)
-        return entry[1] if entry and entry[0] <= step else None
+        line = self._entries.get(row)
+        if line is None or line["step"] > step:
+            return None
+        return Failure(row, str(line["reason"]), str(line["detail"]))
 
     def add(self, step: int, failure: Failure, **where: object) -> None:
         """Record a failure, with what helps to find the clip (shard, key, backend)."""
         self.refresh()
         if self.failure(failure.row, step):
             return
-        self._entries[failure.row] = (step, failure)
-        if self.path is not None:
-            line = {
-                "step": step,
-                "row": failure.row,
-                "reason": failure.reason,
-                **where,
-                "detail": failure.detail,
-            }
+        line = {
+            "step": step,
+            "row": failure.row,
+            "reason": failure.reason,
+            **where,
+            "detail": failure.detail,
+        }
+        self._entries[failure.row] = line
+        self._append([line])
+        self._check()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What a checkpoint keeps: a line for each sample, in the order of rows."""
+        self.refresh()
+        return [self._entries[row] for row in sorted(self._entries)]
+
+    def restore(self, lines: Iterable[dict[str, Any]], *, record: bool) -> None:
+        """Take a checkpoint's lines that are not known yet; with `record` (one rank) into the file too."""
+        self.refresh()
+        missing = [line for line in lines if not self.failure(line["row"], line["step"])]
+        self._entries.update({line["row"]: line for line in missing})
+        if record:
+            self._append(missing)
+        self._check()
+
+    def _append(self, lines: list[dict[str, Any]]) -> None:
+        if self.path is not None and lines:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # One write in append mode: lines of several ranks do not mix.
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(descriptor, (json.dumps(line) + "\n").encode())
+                os.write(descriptor, text.encode())
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        self._check()
 
     def refresh(self) -> None:
         """Learn what other ranks and earlier runs recorded."""
@@ -97,13 +119,14 @@ class Quarantine:
             try:
                 entry = json.loads(line)
                 row, step = int(entry["row"]), int(entry["step"])
-                failure = Failure(row, str(entry["reason"]), str(entry["detail"]))
+                if not isinstance(entry["reason"] + entry["detail"], str):
+                    raise TypeError("reason and detail are text")
             except (ValueError, KeyError, TypeError) as error:
                 raise Fault(
                     f"{self.path} holds a damaged line, {line[:80]!r}; remove that line"
                 ) from error
-            if row not in self._entries or step < self._entries[row][0]:
-                self._entries[row] = (step, failure)
+            if row not in self._entries or step < self._entries[row]["step"]:
+                self._entries[row] = entry
         self._check()
 
     def _check(self) -> None:

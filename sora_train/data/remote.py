@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib
-import io
 import itertools
 import os
 import re
@@ -19,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sora_train.data.decode import StorageFault
+from sora_train.data.decode import PartOfFile, StorageFault
 from sora_train.errors import UserError
 
 ATTEMPTS = 4
@@ -180,32 +179,12 @@ def _again(name: str, read: Any) -> Any:
             time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
 
 
-class RemoteRange(io.RawIOBase):
-    """A part of a remote file as a file of its own, read block by block; like `decode.ByteRange`.
-
-    A read that fails for good is remembered in `fault`, since libav would blame the clip.
-    """
+class RemoteRange(PartOfFile):
+    """A part of a remote file, read block by block."""
 
     def __init__(self, url: str, offset: int, length: int):
-        super().__init__()
-        self.fault = ""
-        self.name = url
-        self._offset, self._length, self._position = offset, length, 0
+        super().__init__(url, offset, length)
         self._block, self._block_start = b"", 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sora_train import checkpoint as checkpoints
+from sora_train.data.sample import Failure
 from sora_train.errors import ConfigError, UserError
 from sora_train.metrics import read_metrics
 from sora_train.trainer import Trainer
@@ -74,6 +75,21 @@ def test_everything_that_trains_is_in_the_checkpoint(parity_config: Callable) ->
         and state["samples_seen"] > 0
         and state["spec"]["prediction"] == "velocity"
     )
+
+
+def test_the_quarantine_is_in_the_checkpoint(parity_config: Callable) -> None:
+    cfg = parity_config("train.steps=2", "data.max_drop_fraction=0.1")
+    trainer = Trainer(cfg)
+    trainer.data.loader.quarantine.add(0, Failure(1, "decode_timeout", "no answer"), key="k")
+    trainer.save()
+    trainer.close()
+    file = trainer.folder.path / "quarantine.jsonl"
+    written = file.read_bytes()
+    file.unlink()
+    again = Trainer(cfg)
+    assert again.data.loader.quarantine.counts() == {"decode_timeout": 1}
+    assert file.read_bytes() == written
+    again.close()
 
 
 def test_a_torn_save_is_never_chosen(parity_config: Callable) -> None:

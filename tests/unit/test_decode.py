@@ -321,6 +321,27 @@ def test_a_killed_child_is_replaced(tmp_path: Path):
         assert number_of(pool.submit(request(good, (1.0,))).result(timeout=60)[0]) == 8
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which files a process holds")
+def test_a_killed_child_is_replaced_alone_and_none_inherits_a_file(tmp_path: Path):
+    good = write_clip(tmp_path / "good.mp4")
+    with open(good, "rb") as file, DecodePool(2, timeout=60) as pool:
+        os.set_inheritable(file.fileno(), True)
+        for _ in range(4):
+            pool.submit(request(good, (0.0,)))
+        while len(pool.pids) < 2:
+            time.sleep(0.05)
+        killed, other = pool.pids
+        os.kill(killed, signal.SIGKILL)
+        for future in [pool.submit(request(good, (1.0,))) for _ in range(12)]:
+            assert number_of(future.result(timeout=60)[0]) == 8
+        assert other in pool.pids and killed not in pool.pids
+        for pid in pool.pids:
+            held = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+            assert str(good) not in held, "a clip is open only while it is decoded"
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            assert b"sora_train.data.decode_worker" in command, "a program, not a fork"
+
+
 def test_closing_ends_children_at_once_even_spinning_ones(tmp_path, monkeypatch):
     monkeypatch.setenv(TEST_HOOK, "spin=evil")
     pool = DecodePool(2, timeout=600)

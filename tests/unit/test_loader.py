@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clip_files import number_of, write_clip
+from clip_files import inflate, number_of, write_clip
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
 from sora_train.data.buckets import assign, build_buckets
@@ -281,3 +281,81 @@ def test_a_warm_loader_does_not_make_its_caller_wait(manifest: Manifest):
         before = loader.wait_seconds
         loader.step(1)
         assert loader.wait_seconds - before < 0.25
+
+
+def test_a_checkpoint_takes_the_quarantine_along(tmp_path: Path):
+    options = {"total": 100, "limit": 0.03, "dropped": {}}
+    first = Quarantine(tmp_path / "a" / "quarantine.jsonl", **options)
+    first.add(7, Failure(3, "unreadable", "x"), shard="s.tar", key="k", backend="pyav")
+    first.add(2, Failure(9, "decode_timeout", "y"), shard="s.tar", key="l", backend="pyav")
+    lines = json.loads(json.dumps(first.lines()))
+    assert [(line["row"], line["step"], line["key"]) for line in lines] == [
+        (3, 7, "k"),
+        (9, 2, "l"),
+    ]
+
+    elsewhere = Quarantine(tmp_path / "b" / "quarantine.jsonl", **options)
+    beside = Quarantine(elsewhere.path, **options)
+    elsewhere.restore(lines, record=True)
+    beside.restore(lines, record=False)
+    for found in (elsewhere, beside, Quarantine(elsewhere.path, **options)):
+        assert found.lines() == lines and found.counts() == first.counts()
+        assert found.failure(3, 6) is None and found.failure(9, 2) == Failure(
+            9, "decode_timeout", "y"
+        )
+    first.restore(lines, record=True)
+    assert len(first.path.read_text().splitlines()) == 2, "nothing is written twice"
+    with pytest.raises(Fault, match="max_drop_fraction=0.03"):
+        first.restore([{**lines[0], "row": row} for row in (11, 12)], record=True)
+
+
+def damaged_set(folder: Path) -> Path:
+    """Sixty captioned clips of which three look right to a probe of the header, and are not."""
+    folder.mkdir()
+    for number in range(60):
+        clip = folder / f"clip{number:02d}.mp4"
+        write_clip(clip, count=5, height=32 + 2 * number, width=48 + 3 * number // 2 * 2)
+        clip.with_suffix(".txt").write_text(f"caption {number}")
+    for number in (7, 31):
+        clip = folder / f"clip{number:02d}.mp4"
+        data = clip.read_bytes()
+        clip.write_bytes(data[:-30] + bytes(30))  # the last two of its five frames
+    clip = folder / "clip44.mp4"
+    clip.write_bytes(inflate(clip.read_bytes()))
+    return folder
+
+
+def test_a_set_that_is_damaged_beyond_the_limit_stops_with_the_table_of_reasons(tmp_path: Path):
+    source = damaged_set(tmp_path / "clips")
+    made = open_source(str(source), work_dir=tmp_path / "work", probe="header")
+    assert made.dropped() == {}, "no header tells of the damage"
+    steps = range(40)
+    with (
+        make(made, run_dir=tmp_path / "strict", options={"max_drop_fraction": 0.04}) as loader,
+        pytest.raises(
+            Fault,
+            match=r"3 of 60 clips \(5\.0 %\): too_few_frames 1, unreadable 2 are lost, more than "
+            r"data\.max_drop_fraction=0\.04",
+        ),
+    ):
+        for step in steps:
+            loader.step(step)
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "strict" / "quarantine.jsonl").read_text().splitlines()
+    ]
+    assert {(line["shard"], line["key"], line["reason"], line["backend"]) for line in lines} == {
+        (f"clip{number}.mp4", f"clip{number}.mp4", reason, "pyav")
+        for number, reason in (("07", "unreadable"), ("31", "unreadable"), ("44", "too_few_frames"))
+    }
+    assert all(line["step"] in steps and line["detail"] for line in lines)
+    with make(made, run_dir=tmp_path / "lax", options={"max_drop_fraction": 0.05}) as loader:
+        used = [
+            clip.row
+            for step in range(loader.tape.per_epoch // 2)
+            for batch in loader.step(step)
+            for clip in batch.clips
+        ]
+        lost = loader.quarantine.counts()
+    assert sorted(used) == sorted(set(range(60)) - {7, 31, 44})
+    assert len(used) + sum(lost.values()) == len(made)
