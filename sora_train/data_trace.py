@@ -13,7 +13,14 @@ from sora_train.data.plan import Tape, imbalance, row_costs, rows_for_rank, slot
 from sora_train.errors import UserError
 from sora_train.models.vae import read_geometry
 from sora_train.run_folder import write_atomically
-from sora_train.training_data import bucket_table, cost_model, open_sources, plan, token_counter
+from sora_train.training_data import (
+    bucket_table,
+    cost_model,
+    memory_cap,
+    open_sources,
+    plan,
+    token_counter,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class Trace:
         table = bucket_table(cfg, geometry, patch)
         train, _ = open_sources(cfg, Path(cfg.run.dir))
         tokens_of = token_counter(geometry, patch)
-        tape, _, _ = plan(cfg, train, table, tokens_of, cost_model(cfg))
+        memory = memory_cap(cfg, geometry, tokens_of)
+        tape, _, _ = plan(cfg, train, table, tokens_of, cost_model(cfg), memory)
         tokens = {spec.bucket.name: tokens_of(spec.bucket) for spec in table}
         return cls(tape, tokens, cfg.train.micro_batches)
 

@@ -15,11 +15,13 @@ from sora_train.data.cache import LatentCache
 from sora_train.data.index import open_source
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.plan import Tape, micro_batch_sizes, require_efficiency
+from sora_train.data.micro_batches import GB, MemoryCap, micro_batch_sizes
+from sora_train.data.plan import Tape, require_efficiency
 from sora_train.data.sample import Bucket, Clip, ClipBatch
 from sora_train.data.shapes_source import prepare_shapes
 from sora_train.distributed import ControlPlane, World
 from sora_train.errors import UserError
+from sora_train.models import memory as sizes_in_memory
 from sora_train.models.flops import training_flops
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
@@ -64,13 +66,15 @@ class TrainingData:
             UserError: no such source, no caption, no clip that fits a bucket, too many dropped, or
                 a world size that would leave too many ranks idle.
         """
-        require_efficiency(cfg.train.micro_batches, world.size, cfg.data.min_efficiency)
+        require_efficiency(cfg.train.micro_batches, world.size, cfg.elastic.min_efficiency)
         train, val = open_together(cfg, world, control, folder.path)
         reads_vae_latents = isinstance(model, TextToVideo)
         patch = cfg.model.patch_size if reads_vae_latents else (1, 1, 1)
         table = bucket_table(cfg, vae, patch)
         tokens_of = token_counter(vae, patch)
-        tape, sizes, assignment = plan(cfg, train, table, tokens_of, cost_model(cfg, model))
+        tape, sizes, assignment = plan(
+            cfg, train, table, tokens_of, cost_model(cfg, model), memory_cap(cfg, vae, tokens_of)
+        )
         cache = None
         if cfg.data.cache == "latents" and reads_vae_latents:
             cache = LatentCache(Path(cfg.data.cache_dir or folder.path / "cache"))
@@ -257,10 +261,11 @@ def plan(
     table: list[BucketSpec],
     tokens_of: Callable[[Bucket], int],
     cost: Callable[[int], float],
+    memory: MemoryCap | None = None,
 ) -> tuple[Tape, dict[Bucket, int], Assignment]:
     """Buckets of the clips, the most clips of a micro-batch, and the tape over them.
 
-    Raises UserError where no clip fits a bucket.
+    Raises UserError where no clip fits a bucket, or a micro-batch does not fit the memory.
     """
     data = cfg.data
     assignment = assign(manifest, table, cfg.buckets, cfg.seed)
@@ -269,8 +274,9 @@ def plan(
         assignment.bucket_of_row[assignment.bucket_of_row >= 0], minlength=len(buckets)
     )
     sizes = micro_batch_sizes(
-        buckets, counts.tolist(), tokens_of, cost, data.micro_batch, data.micro_batch_tokens
-    )
+        buckets, counts.tolist(), tokens_of, cost, data.micro_batch, data.micro_batch_tokens,
+        table=data.micro_batch_table, memory=memory,
+    )  # fmt: skip
     if not sizes:
         raise UserError(no_clip_fits(manifest, assignment, table))
     tape = Tape(
@@ -289,14 +295,50 @@ def plan(
 def cost_model(cfg: Config, model: nn.Module | None = None) -> Callable[[int], float]:
     """Cost of a clip of so many tokens; a * S + b * S^2 for a transformer, a * S for the VAE.
 
-    Without a `model` it is that of the model that `cfg` describes.
+    `data.cost_a` and `data.cost_b`, where given, are a and b. Else they are floating-point
+    operations: those of `model`, or without one of the model that `cfg` describes.
     """
+    a, b = cfg.data.cost_a, cfg.data.cost_b
+    if a or b:
+        return lambda tokens: a * tokens + b * tokens * tokens
     text_tokens = cfg.text.max_length // 2
     if isinstance(model, TextToVideo):
         return lambda tokens: float(model.flops(tokens, text_tokens))
     if model is None and cfg.task == "text_to_video":
         return lambda tokens: training_flops(cfg.model, cfg.text, tokens, text_tokens)
     return float
+
+
+def memory_cap(
+    cfg: Config, vae: VideoVAE | Geometry, tokens_of: Callable[[Bucket], int]
+) -> MemoryCap | None:
+    """What `data.memory_gb` leaves for clips, or None without it.
+
+    Everything comes from the config, nothing from the ranks or the machine, so that the plan is the
+    same everywhere. Captions count at `text.max_length`.
+
+    Raises:
+        UserError: the task is one whose memory is not known.
+    """
+    if not cfg.data.memory_gb:
+        return None
+    if cfg.task != "text_to_video":
+        raise UserError(
+            f"data.memory_gb={cfg.data.memory_gb:g}: what task={cfg.task} keeps in memory is not known; set "
+            "data.memory_gb=0 and choose data.micro_batch yourself"
+        )
+    w = sizes_in_memory.compute_bytes(cfg.parallel.param_dtype, cfg.run.device)
+
+    def of_clip(bucket: Bucket) -> float:
+        frames = vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
+        clip = sizes_in_memory.Clip(tokens_of(bucket), frames, cfg.text.max_length)
+        return sizes_in_memory.clip_bytes(cfg.model, cfg.text, clip, w, cfg.run.device)
+
+    fixed = sizes_in_memory.fixed_bytes(
+        cfg.model, cfg.text, cfg.parallel,
+        w=w, moments=2 if cfg.optim.name == "adamw" else 0, micro_batches=cfg.train.micro_batches,
+    )  # fmt: skip
+    return MemoryCap(cfg.data.memory_gb * GB, fixed, of_clip)
 
 
 def no_clip_fits(manifest: Manifest, assignment: Assignment, table: list[BucketSpec]) -> str:

@@ -25,7 +25,8 @@ from sora_train.data.loader import Loader
 from sora_train.data.plan import Tape
 from sora_train.data_report_plan import DataPlan
 from sora_train.errors import UserError
-from sora_train.training_data import cost_model, plan
+from sora_train.models.vae import read_geometry
+from sora_train.training_data import cost_model, memory_cap, plan
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
 DEFAULT_OUT = Path("benchmarks/results")
@@ -152,7 +153,10 @@ class DataBench:
         tokens = {
             spec.bucket: number for spec, number in zip(sources.table, sources.tokens, strict=True)
         }
-        tape, _, _ = plan(cfg, sources.manifest, sources.table, tokens.__getitem__, cost_model(cfg))
+        memory = memory_cap(cfg, read_geometry(cfg.vae), tokens.__getitem__)
+        tape, _, _ = plan(
+            cfg, sources.manifest, sources.table, tokens.__getitem__, cost_model(cfg), memory
+        )
         return cls(cfg, sources, tape)
 
     def open_loader(self) -> Loader:

@@ -198,7 +198,9 @@ class _Composer:
         if key in self.groups:
             return self._checked_group(override)
         top = key.split(".")[0]
-        free_parent = next((name for name in self._mappings() if key.startswith(name + ".")), None)
+        free_parent = next(
+            (name for name in self._mappings() if key == name or key.startswith(name + ".")), None
+        )
         if free_parent is not None and not override.is_add():
             return (
                 parse_overrides([f"++{override.input_line}"])[0]
