@@ -142,9 +142,11 @@ def fixed_bytes(
     moments: int,
     micro_batches: int,
 ) -> float:
-    """Bytes of a rank before any clip: float32 weights, gradients, `moments` and average over the
-    shards; float32 copies of the noise level's weights; the weights of the blocks at work, gathered in the compute precision; and whole
-    gradients, where a rank adds up several of the step's `micro_batches` before they are sharded.
+    """Bytes of a rank before any clip.
+
+    float32 weights, gradients, `moments` and average over the shards; the weights of the blocks at
+    work, gathered in the compute precision, and the noise level's in float32; and whole gradients,
+    where a rank adds up several of the step's `micro_batches` before they are sharded.
 
     The shards are those of `parallel.dp_shard`; -1 counts as one rank that holds everything, as
     what is planned must not depend on the number of ranks.
