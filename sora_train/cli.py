@@ -343,6 +343,25 @@ def bench_data(arguments: Overrides = None) -> int:
     return bench(list(arguments or []))
 
 
+@bench_app.command("cost", context_settings=OVERRIDES)
+def bench_cost(arguments: Overrides = None) -> int:
+    """Measure forward and backward at several clip lengths and fit what a clip costs: a * S + b * S^2.
+
+    Micro-batches are sized and dealt out by that cost. By default it comes from the model's FLOPs; what a machine
+    really takes differs with kernels and sizes, so measure on the machine that trains and paste the two values that
+    are printed. Overrides choose the model; tokens=A,B,C the tokens of the clips measured (three or more; by default
+    up to the largest bucket's or data.micro_batch_tokens), --repeats N how often, --out DIR where the results go.
+
+    \b
+    sora bench cost experiment=quickstart
+    sora bench cost experiment=real_tiny buckets=256px tokens=1000,2000,4000,8000 --repeats 10
+    sora train experiment=quickstart data.cost_a=1.1e-4 data.cost_b=2.3e-8         (the values it printed)
+    """
+    from sora_train.commands import bench_cost as bench
+
+    return bench(list(arguments or []))
+
+
 @app.command()
 def init(name: Annotated[str, typer.Argument(metavar="NAME", help="Folder to create.")]) -> None:
     """Start a project of your own: a train.py of some 15 lines and a my.yaml of about ten.

@@ -225,6 +225,13 @@ def bench_data(overrides: list[str]) -> int:
     return main(overrides)
 
 
+def bench_cost(overrides: list[str]) -> int:
+    """Run the benchmark of the cost model; returns the exit code."""
+    from sora_train.bench.cost import main
+
+    return main(overrides)
+
+
 def write_report(run_dir: Path) -> str:
     """Write report.html of a run anew."""
     if not (run_dir / "metrics.jsonl").is_file():

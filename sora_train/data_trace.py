@@ -14,7 +14,13 @@ from sora_train.data.splice import Splice
 from sora_train.errors import UserError
 from sora_train.models.vae import read_geometry
 from sora_train.run_folder import write_atomically
-from sora_train.training_data import bucket_table, cost_model, plan, token_counter
+from sora_train.training_data import (
+    bucket_table,
+    cost_model,
+    memory_cap,
+    plan,
+    token_counter,
+)
 from sora_train.training_sources import open_sources
 
 
@@ -70,7 +76,8 @@ class Trace:
         table = bucket_table(cfg, geometry, patch)
         sources = open_sources(cfg, Path(cfg.run.dir))
         tokens_of = token_counter(geometry, patch)
-        _, tape, _ = plan(cfg, sources, table, tokens_of, cost_model(cfg))
+        memory = memory_cap(cfg, geometry, tokens_of)
+        _, tape, _ = plan(cfg, sources, table, tokens_of, cost_model(cfg), memory=memory)
         tokens = {spec.bucket.name: tokens_of(spec.bucket) for spec in table}
         return cls(tape, tokens, cfg.train.micro_batches)
 

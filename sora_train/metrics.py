@@ -20,7 +20,10 @@ METRICS: dict[str, Metric] = {
     "step": Metric("steps", "optimizer steps taken; in every row"),
     "time": Metric("s", "wall clock, seconds since 1970; in every row"),
     "train/loss": Metric("1", "loss of this step over all ranks: the sum of the terms below"),
-    "train/loss/*": Metric("1", "one term of the objective: its sum over its weight"),
+    "train/loss/*": Metric(
+        "1",
+        "one term of the objective: its sum over its weight (clips, or tokens with `loss.reduce=per_token`)",
+    ),
     "train/grad_norm": Metric("1", "global gradient norm before clipping"),
     "train/lr": Metric("1", "learning rate of this step"),
     "train/step_seconds": Metric("s", "wall clock of this step, waiting for data included"),
@@ -31,7 +34,9 @@ METRICS: dict[str, Metric] = {
     "train/epoch": Metric("epochs", "passes over the source, with its fraction"),
     "train/dropped": Metric("clips", "clips that failed to decode since step 0, all ranks"),
     "val/loss": Metric(
-        "1", "mean over the noise levels of the loss on held-out clips, EMA weights, fixed noise"
+        "1",
+        "mean over the noise levels of the loss on held-out clips, EMA weights, fixed noise; every clip counts the "
+        "same, whatever `loss.reduce` is",
     ),
     "val/loss/t*": Metric("1", "the same at one noise level t"),
     "val/psnr": Metric("dB", "VAE task: reconstruction of held-out clips"),

@@ -16,7 +16,7 @@ from sora_train.config import Config, VaeObjectiveConfig
 from sora_train.data.sample import Clip, ClipBatch
 from sora_train.diffusion.conditioning import choose_kind, frame_mask, frame_times
 from sora_train.diffusion.draws import draw_noise, draw_uniform
-from sora_train.diffusion.flow import interpolate, velocity_loss
+from sora_train.diffusion.flow import interpolate, token_loss, velocity_loss
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
@@ -63,11 +63,29 @@ class TextToVideoObjective:
         self.device = device
 
     def weights(self, batch: ClipBatch) -> dict[str, float]:
-        return {"velocity": batch.weight}
+        """Good clips, or with `loss.reduce=per_token` their video tokens that are not given."""
+        if self.cfg.loss.reduce == "per_sample":
+            return {"velocity": batch.weight}
+        if not batch.clips:
+            return {"velocity": 0.0}
+        num_frames, tokens = self.token_grid(batch)
+        keys = [(clip.epoch, clip.row) for clip in batch.clips]
+        given = float(self.given_frames(keys, num_frames).sum())
+        return {"velocity": (len(batch.clips) * num_frames - given) * tokens}
 
     def terms(self, model: nn.Module, batch: ClipBatch) -> dict[str, Term]:
-        loss_sum = self.flow_batch(batch).loss_sum(model)
-        return {"velocity": Term(loss_sum * float(batch.weight > 0), batch.weight)}
+        weight, flow = self.weights(batch)["velocity"], self.flow_batch(batch)
+        if self.cfg.loss.reduce == "per_sample":
+            loss_sum = flow.loss_sum(model)
+        else:
+            loss_sum = flow.token_loss(model, self.token_grid(batch)[1])[0]
+        return {"velocity": Term(loss_sum * float(weight > 0), weight)}
+
+    def token_grid(self, batch: ClipBatch) -> tuple[int, int]:
+        """Latent frames of the batch's clips, and video tokens of each frame."""
+        bucket, (_, p, q) = batch.micro_batch.bucket, self.cfg.model.patch_size
+        _, frames, rows, columns = self.vae.latent_shape(bucket.frames, bucket.height, bucket.width)
+        return frames, (rows // p) * (columns // q)
 
     def flow_batch(self, batch: ClipBatch) -> "FlowBatch":
         """The batch on its way to noise, every draw keyed by sample."""
@@ -144,6 +162,12 @@ class FlowBatch:
     def loss_sum(self, model: nn.Module) -> Tensor:
         """Sum over the samples of each one's mean squared velocity error on frames not given."""
         return velocity_loss(self.predict(model), self.x, self.noise, 1.0 - self.mask_BT)[0]
+
+    def token_loss(self, model: nn.Module, tokens_per_frame: int) -> tuple[Tensor, Tensor]:
+        """Sum over the video tokens not given of each one's mean squared velocity error, and how
+        many these are."""
+        v = self.predict(model)
+        return token_loss(v, self.x, self.noise, 1.0 - self.mask_BT, tokens_per_frame)
 
 
 class VaeObjective:

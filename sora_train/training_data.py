@@ -15,12 +15,14 @@ from sora_train.data.buckets import NO_BUCKET, Assignment, BucketSpec, assign, b
 from sora_train.data.cache import LatentCache
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.plan import Share, Tape, micro_batch_sizes, require_efficiency
+from sora_train.data.micro_batches import GB, MemoryCap, micro_batch_sizes
+from sora_train.data.plan import Share, Tape, require_efficiency
 from sora_train.data.sample import Bucket, Clip, ClipBatch
 from sora_train.data.splice import Change, Splice, repeats_of
 from sora_train.data.walk import samples_an_epoch
 from sora_train.distributed import ControlPlane, World
 from sora_train.errors import UserError
+from sora_train.models import memory as sizes_in_memory
 from sora_train.models.flops import training_flops
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
@@ -68,7 +70,7 @@ class TrainingData:
             UserError: no such source, no caption, no clip that fits a bucket, too many dropped, or
                 a world size that would leave too many ranks idle.
         """
-        require_efficiency(cfg.train.micro_batches, world.size, cfg.data.min_efficiency)
+        require_efficiency(cfg.train.micro_batches, world.size, cfg.elastic.min_efficiency)
         stocks = Stock.listed(state) if state else []
         sources = open_together(cfg, world, control, folder.path, stocks)
         train = sources.train
@@ -77,7 +79,13 @@ class TrainingData:
         table = bucket_table(cfg, vae, patch)
         tokens_of = token_counter(vae, patch)
         sources, tape, assignment = plan(
-            cfg, sources, table, tokens_of, cost_model(cfg, model), state["step"] if state else 0
+            cfg,
+            sources,
+            table,
+            tokens_of,
+            cost_model(cfg, model),
+            memory=memory_cap(cfg, vae, tokens_of),
+            step=state["step"] if state else 0,
         )
         cache = None
         if cfg.data.cache == "latents" and reads_vae_latents:
@@ -202,12 +210,14 @@ def plan(
     table: list[BucketSpec],
     tokens_of: Callable[[Bucket], int],
     cost: Callable[[int], float],
+    *,
+    memory: MemoryCap | None = None,
     step: int = 0,
 ) -> tuple[Sources, Splice, Assignment]:
     """The bucket of every clip and the tape over them, for a run that stands at `step`.
 
     Where the sources have grown the new clips join at the end of the epoch, which the sources
-    returned say. Raises UserError where no clip fits a bucket.
+    returned say. Raises UserError where no clip fits a bucket, or a micro-batch does not fit the memory.
     """
     assignment = assign(sources.train, table, cfg.buckets, cfg.seed)
     if not (assignment.bucket_of_row >= 0).any():
@@ -217,15 +227,15 @@ def plan(
     def make(change: Change, shares: Sequence[Share], first_epoch: int) -> Tape:
         bucket_of_row = assignment.bucket_of_row.copy()
         bucket_of_row[change.rows :] = NO_BUCKET
+        counts = _counts(sources, bucket_of_row, len(table))
         met = [
             samples_an_epoch(count, share.repeats)
-            for count, share in zip(
-                _counts(sources, bucket_of_row, len(table)), shares, strict=True
-            )
+            for count, share in zip(counts, shares, strict=True)
         ]
         sizes = micro_batch_sizes(
             buckets, np.sum(met, axis=0).tolist(), tokens_of, cost,
             cfg.data.micro_batch, cfg.data.micro_batch_tokens,
+            table=cfg.data.micro_batch_table, memory=memory,
         )  # fmt: skip
         return Tape(
             bucket_of_row, sources.train.shard, buckets, sizes,
@@ -236,11 +246,9 @@ def plan(
         )  # fmt: skip
 
     joined = len(sources.stocks) - sources.grown
-    changes = _changes(cfg, sources, assignment, len(table), joined)
-    tape = Splice(changes, make)
+    tape = Splice(_changes(cfg, sources, assignment, len(table), joined), make)
     if sources.grown:
-        first = tape.end_of_epoch(step * cfg.train.micro_batches)
-        sources = sources.joined_at(first)
+        sources = sources.joined_at(tape.end_of_epoch(step * cfg.train.micro_batches))
         tape = Splice(_changes(cfg, sources, assignment, len(table), joined + 1), make)
     return sources, tape, assignment
 
@@ -279,14 +287,50 @@ def _counts(sources: Sources, bucket_of_row: np.ndarray, buckets: int) -> list[n
 def cost_model(cfg: Config, model: nn.Module | None = None) -> Callable[[int], float]:
     """Cost of a clip of so many tokens; a * S + b * S^2 for a transformer, a * S for the VAE.
 
-    Without a `model` it is that of the model that `cfg` describes.
+    `data.cost_a` and `data.cost_b`, where given, are a and b. Else they are floating-point
+    operations: those of `model`, or without one of the model that `cfg` describes.
     """
+    a, b = cfg.data.cost_a, cfg.data.cost_b
+    if a or b:
+        return lambda tokens: a * tokens + b * tokens * tokens
     text_tokens = cfg.text.max_length // 2
     if isinstance(model, TextToVideo):
         return lambda tokens: float(model.flops(tokens, text_tokens))
     if model is None and cfg.task == "text_to_video":
         return lambda tokens: training_flops(cfg.model, cfg.text, tokens, text_tokens)
     return float
+
+
+def memory_cap(
+    cfg: Config, vae: VideoVAE | Geometry, tokens_of: Callable[[Bucket], int]
+) -> MemoryCap | None:
+    """What `data.memory_gb` leaves for clips, or None without it.
+
+    Everything comes from the config, nothing from the ranks or the machine, so that the plan is the
+    same everywhere. Captions count at `text.max_length`.
+
+    Raises:
+        UserError: the task is one whose memory is not known.
+    """
+    if not cfg.data.memory_gb:
+        return None
+    if cfg.task != "text_to_video":
+        raise UserError(
+            f"data.memory_gb={cfg.data.memory_gb:g}: what task={cfg.task} keeps in memory is not known; set "
+            "data.memory_gb=0 and choose data.micro_batch yourself"
+        )
+    w = sizes_in_memory.compute_bytes(cfg.parallel.param_dtype, cfg.run.device)
+
+    def of_clip(bucket: Bucket) -> float:
+        frames = vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
+        clip = sizes_in_memory.Clip(tokens_of(bucket), frames, cfg.text.max_length)
+        return sizes_in_memory.clip_bytes(cfg.model, cfg.text, clip, w, cfg.run.device)
+
+    fixed = sizes_in_memory.fixed_bytes(
+        cfg.model, cfg.text, cfg.parallel,
+        w=w, moments=2 if cfg.optim.name == "adamw" else 0, micro_batches=cfg.train.micro_batches,
+    )  # fmt: skip
+    return MemoryCap(cfg.data.memory_gb * GB, fixed, of_clip)
 
 
 def no_clip_fits(manifest: Manifest, assignment: Assignment, table: list[BucketSpec]) -> str:

@@ -2,6 +2,8 @@
 
 The training loss says little, as each step meets other noise levels; this one can be compared from
 step to step and run to run (Esser et al. 2024, arXiv:2403.03206, section 5: it follows quality).
+Every clip counts the same, whatever `loss.reduce` says of training, so that two runs which differ
+in it can be compared.
 """
 
 from collections.abc import Sequence

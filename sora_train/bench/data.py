@@ -25,7 +25,8 @@ from sora_train.data.loader import Loader
 from sora_train.data.plan import Tape
 from sora_train.data_report_plan import DataPlan
 from sora_train.errors import UserError
-from sora_train.training_data import cost_model, plan
+from sora_train.models.vae import read_geometry
+from sora_train.training_data import cost_model, memory_cap, plan
 from sora_train.training_sources import Sources
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
@@ -153,8 +154,10 @@ class DataBench:
         tokens = {
             spec.bucket: number for spec, number in zip(sources.table, sources.tokens, strict=True)
         }
+        memory = memory_cap(cfg, read_geometry(cfg.vae), tokens.__getitem__)
+        whole = Sources.of(sources.manifest)
         _, tape, _ = plan(
-            cfg, Sources.of(sources.manifest), sources.table, tokens.__getitem__, cost_model(cfg)
+            cfg, whole, sources.table, tokens.__getitem__, cost_model(cfg), memory=memory
         )
         return cls(cfg, sources, tape.parts[0])
 

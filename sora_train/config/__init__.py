@@ -2,14 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sora_train.config.base import Section
 from sora_train.config.data import BucketClass, BucketsConfig, DataConfig, MixConfig, SourceConfig
 from sora_train.config.model import ModelConfig, TextConfig, VaeConfig
 from sora_train.config.run import (
     CheckpointConfig,
+    ElasticConfig,
     EmaConfig,
+    LossConfig,
     ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
@@ -27,7 +29,9 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "ElasticConfig",
     "EmaConfig",
+    "LossConfig",
     "MixConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -64,12 +68,23 @@ class Config(Section):
     vae: VaeConfig = VaeConfig()
     text: TextConfig = TextConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    loss: LossConfig = LossConfig()
     vae_objective: VaeObjectiveConfig = VaeObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     train: TrainConfig = TrainConfig()
+    elastic: ElasticConfig = ElasticConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     sample: SampleConfig = SampleConfig()
     tracker: TrackerConfig = TrackerConfig()
+
+    @model_validator(mode="after")
+    def _reduction_fits_the_task(self) -> "Config":
+        if self.task == "vae" and self.loss.reduce != "per_sample":
+            raise ValueError(
+                f"loss.reduce={self.loss.reduce} is for task=text_to_video; the autoencoder's loss counts every "
+                "clip alike, so set loss.reduce=per_sample"
+            )
+        return self

@@ -199,7 +199,7 @@ class _Composer:
             return self._checked_group(override)
         top = key.split(".")[0]
         free_parent = next(
-            (name for name in self._mappings() if f"{key}.".startswith(f"{name}.")), None
+            (name for name in self._mappings() if key == name or key.startswith(name + ".")), None
         )
         if free_parent is not None and not override.is_add():
             return (

@@ -70,17 +70,25 @@ class DataConfig(Section):
     always the main one."""
     caption_field_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that a field of a structured caption is left out; one field is always kept."""
-    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Clips in one micro-batch, or `auto`: as many as cost about `data.micro_batch_tokens` tokens of the
-    largest bucket."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto", "table"] = "auto"
+    """Clips in one micro-batch; `auto`: as many as cost about `data.micro_batch_tokens` tokens of the largest
+    bucket, and fit `data.memory_gb`; `table`: as `data.micro_batch_table` says."""
+    micro_batch_table: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Clips in one micro-batch of each bucket, by its name, such as {65x256x448: 2, 1x256x448: 64}; with
+    `data.micro_batch=table` only."""
     micro_batch_tokens: int = Field(1024, ge=1)
     """Tokens of the largest bucket that one micro-batch may hold; shorter clips get more of them at the same cost."""
+    memory_gb: float = Field(0.0, ge=0)
+    """Memory of one rank in GB (10^9 bytes) that the weights and one micro-batch's activations may take by the model
+    of models/memory.py; 0: no cap."""
+    cost_a: float = Field(0.0, ge=0)
+    """Cost of a clip of S tokens is cost_a * S + cost_b * S^2; both 0: the model's floating-point operations.
+    `sora bench cost` measures the two."""
+    cost_b: float = Field(0.0, ge=0)
+    """See `data.cost_a`; only the ratio of the two matters."""
     group: int = Field(8, ge=1)
     """Micro-batches of nearly equal cost that follow each other on the tape, so that ranks finish together: a
     multiple of the ranks that will ever train side by side."""
-    min_efficiency: float = Field(0.5, ge=0, le=1)
-    """Least share of a step's slots that must hold a micro-batch: where the ranks do not divide
-    `train.micro_batches` the slots left over idle, and below this share the run refuses to start."""
     window_shards: int = Field(64, ge=1)
     """Shards whose samples are shuffled together."""
     num_workers: int = Field(2, ge=1)
@@ -169,6 +177,20 @@ class DataConfig(Section):
         if resting:
             raise ValueError(
                 f"data.mix never meets the source {resting[0]!r}; give it a weight, or leave it out of data.sources"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_have_one_source(self) -> "DataConfig":
+        if self.micro_batch == "table" and not self.micro_batch_table:
+            raise ValueError(
+                "data.micro_batch=table needs data.micro_batch_table, such as "
+                "'data.micro_batch_table={65x256x448: 2}'; give it, or set data.micro_batch=auto"
+            )
+        if self.micro_batch != "table" and self.micro_batch_table:
+            raise ValueError(
+                f"data.micro_batch_table is given but data.micro_batch={self.micro_batch} does not read it; "
+                "set data.micro_batch=table, or drop the table with ~data.micro_batch_table"
             )
         return self
 

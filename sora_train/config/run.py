@@ -43,6 +43,18 @@ class TrainConfig(Section):
         return self
 
 
+class LossConfig(Section):
+    reduce: Literal["per_sample", "per_token"] = "per_sample"
+    """What counts alike in the mean over a step: every clip, or every video token trained on, so that a long clip
+    weighs more than an image."""
+
+
+class ElasticConfig(Section):
+    min_efficiency: float = Field(0.5, ge=0, le=1)
+    """Least share of a step's slots that must hold a micro-batch: where the ranks do not divide
+    `train.micro_batches` the slots left over idle, and below this share the run refuses to start."""
+
+
 class OptimConfig(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     """`sgd` (no momentum) is for parity tests: AdamW hides a wrong gradient scale."""

@@ -130,7 +130,8 @@ def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if origin in (tuple, list):
         return _describe_list(args) + _bounds(metadata)
     if origin is dict or annotation is dict:
-        return "a mapping"
+        values = f", each value {describe(args[1])}" if args and args[1] is not Any else ""
+        return f"a mapping{values}"
     if section_of(annotation) is not None:
         return "a section"
     return _NAMES.get(annotation, getattr(annotation, "__name__", str(annotation))) + _bounds(

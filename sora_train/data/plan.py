@@ -13,47 +13,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from sora_train.data.balance import EQUAL_COST, Cut, cut_epoch
 from sora_train.data.sample import Bucket, MicroBatch
 from sora_train.data.walk import SourceWalk, compact
-from sora_train.errors import ConfigError, UserError
+from sora_train.errors import UserError
 
-__all__ = ["EQUAL_COST", "Epoch", "Share", "Tape", "TapeLike", "micro_batch_sizes", "rows_for_rank"]
+__all__ = ["EQUAL_COST", "Epoch", "Share", "Tape", "TapeLike", "rows_for_rank"]
 
 _EPOCHS_KEPT = 2
-
-
-def micro_batch_sizes(
-    buckets: Sequence[Bucket],
-    counts: Sequence[int],
-    tokens_of: Callable[[Bucket], int],
-    cost: Callable[[int], float],
-    micro_batch: int | Literal["auto"],
-    micro_batch_tokens: int,
-) -> dict[Bucket, int]:
-    """Clips in one micro-batch of each bucket that has any (`counts`: clips of each bucket).
-
-    With `auto` the cap is the cost of as many clips of the largest bucket as `micro_batch_tokens`
-    hold, at least one; other buckets take as many clips as cost no more. A bucket with fewer clips
-    than that takes all it has.
-    """
-    used = {bucket: count for bucket, count in zip(buckets, counts, strict=True) if count > 0}
-    if not used:
-        return {}
-    if micro_batch == "auto":
-        largest = max(tokens_of(bucket) for bucket in used)
-        cap = max(1, micro_batch_tokens // largest) * cost(largest)
-        # 1e-9: the largest bucket itself must not lose a clip to rounding.
-        wanted = {bucket: max(1, int(cap / cost(tokens_of(bucket)) + 1e-9)) for bucket in used}
-    else:
-        if micro_batch < 1:
-            raise ConfigError(f"data.micro_batch={micro_batch} must be 1 or more, or auto")
-        wanted = dict.fromkeys(used, micro_batch)
-    return {bucket: min(wanted[bucket], int(count)) for bucket, count in used.items()}
 
 
 @dataclass(frozen=True)
@@ -318,9 +289,9 @@ def require_efficiency(micro_batches: int, world_size: int, least: float) -> Non
     if found < least - 1e-9:
         raise UserError(
             f"train.micro_batches={micro_batches} keep {found:.0%} of {world_size} ranks busy, less than "
-            f"data.min_efficiency={least:g}; nearby: {nearby_efficiencies(micro_batches, world_size)}; start on "
+            f"elastic.min_efficiency={least:g}; nearby: {nearby_efficiencies(micro_batches, world_size)}; start on "
             "one of those, choose train.micro_batches as a multiple of the ranks (it changes the run), or lower "
-            "data.min_efficiency"
+            "elastic.min_efficiency"
         )
 
 

@@ -80,3 +80,24 @@ def velocity_loss(
     # Not a product: a failed sample may hold NaN, and 0 * NaN is NaN.
     counted = torch.where(weights_B > 0, losses_B * weights_B, torch.zeros_like(losses_B))
     return counted.sum(), weights_B.sum()
+
+
+def token_loss(
+    v_pred: Tensor, x: Tensor, noise: Tensor, frame_weight_BT: Tensor, tokens_per_frame: int
+) -> tuple[Tensor, Tensor]:
+    """(loss sum, weight): the sum over video tokens of their mean squared velocity error, and how
+    many tokens it sums.
+
+    Unlike `velocity_loss` a long or large clip weighs as much as its tokens.
+
+    Args:
+        frame_weight_BT: 1 for latent frames that count, 0 for those left out (given ones).
+        tokens_per_frame: tokens of a latent frame. All hold as many values, so the mean over a
+            frame is the mean over its tokens.
+    """
+    dtype = torch.promote_types(v_pred.dtype, torch.float32)
+    error = v_pred.to(dtype) - velocity_target(x.to(dtype), noise.to(dtype))
+    error_BT = error.square().mean(dim=(1, 3, 4))
+    # Not a product: a frame left out may hold anything, and 0 * NaN is NaN.
+    counted = torch.where(frame_weight_BT > 0, error_BT * frame_weight_BT.to(dtype), 0.0)
+    return counted.sum() * tokens_per_frame, frame_weight_BT.sum() * tokens_per_frame

@@ -17,7 +17,8 @@ from sora_train.data.buckets import assign, build_buckets
 from sora_train.data.index import open_source
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.plan import Tape, micro_batch_sizes, rows_for_rank
+from sora_train.data.micro_batches import micro_batch_sizes
+from sora_train.data.plan import Tape, rows_for_rank
 from sora_train.data.sample import Bucket
 from sora_train.data.shapes_source import prepare_shapes
 from sora_train.data.shards import read_bytes

@@ -233,11 +233,11 @@ def test_a_subclass_adds_sections_and_required_keys():
         ),
         (
             "data.micro_batch=x",
-            "config key 'data.micro_batch' must be a whole number of at least 1 or 'auto', got 'x'",
+            "config key 'data.micro_batch' must be a whole number of at least 1 or one of 'auto', 'table', got 'x'",
         ),
         (
             "data.micro_batch=0",
-            "config key 'data.micro_batch' must be a whole number of at least 1 or 'auto', got 0",
+            "config key 'data.micro_batch' must be a whole number of at least 1 or one of 'auto', 'table', got 0",
         ),
         ("run.dir=123", "config key 'run.dir' must be text, got 123; quote it: 'run.dir=\"123\"'"),
         (

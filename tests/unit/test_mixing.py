@@ -185,7 +185,7 @@ def config(tmp_path: Path, *names: str, mix: tuple[MixConfig, ...] = (), micro_b
 
 def planned(cfg: Config, sources: Sources, step: int = 0) -> tuple[Sources, Splice]:
     table = [BucketSpec(Bucket(9, 48, 48), "48px", "1:1", 1.0)]
-    found, tape, _ = plan(cfg, sources, table, lambda bucket: 27, float, step)
+    found, tape, _ = plan(cfg, sources, table, lambda bucket: 27, float, step=step)
     return found, tape
 
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sora_train.data.micro_batches import micro_batch_sizes
 from sora_train.data.plan import (
     EQUAL_COST,
     Tape,
     imbalance,
-    micro_batch_sizes,
     require_efficiency,
     row_costs,
     rows_for_rank,
@@ -136,26 +136,6 @@ def test_groups_cost_the_same_within_the_limit_in_every_epoch():
     # Only what an epoch leaves over may be uneven: a few groups, not a share of them.
     assert uneven <= 4 * (len(BUCKETS) + 1), (uneven, total)
     assert total > 10 * uneven
-
-
-def test_auto_sizes_fill_the_cap_and_never_pass_it():
-    counts = [10_000] * 4
-    sizes = micro_batch_sizes(BUCKETS, counts, tokens_of, cost, "auto", 1024)
-    largest = max(BUCKETS, key=tokens_of)
-    cap = 1024 // tokens_of(largest) * cost(tokens_of(largest))
-    assert sizes[largest] == 1024 // tokens_of(largest)
-    for bucket, size in sizes.items():
-        one = cost(tokens_of(bucket))
-        assert size * one <= cap * (1 + 1e-6) < (size + 1) * one * (1 + 1e-6)
-
-
-def test_sizes_shrink_to_the_clips_there_are():
-    assert micro_batch_sizes(BUCKETS, [3, 0, 50, 1], tokens_of, cost, 8, 0) == {
-        BUCKETS[0]: 3,
-        BUCKETS[2]: 8,
-        BUCKETS[3]: 1,
-    }
-    assert micro_batch_sizes(BUCKETS, [0, 0, 0, 9], tokens_of, cost, "auto", 1) == {BUCKETS[3]: 1}
 
 
 def test_nothing_to_train_on_is_the_users_error():

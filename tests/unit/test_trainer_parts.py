@@ -297,7 +297,7 @@ def test_another_experiment_is_refused_once_there_is_a_checkpoint(tmp_path: Path
 def test_the_cards_mean_step_is_that_of_the_epoch(parity_config: Callable) -> None:
     trainer = Trainer(parity_config("data.micro_batch=3", "train.micro_batches=3"))
     try:
-        tape, tokens_of = trainer.data.tape, trainer.data.tokens_of
+        tape, tokens_of = trainer.data.part(0), trainer.data.tokens_of
         entries = [tape[index] for index in range(tape.per_epoch)]
         assert {entry.epoch for entry in entries} == {0} and tape[tape.per_epoch].epoch == 1
         clips = sum(len(entry.rows) for entry in entries)

@@ -1,0 +1,170 @@
+"""What one rank keeps in memory while it trains, from the sizes alone: nothing is built.
+
+Two parts. The fixed one is weights, gradients, moments and average. The other grows with the clips
+of a micro-batch: the tensors that autograd saves for the backward pass, counted from the code of
+`dit.py`, `attention.py` and `layers.py`, and the gradients of one block while its backward runs.
+
+The count is that of eager PyTorch with the SDPA core, whose memory is linear in the tokens; kernels
+that fuse a norm save somewhat less. Left out: the batch itself, the frozen VAE, kernels' workspaces
+and what an allocator wastes.
+
+Symbols: S video tokens, L caption tokens, T latent frames, D model width, F feed-forward width, w
+bytes of the compute precision, f = max(4, w) bytes of norms and the residual stream.
+"""
+
+import math
+from dataclasses import dataclass
+
+from sora_train.config.model import ModelConfig, TextConfig
+from sora_train.config.run import ParallelConfig
+
+COMPUTE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+MASTER = 4
+VOCABULARY = 384
+RELATIVE_BUCKETS = 32
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The sizes of one clip: S video tokens in T latent frames, and L caption tokens."""
+
+    tokens: int
+    frames: int
+    caption: int
+
+
+def compute_bytes(param_dtype: str, device: str) -> int:
+    """Bytes of a number in which weights compute.
+
+    `auto` counts as bfloat16 only where `run.device` is `cuda`: a plan must not depend on the
+    machine it is made on, so `run.device=auto` counts as the larger float32.
+    """
+    if param_dtype != "auto":
+        return COMPUTE_BYTES[param_dtype]
+    return 2 if device == "cuda" else 4
+
+
+def transformer_parameters(cfg: ModelConfig) -> tuple[int, int]:
+    """(all parameters of the transformer, those of one block)."""
+    d, patch = cfg.dim, math.prod(cfg.patch_size)
+    attention = 4 * (d * d + d) + (2 * d if cfg.qk_norm else 0)
+    block = 2 * attention + 2 * d + (2 * d * cfg.ffn_dim + cfg.ffn_dim + d) + 6 * d
+    embedding = cfg.in_channels * patch * d + d
+    time = (cfg.freq_dim * d + d) + (d * d + d) + (6 * d * d + 6 * d)
+    text = (cfg.text_dim * d + d) + (d * d + d)
+    out = (d + 1) * cfg.in_channels * patch + 2 * d
+    extras = (patch * d if cfg.mask_channel else 0) + (cfg.freq_dim * d if cfg.fps_embed else 0)
+    return cfg.num_layers * block + embedding + time + text + out + extras, block
+
+
+def text_parameters(cfg: TextConfig) -> int:
+    """Parameters of the UMT5 encoder."""
+    inner, d = cfg.num_heads * cfg.d_kv, cfg.d_model
+    layer = 4 * d * inner + 3 * d * cfg.d_ff + 2 * d + RELATIVE_BUCKETS * cfg.num_heads
+    return VOCABULARY * d + cfg.num_layers * layer + d
+
+
+def block_bytes(cfg: ModelConfig, clip: Clip, w: int, *, scores_kept: bool = False) -> float:
+    """Bytes that one block saves for the backward pass of one clip.
+
+    In f: the residual stream before each of the three branches, the outputs of both modulated
+    norms and of the two gated branches, and for each RMS-normalised query or key its input and its
+    quotient. In w: the inputs of the matrix products and of both attention cores, and the MLP's
+    inner width before and after its GELU. A frame adds its modulation (8 D).
+
+    Args:
+        scores_kept: the attention core is `gemm`, which saves the softmax of every score.
+    """
+    f, d = max(MASTER, w), cfg.dim
+    normed = 2 * d * f if cfg.qk_norm else 0
+    statistics = (9 if cfg.qk_norm else 6) * f + 2 * cfg.num_heads * f
+    token = 7 * d * f + 9 * d * w + 3 * normed + 2 * cfg.ffn_dim * w + statistics
+    caption = normed + 2 * d * w
+    total = clip.tokens * token + clip.caption * caption + clip.frames * 8 * d * f
+    if scores_kept:
+        score = cfg.num_heads * (f + (w if w < f else 0))
+        total += clip.tokens * (clip.tokens + clip.caption) * score
+    return float(total)
+
+
+def ends_bytes(cfg: ModelConfig, clip: Clip, w: int) -> float:
+    """Bytes saved outside the blocks: patches, the last norm, the loss, time and text embeddings."""
+    f, d, patch = max(MASTER, w), cfg.dim, cfg.in_channels * math.prod(cfg.patch_size)
+    token = 2 * d * f + d * w + patch * (w + f) + 2 * f
+    if cfg.mask_channel:
+        token += math.prod(cfg.patch_size) * w
+    caption = (cfg.text_dim + 3 * d) * w
+    frame = (cfg.freq_dim + 5 * d) * f
+    return float(clip.tokens * token + clip.caption * caption + clip.frames * frame)
+
+
+def precise_bytes(cfg: ModelConfig, w: int) -> int:
+    """Bytes of the float32 copies of the noise level's weights (`PreciseLinear`) that are saved once a
+    forward pass, whatever the clips, where weights arrive in less."""
+    d = cfg.dim
+    weights = cfg.freq_dim * d + 7 * d * d + (cfg.freq_dim * d if cfg.fps_embed else 0)
+    return weights * MASTER if w < MASTER else 0
+
+
+def text_bytes(cfg: TextConfig, caption: int, w: int) -> float:
+    """Bytes that a trainable text encoder saves for one caption; transformers computes its attention
+    eagerly, so the scores are among them, with the table of relative positions."""
+    f, inner = max(MASTER, w), cfg.num_heads * cfg.d_kv
+    norms = 2 * cfg.d_model * (2 * f + w + (w if w < f else 0))
+    layer = caption * (norms + (4 * inner + 7 * cfg.d_ff) * w)
+    scores = caption * caption * (cfg.num_heads * f + 8)
+    return float(cfg.num_layers * (layer + scores) + 2 * caption * cfg.d_model * f)
+
+
+def saved_bytes(
+    model: ModelConfig, text: TextConfig, clip: Clip, w: int, *, scores_kept: bool = False
+) -> float:
+    """Bytes that the forward pass of one clip saves for its backward pass, parameters left out."""
+    blocks = model.num_layers * block_bytes(model, clip, w, scores_kept=scores_kept)
+    encoder = text_bytes(text, clip.caption, w) if text.trainable else 0.0
+    return blocks + ends_bytes(model, clip, w) + encoder
+
+
+def clip_bytes(model: ModelConfig, text: TextConfig, clip: Clip, w: int, device: str) -> float:
+    """Bytes that one more clip in a micro-batch takes: what is saved, and one block's gradients."""
+    # AttentionCore takes the gemm form on its own only for bfloat16 on CPUs.
+    gemm = model.attention == "gemm" or (model.attention == "auto" and w == 2 and device == "cpu")
+    saved = saved_bytes(model, text, clip, w, scores_kept=gemm)
+    return saved + block_bytes(model, clip, w, scores_kept=gemm)
+
+
+def fixed_bytes(
+    model: ModelConfig,
+    text: TextConfig,
+    parallel: ParallelConfig,
+    *,
+    w: int,
+    moments: int,
+    micro_batches: int,
+) -> float:
+    """Bytes of a rank before any clip.
+
+    float32 weights, gradients, `moments` and average over the shards; the weights of the blocks at
+    work, gathered in the compute precision, and the noise level's in float32; and whole gradients,
+    where a rank adds up several of the step's `micro_batches` before they are sharded.
+
+    The shards are those of `parallel.dp_shard`; -1 counts as one rank that holds everything, as
+    what is planned must not depend on the number of ranks.
+    """
+    transformer, block = transformer_parameters(model)
+    encoder = text_parameters(text)
+    trained = transformer + (encoder if text.trainable else 0)
+    shards = max(1, parallel.dp_shard)
+    ranks = parallel.dp_replicate * parallel.dp_shard if parallel.dp_shard > 0 else 1
+    total = trained * MASTER * (3 + moments) / shards
+    if not text.trainable:
+        total += encoder * MASTER
+    total += precise_bytes(model, w)
+    if ranks == 1 and w == MASTER:
+        return total  # nothing is gathered or cast
+    # One rank casts the model as one unit; several gather a block ahead of the one at work.
+    at_work = trained if ranks == 1 else trained - (model.num_layers - 2) * block
+    total += 2 * min(at_work, trained) * w  # weights, and their gradients before they are reduced
+    if micro_batches > ranks:
+        total += trained * max(MASTER, w)
+    return total
