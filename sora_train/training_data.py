@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from sora_train.data.manifest import Manifest
 from sora_train.data.plan import Tape, micro_batch_sizes, require_efficiency
 from sora_train.data.sample import Bucket, Clip, ClipBatch
 from sora_train.data.shapes_source import prepare_shapes
+from sora_train.data.stored import require_latents, require_text
 from sora_train.distributed import ControlPlane, World
 from sora_train.errors import UserError
 from sora_train.models.flops import training_flops
@@ -71,6 +72,9 @@ class TrainingData:
         table = bucket_table(cfg, vae, patch)
         tokens_of = token_counter(vae, patch)
         tape, sizes, assignment = plan(cfg, train, table, tokens_of, cost_model(cfg, model))
+        vae_digest = vae.digest()
+        for manifest in (train, val):
+            require_stored(cfg, manifest, table, vae, vae_digest, model)
         cache = None
         if cfg.data.cache == "latents" and reads_vae_latents:
             cache = LatentCache(Path(cfg.data.cache_dir or folder.path / "cache"))
@@ -78,12 +82,12 @@ class TrainingData:
             train,
             tape,
             cfg.buckets,
-            cfg.data,
+            data_as_read(cfg),
             seed=cfg.seed,
             micro_batches=cfg.train.micro_batches,
             rank=world.rank,
             world_size=world.size,
-            vae_digest=vae.digest(),
+            vae_digest=vae_digest,
             cache=cache,
             run_dir=folder.path,
             reasons=assignment.reasons,
@@ -226,6 +230,38 @@ def _open(
     return manifest, False
 
 
+def data_as_read(cfg: Config) -> DataConfig:
+    """The section `data` with what a task that trains on pixels cannot use switched off."""
+    if cfg.task == "text_to_video":
+        return cfg.data
+    return cfg.data.model_copy(update={"stored_latents": "ignore", "stored_text": "ignore"})
+
+
+def assigned(cfg: Config, manifest: Manifest, table: list[BucketSpec]) -> Assignment:
+    """The bucket of every row of a run's manifest."""
+    latents = data_as_read(cfg).stored_latents == "use"
+    return assign(manifest, table, cfg.buckets, cfg.seed, latents=latents)
+
+
+def require_stored(
+    cfg: Config,
+    manifest: Manifest,
+    table: list[BucketSpec],
+    vae: VideoVAE,
+    vae_digest: str,
+    model: nn.Module,
+) -> None:
+    """Raises UserError where latents or embeddings of the shards are not those of this run's networks."""
+    data = data_as_read(cfg)
+    if not manifest.members.any():
+        return
+    rows = np.flatnonzero(assigned(cfg, manifest, table).bucket_of_row >= 0).tolist()
+    if data.stored_latents == "use":
+        require_latents(manifest, rows, vae_digest, vae.latent_shape)
+    if data.stored_text == "use" and isinstance(model, TextToVideo):
+        require_text(manifest, rows, model.text_digest(), cfg.text.trainable, cfg.text.max_length)
+
+
 def bucket_table(
     cfg: Config, vae: VideoVAE | Geometry, patch: tuple[int, int, int]
 ) -> list[BucketSpec]:
@@ -263,7 +299,7 @@ def plan(
     Raises UserError where no clip fits a bucket.
     """
     data = cfg.data
-    assignment = assign(manifest, table, cfg.buckets, cfg.seed)
+    assignment = assigned(cfg, manifest, table)
     buckets = [spec.bucket for spec in table]
     counts = np.bincount(
         assignment.bucket_of_row[assignment.bucket_of_row >= 0], minlength=len(buckets)
@@ -316,13 +352,15 @@ def no_clip_fits(manifest: Manifest, assignment: Assignment, table: list[BucketS
 
 
 @torch.no_grad()
-def fill_cache(loader: Loader, vae: VideoVAE, world: World, title: str) -> None:
+def fill_cache(
+    loader: Loader, vae: VideoVAE, world: World, title: str, size: int = CACHE_CHUNK
+) -> None:
     """Encode every clip that is not stored yet, chunk by chunk, the chunks dealt out over the ranks.
 
     Chunks are cut from the manifest, not from the tape, so stored latents depend on neither the
     world size nor on where a run was cut off.
     """
-    chunks = loader.cache_chunks(CACHE_CHUNK, world.rank, world.size)
+    chunks = loader.cache_chunks(size, world.rank, world.size)
     total, done = sum(len(rows) for _, rows in chunks), 0
     with Progress(max(total, 1), title, enabled=world.is_main and total > 0) as progress:
         for _, clips, failures in loader.chunks(chunks):
@@ -341,7 +379,7 @@ def read_validation(
 
     Those that fail are named, and bounded by `data.max_drop_fraction` as training clips are.
     """
-    assignment = assign(manifest, table, cfg.buckets, cfg.seed)
+    assignment = assigned(cfg, manifest, table)
     rows = np.flatnonzero(assignment.bucket_of_row >= 0)[: cfg.validation.max_clips]
     if len(rows) == 0 or cfg.validation.every == 0:
         return []
@@ -351,15 +389,18 @@ def read_validation(
     tape = Tape(kept, manifest.shard, buckets, dict.fromkeys(buckets, 1), seed=cfg.seed)
     device = next(vae.parameters()).device
     with Loader(
-        manifest, tape, cfg.buckets, cfg.data.model_copy(update={"max_drop_fraction": 1.0}), seed=cfg.seed,
-        micro_batches=1,
+        manifest, tape, cfg.buckets, data_as_read(cfg).model_copy(update={"max_drop_fraction": 1.0}),
+        seed=cfg.seed, micro_batches=1,
     ) as loader:  # fmt: skip
         clips, _ = loader.decode_rows(rows.tolist())
     if not with_latents:
         return clips
     with torch.no_grad():
-        encoded = [vae.encode(to_pixels([clip], device))[0].float().cpu().numpy() for clip in clips]
-    return [
-        Clip(clip.row, clip.epoch, clip.pixels, latents, clip.fps, clip.caption, clip.digest)
-        for clip, latents in zip(clips, encoded, strict=True)
-    ]
+        return [
+            clip
+            if clip.latents is not None
+            else replace(
+                clip, latents=vae.encode(to_pixels([clip], device))[0].float().cpu().numpy()
+            )
+            for clip in clips
+        ]

@@ -74,6 +74,13 @@ class DataConfig(Section):
     cache_dir: str = ""
     """Where cached latents lie; empty: `cache/` in the run folder. Keys are content addresses, so it may be shared."""
 
+    stored_latents: Literal["use", "ignore"] = "use"
+    """Latents that stand in the shards: `use` trains from them where they have the shape of the sample's bucket and
+    refuses those of another VAE; `ignore` decodes the clips, and drops samples that have none."""
+    stored_text: Literal["use", "ignore"] = "use"
+    """Caption embeddings that stand in the shards: `use` refuses those of another text encoder, and any where the
+    encoder is trained; `ignore` encodes the captions in the run."""
+
     @field_validator("source")
     @classmethod
     def _source_named(cls, source: str) -> str:

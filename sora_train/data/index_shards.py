@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sora_train.data import stored
 from sora_train.data.decode import ProbeRequest, StorageFault
 from sora_train.data.decode_pool import DecodePool
 from sora_train.data.index import CHECK_THREADS, PROBE_SECONDS_PER_MIB, Member, member_row
@@ -35,7 +36,7 @@ from sora_train.data.tars import (
 from sora_train.errors import Fault, UserError
 
 PARTS_FOLDER = ".manifest.parts"
-PARTS_VERSION = "1"
+PARTS_VERSION = "2"
 # A server that stalls is given up after some attempts; its child must live to tell.
 REMOTE_SECONDS = 180.0
 LIST_SECONDS = 1800.0
@@ -305,10 +306,15 @@ def _begun(
     for shard, samples in listed:
         for sample in samples:
             member = Member(
-                shard.name, sample.key, sample.kind, sample.offset, sample.length, sample.caption
-            )
+                shard.name, sample.key, sample.kind, sample.offset, sample.length, sample.caption,
+                members=sample.members, digest=sample.digest,
+            )  # fmt: skip
             if sample.reason:
                 yield member, Failure(number, sample.reason, sample.detail)
+            elif sample.kind == stored.KIND:
+                known: Future = Future()
+                known.set_result(stored.probe_of(member.members, member.digest))
+                yield member, known
             else:
                 deadline = how.timeout + PROBE_SECONDS_PER_MIB * sample.length / 2**20
                 request = ProbeRequest(
