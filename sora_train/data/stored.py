@@ -181,17 +181,14 @@ def describe(read: Read, size: int, extension: str) -> dict[str, Any]:
                 "caption_digest": metadata["caption_digest"],
                 "shape": list(shape),
             }
-        said = {
-            "vae_digest": metadata["vae_digest"],
-            "fps": float(metadata["fps"]),
-            **{name: int(metadata[name]) for name in ("frames", "height", "width")},
-            "shape": list(shape),
-        }
+        fps = float(metadata["fps"])
+        pixels = {name: int(metadata[name]) for name in ("frames", "height", "width")}
+        vae_digest = metadata["vae_digest"]
     except (KeyError, ValueError) as error:
         raise DamagedMember(f"the metadata of {extension} lack or garble {error}") from error
-    if min(said["frames"], said["height"], said["width"]) < 1 or not 0 <= said["fps"] < math.inf:
+    if min(pixels.values()) < 1 or not 0 <= fps < math.inf:
         raise DamagedMember(f"the metadata of {extension} name an impossible clip")
-    return said
+    return {"vae_digest": vae_digest, "fps": fps, **pixels, "shape": list(shape)}
 
 
 def describe_bytes(data: bytes, extension: str) -> dict[str, Any]:
@@ -226,19 +223,21 @@ def stored_of(members: str) -> tuple[StoredLatents | None, StoredText | None]:
     try:
         known = json.loads(members)
         if LATENTS in known:
-            said = known["latents"]
+            said, (offset, length) = known["latents"], known[LATENTS]
             pixels = Bucket(int(said["frames"]), int(said["height"]), int(said["width"]))
             latents = StoredLatents(
-                *map(int, known[LATENTS]),
+                int(offset),
+                int(length),
                 str(said["vae_digest"]),
                 float(said["fps"]),
                 pixels,
                 tuple(said["shape"]),
             )
         if TEXT in known:
-            said = known["text"]
+            said, (offset, length) = known["text"], known[TEXT]
             text = StoredText(
-                *map(int, known[TEXT]),
+                int(offset),
+                int(length),
                 str(said["text_digest"]),
                 str(said["caption_digest"]),
                 tuple(said["shape"]),
