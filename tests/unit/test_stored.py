@@ -164,15 +164,15 @@ def test_latents_fit_the_bucket_of_their_shape_alone(manifest: Manifest):
     assert pixels.reasons.tolist() == [only, "", "", only, "stored_damaged", only]
 
 
-def make(manifest: Manifest, **options: object) -> Loader:
+def make(manifest: Manifest, cfg: BucketsConfig = BUCKETS, **options: object) -> Loader:
     use = options.get("stored_latents", "use") == "use"
     found = assign(manifest, TABLE, BUCKETS, seed=0, latents=use)
     buckets = [spec.bucket for spec in TABLE]
     sizes = dict.fromkeys(buckets, 4)
     tape = Tape(found.bucket_of_row, manifest.shard, buckets, sizes, seed=0, group=1)
-    cfg = DataConfig(**{"max_drop_fraction": 0.9, "num_workers": 1, **options})
+    data = DataConfig(**{"max_drop_fraction": 0.9, "num_workers": 1, **options})
     return Loader(
-        manifest, tape, BUCKETS, cfg, seed=0, micro_batches=1, reasons=found.reasons
+        manifest, tape, cfg, data, seed=0, micro_batches=1, reasons=found.reasons
     )  # fmt: skip
 
 
@@ -197,6 +197,21 @@ def test_what_is_stored_can_be_ignored(manifest: Manifest):
         clips = loader.step(0)[0].clips
     assert sorted(clip.row for clip in clips) == [1, 2]
     assert all(clip.latents is None and clip.text is None for clip in clips)
+
+
+def test_beside_a_clip_latents_of_another_shape_are_left_alone(manifest: Manifest):
+    members = manifest.members.copy()
+    members[2] = members[2].replace('"frames": 5', '"frames": 9')
+    with make(manifest.with_columns(members=members)) as loader:
+        clips = {clip.row: clip for clip in loader.step(0)[0].clips}
+    assert clips[2].pixels is not None and clips[0].pixels is None
+
+
+def test_latents_keep_the_rate_they_were_encoded_at(manifest: Manifest):
+    slower = BUCKETS.model_copy(update={"fps": 4.0})
+    with make(manifest, slower) as loader:
+        clips = loader.decode_rows([0, 5])[0]
+    assert [clip.fps for clip in clips] == [8.0, 8.0]
 
 
 def test_an_embedding_may_stand_beside_a_clip_that_is_decoded(manifest: Manifest):
