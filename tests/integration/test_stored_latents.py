@@ -78,8 +78,9 @@ def test_the_output_is_whole_and_holds_no_clip(encoded: Path):
 def test_training_from_latents_is_training_from_the_cache(
     encoded: Path, clips: tuple[str, str], tmp_path: Path
 ):
-    cached = trained(tmp_path / "clips", *FROZEN, *clips, "data.cache=latents")
-    shards = trained(tmp_path / "shards", *FROZEN, *sources(encoded), "data.stored_text=ignore")
+    told = (*FROZEN, "model.fps_embed=true", "data.stored_text=ignore")
+    cached = trained(tmp_path / "clips", *told, *clips, "data.cache=latents")
+    shards = trained(tmp_path / "shards", *told, *sources(encoded))
     assert len(shards) == 6 and "val/loss" in shards[-1]
     assert shards == cached
 
