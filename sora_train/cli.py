@@ -236,6 +236,22 @@ def data_trace(arguments: Overrides = None, config_dir: ConfigDir = None) -> Non
     print(trace(list(arguments or []), config_dir))
 
 
+@data_app.command("encode", context_settings=OVERRIDES)
+def data_encode(arguments: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """Write shards of a run's clips as latents (and caption embeddings where the text encoder is frozen).
+
+    Overrides are those of a run; output=DIR, keep_clips=true, dtype=float32|bfloat16|float16 and max_shard_mb= are
+    this command's own, and source= is data.source=. The clips go to DIR/train, held-out ones to DIR/val.
+
+    \b
+    sora data encode experiment=real_tiny source=my_clips output=encoded dtype=bfloat16
+    sora train experiment=real_tiny data.source=encoded/train data.val_source=encoded/val
+    """
+    from sora_train.commands import data_encode as encode
+
+    print(encode(list(arguments or []), config_dir))
+
+
 @ckpt_app.command("list")
 def ckpt_list(run_dir: Run) -> None:
     """List the complete checkpoints of a run.

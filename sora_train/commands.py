@@ -187,6 +187,24 @@ def data_trace(arguments: list[str], config_dir: Path | None) -> str:
     return trace(compose(overrides, config_dir=config_dir, yaml_file=yaml_file).config, request)
 
 
+def data_encode(arguments: list[str], config_dir: Path | None) -> str:
+    """Write shards of latents into `output=DIR`, and count what went in."""
+    from sora_train.config.compose import compose, split_yaml_file
+    from sora_train.data_encode import EncodeRequest, encode
+
+    request, overrides = EncodeRequest.parse(arguments)
+    yaml_file, overrides = split_yaml_file(overrides)
+    written = encode(compose(overrides, config_dir=config_dir, yaml_file=yaml_file).config, request)
+    lines = [count(manifest) for manifest in written.values()]
+    sources = {"train": "data.source", "val": "data.val_source"}
+    given = [
+        f"{sources[split]}={request.output / split}"
+        for split in ("train", "val")
+        if split in written
+    ]
+    return "\n".join([*lines, f"next: sora train with the same overrides and {' '.join(given)}"])
+
+
 def ckpt_list(run_dir: Path) -> str:
     """One line a complete checkpoint."""
     from sora_train.checkpoint import find, list_checkpoints

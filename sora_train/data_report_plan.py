@@ -11,16 +11,17 @@ import numpy as np
 
 from sora_train.config import Config
 from sora_train.contact_sheet import MAX_FRAME
-from sora_train.data.buckets import Assignment, BucketSpec, assign
+from sora_train.data.buckets import Assignment, BucketSpec
 from sora_train.data.decode_pool import DecodePool, worker_of
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.plan import Tape
 from sora_train.data.sample import Bucket, Failure
+from sora_train.data.stored import KIND
 from sora_train.data.transforms import crop_size, sampled_frames
 from sora_train.models.vae import read_geometry
 from sora_train.progress import Progress
-from sora_train.training_data import bucket_table, token_counter
+from sora_train.training_data import assigned, bucket_table, token_counter
 from sora_train.training_sources import open_sources
 
 CLIPS_A_BUCKET = 3
@@ -58,7 +59,7 @@ class DataPlan:
             train,
             len(val),
             table,
-            assign(train, table, cfg.buckets, cfg.seed),
+            assigned(cfg, train, table),
             [tokens_of(spec.bucket) for spec in table],
         )
 
@@ -89,6 +90,8 @@ class DataPlan:
         frames, fps = int(manifest.frames[row]), float(manifest.fps[row])
         if frames == 0:
             return end
+        if manifest.kind[row] == KIND:
+            return f"latents of {frames} frames at {fps:.4g} fps -> {end}"
         if manifest.kind[row] == "image":
             return f"image -> {end}"
         rate = min(fps, self.cfg.buckets.fps) if fps > 0 else self.cfg.buckets.fps
@@ -127,7 +130,8 @@ def read_thumbnails(plan: DataPlan) -> list[Thumbnail]:
         return []
     rows: list[int] = []
     for number in range(len(plan.table)):
-        members = np.flatnonzero(plan.assignment.bucket_of_row == number)
+        seen = (plan.assignment.bucket_of_row == number) & (plan.manifest.kind != KIND)
+        members = np.flatnonzero(seen)
         picks = np.linspace(0, len(members) - 1, min(CLIPS_A_BUCKET, len(members))).astype(int)
         rows += members[picks].tolist()
     buckets = [spec.bucket for spec in plan.table]

@@ -53,6 +53,14 @@ def placeholder(batch: ClipBatch) -> list[Clip]:
     return [Clip(row=0, epoch=0, pixels=pixels, latents=None, fps=1.0, caption="", digest="")]
 
 
+def stored_text(clips: list[Clip], prompts: list[str]) -> tuple[Tensor | None, ...]:
+    """The stored embeddings of prompts that are still their clip's caption."""
+    return tuple(
+        None if clip.text is None or prompt != clip.caption else torch.from_numpy(clip.text)
+        for clip, prompt in zip(clips, prompts, strict=True)
+    )
+
+
 class TextToVideoObjective:
     """Rectified flow on the latents of captioned clips."""
 
@@ -93,13 +101,15 @@ class TextToVideoObjective:
         seed, keys = self.cfg.seed, [(clip.epoch, clip.row) for clip in clips]
         x = self.latents(clips)
         u_B = draw_uniform(seed, "timestep", keys)
+        prompts = self.drop_captions([clip.caption for clip in clips], keys)
         return FlowBatch(
             x=x,
             noise=draw_noise(seed, "noise", keys, x.shape[1:]).to(x.device),
             t_B=self.spec.training_times(u_B, x.shape[2:]).to(x.device),
             mask_BT=self.given_frames(keys, x.shape[2]).to(x.device),
-            prompts=self.drop_captions([clip.caption for clip in clips], keys),
+            prompts=prompts,
             fps_B=torch.tensor([clip.fps for clip in clips], device=x.device),
+            text=stored_text(clips, prompts),
         )
 
     def given_frames(self, keys: list[tuple[int, int]], num_frames: int) -> Tensor:
@@ -150,6 +160,8 @@ class FlowBatch:
     mask_BT: Tensor
     prompts: list[str]
     fps_B: Tensor
+    text: tuple[Tensor | None, ...] = ()
+    """Caption embeddings (L, E) that are known already, for the prompts that have one; empty: for none."""
 
     def predict(self, model: nn.Module) -> Tensor:
         """The model's velocity (B, C, T, H, W)."""
@@ -157,7 +169,8 @@ class FlowBatch:
         t_BT = frame_times(self.t_B, self.mask_BT)
         z = interpolate(self.x, self.noise, t_BT)
         mask_BT = self.mask_BT if model.transformer.mask_proj is not None else None
-        return model(z, t_BT, model.tokenize(self.prompts), mask_BT=mask_BT, fps_B=self.fps_B)
+        text = model.embed(self.prompts, self.text or [None] * len(self.prompts))
+        return model(z, t_BT, text, mask_BT=mask_BT, fps_B=self.fps_B)
 
     def loss_sum(self, model: nn.Module) -> Tensor:
         """Sum over the samples of each one's mean squared velocity error on frames not given."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sora_train.config import Config
+from sora_train.config import Config, DataConfig
 from sora_train.data.buckets import NO_BUCKET, Assignment, BucketSpec, assign, build_buckets
 from sora_train.data.cache import LatentCache
 from sora_train.data.loader import Loader
@@ -19,6 +19,7 @@ from sora_train.data.micro_batches import GB, MemoryCap, micro_batch_sizes
 from sora_train.data.plan import Share, Tape, require_efficiency
 from sora_train.data.sample import Bucket, Clip, ClipBatch
 from sora_train.data.splice import Change, Splice, repeats_of
+from sora_train.data.stored import require_latents, require_text
 from sora_train.data.walk import samples_an_epoch
 from sora_train.distributed import ControlPlane, World
 from sora_train.errors import UserError
@@ -87,6 +88,9 @@ class TrainingData:
             memory=memory_cap(cfg, vae, tokens_of),
             step=state["step"] if state else 0,
         )
+        vae_digest = vae.digest()
+        for manifest in (train, sources.val):
+            require_stored(cfg, manifest, table, vae, vae_digest, model)
         cache = None
         if cfg.data.cache == "latents" and reads_vae_latents:
             cache = LatentCache(Path(cfg.data.cache_dir or folder.path / "cache"))
@@ -94,12 +98,12 @@ class TrainingData:
             train,
             tape,
             cfg.buckets,
-            cfg.data,
+            data_as_read(cfg),
             seed=cfg.seed,
             micro_batches=cfg.train.micro_batches,
             rank=world.rank,
             world_size=world.size,
-            vae_digest=vae.digest(),
+            vae_digest=vae_digest,
             cache=cache,
             run_dir=folder.path,
             reasons=assignment.reasons,
@@ -179,6 +183,38 @@ class TrainingData:
         self.loader.close()
 
 
+def data_as_read(cfg: Config) -> DataConfig:
+    """The section `data` with what a task that trains on pixels cannot use switched off."""
+    if cfg.task == "text_to_video":
+        return cfg.data
+    return cfg.data.model_copy(update={"stored_latents": "ignore", "stored_text": "ignore"})
+
+
+def assigned(cfg: Config, manifest: Manifest, table: list[BucketSpec]) -> Assignment:
+    """The bucket of every row of a run's manifest."""
+    latents = data_as_read(cfg).stored_latents == "use"
+    return assign(manifest, table, cfg.buckets, cfg.seed, latents=latents)
+
+
+def require_stored(
+    cfg: Config,
+    manifest: Manifest,
+    table: list[BucketSpec],
+    vae: VideoVAE,
+    vae_digest: str,
+    model: nn.Module,
+) -> None:
+    """Raises UserError where latents or embeddings of the shards are not those of this run's networks."""
+    data = data_as_read(cfg)
+    if not manifest.members.any():
+        return
+    rows = np.flatnonzero(assigned(cfg, manifest, table).bucket_of_row >= 0).tolist()
+    if data.stored_latents == "use":
+        require_latents(manifest, rows, vae_digest, vae.latent_shape)
+    if data.stored_text == "use" and isinstance(model, TextToVideo):
+        require_text(manifest, rows, model.text_digest(), cfg.text.trainable, cfg.text.max_length)
+
+
 def bucket_table(
     cfg: Config, vae: VideoVAE | Geometry, patch: tuple[int, int, int]
 ) -> list[BucketSpec]:
@@ -219,7 +255,7 @@ def plan(
     Where the sources have grown the new clips join at the end of the epoch, which the sources
     returned say. Raises UserError where no clip fits a bucket, or a micro-batch does not fit the memory.
     """
-    assignment = assign(sources.train, table, cfg.buckets, cfg.seed)
+    assignment = assigned(cfg, sources.train, table)
     if not (assignment.bucket_of_row >= 0).any():
         raise UserError(no_clip_fits(sources.train, assignment, table))
     buckets = [spec.bucket for spec in table]
@@ -263,7 +299,7 @@ def _changes(
     for first in sorted({0, *(first for first, _ in mixes), *(stock.first for stock, _ in stocks)}):
         rows = [rows for stock, rows in stocks if stock.first <= first][-1]
         mix = next((mix for begin, mix in reversed(mixes) if begin <= first), None)
-        if mix is None:
+        if mix is None or len(sources.names) == 1:
             repeats = (1.0,) * len(sources.names)
         elif mix.weights:
             known = assignment.bucket_of_row[:rows]
@@ -350,13 +386,15 @@ def no_clip_fits(manifest: Manifest, assignment: Assignment, table: list[BucketS
 
 
 @torch.no_grad()
-def fill_cache(loader: Loader, vae: VideoVAE, world: World, title: str) -> None:
+def fill_cache(
+    loader: Loader, vae: VideoVAE, world: World, title: str, size: int = CACHE_CHUNK
+) -> None:
     """Encode every clip that is not stored yet, chunk by chunk, the chunks dealt out over the ranks.
 
     Chunks are cut from the manifest, not from the tape, so stored latents depend on neither the
     world size nor on where a run was cut off.
     """
-    chunks = loader.cache_chunks(CACHE_CHUNK, world.rank, world.size)
+    chunks = loader.cache_chunks(size, world.rank, world.size)
     total, done = sum(len(rows) for _, rows in chunks), 0
     with Progress(max(total, 1), title, enabled=world.is_main and total > 0) as progress:
         for _, clips, failures in loader.chunks(chunks):
@@ -376,7 +414,7 @@ def read_validation(
 
     Those that fail are named, and bounded by `data.max_drop_fraction` as training clips are.
     """
-    assignment = assign(manifest, table, cfg.buckets, cfg.seed)
+    assignment = assigned(cfg, manifest, table)
     rows = np.flatnonzero(assignment.bucket_of_row >= 0)[: cfg.validation.max_clips]
     if len(rows) == 0 or cfg.validation.every == 0:
         return []
@@ -385,14 +423,17 @@ def read_validation(
     buckets = [spec.bucket for spec in table]
     tape = Tape(kept, manifest.shard, buckets, dict.fromkeys(buckets, 1), seed=cfg.seed)
     device = next(vae.parameters()).device
-    data = cfg.data.model_copy(update={"max_drop_fraction": 1.0, "caption_weights": {}})
+    data = data_as_read(cfg).model_copy(update={"max_drop_fraction": 1.0, "caption_weights": {}})
     with Loader(manifest, tape, cfg.buckets, data, seed=cfg.seed, micro_batches=1) as loader:
         clips, _ = loader.decode_rows(rows.tolist())
     if not with_latents:
         return clips
     with torch.no_grad():
-        encoded = [vae.encode(to_pixels([clip], device))[0].float().cpu().numpy() for clip in clips]
-    return [
-        Clip(clip.row, clip.epoch, clip.pixels, latents, clip.fps, clip.caption, clip.digest)
-        for clip, latents in zip(clips, encoded, strict=True)
-    ]
+        return [
+            clip
+            if clip.latents is not None
+            else replace(
+                clip, latents=vae.encode(to_pixels([clip], device))[0].float().cpu().numpy()
+            )
+            for clip in clips
+        ]

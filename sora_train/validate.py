@@ -13,7 +13,13 @@ from torch import nn
 
 from sora_train.data.sample import Clip
 from sora_train.diffusion.draws import draw_noise
-from sora_train.objectives import FlowBatch, TextToVideoObjective, VaeObjective, to_pixels
+from sora_train.objectives import (
+    FlowBatch,
+    TextToVideoObjective,
+    VaeObjective,
+    stored_text,
+    to_pixels,
+)
 
 BATCH = 16
 
@@ -37,6 +43,7 @@ def validation_loss(
                 mask_BT=x.new_zeros(len(batch), x.shape[2]),
                 prompts=[clip.caption for clip in batch],
                 fps_B=torch.tensor([clip.fps for clip in batch], device=x.device),
+                text=stored_text(batch, [clip.caption for clip in batch]),
             )
             sums[t] += float(flow.loss_sum(model))
     by_time = {f"val/loss/t{t:.2f}": total / len(clips) for t, total in sums.items()}

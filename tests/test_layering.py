@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 BELOW_THE_TRAINER = {
     "card",
+    "data_encode",
     "data_report",
     "data_report_plan",
     "data_trace",

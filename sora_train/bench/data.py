@@ -147,8 +147,10 @@ class DataBench:
     @classmethod
     def open(cls, cfg: Config) -> "DataBench":
         """Raises what opening the source does, and UserError where no clip fits a bucket."""
-        # What is dropped is not what is measured.
-        data = cfg.data.model_copy(update={"max_drop_fraction": 1.0})
+        # What is dropped is not what is measured, and the bare decoder knows clips alone.
+        data = cfg.data.model_copy(
+            update={"max_drop_fraction": 1.0, "stored_latents": "ignore", "stored_text": "ignore"}
+        )
         cfg = cfg.model_copy(update={"data": data})
         sources = DataPlan.open(cfg)
         tokens = {

@@ -118,6 +118,13 @@ class DataConfig(Section):
     cache_dir: str = ""
     """Where cached latents lie; empty: `cache/` in the run folder. Keys are content addresses, so it may be shared."""
 
+    stored_latents: Literal["use", "ignore"] = "use"
+    """Latents that stand in the shards: `use` trains from them where they have the shape of the sample's bucket and
+    refuses those of another VAE; `ignore` decodes the clips, and drops samples that have none."""
+    stored_text: Literal["use", "ignore"] = "use"
+    """Caption embeddings that stand in the shards: `use` refuses those of another text encoder, and any where the
+    encoder is trained; `ignore` encodes the captions in the run."""
+
     @field_validator("caption_weights")
     @classmethod
     def _some_weight(cls, weights: dict[str, float]) -> dict[str, float]:
@@ -161,7 +168,7 @@ class DataConfig(Section):
     def _mix_is_whole(self) -> "DataConfig":
         names = {source.name for source in self.sources}
         steps = [mix.from_step for mix in self.mix]
-        if self.mix and not names:
+        if self.mix and len(names) < 2:
             raise ValueError("data.mix needs several sources to mix; give them as data.sources")
         if self.mix and (steps[0] != 0 or sorted(set(steps)) != steps):
             raise ValueError(

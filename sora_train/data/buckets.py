@@ -137,16 +137,25 @@ def _frame_size(cls: BucketClass, key: str, ratio: str, multiple: int) -> tuple[
 
 
 def assign(
-    manifest: Manifest, table: Sequence[BucketSpec], cfg: BucketsConfig, seed: int
+    manifest: Manifest,
+    table: Sequence[BucketSpec],
+    cfg: BucketsConfig,
+    seed: int,
+    *,
+    latents: bool = True,
 ) -> Assignment:
     """The bucket of every row, or the reason it has none (the manifest's, or `too_short`,
-    `too_small`, `aspect_ratio`).
+    `too_small`, `aspect_ratio`, `latents_shape`, `latents_only`).
 
     Within a class a clip takes the nearest aspect ratio and the longest duration it fills; among
-    the classes it fits, one is drawn by the classes' probabilities with a key of (seed, row).
+    the classes it fits, one is drawn by the classes' probabilities with a key of (seed, row). A
+    sample that is stored as latents alone fits the bucket of exactly its shape, or none without
+    `latents`.
     """
     usable = manifest.drop_reason == ""
     reasons = manifest.drop_reason.copy()
+    fixed = usable & (manifest.kind == "latents")
+    usable &= ~fixed
     long_enough = np.zeros(len(manifest), bool)
     large_enough = np.zeros(len(manifest), bool)
     chosen = np.full(len(manifest), NO_BUCKET, np.int64)
@@ -166,7 +175,22 @@ def assign(
     reasons[left & large_enough] = "aspect_ratio"
     reasons[left & ~large_enough] = "too_small"
     reasons[left & ~long_enough] = "too_short"
+    if fixed.any():
+        if latents:
+            chosen[fixed] = _exactly(manifest, table)[fixed]
+        reasons[fixed & (chosen == NO_BUCKET)] = "latents_shape" if latents else "latents_only"
     return Assignment(chosen, reasons)
+
+
+def _exactly(manifest: Manifest, table: Sequence[BucketSpec]) -> np.ndarray:
+    """Index of the bucket that has just the frames, height and width of each row, NO_BUCKET where none has."""
+    found = np.full(len(manifest), NO_BUCKET, np.int64)
+    for index, spec in enumerate(table):
+        frames, height, width = spec.bucket.frames, spec.bucket.height, spec.bucket.width
+        found[
+            (manifest.frames == frames) & (manifest.height == height) & (manifest.width == width)
+        ] = index
+    return found
 
 
 def _fit_class(

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sora_train.data import stored
 from sora_train.data.captions import TABLE_SUFFIXES, Texts, read_table
 from sora_train.data.decode import Probe, ProbeRequest, StorageFault
 from sora_train.data.decode_pool import DecodePool
@@ -39,7 +40,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Member:
-    """One clip as listed, before anyone looked inside. `fault` is set where its bytes are incomplete."""
+    """One clip as listed, before anyone looked inside. `fault` is set where its bytes are incomplete.
+
+    `members` is the manifest's column; `digest` that of latents which have no clip beside them.
+    """
 
     shard: str
     key: str
@@ -50,6 +54,8 @@ class Member:
     fault: str = ""
     captions: str = ""
     scores: str = ""
+    members: str = ""
+    digest: str = ""
 
 
 def open_source(
@@ -262,7 +268,7 @@ def _list_tars(folder: Path, tars: list[Path], captions: str) -> list[Member]:
             members.append(
                 Member(
                     shard, sample.key, sample.kind, sample.offset, sample.length, own.caption, sample.detail,
-                    own.captions, own.scores or inside.scores,
+                    own.captions, own.scores or inside.scores, sample.members, sample.digest,
                 )
             )  # fmt: skip
     if not members:
@@ -305,11 +311,16 @@ def _probe_members(
                 probe,
             )
             deadline = timeout + PROBE_SECONDS_PER_MIB * member.length / 2**20
-            futures.append(None if member.fault else pool.submit(request, deadline))
+            waits = not member.fault and member.kind != stored.KIND
+            futures.append(pool.submit(request, deadline) if waits else None)
         for done, (member, future) in enumerate(zip(members, futures, strict=True), start=1):
-            found = (
-                Failure(done - 1, "unreadable", member.fault) if future is None else future.result()
-            )
+            found: Probe | Failure
+            if future is not None:
+                found = future.result()
+            elif member.fault:
+                found = Failure(done - 1, "unreadable", member.fault)
+            else:
+                found = stored.probe_of(member.members, member.digest)
             rows.append(member_row(member, found, probe == "header"))
             if progress:
                 progress(done, len(members))
@@ -327,6 +338,7 @@ def member_row(member: Member, found: Probe | Failure, unverified: bool) -> dict
         "caption": member.caption,
         "captions": member.captions,
         "scores": member.scores,
+        "members": member.members,
     }
     if isinstance(found, Failure):
         return empty_row(**place, drop_reason=found.reason, drop_detail=found.detail)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sora_train.data import stored
 from sora_train.data.decode import ProbeRequest, StorageFault
 from sora_train.data.decode_pool import DecodePool
 from sora_train.data.index import CHECK_THREADS, PROBE_SECONDS_PER_MIB, Member, member_row
@@ -307,9 +308,14 @@ def _begun(
             member = Member(
                 shard.name, sample.key, sample.kind, sample.offset, sample.length, sample.caption,
                 captions=sample.captions, scores=sample.scores,
+                members=sample.members, digest=sample.digest,
             )  # fmt: skip
             if sample.reason:
                 yield member, Failure(number, sample.reason, sample.detail)
+            elif sample.kind == stored.KIND:
+                known: Future = Future()
+                known.set_result(stored.probe_of(member.members, member.digest))
+                yield member, known
             else:
                 deadline = how.timeout + PROBE_SECONDS_PER_MIB * sample.length / 2**20
                 request = ProbeRequest(

@@ -6,6 +6,7 @@ when it is ready. A sample that fails is reported as a Failure, never replaced.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -15,12 +16,12 @@ from types import TracebackType
 import numpy as np
 
 from sora_train.config import BucketsConfig, DataConfig
-from sora_train.data import decode_decord, decode_torchcodec, quarantine
+from sora_train.data import decode_decord, decode_torchcodec, quarantine, stored
 from sora_train.data.cache import LatentCache, latent_key
 from sora_train.data.caption_choice import CaptionChoice, require_captions
-from sora_train.data.decode import DecodeRequest
+from sora_train.data.decode import DecodeRequest, StorageFault
 from sora_train.data.decode_pool import DecodePool, worker_of
-from sora_train.data.manifest import Manifest
+from sora_train.data.manifest import Manifest, text_digest
 from sora_train.data.plan import TapeLike, rows_for_rank
 from sora_train.data.reading import ReadPolicy, require
 from sora_train.data.remote import is_remote
@@ -171,6 +172,7 @@ class Loader:
         of_row = self.tape.bucket_of_row[self.tape.rows]
         for number, bucket in enumerate(self.tape.buckets):
             rows = self.tape.rows[of_row == number].tolist()
+            rows = [row for row in rows if self._stored_latents(row) is None]
             chunks += [
                 (bucket, tuple(rows[start : start + size])) for start in range(0, len(rows), size)
             ]
@@ -194,8 +196,14 @@ class Loader:
             yield bucket, clips, failures
 
     def decode_rows(self, rows: Sequence[int]) -> tuple[list[Clip], list[Failure]]:
-        """Pixels of trained rows as epoch 0 shows them (for validation, or to fill the cache)."""
-        return self._gather(rows, [self._decode(row, 0) for row in rows])
+        """Trained rows as epoch 0 shows them (for validation): pixels, or the latents that stand in the shards."""
+        begun = [
+            self._decode(row, 0)
+            if self._stored_latents(row) is None
+            else self._readers.submit(self._read_stored, row, 0)
+            for row in rows
+        ]
+        return self._gather(rows, begun)
 
     def _gather(
         self, rows: Sequence[int], futures: list[Future]
@@ -216,6 +224,10 @@ class Loader:
         times, _, box = self._cut(row, 0)
         digest = str(self.manifest.sample_digest[row])
         return latent_key(digest, self.tape.bucket_of(row), times, box, self._vae_digest)
+
+    def latent_fps(self, row: int) -> float:
+        """The frame rate of what is stored for a row, 0 for a single frame."""
+        return self._cut(row, 0)[1]
 
     def is_cached(self, row: int) -> bool:
         return self._cache is not None and self.latent_key(row) in self._cache
@@ -248,17 +260,64 @@ class Loader:
     def _begin(self, row: int, epoch: int, step: int) -> Future:
         if self.quarantine.failure(row, step):
             return Future()  # never looked at: `_collect` asks the quarantine first
+        if self._stored_latents(row) is not None:
+            return self._readers.submit(self._read_stored, row, epoch)
         if self._cache is not None:
             return self._readers.submit(self._read_latents, row, epoch)
         return self._decode(row, epoch)
 
-    def _read_latents(self, row: int, epoch: int) -> Clip | Future:
+    def _stored_latents(self, row: int) -> stored.StoredLatents | None:
+        """The latents that stand in the row's shard, where they are to be used: in the shape of its bucket."""
+        if self._cfg.stored_latents == "ignore":
+            return None
+        latents, _ = stored.stored_of(self.manifest.members[row])
+        return latents if latents and latents.pixels == self.tape.bucket_of(row) else None
+
+    def _read_stored(self, row: int, epoch: int) -> Clip | Failure:
+        """The latents in the row's shard as a clip. Raises Fault where storage fails."""
+        place = self._stored_latents(row)
+        assert place is not None
+        latents = self._member(row, place, stored.LATENTS)
+        if isinstance(latents, Failure):
+            return latents
+        clip = self._clip(row, epoch, None, latents, place.fps)
+        return self._with_text(clip)
+
+    def _with_text(self, clip: Clip) -> Clip | Failure:
+        """The clip with the stored embedding of its caption, where there is one."""
+        place = self._stored_text(clip)
+        if place is None:
+            return clip
+        text = self._member(clip.row, place, stored.TEXT)
+        return text if isinstance(text, Failure) else dataclasses.replace(clip, text=text)
+
+    def _stored_text(self, clip: Clip) -> stored.StoredText | None:
+        """Where the embedding of this very caption lies."""
+        if self._cfg.stored_text == "ignore":
+            return None
+        _, text = stored.stored_of(self.manifest.members[clip.row])
+        return text if text and text.caption_digest == text_digest(clip.caption) else None
+
+    def _member(
+        self, row: int, place: stored.StoredLatents | stored.StoredText, extension: str
+    ) -> np.ndarray | Failure:
+        try:
+            return stored.read_member(self.manifest.path(row), place, extension, self._reading)
+        except stored.DamagedMember as error:
+            return Failure(row, "stored_damaged", str(error))
+        except StorageFault as error:
+            raise Fault(
+                f"cannot read {extension} of {self.manifest.key[row]!r} at byte {place.offset}: {error}; check the "
+                "storage, or index the source again if its files changed"
+            ) from error
+
+    def _read_latents(self, row: int, epoch: int) -> Clip | Failure | Future:
         """The stored latents as a clip; where they are lost, the pixels' future instead."""
         assert self._cache is not None
         latents = self._cache.get(self.latent_key(row))
         if latents is None:
             return self._decode(row, epoch)
-        return self._clip(row, epoch, None, latents)
+        return self._with_text(self._clip(row, epoch, None, latents))
 
     def request(self, row: int, epoch: int) -> DecodeRequest:
         """What the decoder is asked for a trained row in an epoch."""
@@ -290,15 +349,29 @@ class Loader:
         return _then(
             self._pool.submit(self.request(row, epoch)),
             lambda found: (
-                found if isinstance(found, Failure) else self._clip(row, epoch, found, None)
+                found
+                if isinstance(found, Failure)
+                else self._text_read(self._clip(row, epoch, found, None))
             ),
         )
 
+    def _text_read(self, clip: Clip) -> Clip | Future:
+        """The clip, or its future where an embedding is to be read: not in the thread of the decoder."""
+        if self._stored_text(clip) is None:
+            return clip
+        return self._readers.submit(self._with_text, clip)
+
     def _clip(
-        self, row: int, epoch: int, pixels: np.ndarray | None, latents: np.ndarray | None
+        self,
+        row: int,
+        epoch: int,
+        pixels: np.ndarray | None,
+        latents: np.ndarray | None,
+        fps: float | None = None,
     ) -> Clip:
+        """`fps` is the rate of stored latents; that of decoded frames follows from their times."""
         manifest = self.manifest
-        fps = self._cut(row, epoch)[1]
+        fps = self._cut(row, epoch)[1] if fps is None else fps
         caption = self._captions.prompt(manifest.caption[row], manifest.captions[row], epoch, row)
         return Clip(row, epoch, pixels, latents, fps, caption, manifest.sample_digest[row])
 

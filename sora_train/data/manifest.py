@@ -92,7 +92,7 @@ class Manifest:
 
     Three columns hold JSON objects, or '' where there is nothing to say: `captions` names further
     captions (`{"short": "...", "dense": "..."}`), `members` the byte ranges of what stands beside or
-    instead of the clip (`{"latents.npy": [offset, length]}`), `scores` how the sample was judged
+    instead of the clip (`{"latents.safetensors": [offset, length]}`, see stored.py), `scores` how the sample was judged
     (`{"aesthetic": 5.2}`).
     """
 

@@ -38,7 +38,8 @@ class Clip:
     """A sample as it reaches training: its pixels, or its stored latents instead.
 
     `pixels` is uint8 (T, H, W, 3) RGB, `latents` float32 (C, T', H', W'), `fps` the frame rate after
-    sampling (0 for a single frame, which has none), `digest` that of the sample's bytes.
+    sampling (0 for a single frame, which has none), `digest` that of the sample's bytes, `text` the
+    caption's stored embedding, float32 (L, D), where there is one.
     """
 
     row: int
@@ -48,6 +49,7 @@ class Clip:
     fps: float
     caption: str
     digest: str
+    text: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sora_train.data.decode import ByteRange, StorageFault
 from sora_train.data.manifest import FILE_NAME, Manifest, empty_row
+from sora_train.data.stored import LATENTS, TEXT, as_members, describe_bytes
 from sora_train.errors import UserError
 
 BLOCK = 512
@@ -60,11 +62,18 @@ class ShardWriter:
         self._tar: Any = None
 
     def write(
-        self, key: str, video_bytes: bytes, ext: str, caption: str, meta: dict[str, object]
+        self,
+        key: str,
+        video_bytes: bytes,
+        ext: str,
+        caption: str,
+        meta: dict[str, object],
+        beside: Mapping[str, bytes] | None = None,
     ) -> None:
         """Add a sample; `meta` holds the manifest's columns that are known of it (frames, fps, ...).
 
-        Raises UserError on a key that was written before.
+        `beside` are further members by extension. Latents may take the clip's place: `ext` is then
+        theirs. Raises UserError on a key that was written before.
         """
         if key in self._keys:
             raise UserError(f"the key {key!r} occurs twice; every clip needs a name of its own")
@@ -79,17 +88,18 @@ class ShardWriter:
         for name in ("captions", "scores"):
             if meta.get(name):
                 known[name] = json.loads(str(meta[name]))
-        members = {ext: video_bytes, "json": json.dumps(known).encode()}
+        members = {**(beside or {}), ext: video_bytes, "json": json.dumps(known).encode()}
         if caption:
             members["txt"] = caption.encode()
         begin = self._tar.tarstream.offset
         self._tar.write({"__key__": key, **members})
         # TarWriter writes members in the order of their extensions, each a header and padded data.
         offset = begin + BLOCK
+        places: dict[str, tuple[int, int]] = {}
         for name in sorted(members):
-            if name == ext:
-                break
+            places[name] = (offset, len(members[name]))
             offset += BLOCK + -(-len(members[name]) // BLOCK) * BLOCK
+        stored = [name for name in (LATENTS, TEXT) if name in members]
         self._rows.append(
             empty_row(
                 **{
@@ -97,9 +107,13 @@ class ShardWriter:
                     "source": self.source,
                     "shard": self._shards[-1],
                     "key": key,
-                    "offset": offset,
+                    "offset": places[ext][0],
                     "length": len(video_bytes),
                     "caption": caption,
+                    "members": as_members(
+                        {name: places[name] for name in stored},
+                        {name: describe_bytes(members[name], name) for name in stored},
+                    ),
                 }
             )
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sora_train.data import stored
 from sora_train.data.caption_texts import (
     MAIN,
     Fields,
@@ -67,6 +68,15 @@ class TarSample:
     caption: str = ""
     captions: str = ""
     scores: str = ""
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    said: dict[str, dict[str, Any]] = field(default_factory=dict)
+    damage: str = ""
+    digest: str = ""
+
+    @property
+    def members(self) -> str:
+        """The manifest's column of that name: byte ranges and descriptions of latents and text."""
+        return stored.as_members(self.places, self.said)
 
 
 @dataclass(frozen=True)
@@ -262,15 +272,45 @@ def _add(
         again.append(found)
     elif kind and (not sample.kind or (kind == "video" and sample.kind == "image")):
         found.extensions, found.texts = sample.extensions, sample.texts
+        found.places, found.said = sample.places, sample.said
+        found.damage, found.digest = sample.damage, sample.digest
         samples[key] = found
     elif kind and kind == sample.kind:
         sample.reason = "ambiguous_clip"
         sample.detail = f"{sample.name}, {member.name}: choose one with video_key="
+    elif extension in (stored.LATENTS, stored.TEXT):
+        _add_stored(tar, member, extension, sample, whole)
     elif whole and extension in _text_extensions(keys) and member.size <= MAX_CAPTION_BYTES:
         data = tar.extractfile(member)
         assert data is not None, "a regular member can be read"
         sample.texts.setdefault(extension, data.read().decode(errors="replace"))
     samples[key].extensions.append(extension)
+
+
+def _add_stored(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, sample: TarSample, whole: bool
+) -> None:
+    """Where latents or an embedding lie, and what their header says; what is wrong with them in `damage`."""
+    if extension in sample.places:
+        sample.damage = f"{member.name} is in the shard before"
+    elif not whole:
+        sample.damage = f"the shard is cut off inside {member.name}"
+    else:
+        data = tar.extractfile(member)
+        assert data is not None, "a regular member can be read"
+
+        def read(offset: int, count: int) -> bytes:
+            data.seek(offset)
+            return data.read(count)
+
+        try:
+            sample.said[extension] = stored.describe(read, member.size, extension)
+            sample.places[extension] = (member.offset_data, member.size)
+        except stored.DamagedMember as error:
+            sample.damage = f"{member.name}: {error}"
+            return
+        if extension == stored.LATENTS:
+            sample.digest = stored.digest(read, member.size)
 
 
 def _text_extensions(keys: MemberKeys) -> set[str]:
@@ -283,7 +323,12 @@ def _judged(sample: TarSample, keys: MemberKeys, shard: str) -> TarSample:
     sample.scores = scores_of(sample.texts)
     sample.texts = {}
     members = ", ".join(sample.extensions) or "none"
-    if not sample.kind:
+    if not sample.kind and stored.LATENTS in sample.extensions:
+        sample.kind, sample.name = stored.KIND, f"{sample.key}.{stored.LATENTS}"
+        sample.offset, sample.length = sample.places.get(stored.LATENTS, (0, 0))
+    if sample.damage and not sample.reason:
+        sample.reason, sample.detail = "stored_damaged", sample.damage
+    elif not sample.kind:
         sample.reason = "missing_clip"
         sample.detail = f"the members of the key are {members}"
     elif sample.reason == "shard_cut":

@@ -86,6 +86,27 @@ class TextEncoder(nn.Module):
         ids_BS, mask_BS = (x.to(device) for x in self.tokenize(prompts))
         return self(ids_BS, mask_BS), mask_BS if self.cfg.padding == "masked" else None
 
+    @torch.no_grad()
+    def embedding(self, prompt: str) -> Tensor:
+        """The embeddings (L, E) of one caption's own tokens, the end mark included."""
+        device = self.model.shared.weight.device
+        ids_BS, mask_BS = (x.to(device) for x in self.tokenize([prompt]))
+        return self(ids_BS, mask_BS)[0, : int(mask_BS.sum())]
+
+    def batched(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Embeddings (L, E) of several captions as `encode` would give them together."""
+        longest = max(len(row) for row in rows)
+        width = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        if self.cfg.padding == "wan":
+            width = self.cfg.max_length
+        dtype = self.model.shared.weight.dtype
+        captions_BSE = rows[0].new_zeros((len(rows), width, self.cfg.d_model), dtype=dtype)
+        mask_BS = torch.zeros(captions_BSE.shape[:2], dtype=torch.bool, device=rows[0].device)
+        for index, row in enumerate(rows):
+            captions_BSE[index, : len(row)] = row
+            mask_BS[index, : len(row)] = True
+        return captions_BSE, mask_BS if self.cfg.padding == "masked" else None
+
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """First value of every parameter, float32 on the CPU at full shape, keyed by (seed, name);
         T5's own scales."""

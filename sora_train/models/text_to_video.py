@@ -89,6 +89,27 @@ class TextToVideo(nn.Module):
         with torch.no_grad():
             return self.frozen_encoder.to(device).encode(prompts)
 
+    def embed(self, prompts: Sequence[str], stored: Sequence[Tensor | None]) -> Text:
+        """`tokenize`, with embeddings (L, E) that are known already in place of their prompts.
+
+        They are the frozen encoder's of the caption's own tokens; without a frozen encoder they are
+        not looked at.
+        """
+        if self.text_encoder is not None or all(known is None for known in stored):
+            return self.tokenize(prompts)
+        encoder, device = self.frozen_encoder, self.transformer.proj_out.weight.device
+        rest = [prompt for prompt, known in zip(prompts, stored, strict=True) if known is None]
+        encoded: list[Tensor] = []
+        if rest:
+            captions_BSE, mask_BS = self.tokenize(rest)
+            encoded = [
+                own if mask_BS is None else own[mask_BS[row]]
+                for row, own in enumerate(captions_BSE)
+            ]
+        begun = iter(encoded)
+        rows = [next(begun) if known is None else known.to(device) for known in stored]
+        return encoder.batched(rows)
+
     @property
     def frozen_encoder(self) -> TextEncoder:
         """The text encoder of `text.trainable=false`, outside the parameters of this model."""

@@ -269,13 +269,13 @@ TWO = ["data.source=''", "data.sources=[{name:a,source:x},{name:b,source:y}]"]
     [
         (ONE[1:], "data.source=shapes and data.sources are both given"),
         ([ONE[0], "data.sources=[{name:a,source:x},{name:a,source:y}]"], "name of its own"),
-        (["data.mix=[{weights:{a:1}}]"], "needs several sources"),
-        ([*ONE, "data.mix=[{weights:{b:1}}]"], "names 'b'"),
-        ([*ONE, "data.mix=[{weights:{a:0}}]"], "every source rest"),
-        ([*ONE, "data.mix=[{from_step:5,weights:{a:1}}]"], "the first is 0"),
-        ([*ONE, "data.mix=[{weights:{a:1},repeats:{a:1}}]"], "one of the two"),
+        ([*ONE, "data.mix=[{weights:{a:1}}]"], "needs several sources"),
+        ([*TWO, "data.mix=[{weights:{c:1}}]"], "names 'c'"),
+        ([*TWO, "data.mix=[{weights:{a:0}}]"], "every source rest"),
+        ([*TWO, "data.mix=[{from_step:5,weights:{a:1}}]"], "the first is 0"),
+        ([*TWO, "data.mix=[{weights:{a:1},repeats:{a:1}}]"], "one of the two"),
         ([*TWO, "data.mix=[{weights:{a:1}}]"], "never meets the source 'b'"),
-        ([*ONE, "data.mix=[{weights:{a:-1}}]"], "0 or more"),
+        ([*TWO, "data.mix=[{weights:{a:-1}}]"], "0 or more"),
     ],
 )
 def test_a_mix_that_says_nothing_sensible_is_refused(overrides: list[str], said: str):
