@@ -22,7 +22,9 @@ from sora_train.data.decode_worker import TEST_HOOK
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.plan import Tape
-from sora_train.data.reading import DiskCache, ReadPolicy, read_range, require
+from sora_train.data.disk_cache import DiskCache
+from sora_train.data.reading import read_range, require
+from sora_train.data.retry import ReadPolicy
 from sora_train.data.shards import ShardWriter
 from sora_train.errors import Fault, UserError
 
@@ -131,7 +133,7 @@ def test_s3(server: RangeServer):
     (server.folder / "bucket").mkdir()
     (server.folder / "bucket" / "a.tar").write_bytes(DATA)
     code = (
-        "from sora_train.data.reading import ReadPolicy, read_range\n"
+        "from sora_train.data.reading import read_range\nfrom sora_train.data.retry import ReadPolicy\n"
         "policy = ReadPolicy(2, 15.0, first_pause=0.02)\n"
         "print(read_range('s3://bucket/a.tar', 512, 1000, policy).hex())\n"
         "read_range('s3://bucket/gone.tar', 0, 10, policy)\n"
@@ -220,7 +222,7 @@ def test_a_lost_account_and_files_left_over_are_dealt_with(tmp_path: Path):
 
 def test_processes_share_a_cache(tmp_path: Path):
     code = (
-        "import sys; from sora_train.data.reading import DiskCache\n"
+        "import sys; from sora_train.data.disk_cache import DiskCache\n"
         "cache = DiskCache(sys.argv[1], 5000)\n"
         "for number in range(150):\n"
         "    key = f'{number * 7 % 40:02d}'\n"
