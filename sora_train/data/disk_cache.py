@@ -18,8 +18,8 @@ TRIMMED_SHARE = 0.9
 STALE_SECONDS = 3600.0
 _POLL_SECONDS = 0.02
 _CHECKSUM_BYTES = 4
-# The inodes of files that this process has found whole.
-_CHECKED: dict[Path, int] = {}
+# Inode and time of writing of the files that this process has found whole.
+_CHECKED: dict[Path, tuple[int, int]] = {}
 _MOST_REMEMBERED = 100_000
 
 
@@ -45,9 +45,11 @@ class DiskCache:
         path = self.path(key)
         try:
             with path.open("rb") as file:
-                os.utime(file.fileno())
-                inode = os.fstat(file.fileno()).st_ino
-                if end is not None and _CHECKED.get(path) == inode:
+                stat = os.fstat(file.fileno())
+                # The time of its use is that of access, so that the other still tells when it was written.
+                os.utime(file.fileno(), ns=(time.time_ns(), stat.st_mtime_ns))
+                written = (stat.st_ino, stat.st_mtime_ns)
+                if end is not None and _CHECKED.get(path) == written:
                     file.seek(start)
                     return file.read(end - start)
                 stored = file.read()
@@ -59,7 +61,7 @@ class DiskCache:
             return None
         if len(_CHECKED) >= _MOST_REMEMBERED:
             _CHECKED.clear()
-        _CHECKED[path] = inode
+        _CHECKED[path] = written
         return data[start:end]
 
     def drop(self, key: str) -> None:
@@ -126,7 +128,7 @@ class DiskCache:
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
                 if path.suffix == ".bytes":
-                    files.append((stat.st_mtime_ns, stat.st_size, path))
+                    files.append((max(stat.st_atime_ns, stat.st_mtime_ns), stat.st_size, path))
                 elif time.time() - stat.st_mtime > STALE_SECONDS:
                     path.unlink()
         total = sum(count for _, count, _ in files)

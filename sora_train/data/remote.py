@@ -181,7 +181,7 @@ def _asked(ask: Callable[[], Found]) -> Found:
     except UserError as error:
         raise Refused(str(error)) from error
     except FileNotFoundError as error:
-        raise Refused("it does not exist, or not any more") from error
+        raise Refused("it does not exist (any more)") from error
     except PermissionError as error:
         raise Refused(f"access is denied ({error})") from error
     # Each protocol's client has failures of its own kind, and all of them may pass.

@@ -21,6 +21,7 @@ class RangeServer(ThreadingHTTPServer):
         self.folder = folder
         self.faults: deque[str] = deque()
         self.always = ""
+        self.pause = 0.0
         self.asked: list[tuple[str, str]] = []
         self.closing = threading.Event()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
@@ -62,6 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self.send_error(404)
             return
+        time.sleep(server.pause)
         data = path.read_bytes()
         first, _, last = asked.removeprefix("bytes=").partition("-")
         start, end = int(first), min(len(data), int(last) + 1)

@@ -1,8 +1,11 @@
 """Remote bytes: the right ones or a fault of storage in time, whatever the server does."""
 
+import hashlib
+import io
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,18 +14,19 @@ import fsspec
 import numpy as np
 import pytest
 from clip_files import write_clip
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from range_server import RangeServer
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
+from sora_train.data import reading
 from sora_train.data.buckets import assign, build_buckets
-from sora_train.data.decode import StorageFault
+from sora_train.data.decode import ProbeRequest, StorageFault, _digest
 from sora_train.data.decode_worker import TEST_HOOK
+from sora_train.data.disk_cache import DiskCache
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.plan import Tape
-from sora_train.data.disk_cache import DiskCache
 from sora_train.data.reading import read_range, require
 from sora_train.data.retry import ReadPolicy
 from sora_train.data.shards import ShardWriter
@@ -31,6 +35,10 @@ from sora_train.errors import Fault, UserError
 QUICK = ReadPolicy(retries=3, timeout=2.0, first_pause=0.02)
 HASTY = ReadPolicy(retries=1, timeout=0.5, first_pause=0.02)
 DATA = bytes(range(256)) * 40
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 @pytest.fixture
@@ -168,7 +176,7 @@ def test_what_was_read_is_read_once(server: RangeServer, tmp_path: Path):
         assert read_range(url, 100, 50, policy) == DATA[100:150]
     assert len(server.asked) == 1
     read_range(url, 100, 51, policy)
-    read_range(url, 100, 50, policy, digest="of another file")
+    read_range(url, 100, 50, policy, digest=sha256(DATA[100:150]))
     assert len(server.asked) == 3
     for path in (tmp_path / "cache").glob("??/*.bytes"):
         path.write_bytes(path.read_bytes().replace(DATA[110:112], b"??"))
@@ -176,6 +184,131 @@ def test_what_was_read_is_read_once(server: RangeServer, tmp_path: Path):
     server.always = "404"
     with pytest.raises(StorageFault):
         read_range(url, 0, 7, policy)
+
+
+# -- blocks ---------------------------------------------------------------------------------------
+
+STAMP = (len(DATA), "fingerprint")
+
+
+def blocks(folder: Path, block: int = 1000, bound: int = 100_000) -> ReadPolicy:
+    return ReadPolicy(1, 5.0, str(folder), bound, first_pause=0.02, block_bytes=block)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_any_ranges_in_any_order_take_each_block_once(data: st.DataObject):
+    block = data.draw(st.integers(300, 6000))
+    starts = st.integers(0, len(DATA) - 1)
+    ranges = data.draw(st.lists(st.tuples(starts, st.integers(1, 4000)), min_size=1, max_size=8))
+    asked: list[range] = []
+
+    def served(_url: str, offset: int, length: int, *_: object) -> bytes:
+        asked.append(range(offset, offset + length))
+        assert offset + length <= len(DATA), "nothing is asked beyond the end"
+        return DATA[offset : offset + length]
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "fetch", served)
+        for start, length in ranges:
+            end = min(len(DATA), start + length)
+            found = read_range(
+                "http://h/a.tar", start, end - start, blocks(Path(folder), block), stamp=STAMP
+            )
+            assert found == DATA[start:end]
+    numbers = [
+        number for run in asked for number in range(run.start // block, -(-run.stop // block))
+    ]
+    assert len(numbers) == len(set(numbers)), "no block is asked for twice"
+    assert all(run.start % block == 0 for run in asked)
+    assert sum(map(len, asked)) == sum(min(block, len(DATA) - n * block) for n in numbers)
+
+
+def test_many_small_clips_are_few_requests(server: RangeServer, tmp_path: Path):
+    policy = blocks(tmp_path / "cache", block=4096)
+    for start in range(0, len(DATA) - 50, 50):
+        found = read_range(server.url("a.tar"), start, 50, policy, stamp=STAMP)
+        assert found == DATA[start : start + 50]
+    assert server.asked == [
+        ("/a.tar", f"bytes={start}-{min(start + 4096, len(DATA)) - 1}") for start in (0, 4096, 8192)
+    ]
+    read_range(server.url("a.tar"), 0, 50, policy, stamp=(len(DATA), "of a newer file"))
+    assert len(server.asked) == 4
+
+
+def test_a_wide_range_is_one_request_for_what_is_missing(server: RangeServer, tmp_path: Path):
+    policy = blocks(tmp_path / "cache")
+    read_range(server.url("a.tar"), 3500, 10, policy, stamp=STAMP)
+    assert read_range(server.url("a.tar"), 500, 7000, policy, stamp=STAMP) == DATA[500:7500]
+    assert [asked for _, asked in server.asked] == [
+        "bytes=3000-3999", "bytes=0-2999", "bytes=4000-7999"
+    ]  # fmt: skip
+
+
+def test_processes_that_want_a_block_at_once_fetch_it_once(server: RangeServer, tmp_path: Path):
+    server.pause = 0.3
+    code = (
+        "import sys\n"
+        "from sora_train.data.reading import read_range\n"
+        "from sora_train.data.retry import ReadPolicy\n"
+        "policy = ReadPolicy(0, 30.0, sys.argv[2], 100_000, block_bytes=4096)\n"
+        "print('up', flush=True); sys.stdin.read()\n"
+        f"print(read_range(sys.argv[1], 4000, 200, policy, stamp={STAMP}).hex())\n"
+    )
+    command = [sys.executable, "-c", code, server.url("a.tar"), str(tmp_path / "cache")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    for process in running:
+        assert process.stdout.readline() == "up\n"
+    for process in running:
+        process.stdin.close()
+        process.stdin = None
+    for process in running:
+        assert bytes.fromhex(process.communicate(timeout=60)[0]) == DATA[4000:4200]
+    assert [asked for _, asked in server.asked] == ["bytes=0-8191"]
+
+
+def test_a_holder_that_is_stuck_blocks_nobody_for_long(tmp_path: Path):
+    cache = DiskCache(tmp_path, 1000)
+    with cache.fetching(["aaa1", "bbb1"], time.monotonic()):
+        began = time.monotonic()
+        with cache.fetching(["bbb2", "ccc1"], began + 0.2):
+            assert 0.2 <= time.monotonic() - began < 2
+    began = time.monotonic()
+    with cache.fetching(["bbb2", "bbb3"], began + 60):
+        assert time.monotonic() - began < 2, "the lock went with its holder"
+
+
+# -- what was indexed -----------------------------------------------------------------------------
+
+
+def ends_digest(data: bytes) -> str:
+    request = ProbeRequest(0, "k", "p", 0, len(data), "video", count="header")
+    return _digest(io.BytesIO(data), request)
+
+
+@pytest.mark.parametrize("digest_of", [sha256, ends_digest])
+@pytest.mark.parametrize("cached", [False, True])
+def test_bytes_that_are_not_those_indexed_stop_the_run(server, tmp_path, digest_of, cached):
+    policy = blocks(tmp_path / "cache") if cached else QUICK
+    url, digest = server.url("a.tar") + "?signature=secret", digest_of(DATA[500:2500])
+    assert read_range(url, 500, 2000, policy, digest=digest, stamp=STAMP) == DATA[500:2500]
+    with pytest.raises(
+        StorageFault, match=r"a\.tar: the 2000 bytes from 501 on.*shard changed.*index"
+    ) as caught:
+        read_range(url, 501, 2000, policy, digest=digest, stamp=STAMP)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_cache_of_another_file_is_read_afresh(server: RangeServer, tmp_path: Path):
+    """A change that the shard's fingerprint does not tell: the sample's digest does."""
+    policy, url = blocks(tmp_path / "cache"), server.url("a.tar")
+    read_range(url, 0, 3000, policy, stamp=STAMP)
+    changed = DATA[:1500] + b"another" + DATA[1507:]
+    (server.folder / "a.tar").write_bytes(changed)
+    found = read_range(url, 1200, 600, policy, stamp=STAMP, digest=sha256(changed[1200:1800]))
+    assert found == changed[1200:1800]
+    assert read_range(url, 1200, 600, policy, stamp=STAMP) == found
 
 
 def test_a_cache_that_cannot_be_written_is_named(server: RangeServer, tmp_path: Path):
@@ -258,8 +391,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
             clip = write_clip(clips / f"{number}.mp4", 12, height=height, width=width)
             meta: dict[str, object] = {
                 "kind": "video", "codec": "h264", "frames": 12, "fps": 8.0, "duration": 1.5,
-                "height": height, "width": width, "sample_digest": f"d{number}",
+                "height": height, "width": width,
             }  # fmt: skip
+            meta["sample_digest"] = sha256(clip.read_bytes())
             writer.write(f"clip{number}", clip.read_bytes(), "mp4", f"caption {number}", meta)
     return Manifest.load(folder / "out" / "manifest.parquet")
 
