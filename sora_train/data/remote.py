@@ -112,7 +112,11 @@ def _of_scheme(scheme: str) -> Any:
         options = {"client_kwargs": {"timeout": limit}}
     elif package == "s3fs":
         options = {
-            "config_kwargs": {"connect_timeout": STALLED_SECONDS, "read_timeout": STALLED_SECONDS}
+            "config_kwargs": {
+                "connect_timeout": STALLED_SECONDS,
+                "read_timeout": STALLED_SECONDS,
+                "retries": {"total_max_attempts": 1},  # s3fs tries again, and so do we
+            }
         }
     try:
         return fsspec.filesystem(scheme, **options)

@@ -16,8 +16,8 @@ class RangeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path, handler: type["Handler"] | None = None):
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.folder = folder
         self.faults: deque[str] = deque()
         self.always = ""
@@ -42,7 +42,7 @@ class RangeServer(ThreadingHTTPServer):
         """A reader that gave up is no news."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: RangeServer
 
     def log_message(self, *_: object) -> None:

@@ -1,5 +1,6 @@
 """Remote bytes: the right ones or a fault of storage in time, whatever the server does."""
 
+import functools
 import hashlib
 import io
 import os
@@ -17,19 +18,22 @@ from clip_files import write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from range_server import RangeServer
+from s3_server import S3Server
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
-from sora_train.data import reading
+from sora_train.data import reading, remote
 from sora_train.data.buckets import assign, build_buckets
 from sora_train.data.decode import ProbeRequest, StorageFault, _digest
 from sora_train.data.decode_worker import TEST_HOOK
 from sora_train.data.disk_cache import DiskCache
+from sora_train.data.index_shards import HowToIndex, index_shards
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.plan import Tape
 from sora_train.data.reading import read_range, require
 from sora_train.data.retry import ReadPolicy
 from sora_train.data.shards import ShardWriter
+from sora_train.data.tars import MemberKeys
 from sora_train.errors import Fault, UserError
 
 QUICK = ReadPolicy(retries=3, timeout=2.0, first_pause=0.02)
@@ -133,31 +137,6 @@ def test_a_cache_folder_that_cannot_be_is_refused_before_the_run(tmp_path: Path)
     with pytest.raises(UserError, match=r"data\.disk_cache_dir=.*cache .*local disk"):
         require(["https://host/a.tar"], str(tmp_path / "cache"))
     require(["local.tar"], str(tmp_path / "cache"))
-
-
-def test_s3(server: RangeServer):
-    """A server of S3's own answers to reads: ranges by path, and its faults."""
-    pytest.importorskip("s3fs")
-    (server.folder / "bucket").mkdir()
-    (server.folder / "bucket" / "a.tar").write_bytes(DATA)
-    code = (
-        "from sora_train.data.reading import read_range\nfrom sora_train.data.retry import ReadPolicy\n"
-        "policy = ReadPolicy(2, 15.0, first_pause=0.02)\n"
-        "print(read_range('s3://bucket/a.tar', 512, 1000, policy).hex())\n"
-        "read_range('s3://bucket/gone.tar', 0, 10, policy)\n"
-    )
-    env = {
-        **os.environ,
-        "AWS_ENDPOINT_URL": server.url("").rstrip("/"),
-        "AWS_ACCESS_KEY_ID": "id",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server.faults.extend(["503", "half"])
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert bytes.fromhex(done.stdout) == DATA[512:1512], done.stderr
-    assert "StorageFault: s3://bucket/gone.tar, 10 bytes from 0 on" in done.stderr
 
 
 @given(st.integers(0, 12), st.integers(0, 1 << 40))
@@ -478,3 +457,45 @@ def test_a_remote_clip_that_spins_has_its_own_deadline_not_the_storages(
             ]
             assert time.monotonic() - began < 20
     assert [(failure.row, failure.reason) for failure in failures] == [(1, "decode_timeout")]
+
+
+# -- S3 -------------------------------------------------------------------------------------------
+
+
+def shards_in(bucket: Path, shards: Manifest) -> None:
+    """The shards as plain webdataset tars of someone else's."""
+    bucket.mkdir(parents=True)
+    for shard in sorted(set(shards.shard.tolist())):
+        (bucket / shard).write_bytes((shards.root / shard).read_bytes())
+
+
+def test_s3_from_the_index_to_the_loader(
+    shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Index by a pattern, then train through the cache, while the server is busy and hangs up half way."""
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(remote, "_of_scheme", functools.lru_cache(remote._of_scheme.__wrapped__))
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
+    shards_in(tmp_path / "served" / "bucket", shards)
+    with S3Server(tmp_path / "served") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        server.faults.extend(["503", "half"])
+        how = HowToIndex(MemberKeys(captions=("txt",)))
+        far = index_shards("s3://bucket/*.tar", tmp_path / "index", how, workers=1)
+        assert not server.faults
+        assert far is not None and far.dropped() == {} and len(far) == NUM_CLIPS
+        assert far.path(0).startswith("s3://bucket/") and set(far.shards) == set(far.shard)
+        assert far.sample_digest.tolist() == shards.sample_digest.tolist()
+        indexing = len(server.asked)
+        local = pixels(loader_of(shards), 3)
+        server.faults.extend(["503", "half"])
+        options = {"disk_cache_dir": str(tmp_path / "cache"), "num_workers": 1}
+        found = pixels(loader_of(far, tmp_path, **options), 3)
+        assert list(found.values()) == list(local.values()) and not server.faults
+        assert len(server.asked) - indexing == len(set(far.shard)) + 2, "a shard is one block here"
+
+        with pytest.raises(StorageFault, match=r"s3://bucket/gone\.tar, 10 bytes.*does not exist"):
+            read_range("s3://bucket/gone.tar", 0, 10, QUICK)
+    assert not (tmp_path / "quarantine.jsonl").exists()
