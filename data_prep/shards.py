@@ -12,6 +12,7 @@ from sora_train.data.decode import StorageFault
 from sora_train.data.index import open_source
 from sora_train.data.manifest import FILE_NAME, Manifest
 from sora_train.data.shards import ShardWriter, read_bytes
+from sora_train.data.stored import KIND, LATENTS
 from sora_train.errors import Fault, UserError
 
 
@@ -83,6 +84,8 @@ def _split(name: str, known: dict[str, object]) -> tuple[str, str]:
     if name == known["shard"]:
         stem, _, extension = name.rpartition(".")
         return stem, extension.lower()
+    if known["kind"] == KIND:
+        return name, LATENTS
     return name, "mp4" if known["kind"] == "video" else str(known["codec"])
 
 

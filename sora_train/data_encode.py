@@ -19,8 +19,9 @@ from sora_train.data.cache import LatentCache
 from sora_train.data.decode import StorageFault
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.reading import ReadPolicy, read_range
+from sora_train.data.reading import read_range
 from sora_train.data.remote import is_remote
+from sora_train.data.retry import ReadPolicy
 from sora_train.data.sample import Failure
 from sora_train.data.shards import ShardWriter, read_bytes
 from sora_train.data.stored import KIND, LATENTS, TEXT, digest, pack_latents, pack_text

@@ -180,11 +180,15 @@ def _in_order(
     if len(names) > 1:
         parts = [_placed(part, name) for part, name in zip(parts, names * len(stocks), strict=True)]
         held_out = {name: _placed(part, name) for name, part in held_out.items()}
-    train = parts[0] if len(parts) == 1 else Manifest.joined(parts, parts[0].root, parts[0].shards)
-    val, *more = held_out.values()
-    if more:
-        val = Manifest.joined([val, *more], val.root, {})
+    train, val = _together(parts), _together(list(held_out.values()))
     return Sources(train, val, names, np.concatenate(numbers), tuple(blocks), stocks, grown)
+
+
+def _together(parts: Sequence[Manifest]) -> Manifest:
+    if len(parts) == 1:
+        return parts[0]
+    stamps = {shard: stamp for part in parts for shard, stamp in part.shards.items()}
+    return Manifest.joined(parts, parts[0].root, stamps)
 
 
 def _placed(part: Manifest, name: str) -> Manifest:
@@ -192,7 +196,9 @@ def _placed(part: Manifest, name: str) -> Manifest:
     shards, places = np.unique(part.shard.astype(str), return_inverse=True)
     paths = np.array([_whole(part.shard_path(shard)) for shard in shards.tolist()] or [""], object)
     shard = paths[places] if len(part) else part.shard
-    return part.with_columns(shard=shard, source=np.full(len(part), name, object))
+    stamps = {_whole(part.shard_path(shard)): stamp for shard, stamp in part.shards.items()}
+    placed = part.with_columns(shard=shard, source=np.full(len(part), name, object))
+    return Manifest.joined([placed], part.root, stamps)
 
 
 def _whole(path: str) -> str:

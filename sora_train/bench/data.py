@@ -287,6 +287,7 @@ class DataBench:
             "bytes a clip, mean": int(used.length.mean()),
             "decode processes": self.cfg.data.num_workers,
             "micro-batches read ahead": self.cfg.data.prefetch,
+            "MB read ahead, at most": self.cfg.data.prefetch_mb,
         }
 
 

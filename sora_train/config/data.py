@@ -94,7 +94,10 @@ class DataConfig(Section):
     num_workers: int = Field(2, ge=1)
     """Decode processes a rank. The numbers of the run do not depend on it."""
     prefetch: int = Field(4, ge=1)
-    """Micro-batches decoded ahead."""
+    """Most micro-batches read and decoded ahead of the step."""
+    prefetch_mb: float = Field(2048.0, ge=0)
+    """Most MB of clips (decoded, or their stored latents) that a rank may hold or be making ahead of the step; a
+    micro-batch that alone takes more is begun only when its own step comes."""
     decode_timeout: float = Field(60.0, gt=0)
     """Seconds a clip may take to decode before its process is killed and the clip quarantined."""
     read_retries: int = Field(5, ge=0)
@@ -105,6 +108,9 @@ class DataConfig(Section):
     disk_cache_dir: str = ""
     """Folder on a local disk that keeps what was read from remote storage, shared by all processes of the
     machine; empty: nothing is kept."""
+    read_block_mb: float = Field(8.0, gt=0)
+    """With `data.disk_cache_dir`, remote shards are read and kept in blocks of this many MB, each once, so that many
+    small clips take few requests."""
     disk_cache_gb: float = Field(50.0, gt=0)
     """Bound of `data.disk_cache_dir` in GB; what was not used for longest is removed."""
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
@@ -198,6 +204,15 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.micro_batch_table is given but data.micro_batch={self.micro_batch} does not read it; "
                 "set data.micro_batch=table, or drop the table with ~data.micro_batch_table"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> "DataConfig":
+        if self.disk_cache_dir and self.disk_cache_gb * 1000 < 8 * self.read_block_mb:
+            raise ValueError(
+                f"data.disk_cache_gb={self.disk_cache_gb:g} holds fewer than 8 blocks of data.read_block_mb="
+                f"{self.read_block_mb:g}; raise the one or lower the other"
             )
         return self
 

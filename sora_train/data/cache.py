@@ -48,6 +48,13 @@ class LatentCache:
     def __contains__(self, key: str) -> bool:
         return self.path(key).exists()
 
+    def size(self, key: str) -> int | None:
+        """Bytes of what is stored, None where nothing is."""
+        try:
+            return self.path(key).stat().st_size
+        except FileNotFoundError:
+            return None
+
     def get(self, key: str) -> np.ndarray | None:
         """The stored array, or None. A damaged file is removed, counted in `unreadable`, and a miss."""
         path = self.path(key)

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 if TYPE_CHECKING:
-    from sora_train.data.reading import ReadPolicy
+    from sora_train.data.manifest import Stamp
+    from sora_train.data.retry import ReadPolicy
 
 av.logging.set_level(av.logging.PANIC)
 
@@ -101,9 +102,11 @@ class DecodeRequest:
     reading: ReadPolicy | None = None
     """How to read the bytes of a `path` that is an address; None where it is a local file."""
     digest: str = ""
-    """What the index says of the bytes, so that a cache does not give those of an older file."""
+    """What the index says of the bytes; remote ones are checked against it."""
     data: bytes | None = None
     """The bytes, where they were read already."""
+    stamp: Stamp | None = None
+    """What the index says of the whole shard at an address, so that a cache can keep it block by block."""
 
 
 class PartOfFile(io.RawIOBase):
@@ -202,11 +205,23 @@ def _digest(file: Any, request: ProbeRequest) -> str:
     """SHA-256 of the bytes; where only the header is read, of their number and their two ends."""
     if request.count != "header":
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    state = hashlib.sha256(f"ends {request.length} ".encode())
-    for start in (0, max(0, request.length - DIGEST_END_BYTES)):
+    return _digest_of_ends(file, request.length)
+
+
+def _digest_of_ends(file: Any, length: int) -> str:
+    state = hashlib.sha256(f"ends {length} ".encode())
+    for start in (0, max(0, length - DIGEST_END_BYTES)):
         file.seek(start)
         state.update(file.read(DIGEST_END_BYTES) or b"")
     return state.hexdigest()[:32]
+
+
+def is_digest_of(digest: str, data: bytes) -> bool:
+    """Whether a sample's digest is that of these bytes, however much of them the index looked at."""
+    # The ends first, since they cost next to nothing.
+    return digest == _digest_of_ends(io.BytesIO(data), len(data)) or (
+        digest == hashlib.sha256(data).hexdigest()[:32]
+    )
 
 
 def _explain(error: Exception, file: Any) -> Exception:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sora_train.errors import Fault
 START_SECONDS = 120.0
 EXIT_SECONDS = 5.0
 MAX_START_FAILURES = 3
+_Item = tuple[Any, float, Future, Callable[[Any], Any] | None]
 # What a read may take beyond its own deadline before its process is taken for stuck.
 READ_GRACE = 10.0
 
@@ -139,7 +141,7 @@ class DecodePool:
 
     def __init__(self, num_workers: int, timeout: float, *, module: str = _WORKER):
         self.timeout = timeout
-        self._queue: queue.Queue[tuple[Any, float, Future] | None] = queue.Queue()
+        self._queue: queue.Queue[_Item | None] = queue.Queue()
         self._children = [_Child(module) for _ in range(num_workers)]
         self._closed = False
         self._threads = [
@@ -149,12 +151,20 @@ class DecodePool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, request: Any, timeout: float | None = None) -> Future:
-        """Queue a request with its own deadline in seconds (default: the pool's), counted from its start."""
+    def submit(
+        self,
+        request: Any,
+        timeout: float | None = None,
+        convert: Callable[[Any], Any] | None = None,
+    ) -> Future:
+        """Queue a request with its own deadline in seconds (default: the pool's), counted from its start.
+
+        The future's result is what `convert` makes of the answer.
+        """
         if self._closed:
             raise Fault("the decode pool was used after it was closed")
         future: Future = Future()
-        self._queue.put((request, timeout or self.timeout, future))
+        self._queue.put((request, timeout or self.timeout, future, convert))
         return future
 
     @property
@@ -197,19 +207,28 @@ class DecodePool:
         self.close()
 
     def _serve(self, child: _Child) -> None:
-        while (item := self._queue.get()) is not None:
-            request, timeout, future = item
-            if self._closed or not future.set_running_or_notify_cancel():
-                continue
-            try:
-                status, value = child.ask(timeout, request)
-                if self._closed:
-                    raise Fault("the decode pool was closed while a clip was being decoded")
-                future.set_result(_interpret(request, status, value))
-            # The waiting side must learn of everything, else it waits for ever.
-            except BaseException as error:
-                future.set_exception(error)
+        while self._serve_one(child):
+            pass
         child.kill()
+
+    def _serve_one(self, child: _Child) -> bool:
+        """Answer the next request, False where none will come. Its clip is forgotten on return."""
+        item = self._queue.get()
+        if item is None:
+            return False
+        request, timeout, future, convert = item
+        if self._closed or not future.set_running_or_notify_cancel():
+            return True
+        try:
+            status, value = child.ask(timeout, request)
+            if self._closed:
+                raise Fault("the decode pool was closed while a clip was being decoded")
+            found = _interpret(request, status, value)
+            future.set_result(convert(found) if convert else found)
+        # The waiting side must learn of everything, else it waits for ever.
+        except BaseException as error:
+            future.set_exception(error)
+        return True
 
 
 def _kill(pid: int) -> None:

@@ -80,7 +80,12 @@ def fetch(request: Any) -> tuple[Any, tuple[str, object] | None]:
     """The request with its bytes, and the answer already where storage fails."""
     try:
         data = reading.read_range(
-            request.path, request.offset, request.length, request.reading, digest=request.digest
+            request.path,
+            request.offset,
+            request.length,
+            request.reading,
+            digest=request.digest,
+            stamp=request.stamp,
         )
     except decode.StorageFault as error:
         return request, ("storage", str(error))

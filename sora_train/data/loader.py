@@ -7,9 +7,11 @@ when it is ready. A sample that fails is reported as a Failure, never replaced.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -23,8 +25,9 @@ from sora_train.data.decode import DecodeRequest, StorageFault
 from sora_train.data.decode_pool import DecodePool, worker_of
 from sora_train.data.manifest import Manifest, text_digest
 from sora_train.data.plan import TapeLike, rows_for_rank
-from sora_train.data.reading import ReadPolicy, require
+from sora_train.data.reading import require
 from sora_train.data.remote import is_remote
+from sora_train.data.retry import ReadPolicy
 from sora_train.data.sample import Bucket, Clip, ClipBatch, Failure, MicroBatch
 from sora_train.data.transforms import crop, uniform, window
 from sora_train.errors import Fault, UserError
@@ -34,6 +37,14 @@ _CACHE_THREADS = 2
 _POLL_SECONDS = 1.0
 
 Chunk = tuple[Bucket, tuple[int, ...]]
+
+
+@dataclass
+class _Begun:
+    """A micro-batch on its way, and what it takes in memory once it is there."""
+
+    futures: list[Future]
+    bytes: int
 
 
 class Loader:
@@ -79,6 +90,7 @@ class Loader:
             data_cfg.read_timeout,
             data_cfg.disk_cache_dir,
             int(data_cfg.disk_cache_gb * 1e9),
+            block_bytes=max(1, int(data_cfg.read_block_mb * 1e6)),
         )
         require(set(manifest.shard.tolist()), data_cfg.disk_cache_dir)
         found = manifest.drop_reason if reasons is None else reasons
@@ -91,7 +103,7 @@ class Loader:
         )
         self.wait_seconds = 0.0
         """Time `step` and `chunks` made their callers wait, in all."""
-        self._pending: dict[int, list[Future]] = {}
+        self._pending: dict[int, _Begun] = {}
         self._pool = DecodePool(
             data_cfg.num_workers, data_cfg.decode_timeout, module=worker_of(self._backend)
         )
@@ -111,34 +123,52 @@ class Loader:
         batches = [
             self._idle(step)
             if entry is None
-            else self._collect(step, entry, self._pending.pop(entry.index))
+            else self._collect(step, entry, self._pending.pop(entry.index).futures)
             for entry in entries
         ]
         self.wait_seconds += time.monotonic() - began
         return batches
 
     def _prefetch(self, step: int, entries: list[MicroBatch | None]) -> None:
-        """Begin the micro-batches of a step and those after it, as many as `data.prefetch`; forget others."""
-        wanted = [entry for entry in entries if entry is not None]
-        now, ahead = len(wanted), step
-        while len(wanted) < now + self._cfg.prefetch:
-            ahead += 1
-            more = rows_for_rank(
+        """Begin the micro-batches of a step and those after it, as many as there is room for; forget others."""
+        wanted = {entry.index: (entry, self._bytes(entry)) for entry in entries if entry}
+        room = self._cfg.prefetch_mb * 1e6
+        for entry in itertools.islice(self._after(step), self._cfg.prefetch):
+            size = self._bytes(entry)
+            room -= size
+            if room < 0:
+                break
+            wanted[entry.index] = (entry, size)
+        for index in self._pending.keys() - wanted.keys():
+            for future in self._pending.pop(index).futures:
+                future.cancel()
+        for index, (entry, size) in wanted.items():
+            if index not in self._pending:
+                rows = zip(entry.rows, entry.epochs, strict=True)
+                self._pending[index] = _Begun(
+                    [self._begin(row, epoch, step) for row, epoch in rows], size
+                )
+
+    def _after(self, step: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches after a step, in the order of the tape."""
+        for ahead in itertools.count(step + 1):
+            entries = rows_for_rank(
                 self.tape, ahead, self._micro_batches, self._rank, self._world_size
             )
-            if not any(more):
-                break
-            wanted += [entry for entry in more if entry is not None]
-        wanted = wanted[: now + self._cfg.prefetch]
-        for index in self._pending.keys() - {entry.index for entry in wanted}:
-            for future in self._pending.pop(index):
-                future.cancel()
-        for entry in wanted:
-            if entry.index not in self._pending:
-                self._pending[entry.index] = [
-                    self._begin(row, epoch, step)
-                    for row, epoch in zip(entry.rows, entry.epochs, strict=True)
-                ]
+            if not any(entries):
+                return
+            yield from filter(None, entries)
+
+    def _bytes(self, entry: MicroBatch) -> int:
+        """What a micro-batch takes once it is read: stored latents as long as their files, else its pixels."""
+        if entry.index in self._pending:
+            return self._pending[entry.index].bytes
+        return sum(self._clip_bytes(row) for row in entry.rows)
+
+    def _clip_bytes(self, row: int) -> int:
+        bucket = self.tape.bucket_of(row)
+        stored = self._cache.size(self.latent_key(row)) if self._cache is not None else None
+        return 3 * bucket.frames * bucket.height * bucket.width if stored is None else stored
 
     def _idle(self, step: int) -> ClipBatch:
         """A slot without work, in the shape of its neighbours so that it takes no longer than they do."""
@@ -188,8 +218,15 @@ class Loader:
         """
         begun: list[list[Future]] = []
         for position, (bucket, rows) in enumerate(chunks):
-            for _, ahead in chunks[position + len(begun) : position + 1 + self._cfg.prefetch]:
-                begun.append([self._decode(row, 0) for row in ahead])
+            room = self._cfg.prefetch_mb * 1e6
+            for at in range(position, min(len(chunks), position + 1 + self._cfg.prefetch)):
+                wanted, ahead = chunks[at]
+                if at > position:
+                    room -= 3 * wanted.frames * wanted.height * wanted.width * len(ahead)
+                if room < 0:
+                    break
+                if at == position + len(begun):
+                    begun.append([self._decode(row, 0) for row in ahead])
             began = time.monotonic()
             clips, failures = self._gather(rows, begun.pop(0))
             self.wait_seconds += time.monotonic() - began
@@ -342,13 +379,15 @@ class Loader:
             backend=self._backend,
             reading=self._reading if is_remote(path) else None,
             digest=str(manifest.sample_digest[row]),
+            stamp=manifest.shards.get(str(manifest.shard[row])) if is_remote(path) else None,
         )
 
     def _decode(self, row: int, epoch: int) -> Future:
         """A future of the sample's Clip or Failure."""
-        return _then(
-            self._pool.submit(self.request(row, epoch)),
-            lambda found: (
+        return self._pool.submit(
+            self.request(row, epoch),
+            # In the pool, not in a second future: the two would hold each other, and the clip with them.
+            convert=lambda found: (
                 found
                 if isinstance(found, Failure)
                 else self._text_read(self._clip(row, epoch, found, None))
@@ -435,23 +474,3 @@ def _backend(cfg: DataConfig, manifest: Manifest, tape: TapeLike) -> str:
             f"data.decoder=decord cannot read {codec}, the codec of {key!r}; set data.decoder=auto"
         )
     return "decord"
-
-
-def _then(future: Future, convert: Callable) -> Future:
-    """A future of `convert(value)`; cancelling it cancels the one it stands on."""
-    made: Future = Future()
-
-    def finish(done: Future) -> None:
-        if done.cancelled():
-            made.cancel()
-        if not made.set_running_or_notify_cancel():
-            return
-        try:
-            made.set_result(convert(done.result()))
-        # Whoever waits must learn of everything.
-        except BaseException as error:
-            made.set_exception(error)
-
-    future.add_done_callback(finish)
-    made.add_done_callback(lambda own: own.cancelled() and future.cancel())
-    return made

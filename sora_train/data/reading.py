@@ -1,76 +1,36 @@
-"""Byte ranges of remote shards: retried, within a deadline, and kept in a bounded cache on a local disk.
+"""Byte ranges of remote shards: retried, within a deadline, checked, and kept in a bounded cache on a local disk.
 
 What a server does wrong is a fault of storage, never of the clip: it is tried again, with pauses
 that grow, and then stops the run. `http(s)://` needs no further package; other schemes go through
-fsspec.
+fsspec. With a cache a shard is read in aligned blocks, so that many small clips are few requests.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import http.client
 import os
-import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
 from sora_train.data import remote
-from sora_train.data.decode import StorageFault
+from sora_train.data.decode import StorageFault, is_digest_of
+from sora_train.data.disk_cache import DiskCache
+from sora_train.data.retry import ReadPolicy, Refused, retried
 from sora_train.errors import UserError
-from sora_train.keys import key_seed
+
+if TYPE_CHECKING:
+    from sora_train.data.manifest import Stamp
 
 _HTTP = ("http://", "https://")
 PIECE_BYTES = 1 << 20
-LONGEST_PAUSE_SECONDS = 10.0
 # Below 500, what a server may answer that another attempt can mend.
 RETRIED_STATUS = frozenset({408, 425, 429})
-# Trimming to less than the bound keeps it from being done at every write.
-TRIMMED_SHARE = 0.9
-# A temporary file of the cache that is older than this was left by a process that was killed.
-STALE_SECONDS = 3600.0
-
-
-class _Refused(Exception):
-    """An answer that no further attempt would change."""
-
-
-@dataclass(frozen=True)
-class ReadPolicy:
-    """How remote bytes are read: `retries` after the first attempt, each at most `timeout` seconds.
-
-    With `cache_dir` what was read is kept there, in all at most `cache_bytes`. `first_pause` is the
-    mean pause in seconds before the first retry; it doubles with each.
-    """
-
-    retries: int = 5
-    timeout: float = 30.0
-    cache_dir: str = ""
-    cache_bytes: int = 0
-    first_pause: float = 0.5
-
-    def pause(self, attempt: int, *what: str | int) -> float:
-        """Seconds to wait after a failed attempt (0 the first): keyed, and apart for different reads."""
-        mean = min(LONGEST_PAUSE_SECONDS, self.first_pause * 2**attempt)
-        return mean * (0.5 + key_seed(0, "read_pause", *what, attempt) / 2**63)
-
-    @property
-    def deadline(self) -> float:
-        """The most seconds that a read may take with all its attempts and pauses."""
-        pauses = (
-            1.5 * min(LONGEST_PAUSE_SECONDS, self.first_pause * 2**attempt)
-            for attempt in range(self.retries)
-        )
-        return (self.retries + 1) * self.timeout + sum(pauses)
 
 
 def require(paths: Iterable[str], cache_dir: str = "") -> None:
@@ -93,70 +53,139 @@ def require(paths: Iterable[str], cache_dir: str = "") -> None:
 
 
 def read_range(
-    url: str, offset: int, length: int, policy: ReadPolicy | None = None, *, digest: str = ""
+    url: str,
+    offset: int,
+    length: int,
+    policy: ReadPolicy | None = None,
+    *,
+    digest: str = "",
+    stamp: Stamp | None = None,
 ) -> bytes:
     """`length` bytes from `offset` on, from the cache where they are in it.
 
-    `digest` is that of the bytes as indexed; it keeps a cache from giving those of an older file.
-    Raises StorageFault naming the file and the attempts made.
+    `digest` is that of the bytes as indexed, `stamp` that of the whole file; either keeps a cache from
+    giving bytes of an older file, and a file without a stamp is kept range by range. Raises
+    StorageFault naming the file and the attempts made, or that the bytes are not those indexed.
     """
     policy = policy or ReadPolicy()
     if not length:
         return b""
-    if not policy.cache_dir:
-        return _with_retries(url, offset, length, policy)
-    cache = DiskCache(policy.cache_dir, policy.cache_bytes)
-    key = hashlib.sha256(repr((url, offset, length, digest)).encode()).hexdigest()[:40]
-    try:
-        data = cache.get(key)
-        if data is None or len(data) != length:
-            data = _with_retries(url, offset, length, policy)
-            cache.put(key, data)
-    except OSError as error:
-        raise StorageFault(
-            f"the cache data.disk_cache_dir={policy.cache_dir}: {error.strerror}"
-        ) from error
-    return data
+    cached = _Cached(url, policy, stamp, digest) if policy.cache_dir else None
+    # What was kept may be of an older file, and what came may be damaged: once more, and afresh.
+    for _ in range(2):
+        data = cached.read(offset, length) if cached else fetch(url, offset, length, policy)
+        if not digest or is_digest_of(digest, data):
+            return data
+        if cached is not None:
+            cached.forget(offset, length)
+    raise StorageFault(
+        f"{shown(url)}: the {length} bytes from {offset} on are not those that were indexed, so the shard changed "
+        "since; restore it, or give the new one a new name and index it"
+    )
 
 
-def _with_retries(url: str, offset: int, length: int, policy: ReadPolicy) -> bytes:
-    # The query of a signed address is a secret.
-    shown = url.partition("?")[0]
-    read = _read_http if url.startswith(_HTTP) else _read_fsspec
-    began = time.monotonic()
-    attempt = 0
-    while True:
+def shown(url: str) -> str:
+    """An address for a message: the query of a signed one is a secret."""
+    return url.partition("?")[0]
+
+
+def fetch(
+    url: str, offset: int, length: int, policy: ReadPolicy, ends: float = float("inf")
+) -> bytes:
+    """Bytes from the server itself, `ends` the latest moment for another attempt. Raises StorageFault."""
+    read = _read_http if url.startswith(_HTTP) else remote.read_once
+    return retried(
+        lambda: read(url, offset, length, policy.timeout),
+        policy,
+        f"{shown(url)}, {length} bytes from {offset} on",
+        url,
+        offset,
+        ends=ends,
+    )
+
+
+class _Cached:
+    """A file's bytes by way of the cache: in aligned blocks where its stamp is known, else range by range."""
+
+    def __init__(self, url: str, policy: ReadPolicy, stamp: Stamp | None, digest: str):
+        self._url, self._policy = url, policy
+        self._size, self._name = stamp if stamp is not None else (0, digest)
+        self._cache = DiskCache(policy.cache_dir, policy.cache_bytes)
+
+    def read(self, offset: int, length: int) -> bytes:
         try:
-            return _within(policy.timeout, lambda: read(url, offset, length, policy.timeout))
-        except _Refused as error:
-            said, final = str(error), True
-        except TimeoutError:
-            said, final = f"no whole answer within data.read_timeout={policy.timeout:g} s", False
-        # Each protocol's client has failures of its own kind, and all of them may pass.
-        except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
-            said, final = " ".join(str(error).split())[:200] or type(error).__name__, False
-        attempt += 1
-        if final or attempt > policy.retries:
+            return self._read(offset, length)
+        except OSError as error:
             raise StorageFault(
-                f"{shown}, {length} bytes from {offset} on: {said} "
-                f"({attempt} attempt{'s' * (attempt > 1)} in {time.monotonic() - began:.1f} s)"
-            )
-        time.sleep(policy.pause(attempt - 1, url, offset))
+                f"the cache data.disk_cache_dir={self._policy.cache_dir}: {error.strerror}"
+            ) from error
+
+    def forget(self, offset: int, length: int) -> None:
+        """Drop what the cache holds of a range."""
+        for start, count in self._pieces(offset, length):
+            self._cache.drop(self._key(start, count))
+
+    def _key(self, start: int, count: int) -> str:
+        return hashlib.sha256(repr((self._url, start, count, self._name)).encode()).hexdigest()[:40]
+
+    def _pieces(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """What is kept as one each, (start, bytes): the blocks that a range touches, or the range itself."""
+        size, block = self._size, self._policy.block_bytes
+        if not size or offset + length > size:
+            return [(offset, length)]
+        begin = offset // block * block
+        return [(start, min(block, size - start)) for start in range(begin, offset + length, block)]
+
+    def _read(self, offset: int, length: int) -> bytes:
+        # One process asks for a piece, the others wait for it; then all attempts have their time.
+        waits = time.monotonic() + self._policy.timeout
+        pieces = self._pieces(offset, length)
+        found = {piece: self._part(piece, offset, length) for piece in pieces}
+        missing = [piece for piece in pieces if found[piece] is None]
+        if missing:
+            with self._cache.fetching([self._key(*piece) for piece in missing], waits):
+                for piece in missing:
+                    found[piece] = self._part(piece, offset, length)
+                missing = [piece for piece in missing if found[piece] is None]
+                ends = time.monotonic() + self._policy.attempts_seconds
+                for run in _adjacent(missing):
+                    for piece, data in self._fetched(run, ends):
+                        found[piece] = data[_inside(piece, offset, length)]
+        return b"".join(found[piece] or b"" for piece in pieces)
+
+    def _part(self, piece: tuple[int, int], offset: int, length: int) -> bytes | None:
+        """What the cache holds of a range in one piece, None where it holds none or too little."""
+        inside = _inside(piece, offset, length)
+        data = self._cache.get(self._key(*piece), inside.start, inside.stop)
+        return data if data is not None and len(data) == inside.stop - inside.start else None
+
+    def _fetched(
+        self, run: list[tuple[int, int]], ends: float
+    ) -> list[tuple[tuple[int, int], bytes]]:
+        """Pieces that follow each other, in one request, and kept."""
+        begin = run[0][0]
+        data = fetch(self._url, begin, sum(count for _, count in run), self._policy, ends)
+        parts = [(piece, data[piece[0] - begin : sum(piece) - begin]) for piece in run]
+        for piece, part in parts:
+            self._cache.put(self._key(*piece), part)
+        return parts
 
 
-def _within(seconds: float, read: Callable[[], bytes]) -> bytes:
-    """`read()`, given up after `seconds`: a name server or a trickle of bytes knows no deadline of its own."""
-    done: Future[bytes] = Future()
+def _inside(piece: tuple[int, int], offset: int, length: int) -> slice:
+    """The part of a piece that belongs to a range, counted from the piece's start."""
+    start, count = piece
+    return slice(max(0, offset - start), min(count, offset + length - start))
 
-    def run() -> None:
-        try:
-            done.set_result(read())
-        # The waiting side must learn of everything.
-        except BaseException as error:
-            done.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name="read").start()
-    return done.result(timeout=seconds)
+def _adjacent(pieces: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """The pieces in runs without gaps."""
+    runs: list[list[tuple[int, int]]] = []
+    for piece in pieces:
+        if runs and sum(runs[-1][-1]) == piece[0]:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
 
 
 def _read_http(url: str, offset: int, length: int, timeout: float) -> bytes:
@@ -184,7 +213,7 @@ def _read_http(url: str, offset: int, length: int, timeout: float) -> bytes:
             said += ", the file ends before the index says"
         if error.code >= 500 or error.code in RETRIED_STATUS:
             raise OSError(said) from error
-        raise _Refused(said) from error
+        raise Refused(said) from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
             raise error.reason from error
@@ -196,110 +225,10 @@ def _check_range(answer: http.client.HTTPResponse, offset: int, length: int) -> 
     if answer.status == 200 and offset == 0 and answer.headers["Content-Length"] == str(length):
         return
     if answer.status != 206:
-        raise _Refused(f"HTTP {answer.status} with the whole file: the server knows no byte ranges")
+        raise Refused(f"HTTP {answer.status} with the whole file: the server knows no byte ranges")
     sent = answer.headers.get("Content-Range", "")
     first, _, last = sent.removeprefix("bytes ").partition("/")[0].partition("-")
     if first == str(offset) and last.isdecimal() and int(last) < offset + length - 1:
-        raise _Refused(f"the file ends at byte {int(last) + 1}, before the index says")
+        raise Refused(f"the file ends at byte {int(last) + 1}, before the index says")
     if first != str(offset):
         raise OSError(f"another range was sent, {sent or 'without saying which'}")
-
-
-def _read_fsspec(url: str, offset: int, length: int, _timeout: float) -> bytes:
-    try:
-        data: bytes = remote.filesystem(url).cat_file(url, start=offset, end=offset + length)
-    except UserError as error:
-        raise _Refused(str(error)) from error
-    except (FileNotFoundError, PermissionError) as error:
-        raise _Refused(f"{type(error).__name__}: {error}") from error
-    # The clients of S3 and Google raise what they please; all but the above may pass.
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
-    if len(data) != length:
-        raise OSError(f"{len(data)} bytes came of {length}")
-    return data
-
-
-class DiskCache:
-    """A folder of byte strings, in all at most `max_bytes`: those not used for longest go first.
-
-    Any number of processes of a machine may share it. Contents carry a checksum, so that a damaged
-    file is a miss. Errors of the disk are raised as OSError.
-    """
-
-    def __init__(self, folder: Path | str, max_bytes: int):
-        self.folder = Path(folder).expanduser()
-        self.max_bytes = max_bytes
-
-    def path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.bytes"
-
-    def get(self, key: str) -> bytes | None:
-        """The bytes stored under a key, which are then the last used; None where there are none."""
-        path = self.path(key)
-        try:
-            stored = path.read_bytes()
-            os.utime(path)
-        except FileNotFoundError:
-            return None
-        data, checksum = stored[:-4], stored[-4:]
-        if checksum != zlib.crc32(data).to_bytes(4, "big"):
-            path.unlink(missing_ok=True)
-            return None
-        return data
-
-    def put(self, key: str, data: bytes) -> None:
-        """Store bytes, where they fit at all, after making room for them."""
-        size = len(data) + 4
-        if size > self.max_bytes:
-            return
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.write(zlib.crc32(data).to_bytes(4, "big"))
-            with self._locked() as account:
-                if not path.exists():
-                    self._make_room(account, size)
-                    os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[IO[str]]:
-        """The file that holds the sum of all sizes, for one process at a time."""
-        with (self.folder / "bytes.txt").open("a+") as account:
-            fcntl.flock(account, fcntl.LOCK_EX)
-            yield account
-
-    def _make_room(self, account: IO[str], size: int) -> None:
-        """Book `size` bytes more; beforehand, so that a process killed in between books too many."""
-        account.seek(0)
-        booked = account.read()
-        total = int(booked) if booked.isdecimal() else None
-        if total is None or total + size > self.max_bytes:
-            total = self._trim(size)
-        account.truncate(0)
-        account.write(str(total + size))
-
-    def _trim(self, size: int) -> int:
-        """Count what is there, and remove the least recently used where `size` more would not fit."""
-        files: list[tuple[int, int, Path]] = []
-        for path in self.folder.glob("??/*"):
-            with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
-                if path.suffix == ".bytes":
-                    files.append((stat.st_mtime_ns, stat.st_size, path))
-                elif time.time() - stat.st_mtime > STALE_SECONDS:
-                    path.unlink()
-        total = sum(count for _, count, _ in files)
-        if total + size <= self.max_bytes:
-            return total
-        for _, count, path in sorted(files):
-            if total + size <= max(size, int(self.max_bytes * TRIMMED_SHARE)):
-                break
-            path.unlink(missing_ok=True)
-            total -= count
-        return total

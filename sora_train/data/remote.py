@@ -10,15 +10,16 @@ import glob
 import hashlib
 import importlib
 import itertools
+import math
 import os
 import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from sora_train.data.decode import PartOfFile, StorageFault
+from sora_train.data.retry import Found, ReadPolicy, Refused, retried
 from sora_train.errors import UserError
 
 ATTEMPTS = 4
@@ -110,7 +111,11 @@ def _of_scheme(scheme: str) -> Any:
         options = {"client_kwargs": {"timeout": limit}}
     elif package == "s3fs":
         options = {
-            "config_kwargs": {"connect_timeout": STALLED_SECONDS, "read_timeout": STALLED_SECONDS}
+            "config_kwargs": {
+                "connect_timeout": STALLED_SECONDS,
+                "read_timeout": STALLED_SECONDS,
+                "retries": {"total_max_attempts": 1},  # s3fs tries again, and so do we
+            }
         }
     try:
         return fsspec.filesystem(scheme, **options)
@@ -132,10 +137,7 @@ def size_of(name: str) -> int:
             return MISSING
         except OSError as error:
             raise StorageFault(f"{name}: {error.strerror}") from error
-    try:
-        size = _again(name, lambda: filesystem(name).info(name)["size"])
-    except FileNotFoundError:
-        return MISSING
+    size = _again(name, lambda: _asked(lambda: _size(name)))
     if size is None:
         raise StorageFault(
             f"{name}: the server does not tell the size, as one with byte ranges would"
@@ -143,40 +145,54 @@ def size_of(name: str) -> int:
     return int(size)
 
 
+def _size(name: str) -> int | None:
+    try:
+        size: int | None = filesystem(name).info(name)["size"]
+    except FileNotFoundError:
+        return MISSING
+    return size
+
+
 def read_range(name: str, start: int, end: int) -> bytes:
     """Bytes [start, end) of a remote file. Raises StorageFault."""
+    return _again(name, lambda: read_once(name, start, end - start))
 
-    def read() -> bytes:
-        data = filesystem(name).cat_file(name, start=start, end=end)
-        if len(data) > end - start:
-            raise StorageFault(
-                f"{name}: the server sends the whole file where a byte range was asked for; copy the shards here first"
-            )
-        if len(data) < end - start:
-            raise OSError(0, f"{len(data)} of {end - start} bytes came from byte {start} on")
-        return data
 
+def read_once(name: str, start: int, length: int, _timeout: float = math.inf) -> bytes:
+    """`length` bytes from `start` on, in one attempt of fsspec's. Raises Refused, OSError where another may help."""
+    data: bytes = _asked(lambda: filesystem(name).cat_file(name, start=start, end=start + length))
+    if len(data) > length:
+        raise Refused(
+            "the server sends the whole file where a byte range was asked for; copy the shards here first"
+        )
+    if len(data) < length:
+        raise OSError(0, f"{len(data)} of {length} bytes came from byte {start} on")
+    return data
+
+
+def _again(name: str, read: Callable[[], Found]) -> Found:
+    """`read()`, tried again where the network or the server failed; the client knows when one stalls."""
+    filesystem(name)  # a package that is missing is the user's to install
+    policy = ReadPolicy(ATTEMPTS - 1, math.inf, first_pause=FIRST_PAUSE_SECONDS)
+    return retried(read, policy, name.partition("?")[0], name)
+
+
+def _asked(ask: Callable[[], Found]) -> Found:
+    """What fsspec answers; its failures in two kinds, Refused and OSError."""
     try:
-        return _again(name, read)
+        return ask()
+    except UserError as error:
+        raise Refused(str(error)) from error
     except FileNotFoundError as error:
-        raise StorageFault(f"{name} does not exist any more") from error
-
-
-def _again(name: str, read: Any) -> Any:
-    """`read()`, tried again where the network or the server failed."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return read()
-        except (FileNotFoundError, StorageFault, UserError):
-            raise
-        except PermissionError as error:
-            raise StorageFault(f"{name}: access is denied ({error})") from error
-        # Each protocol's client has failures of its own kind, and all of them may pass.
-        except Exception as error:
-            if attempt == ATTEMPTS - 1:
-                said = " ".join(str(error).split())[:200] or type(error).__name__
-                raise StorageFault(f"{name}: {said} ({ATTEMPTS} attempts)") from error
-            time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+        raise Refused("it does not exist (any more)") from error
+    except PermissionError as error:
+        raise Refused(f"access is denied ({error})") from error
+    # Each protocol's client has failures of its own kind, and all of them may pass.
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise OSError(
+            f"{type(error).__name__}: {said}" if said else type(error).__name__
+        ) from error
 
 
 class RemoteRange(PartOfFile):

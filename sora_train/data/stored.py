@@ -26,8 +26,9 @@ import numpy as np
 
 from sora_train.data.decode import DIGEST_END_BYTES, ByteRange, Probe
 from sora_train.data.manifest import Manifest, text_digest
-from sora_train.data.reading import ReadPolicy, read_range
+from sora_train.data.reading import read_range
 from sora_train.data.remote import is_remote
+from sora_train.data.retry import ReadPolicy
 from sora_train.data.sample import Bucket
 from sora_train.errors import UserError
 

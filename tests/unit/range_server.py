@@ -16,11 +16,12 @@ class RangeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path, handler: type["Handler"] | None = None):
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.folder = folder
         self.faults: deque[str] = deque()
         self.always = ""
+        self.pause = 0.0
         self.asked: list[tuple[str, str]] = []
         self.closing = threading.Event()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
@@ -41,7 +42,7 @@ class RangeServer(ThreadingHTTPServer):
         """A reader that gave up is no news."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: RangeServer
 
     def log_message(self, *_: object) -> None:
@@ -62,6 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self.send_error(404)
             return
+        time.sleep(server.pause)
         data = path.read_bytes()
         first, _, last = asked.removeprefix("bytes=").partition("-")
         start, end = int(first), min(len(data), int(last) + 1)

@@ -1,16 +1,23 @@
 """The loader: the tape's clips in the tape's order, whatever fails and however it is read."""
 
+import gc
 import json
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 from clip_files import inflate, number_of, write_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
+from sora_train.data import loader as loader_module
 from sora_train.data.buckets import assign, build_buckets
 from sora_train.data.cache import LatentCache, latent_key
+from sora_train.data.decode import DecodeRequest
 from sora_train.data.decode_worker import TEST_HOOK
 from sora_train.data.index import open_source
 from sora_train.data.loader import Loader
@@ -359,3 +366,105 @@ def test_a_set_that_is_damaged_beyond_the_limit_stops_with_the_table_of_reasons(
         lost = loader.quarantine.counts()
     assert sorted(used) == sorted(set(range(60)) - {7, 31, 44})
     assert len(used) + sum(lost.values()) == len(made)
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+MB = 1_000_000
+CLIP_MB = 5 * 32 * 48 * 3 / MB
+
+
+class StandInPool:
+    """Answers at once with pixels of the size asked for."""
+
+    alive = True
+
+    def __init__(self, *_: object):
+        """As many processes as are asked for: none."""
+
+    def submit(self, request: DecodeRequest, *, convert: Callable) -> Future:
+        future: Future = Future()
+        pixels = np.zeros((len(request.times), request.height, request.width, 3), np.uint8)
+        future.set_result(convert(pixels))
+        return future
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def delivered(loader: Loader, steps: int, bound: float) -> list[list[tuple]]:
+    """What comes in `steps`, none of them with more than `bound` bytes ahead once it has come."""
+    found = []
+    for step in range(steps):
+        batches = loader.step(step)
+        ahead = [
+            future.result().pixels.nbytes
+            for begun in loader._pending.values()
+            for future in begun.futures
+        ]
+        assert sum(ahead) <= bound
+        found.append([(clip.row, clip.epoch, clip.fps) for b in batches for clip in b.clips])
+    return found
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0, 20 * CLIP_MB), st.integers(1, 12), st.integers(1, 4), st.integers(1, 2))
+def test_no_more_waits_ahead_than_the_bound_and_it_changes_nothing(
+    manifest: Manifest, room_mb: float, prefetch: int, micro_batches: int, world_size: int
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader_module, "DecodePool", StandInPool)
+        how = {"micro_batches": micro_batches, "world_size": world_size}
+        with make(manifest, options={"prefetch_mb": 1e6, "prefetch": 1}, **how) as loader:
+            plain = delivered(loader, 6, np.inf)
+        options = {"prefetch_mb": room_mb, "prefetch": prefetch}
+        with make(manifest, options=options, **how) as loader:
+            assert delivered(loader, 6, room_mb * MB) == plain
+            assert len(loader._pending) <= prefetch
+
+
+def test_the_bound_is_used_up(manifest: Manifest, monkeypatch: pytest.MonkeyPatch):
+    """Otherwise a loader that reads nothing ahead would keep to every bound."""
+    monkeypatch.setattr(loader_module, "DecodePool", StandInPool)
+    for prefetch_mb, expected in ((1000, 4), (0, 0), (2 * CLIP_MB, 1)):
+        with make(manifest, options={"prefetch_mb": prefetch_mb}) as loader:
+            found = []
+            for step in range(6):
+                loader.step(step)
+                found.append(len(loader._pending))
+            # A micro-batch holds two clips, of five frames or of one.
+            assert max(found) >= expected and (expected or not max(found)), found
+            assert prefetch_mb != 1000 or set(found) == {4}
+
+
+def test_stored_latents_count_with_their_own_bytes(manifest: Manifest, tmp_path: Path):
+    cache = LatentCache(tmp_path)
+    latents = np.zeros((4, 2, 4, 6), np.float32)
+    room = 2.1 * 2 * (latents.nbytes + 128) / MB
+    with make(manifest, cache=cache, options={"prefetch_mb": room, "prefetch": 9}) as loader:
+        for row in loader.tape.rows.tolist():
+            loader.store(row, latents)
+        for step in range(4):
+            loader.step(step)
+            ahead = sum(len(begun.futures) for begun in loader._pending.values())
+            assert 3 <= ahead <= 4, "room for four clips; a micro-batch holds two, or one left over"
+
+
+def test_what_was_delivered_is_forgotten_without_the_garbage_collector(manifest: Manifest):
+    """Clips held by objects that hold each other stay until a collection that may be long in coming."""
+
+    def alive(kind: type) -> int:
+        return sum(isinstance(found, kind) for found in gc.get_objects())
+
+    with make(manifest, options={"prefetch": 4}) as loader:
+        loader.step(0)
+        gc.collect()
+        gc.disable()
+        try:
+            # Two clips a micro-batch, two of these in the step and four ahead; a few on their way.
+            most = 2 * (2 + 4) + loader._cfg.num_workers
+            for step in range(1, 40):
+                loader.step(step)
+            assert alive(Future) <= most and alive(Clip) <= most
+        finally:
+            gc.enable()

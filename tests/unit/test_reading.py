@@ -1,8 +1,12 @@
 """Remote bytes: the right ones or a fault of storage in time, whatever the server does."""
 
+import functools
+import hashlib
+import io
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,24 +15,34 @@ import fsspec
 import numpy as np
 import pytest
 from clip_files import write_clip
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from range_server import RangeServer
+from s3_server import S3Server
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
+from sora_train.data import reading, remote
 from sora_train.data.buckets import assign, build_buckets
-from sora_train.data.decode import StorageFault
+from sora_train.data.decode import ProbeRequest, StorageFault, _digest
 from sora_train.data.decode_worker import TEST_HOOK
+from sora_train.data.disk_cache import DiskCache
+from sora_train.data.index_shards import HowToIndex, index_shards
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.plan import Tape
-from sora_train.data.reading import DiskCache, ReadPolicy, read_range, require
+from sora_train.data.reading import read_range, require
+from sora_train.data.retry import ReadPolicy
 from sora_train.data.shards import ShardWriter
+from sora_train.data.tars import MemberKeys
 from sora_train.errors import Fault, UserError
 
 QUICK = ReadPolicy(retries=3, timeout=2.0, first_pause=0.02)
 HASTY = ReadPolicy(retries=1, timeout=0.5, first_pause=0.02)
 DATA = bytes(range(256)) * 40
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 @pytest.fixture
@@ -125,31 +139,6 @@ def test_a_cache_folder_that_cannot_be_is_refused_before_the_run(tmp_path: Path)
     require(["local.tar"], str(tmp_path / "cache"))
 
 
-def test_s3(server: RangeServer):
-    """A server of S3's own answers to reads: ranges by path, and its faults."""
-    pytest.importorskip("s3fs")
-    (server.folder / "bucket").mkdir()
-    (server.folder / "bucket" / "a.tar").write_bytes(DATA)
-    code = (
-        "from sora_train.data.reading import ReadPolicy, read_range\n"
-        "policy = ReadPolicy(2, 15.0, first_pause=0.02)\n"
-        "print(read_range('s3://bucket/a.tar', 512, 1000, policy).hex())\n"
-        "read_range('s3://bucket/gone.tar', 0, 10, policy)\n"
-    )
-    env = {
-        **os.environ,
-        "AWS_ENDPOINT_URL": server.url("").rstrip("/"),
-        "AWS_ACCESS_KEY_ID": "id",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server.faults.extend(["503", "half"])
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert bytes.fromhex(done.stdout) == DATA[512:1512], done.stderr
-    assert "StorageFault: s3://bucket/gone.tar, 10 bytes from 0 on" in done.stderr
-
-
 @given(st.integers(0, 12), st.integers(0, 1 << 40))
 def test_pauses_are_keyed_and_grow_within_bounds(attempt: int, offset: int):
     policy = ReadPolicy(first_pause=0.5)
@@ -166,7 +155,7 @@ def test_what_was_read_is_read_once(server: RangeServer, tmp_path: Path):
         assert read_range(url, 100, 50, policy) == DATA[100:150]
     assert len(server.asked) == 1
     read_range(url, 100, 51, policy)
-    read_range(url, 100, 50, policy, digest="of another file")
+    read_range(url, 100, 50, policy, digest=sha256(DATA[100:150]))
     assert len(server.asked) == 3
     for path in (tmp_path / "cache").glob("??/*.bytes"):
         path.write_bytes(path.read_bytes().replace(DATA[110:112], b"??"))
@@ -174,6 +163,131 @@ def test_what_was_read_is_read_once(server: RangeServer, tmp_path: Path):
     server.always = "404"
     with pytest.raises(StorageFault):
         read_range(url, 0, 7, policy)
+
+
+# -- blocks ---------------------------------------------------------------------------------------
+
+STAMP = (len(DATA), "fingerprint")
+
+
+def blocks(folder: Path, block: int = 1000, bound: int = 100_000) -> ReadPolicy:
+    return ReadPolicy(1, 5.0, str(folder), bound, first_pause=0.02, block_bytes=block)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_any_ranges_in_any_order_take_each_block_once(data: st.DataObject):
+    block = data.draw(st.integers(300, 6000))
+    starts = st.integers(0, len(DATA) - 1)
+    ranges = data.draw(st.lists(st.tuples(starts, st.integers(1, 4000)), min_size=1, max_size=8))
+    asked: list[range] = []
+
+    def served(_url: str, offset: int, length: int, *_: object) -> bytes:
+        asked.append(range(offset, offset + length))
+        assert offset + length <= len(DATA), "nothing is asked beyond the end"
+        return DATA[offset : offset + length]
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "fetch", served)
+        for start, length in ranges:
+            end = min(len(DATA), start + length)
+            found = read_range(
+                "http://h/a.tar", start, end - start, blocks(Path(folder), block), stamp=STAMP
+            )
+            assert found == DATA[start:end]
+    numbers = [
+        number for run in asked for number in range(run.start // block, -(-run.stop // block))
+    ]
+    assert len(numbers) == len(set(numbers)), "no block is asked for twice"
+    assert all(run.start % block == 0 for run in asked)
+    assert sum(map(len, asked)) == sum(min(block, len(DATA) - n * block) for n in numbers)
+
+
+def test_many_small_clips_are_few_requests(server: RangeServer, tmp_path: Path):
+    policy = blocks(tmp_path / "cache", block=4096)
+    for start in range(0, len(DATA) - 50, 50):
+        found = read_range(server.url("a.tar"), start, 50, policy, stamp=STAMP)
+        assert found == DATA[start : start + 50]
+    assert server.asked == [
+        ("/a.tar", f"bytes={start}-{min(start + 4096, len(DATA)) - 1}") for start in (0, 4096, 8192)
+    ]
+    read_range(server.url("a.tar"), 0, 50, policy, stamp=(len(DATA), "of a newer file"))
+    assert len(server.asked) == 4
+
+
+def test_a_wide_range_is_one_request_for_what_is_missing(server: RangeServer, tmp_path: Path):
+    policy = blocks(tmp_path / "cache")
+    read_range(server.url("a.tar"), 3500, 10, policy, stamp=STAMP)
+    assert read_range(server.url("a.tar"), 500, 7000, policy, stamp=STAMP) == DATA[500:7500]
+    assert [asked for _, asked in server.asked] == [
+        "bytes=3000-3999", "bytes=0-2999", "bytes=4000-7999"
+    ]  # fmt: skip
+
+
+def test_processes_that_want_a_block_at_once_fetch_it_once(server: RangeServer, tmp_path: Path):
+    server.pause = 0.3
+    code = (
+        "import sys\n"
+        "from sora_train.data.reading import read_range\n"
+        "from sora_train.data.retry import ReadPolicy\n"
+        "policy = ReadPolicy(0, 30.0, sys.argv[2], 100_000, block_bytes=4096)\n"
+        "print('up', flush=True); sys.stdin.read()\n"
+        f"print(read_range(sys.argv[1], 4000, 200, policy, stamp={STAMP}).hex())\n"
+    )
+    command = [sys.executable, "-c", code, server.url("a.tar"), str(tmp_path / "cache")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    for process in running:
+        assert process.stdout.readline() == "up\n"
+    for process in running:
+        process.stdin.close()
+        process.stdin = None
+    for process in running:
+        assert bytes.fromhex(process.communicate(timeout=60)[0]) == DATA[4000:4200]
+    assert [asked for _, asked in server.asked] == ["bytes=0-8191"]
+
+
+def test_a_holder_that_is_stuck_blocks_nobody_for_long(tmp_path: Path):
+    cache = DiskCache(tmp_path, 1000)
+    with cache.fetching(["aaa1", "bbb1"], time.monotonic()):
+        began = time.monotonic()
+        with cache.fetching(["bbb2", "ccc1"], began + 0.2):
+            assert 0.2 <= time.monotonic() - began < 2
+    began = time.monotonic()
+    with cache.fetching(["bbb2", "bbb3"], began + 60):
+        assert time.monotonic() - began < 2, "the lock went with its holder"
+
+
+# -- what was indexed -----------------------------------------------------------------------------
+
+
+def ends_digest(data: bytes) -> str:
+    request = ProbeRequest(0, "k", "p", 0, len(data), "video", count="header")
+    return _digest(io.BytesIO(data), request)
+
+
+@pytest.mark.parametrize("digest_of", [sha256, ends_digest])
+@pytest.mark.parametrize("cached", [False, True])
+def test_bytes_that_are_not_those_indexed_stop_the_run(server, tmp_path, digest_of, cached):
+    policy = blocks(tmp_path / "cache") if cached else QUICK
+    url, digest = server.url("a.tar") + "?signature=secret", digest_of(DATA[500:2500])
+    assert read_range(url, 500, 2000, policy, digest=digest, stamp=STAMP) == DATA[500:2500]
+    with pytest.raises(
+        StorageFault, match=r"a\.tar: the 2000 bytes from 501 on.*shard changed.*index"
+    ) as caught:
+        read_range(url, 501, 2000, policy, digest=digest, stamp=STAMP)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_cache_of_another_file_is_read_afresh(server: RangeServer, tmp_path: Path):
+    """A change that the shard's fingerprint does not tell: the sample's digest does."""
+    policy, url = blocks(tmp_path / "cache"), server.url("a.tar")
+    read_range(url, 0, 3000, policy, stamp=STAMP)
+    changed = DATA[:1500] + b"another" + DATA[1507:]
+    (server.folder / "a.tar").write_bytes(changed)
+    found = read_range(url, 1200, 600, policy, stamp=STAMP, digest=sha256(changed[1200:1800]))
+    assert found == changed[1200:1800]
+    assert read_range(url, 1200, 600, policy, stamp=STAMP) == found
 
 
 def test_a_cache_that_cannot_be_written_is_named(server: RangeServer, tmp_path: Path):
@@ -220,7 +334,7 @@ def test_a_lost_account_and_files_left_over_are_dealt_with(tmp_path: Path):
 
 def test_processes_share_a_cache(tmp_path: Path):
     code = (
-        "import sys; from sora_train.data.reading import DiskCache\n"
+        "import sys; from sora_train.data.disk_cache import DiskCache\n"
         "cache = DiskCache(sys.argv[1], 5000)\n"
         "for number in range(150):\n"
         "    key = f'{number * 7 % 40:02d}'\n"
@@ -256,8 +370,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
             clip = write_clip(clips / f"{number}.mp4", 12, height=height, width=width)
             meta: dict[str, object] = {
                 "kind": "video", "codec": "h264", "frames": 12, "fps": 8.0, "duration": 1.5,
-                "height": height, "width": width, "sample_digest": f"d{number}",
+                "height": height, "width": width,
             }  # fmt: skip
+            meta["sample_digest"] = sha256(clip.read_bytes())
             writer.write(f"clip{number}", clip.read_bytes(), "mp4", f"caption {number}", meta)
     return Manifest.load(folder / "out" / "manifest.parquet")
 
@@ -342,3 +457,45 @@ def test_a_remote_clip_that_spins_has_its_own_deadline_not_the_storages(
             ]
             assert time.monotonic() - began < 20
     assert [(failure.row, failure.reason) for failure in failures] == [(1, "decode_timeout")]
+
+
+# -- S3 -------------------------------------------------------------------------------------------
+
+
+def shards_in(bucket: Path, shards: Manifest) -> None:
+    """The shards as plain webdataset tars of someone else's."""
+    bucket.mkdir(parents=True)
+    for shard in sorted(set(shards.shard.tolist())):
+        (bucket / shard).write_bytes((shards.root / shard).read_bytes())
+
+
+def test_s3_from_the_index_to_the_loader(
+    shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Index by a pattern, then train through the cache, while the server is busy and hangs up half way."""
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(remote, "_of_scheme", functools.lru_cache(remote._of_scheme.__wrapped__))
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
+    shards_in(tmp_path / "served" / "bucket", shards)
+    with S3Server(tmp_path / "served") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        server.faults.extend(["503", "half"])
+        how = HowToIndex(MemberKeys(captions=("txt",)))
+        far = index_shards("s3://bucket/*.tar", tmp_path / "index", how, workers=1)
+        assert not server.faults
+        assert far is not None and far.dropped() == {} and len(far) == NUM_CLIPS
+        assert far.path(0).startswith("s3://bucket/") and set(far.shards) == set(far.shard)
+        assert far.sample_digest.tolist() == shards.sample_digest.tolist()
+        indexing = len(server.asked)
+        local = pixels(loader_of(shards), 3)
+        server.faults.extend(["503", "half"])
+        options = {"disk_cache_dir": str(tmp_path / "cache"), "num_workers": 1}
+        found = pixels(loader_of(far, tmp_path, **options), 3)
+        assert list(found.values()) == list(local.values()) and not server.faults
+        assert len(server.asked) - indexing == len(set(far.shard)) + 2, "a shard is one block here"
+
+        with pytest.raises(StorageFault, match=r"s3://bucket/gone\.tar, 10 bytes.*does not exist"):
+            read_range("s3://bucket/gone.tar", 0, 10, QUICK)
+    assert not (tmp_path / "quarantine.jsonl").exists()
