@@ -30,15 +30,8 @@ from sora_train.errors import Fault, UserError
 from sora_train.models.text import TextEncoder
 from sora_train.models.vae import VideoVAE
 from sora_train.progress import Progress
-from sora_train.training_data import (
-    CACHE_CHUNK,
-    assigned,
-    bucket_table,
-    cost_model,
-    fill_cache,
-    plan,
-    token_counter,
-)
+from sora_train.training_data import CACHE_CHUNK, fill_cache
+from sora_train.training_plan import assigned, bucket_table, cost_model, plan, token_counter
 from sora_train.training_sources import Sources, open_sources
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -21,7 +21,7 @@ from sora_train.data.stored import KIND
 from sora_train.data.transforms import crop_size, sampled_frames
 from sora_train.models.vae import read_geometry
 from sora_train.progress import Progress
-from sora_train.training_data import assigned, bucket_table, token_counter
+from sora_train.training_plan import assigned, bucket_table, token_counter
 from sora_train.training_sources import open_sources
 
 CLIPS_A_BUCKET = 3

@@ -14,13 +14,7 @@ from sora_train.data.splice import Splice
 from sora_train.errors import UserError
 from sora_train.models.vae import read_geometry
 from sora_train.run_folder import write_atomically
-from sora_train.training_data import (
-    bucket_table,
-    cost_model,
-    memory_cap,
-    plan,
-    token_counter,
-)
+from sora_train.training_plan import bucket_table, cost_model, memory_cap, plan, token_counter
 from sora_train.training_sources import open_sources
 
 

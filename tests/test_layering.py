@@ -56,6 +56,7 @@ BELOW_THE_TRAINER = {
     "report",
     "sample_folder",
     "training_data",
+    "training_plan",
     "training_sources",
     "vae_export",
 }

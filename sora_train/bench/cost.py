@@ -27,7 +27,7 @@ from sora_train.models.vae import read_geometry
 from sora_train.objectives import FlowBatch
 from sora_train.optim import build_optimizer
 from sora_train.parallel.engine import FsdpEngine
-from sora_train.training_data import bucket_table, token_counter
+from sora_train.training_plan import bucket_table, token_counter
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
 DEFAULT_OUT = Path("benchmarks/results")

@@ -26,7 +26,7 @@ from sora_train.data.plan import Tape
 from sora_train.data_report_plan import DataPlan
 from sora_train.errors import UserError
 from sora_train.models.vae import read_geometry
-from sora_train.training_data import cost_model, memory_cap, plan
+from sora_train.training_plan import cost_model, memory_cap, plan
 from sora_train.training_sources import Sources
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"

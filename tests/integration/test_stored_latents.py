@@ -18,7 +18,7 @@ from sora_train.metrics import read_metrics
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
 from sora_train.trainer import Trainer
-from sora_train.training_data import open_sources
+from sora_train.training_sources import open_sources
 
 FROZEN = ("text.trainable=false",)
 UNTIMED = ("time", "train/step_seconds", "train/data_wait", "train/tokens_per_second")
@@ -43,7 +43,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """The tiny experiment's clips, rendered once, as sources."""
     folder = tmp_path_factory.mktemp("clips")
     found = open_sources(compose(overrides(folder)).config, folder)
-    return f"data.source={found[0].root}", f"data.val_source={found[1].root}"
+    return f"data.source={found.train.root}", f"data.val_source={found.val.root}"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from sora_train.bench.cost import Fit, default_lengths, fit, parse_tokens, run, 
 from sora_train.bench.harness import Stats
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
-from sora_train.training_data import cost_model
+from sora_train.training_plan import cost_model
 
 COEFFICIENT = st.one_of(st.just(0.0), st.floats(0.1, 10.0))
 

@@ -11,7 +11,7 @@ from sora_train.config.compose import compose
 from sora_train.data_trace import TraceRequest
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.training_data import cost_model
+from sora_train.training_plan import cost_model
 
 RUN = ["experiment=parity_tiny", "train.micro_batches=5", "data.shapes_clips=24"]
 

@@ -15,7 +15,7 @@ from sora_train.data.micro_batches import GB, MemoryCap, gigabytes, micro_batch_
 from sora_train.data.sample import Bucket
 from sora_train.data_trace import Trace
 from sora_train.errors import ConfigError, UserError
-from sora_train.training_data import cost_model
+from sora_train.training_plan import cost_model
 
 BUCKETS = [Bucket(1, 48, 48), Bucket(9, 48, 48), Bucket(9, 32, 64), Bucket(17, 48, 48)]
 

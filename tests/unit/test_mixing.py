@@ -18,7 +18,7 @@ from sora_train.data.sample import Bucket
 from sora_train.data.splice import Change, Splice, repeats_of
 from sora_train.data.walk import SourceWalk, samples_an_epoch
 from sora_train.errors import ConfigError, UserError
-from sora_train.training_data import plan
+from sora_train.training_plan import plan
 from sora_train.training_sources import ONLY, Sources, Stock, open_sources
 
 BUCKETS = [Bucket(1, 48, 48), Bucket(9, 48, 48), Bucket(9, 32, 64)]
