@@ -51,6 +51,7 @@ def run_table(trainer: "Trainer") -> Table:
             f"failed before = {found['total']:,}"
             for name, found in accounts(trainer).items()
         },
+        **joining(trainer),
         "held-out clips": str(len(data.val_clips)),
         "memory of weights and optimizer": f"{state_bytes(trainer) / 2**20:,.0f} MiB a rank",
         "expected time": f"about {duration(left * step_seconds(trainer))} for {left} steps",
@@ -67,6 +68,16 @@ def accounts(trainer: "Trainer") -> dict[str, dict[str, int]]:
     if len(data.sources.names) > 1:
         found |= {f" of {name}": own for name, own in data.account_by_source().items()}
     return found
+
+
+def joining(trainer: "Trainer") -> dict[str, str]:
+    """What the sources have gained since the run began, and from which step on it is trained."""
+    data = trainer.data
+    if not data.sources.grown:
+        return {}
+    *_, before, now = data.sources.blocks
+    step = data.sources.stocks[-1].first / data.micro_batches
+    return {"new clips": f"{now - before:,}, which join at the end of this epoch (step {step:g})"}
 
 
 def busy_ranks(trainer: "Trainer") -> str:

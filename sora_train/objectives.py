@@ -82,7 +82,9 @@ class TextToVideoObjective:
         return {"velocity": (len(batch.clips) * num_frames - given) * tokens}
 
     def terms(self, model: nn.Module, batch: ClipBatch) -> dict[str, Term]:
-        weight, flow = self.weights(batch)["velocity"], self.flow_batch(batch)
+        # Not self.weights(): who derives from this class may name its terms otherwise.
+        weight = TextToVideoObjective.weights(self, batch)["velocity"]
+        flow = self.flow_batch(batch)
         if self.cfg.loss.reduce == "per_sample":
             loss_sum = flow.loss_sum(model)
         else:

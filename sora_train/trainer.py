@@ -72,6 +72,7 @@ class Trainer:
         self.step = self.samples_seen = self.dropped = 0
         self.started = time.monotonic()
         self.resumed = self.newest_checkpoint() if cfg.checkpoint.resume == "auto" else None
+        self.state_before = self.resumed.state() if self.resumed else None
 
         model = self.build_model()
         self.vae = (
@@ -107,9 +108,8 @@ class Trainer:
         return TextToVideoObjective(self.cfg, self.spec, self.vae, self.world.device)
 
     def build_data(self, model: nn.Module) -> TrainingData:
-        state = self.resumed.state() if self.resumed else None
         return TrainingData.build(
-            self.cfg, self.vae, model, self.world, self.control, self.folder, state
+            self.cfg, self.vae, model, self.world, self.control, self.folder, self.state_before
         )
 
     def callbacks(self) -> list[Callback]:
@@ -301,10 +301,11 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the newest complete checkpoint of the run folder, if there is one."""
-        if self.resumed is None:
+        state = self.state_before
+        if self.resumed is None or state is None:
             return
+        self.data.sources.require_following(state)
         checkpoints.load(self.resumed, self.tensors(), self.control)
-        state = self.resumed.state()
         self.data.loader.quarantine.restore(state["quarantine"], record=self.world.is_main)
         self.step, self.samples_seen, self.dropped = (
             state["step"],

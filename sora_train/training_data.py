@@ -83,14 +83,9 @@ class TrainingData:
         table = bucket_table(cfg, vae, patch)
         tokens_of = token_counter(vae, patch)
         sources, tape, assignment = plan(
-            cfg,
-            sources,
-            table,
-            tokens_of,
-            cost_model(cfg, model),
-            memory=memory_cap(cfg, vae, tokens_of),
-            step=state["step"] if state else 0,
-        )
+            cfg, sources, table, tokens_of, cost_model(cfg, model),
+            memory=memory_cap(cfg, vae, tokens_of), step=state["step"] if state else 0,
+        )  # fmt: skip
         vae_digest = vae.digest()
         for manifest in (train, sources.val):
             require_stored(cfg, manifest, table, vae, vae_digest, model)
@@ -98,19 +93,10 @@ class TrainingData:
         if cfg.data.cache == "latents" and reads_vae_latents:
             cache = LatentCache(Path(cfg.data.cache_dir or folder.path / "cache"))
         loader = Loader(
-            train,
-            tape,
-            cfg.buckets,
-            data_as_read(cfg),
-            seed=cfg.seed,
-            micro_batches=cfg.train.micro_batches,
-            rank=world.rank,
-            world_size=world.size,
-            vae_digest=vae_digest,
-            cache=cache,
-            run_dir=folder.path,
-            reasons=assignment.reasons,
-        )
+            train, tape, cfg.buckets, data_as_read(cfg),
+            seed=cfg.seed, micro_batches=cfg.train.micro_batches, rank=world.rank, world_size=world.size,
+            vae_digest=vae_digest, cache=cache, run_dir=folder.path, reasons=assignment.reasons,
+        )  # fmt: skip
         if cache is not None and not cfg.dry_run:
             fill_cache(loader, vae, world, "encoding clips")
             control.barrier()
@@ -118,16 +104,8 @@ class TrainingData:
             [] if cfg.dry_run else read_validation(cfg, sources.val, table, vae, reads_vae_latents)
         )
         return cls(
-            train,
-            table,
-            assignment,
-            sources,
-            tape,
-            loader,
-            tokens_of,
-            val_clips,
-            cfg.train.micro_batches,
-        )
+            train, table, assignment, sources, tape, loader, tokens_of, val_clips, cfg.train.micro_batches
+        )  # fmt: skip
 
     def step(self, step: int) -> list[ClipBatch]:
         """This rank's micro-batches of optimizer step `step` (0-based)."""

@@ -17,7 +17,7 @@ from sora_train.data.manifest import Manifest, text_digest
 from sora_train.data.remote import is_remote
 from sora_train.data.shapes_source import prepare_shapes
 from sora_train.distributed import ControlPlane, World
-from sora_train.errors import UserError
+from sora_train.errors import Fault, UserError
 from sora_train.progress import Progress
 
 SHAPES = "shapes"
@@ -73,6 +73,15 @@ class Sources:
     def joined_at(self, first: int) -> "Sources":
         """The same, its last stock joining at micro-batch `first`."""
         return replace(self, stocks=(*self.stocks[:-1], replace(self.stocks[-1], first=first)))
+
+    def require_following(self, state: Mapping[str, Any]) -> None:
+        """Raises Fault where this was not opened with the checkpoint's state, so that rows may be renumbered."""
+        before = Stock.listed(state)
+        if list(self.stocks[: len(before)]) != before:
+            raise Fault(
+                "the data was opened without what this run was trained on so far; where build_data is overridden, "
+                "it has to hand trainer.state_before to TrainingData.build"
+            )
 
     def digest(self) -> str:
         """Names what is trained on now, wherever it is mounted."""

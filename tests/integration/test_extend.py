@@ -90,7 +90,7 @@ def test_the_dataset(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_metrics(project / "runs/catalogue/metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     # The same run folder with another choice of clips is refused.
-    assert exit_code(command_of("catalogue.py"), *SHORT, "min_score=0", "train.steps=3") == 2
+    assert exit_code(command_of("catalogue.py"), *SHORT, "min_score=0.8", "train.steps=3") == 2
 
 
 def test_the_loss(project: Path) -> None:

@@ -379,7 +379,7 @@ class StandInPool:
 
     alive = True
 
-    def __init__(self, *_: object):
+    def __init__(self, *_: object, **__: object):
         """As many processes as are asked for: none."""
 
     def submit(self, request: DecodeRequest, *, convert: Callable) -> Future:
