@@ -499,3 +499,11 @@ def test_s3_from_the_index_to_the_loader(
         with pytest.raises(StorageFault, match=r"s3://bucket/gone\.tar, 10 bytes.*does not exist"):
             read_range("s3://bucket/gone.tar", 0, 10, QUICK)
     assert not (tmp_path / "quarantine.jsonl").exists()
+
+
+def test_a_cache_too_small_for_its_blocks_is_refused_with_the_configuration():
+    with pytest.raises(
+        ValueError, match=r"data\.disk_cache_gb=0\.05 holds fewer than 8 blocks.*read_block_mb=8;"
+    ):
+        DataConfig(disk_cache_dir="/local/cache", disk_cache_gb=0.05)
+    DataConfig(disk_cache_dir="/local/cache", disk_cache_gb=0.05, read_block_mb=4)
