@@ -166,12 +166,13 @@ def data_show(overrides: list[str]) -> str:
 
 def data_report(overrides: list[str], config_dir: Path | None) -> str:
     """Write the report of what a run would make of its clips into `out=DIR`."""
-    from sora_train.config.compose import compose
+    from sora_train.config.compose import compose, split_yaml_file
     from sora_train.data_report import account, write_data_report
 
     given = [text.removeprefix("out=") for text in overrides if text.startswith("out=")]
     rest = [text for text in overrides if not text.startswith("out=")]
-    cfg: Config = compose(rest, config_dir=config_dir).config
+    yaml_file, rest = split_yaml_file(rest)
+    cfg: Config = compose(rest, config_dir=config_dir, yaml_file=yaml_file).config
     out = Path(given[-1] if given else f"{cfg.run.dir}/data_report").expanduser()
     plan, paths = write_data_report(cfg, out)
     return f"{account(plan)}\nwrote {', '.join(map(str, paths))}"

@@ -62,7 +62,9 @@ def account(plan: DataPlan) -> str:
     """`used + dropped(reason) = total` and the clips of each bucket that has any, for the terminal."""
     dropped = plan.assignment.dropped()
     total, lost = len(plan.manifest), sum(dropped.values())
-    lines = [f"{plan.manifest.root}: {total} clips = {total - lost} used + {lost} dropped"]
+    several = [source.name for source in plan.cfg.data.sources]
+    where = ", ".join(several) or plan.manifest.root
+    lines = [f"{where}: {total} clips = {total - lost} used + {lost} dropped"]
     lines += [f"  {number} dropped: {reason}" for reason, number in sorted(dropped.items())]
     lines += [
         f"  {number} in bucket {spec.bucket.name}"

@@ -131,10 +131,16 @@ def test_nothing_that_fits_is_a_report_too(folder: Path, tmp_path: Path):
 def test_the_command_says_where_things_are(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    given = [*overrides(folder, tmp_path), f"out={tmp_path / 'here'}"]
-    assert run(["data", "report", *given]) == 0
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "defaults: [real_tiny]\n"
+        f"data: {{source: '', sources: [{{name: one, source: {folder}}}, {{name: two, source: {folder}}}]}}\n"
+    )
+    given = [*overrides(folder, tmp_path), "data.source=''", f"out={tmp_path / 'here'}"]
+    assert run(["data", "report", str(mine), *given[1:]]) == 0
     assert (tmp_path / "here/data_report.html").exists()
-    assert str(tmp_path / "here/data_report.png") in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(tmp_path / "here/data_report.png") in said and "one, two: 14 clips" in said
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_random", "micro"])
