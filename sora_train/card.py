@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sora_train.data.plan import nearby_efficiencies, row_costs, slot_efficiency
+from sora_train.model_sizes import flops_per_token
+from sora_train.models.attention_backends import describe
 from sora_train.models.text_to_video import TextToVideo
 
 if TYPE_CHECKING:
@@ -53,12 +55,28 @@ def run_table(trainer: "Trainer") -> Table:
         },
         **joining(trainer),
         "held-out clips": str(len(data.val_clips)),
+        **model_rows(trainer, tokens / max(clips, 1)),
         "memory of weights and optimizer": f"{state_bytes(trainer) / 2**20:,.0f} MiB a rank",
         "expected time": f"about {duration(left * step_seconds(trainer))} for {left} steps",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def model_rows(trainer: "Trainer", tokens: float) -> dict[str, str]:
+    """Operations for each token of a clip of `tokens`, the attention kernel, and compilation; {} for a VAE."""
+    cfg = trainer.cfg
+    if cfg.task != "text_to_video":
+        return {}
+    dtype = getattr(trainer.engine, "param_dtype", torch.float32)
+    masked = cfg.text.padding == "masked"
+    flops = flops_per_token(cfg.model, max(1, round(tokens)), cfg.text.max_length // 2)
+    return {
+        "a token": f"{flops / 1e9:.3g} GFLOP forward and backward, in clips of {tokens:,.0f} tokens",
+        "attention": describe(cfg.model, trainer.world.device, dtype, masked_captions=masked),
+        "compiled": f"every block, {cfg.model.compile}" if cfg.model.compile != "off" else "no",
+    }
 
 
 def accounts(trainer: "Trainer") -> dict[str, dict[str, int]]:

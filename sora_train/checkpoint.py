@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from sora_train.distributed import ControlPlane
 from sora_train.errors import Fault, UserError
@@ -121,6 +124,49 @@ def save(
     return Checkpoint(final, step)
 
 
+def save_streamed(
+    folder: Path,
+    step: int,
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    state: dict[str, Any],
+) -> Checkpoint:
+    """Write a checkpoint of float32 tensors in one process, each read when it is written.
+
+    Args:
+        read: the value of a name of `shapes`; asked for in their order.
+
+    Raises:
+        Fault: the disk is full or the files cannot be written; nothing is left under the final name.
+    """
+    final, temporary = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    try:
+        temporary.mkdir(parents=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            writer = FileSystemWriter(temporary)
+            dcp.save(tensors, storage_writer=writer, planner=_ReadWhenWritten(read), no_dist=True)
+        _commit(temporary, final, state)
+    except (OSError, CheckpointException) as failure:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise Fault(
+            f"cannot write the checkpoint {final}: {_why(failure, folder)}; free space or choose another disk"
+        ) from failure
+    return Checkpoint(final, step)
+
+
+class _ReadWhenWritten(DefaultSavePlanner):
+    """Plans with tensors without memory; their values come when DCP writes them, one at a time."""
+
+    def __init__(self, read: Callable[[str], Tensor]):
+        super().__init__()
+        self.read = read
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.read(index.fqn)
+
+
 def _why(failure: OSError | CheckpointException, folder: Path) -> str:
     """One line; torch tells of a full disk in many ways, so the space left is said beside them."""
     causes = (
@@ -200,9 +246,9 @@ def _require_same(
     ]
     if missing or surplus or shapes:
         parts = [
-            f"{len(missing)} tensors missing ({', '.join(missing[:3])}...)" if missing else "",
-            f"{len(surplus)} left over ({', '.join(surplus[:3])}...)" if surplus else "",
-            f"{len(shapes)} of another shape ({'; '.join(shapes[:3])})" if shapes else "",
+            f"{len(missing)} tensors missing ({', '.join(missing[:10])}...)" if missing else "",
+            f"{len(surplus)} left over ({', '.join(surplus[:10])}...)" if surplus else "",
+            f"{len(shapes)} of another shape ({'; '.join(shapes[:10])})" if shapes else "",
         ]
         raise UserError(
             f"{checkpoint.path} is a checkpoint of another model: "

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from sora_train.errors import UserError, run_command
+from sora_train.sample_command import sample
 
 # Overrides must reach the command as they are, even those that look like options.
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -100,60 +101,7 @@ def train(
     return train_from_config(None, Config, rest)
 
 
-@app.command()
-def sample(
-    ckpt: Annotated[str, typer.Option(help="A run folder, or RUN@STEP for an older checkpoint.")],
-    out: Annotated[
-        Path, typer.Option(help="Folder for the mp4 files and the contact sheet.")
-    ] = Path("samples"),
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="What to show; may be given several times.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A text file with one prompt a line.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Pixels; as in training if left out.")
-    ] = None,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Frames; as in training if left out.")
-    ] = None,
-    fps: Annotated[
-        float | None, typer.Option(help="Frames a second; as in training if left out.")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the noise; the same seed gives the same clip.")
-    ] = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Solver steps; those of the run if left out.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(min=1, help="1 switches guidance off.")
-    ] = None,
-    num: Annotated[int, typer.Option(min=1, help="Clips a prompt.")] = 1,
-) -> None:
-    """Sample clips from a checkpoint into mp4 files and a contact sheet.
-
-    \b
-    sora sample --ckpt runs/quickstart --prompt "red circle moves left" --num 4
-    sora sample --ckpt runs/quickstart@600 --prompts prompts.txt --out clips --seed 7
-    """
-    from sora_train.commands import sample_clips
-
-    written = sample_clips(
-        ckpt=ckpt,
-        prompts=[*(prompt or []), *_prompt_lines(prompts)],
-        size=_size(size),
-        frames=frames,
-        fps=fps,
-        seed=seed,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        num=num,
-        out=out,
-    )
-    for path in written:
-        print(path)
+app.command()(sample)
 
 
 @prep_app.callback()
@@ -241,15 +189,35 @@ def data_encode(arguments: Overrides = None, config_dir: ConfigDir = None) -> No
     """Write shards of a run's clips as latents (and caption embeddings where the text encoder is frozen).
 
     Overrides are those of a run; output=DIR, keep_clips=true, dtype=float32|bfloat16|float16 and max_shard_mb= are
-    this command's own, and source= is data.source=. The clips go to DIR/train, held-out ones to DIR/val.
+    this command's own, and source= is data.source=. The clips go to DIR/train, held-out ones to DIR/val. Ranks of
+    torchrun share the encoding, as do parts; what was cut off goes on with the same command.
 
     \b
     sora data encode experiment=real_tiny source=my_clips output=encoded dtype=bfloat16
+    sora data encode experiment=real_tiny source=my_clips output=encoded part=1/4  (then the same with merge=true)
     sora train experiment=real_tiny data.source=encoded/train data.val_source=encoded/val
     """
     from sora_train.commands import data_encode as encode
 
     print(encode(list(arguments or []), config_dir))
+
+
+@data_app.command("verify", context_settings=OVERRIDES)
+def data_verify(arguments: Overrides = None, config_dir: ConfigDir = None) -> int:
+    """Encode a sample of the stored latents and caption embeddings again; exit 1 with a list where they differ.
+
+    Overrides are those of the run whose cache is looked at; sample=SHARE% or a number of clips, and encoded=DIR (the
+    output of `sora data encode`, looked at instead of the cache) are this command's own.
+
+    \b
+    sora data verify experiment=real_tiny data.source=my_clips data.cache_dir=latents sample=0.1%
+    sora data verify experiment=real_tiny source=my_clips encoded=encoded sample=20
+    """
+    from sora_train.commands import data_verify as verify
+
+    text, same = verify(list(arguments or []), config_dir)
+    print(text)
+    return 0 if same else 1
 
 
 @ckpt_app.command("list")
@@ -262,6 +230,61 @@ def ckpt_list(run_dir: Run) -> None:
     from sora_train.commands import ckpt_list as listing
 
     print(listing(run_dir))
+
+
+@ckpt_app.command("import")
+def ckpt_import(
+    source: Annotated[Path, typer.Argument(metavar="PATH", help="A pipeline's folder.")],
+    out: Annotated[Path, typer.Option(help="The run folder to write.")],
+    layout: Annotated[str, typer.Option("--from", help="Layout of PATH: diffusers.")] = "diffusers",
+    size: Annotated[str, typer.Option(metavar="WxH", help="Usual size of its clips.")] = "832x480",
+    frames: Annotated[int, typer.Option(help="Their usual length in frames.")] = 81,
+    fps: Annotated[float, typer.Option(help="Their frames a second.")] = 16.0,
+    mask_channel: Annotated[
+        bool, typer.Option("--mask-channel", help="Add mask_proj at zero, to train conditioning.")
+    ] = False,
+    fps_embed: Annotated[
+        bool, typer.Option("--fps-embed", help="Add fps_proj at zero, to train on frame rates.")
+    ] = False,
+) -> None:
+    """Make a run folder of open weights in the diffusers layout (Wan 2.1 T2V, Wan 2.2 TI2V).
+
+    Names and shapes are checked on both sides; the model computes what it did.
+
+    \b
+    sora ckpt import Wan2.1-T2V-1.3B-Diffusers --out runs/wan
+    sora sample --ckpt runs/wan --prompt "a dog runs on a beach"
+    sora train experiment=real_tiny model=wan_1_3b init.run=runs/wan data.source=my_clips
+    """
+    from sora_train.commands import ckpt_import as read
+
+    print(read(source, out, layout, size, frames, fps, mask_channel, fps_embed))
+
+
+@ckpt_app.command("export")
+def ckpt_export(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN[@STEP]")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    layout: Annotated[
+        str, typer.Option("--to", help="Layout of the folder: diffusers.")
+    ] = "diffusers",
+    live: Annotated[
+        bool, typer.Option("--live", help="The weights as trained, not their average.")
+    ] = False,
+    fps: Annotated[
+        float | None, typer.Option(help="Frame rate to fold into a model that is told it.")
+    ] = None,
+    max_shard_gb: Annotated[float, typer.Option(help="Largest file of weights in GB.")] = 5.0,
+) -> None:
+    """Write a run as a folder that diffusers' WanPipeline loads and samples from as it is.
+
+    \b
+    sora ckpt export runs/mine --out my_pipeline
+    sora ckpt export runs/mine@2000 --out my_pipeline --live --fps 16
+    """
+    from sora_train.commands import ckpt_export as write
+
+    print(write(run_dir, out, layout, live, fps, max_shard_gb))
 
 
 @ckpt_app.command("show")
@@ -378,6 +401,50 @@ def bench_cost(arguments: Overrides = None) -> int:
     return bench(list(arguments or []))
 
 
+@bench_app.command("model", context_settings=OVERRIDES)
+def bench_model(arguments: Overrides = None) -> int:
+    """Measure forward and backward of the transformer beside diffusers' on the same weights, shape and dtype.
+
+    Overrides are those of the section model; --tokens N the clip's length, --dtype float32,bfloat16 and --modes
+    eager,dynamic,static what is measured, --repeats N how often, --out DIR where the results go.
+
+    \b
+    sora bench model --tokens 1024 --repeats 3
+    sora bench model model=wan_1_3b model.attention=flash --tokens 8192 --dtype bfloat16 --device cuda
+    """
+    from sora_train.commands import bench_model as bench
+
+    return bench(list(arguments or []))
+
+
+@bench_app.command("vae", context_settings=OVERRIDES)
+def bench_vae(arguments: Overrides = None) -> int:
+    """Encode and decode held-out clips: PSNR and SSIM beside the compression ratio, frames a second.
+
+    Overrides choose the VAE and the clips; --clips N how many at most, --out DIR where the results go.
+
+    \b
+    sora bench vae experiment=quickstart
+    sora bench vae experiment=real_tiny data.source=clips vae.path=weights/wan2.1 --clips 8
+    """
+    from sora_train.commands import bench_vae as bench
+
+    return bench(list(arguments or []))
+
+
+@app.command("models", context_settings=OVERRIDES)
+def models(arguments: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """List the shipped sizes of the transformer: parameters, and operations of training for each token.
+
+    \b
+    sora models
+    sora models model.patch_size=[1,4,4]
+    """
+    from sora_train.commands import models as table
+
+    print(table(list(arguments or []), config_dir))
+
+
 @app.command()
 def init(name: Annotated[str, typer.Argument(metavar="NAME", help="Folder to create.")]) -> None:
     """Start a project of your own: a train.py of some 15 lines and a my.yaml of about ten.
@@ -411,26 +478,3 @@ def _run_script(script: Path, arguments: list[str]) -> int:
     sys.path.insert(0, os.fspath(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
     return 0
-
-
-def _prompt_lines(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} cannot be read as text: {error}") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"--prompts {path} holds no prompts; write one a line")
-    return lines
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    """WxH -> (width, height)."""
-    if text is None:
-        return None
-    width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise UserError(f"--size is '{text}'; write WIDTHxHEIGHT in pixels, for example 64x48")
-    return int(width), int(height)

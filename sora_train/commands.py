@@ -3,11 +3,12 @@
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,40 +20,60 @@ from sora_train.errors import UserError
 if TYPE_CHECKING:
     from sora_train.config import Config
     from sora_train.data.manifest import Manifest
+    from sora_train.operations import Request
 
 
 def sample_clips(
     *,
     ckpt: str,
     prompts: list[str],
-    size: tuple[int, int] | None,
-    frames: int | None,
-    fps: float | None,
-    seed: int,
-    steps: int | None,
-    guidance_scale: float | None,
-    num: int,
+    request: "Request",
+    shape: tuple[tuple[int, int] | None, int | None, float | None],
+    settings: dict[str, Any],
+    how: dict[str, Any],
     out: Path,
 ) -> list[Path]:
-    """Sample every prompt `num` times from a checkpoint; returns the files written under `out`."""
+    """Sample every prompt from a checkpoint; returns the files written under `out`.
+
+    Everything is checked, and the files of the request are read, before the model is loaded.
+
+    Args:
+        shape: size, frames and fps, None for the run's own.
+        settings: of the sampler, and `how`: further arguments of `Model.sample`.
+    """
+    request.check()
     if not prompts:
         raise UserError('no prompt is given; add --prompt "..." or --prompts FILE')
     run_dir, step = split_ckpt(ckpt)
-    from sora_train.api import load
+    from sora_train.api import changed, fitting_shape, load, look
+    from sora_train.models.vae import read_geometry
+    from sora_train.operations import prepare
 
-    model = load(str(run_dir), step=step)
-    clips = model.sample(
-        prompts,
-        size=size,
-        frames=frames,
-        fps=fps,
-        seed=seed,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        num=num,
-    )
-    labels = [prompt for prompt in prompts for _ in range(num)]
-    return model.save(clips, labels, out, fps=fps, seed=seed)
+    looked = look(run_dir, step)
+    spec = changed(looked.spec, settings)
+    geometry = read_geometry(looked.cfg.vae)
+    wanted = fitting_shape(looked.cfg, geometry, looked.shape, *shape)
+    prepared = prepare(request, wanted, geometry)
+    about_given = {
+        "--condition-noise": how["condition_noise"],
+        "--condition-scale": settings["condition_scale"],
+    }
+    for flag, value in about_given.items():
+        if value and prepared.kind == "t2v":
+            raise UserError(
+                f"{flag} {value:g} is about given frames, and --op {request.op} gives none; drop it"
+            )
+    if how["negative_prompt"] and spec.guidance_scale == 1:
+        raise UserError(
+            "--negative-prompt needs guidance, and guidance_scale is 1; raise --guidance-scale"
+        )
+    note = prepared.note(spec, request.op)
+    if note:
+        print(note, file=sys.stderr)
+    model = load(str(run_dir), step=looked.found.step)
+    clips = model.sample(prompts, prepared=prepared, **how, **settings)
+    labels = [prompt for prompt in prompts for _ in range(how["num"])]
+    return model.save(clips, labels, out, fps=prepared.shape.fps, seed=how["seed"])
 
 
 def prep_shards(overrides: list[str]) -> str:
@@ -196,6 +217,13 @@ def data_encode(arguments: list[str], config_dir: Path | None) -> str:
     request, overrides = EncodeRequest.parse(arguments)
     yaml_file, overrides = split_yaml_file(overrides)
     written = encode(compose(overrides, config_dir=config_dir, yaml_file=yaml_file).config, request)
+    if not written:
+        return (
+            f"its share is done, part {request.part[0]} of {request.part[1]}, and lies in {request.output}; when all "
+            "are: the same command with merge=true instead of part="
+            if not request.writes
+            else f"its share is done; the first rank writes {request.output}"
+        )
     lines = [count(manifest) for manifest in written.values()]
     sources = {"train": "data.source", "val": "data.val_source"}
     given = [
@@ -204,6 +232,81 @@ def data_encode(arguments: list[str], config_dir: Path | None) -> str:
         if split in written
     ]
     return "\n".join([*lines, f"next: sora train with the same overrides and {' '.join(given)}"])
+
+
+def data_verify(arguments: list[str], config_dir: Path | None) -> tuple[str, bool]:
+    """What came of encoding a sample again, and whether all of it is as it is stored."""
+    from sora_train.config.compose import compose, split_yaml_file
+    from sora_train.data_verify import VerifyRequest, verify
+
+    request, overrides = VerifyRequest.parse(arguments)
+    yaml_file, overrides = split_yaml_file(overrides)
+    cfg: Config = compose(overrides, config_dir=config_dir, yaml_file=yaml_file).config
+    verified = verify(cfg, request)
+    lines = []
+    if verified.made:
+        lines.append(f"other settings there than now:\n{verified.made}")
+    columns = ("what", "compared", "largest difference", "tolerance", "differ")
+    rows = []
+    for what in dict.fromkeys(one.what for one in verified.found):
+        found = [one for one in verified.found if one.what == what]
+        largest = max(found, key=lambda one: one.difference)
+        wrong = sum(not one.same for one in found)
+        rows.append(
+            (what, str(len(found)), f"{largest.difference:.2e}", f"{largest.tolerance:.0e}", str(wrong))
+        )  # fmt: skip
+    lines.append(_table(columns, sorted(rows)))
+    clips = len({one.name for one in verified.found})
+    lines.append(f"{clips} of {verified.stored} stored clips were encoded again")
+    lines += [
+        f"  {one.name}: {one.what} differs by {one.difference:.2e}{one.detail and f' ({one.detail})'}"
+        for one in verified.wrong
+    ]
+    return "\n".join(lines), not verified.wrong
+
+
+def ckpt_import(
+    source: Path,
+    out: Path,
+    layout: str,
+    size: str,
+    frames: int,
+    fps: float,
+    mask_channel: bool,
+    fps_embed: bool,
+) -> str:
+    """Make a run folder of a pipeline's folder; returns the report."""
+    _require_diffusers("--from", layout)
+    from sora_train.sampling import ClipShape
+    from sora_train.weights_in import import_pipeline
+
+    width, cross, height = size.partition("x")
+    if not (cross and width.isdigit() and height.isdigit()):
+        raise UserError(f"--size {size} is not width x height, such as 832x480")
+    shape = ClipShape(frames, int(height), int(width), fps)
+    return import_pipeline(source, out, shape, mask_channel=mask_channel, fps_embed=fps_embed)
+
+
+def ckpt_export(
+    run: str, out: Path, layout: str, live: bool, fps: float | None, max_shard_gb: float
+) -> str:
+    """Write a run as a pipeline's folder; returns what was done."""
+    _require_diffusers("--to", layout)
+    if max_shard_gb <= 0:
+        raise UserError(f"--max-shard-gb {max_shard_gb:g} holds nothing; 5 is usual")
+    from sora_train.weights_out import export_pipeline
+
+    folder, at, step = run.rpartition("@")
+    named = at and step.isdigit() and not Path(run).exists()
+    return export_pipeline(
+        Path(folder if named else run), out, step=int(step) if named else None,
+        weights="live" if live else "ema", fps=fps, max_shard_bytes=int(max_shard_gb * 1e9),
+    )  # fmt: skip
+
+
+def _require_diffusers(flag: str, layout: str) -> None:
+    if layout != "diffusers":
+        raise UserError(f"{flag} {layout} is not known; the layout there is: diffusers")
 
 
 def ckpt_list(run_dir: Path) -> str:
@@ -249,6 +352,27 @@ def bench_cost(overrides: list[str]) -> int:
     from sora_train.bench.cost import main
 
     return main(overrides)
+
+
+def bench_model(overrides: list[str]) -> int:
+    """Run the transformer's benchmark; returns the exit code."""
+    from sora_train.bench.model import main
+
+    return main(overrides)
+
+
+def bench_vae(overrides: list[str]) -> int:
+    """Run the benchmark of the VAE; returns the exit code."""
+    from sora_train.bench.vae import main
+
+    return main(overrides)
+
+
+def models(overrides: list[str], config_dir: Path | None) -> str:
+    """A table of the shipped models, smallest first."""
+    from sora_train.model_sizes import COLUMNS, rows
+
+    return _table(COLUMNS, [cells for _, cells in rows(overrides, config_dir)])
 
 
 def write_report(run_dir: Path) -> str:

@@ -58,6 +58,7 @@ def summarise(trainer: "Trainer", oracle: dict[str, Any] | None) -> dict[str, An
         "final_loss": rows[-1]["train/loss"] if rows else None,
         "val_loss": validated.get("val/loss"),
         "val_psnr": validated.get("val/psnr"),
+        "val_ssim": validated.get("val/ssim"),
         "tokens_per_s": tokens / seconds if seconds else None,
         "data_wait": weighted / seconds if seconds else None,
         "oracle": oracle,
@@ -66,6 +67,7 @@ def summarise(trainer: "Trainer", oracle: dict[str, Any] | None) -> dict[str, An
         "clips_by_source": trainer.data.account_by_source(),
         "dropped": trainer.data.assignment.dropped(),
         "failed_to_decode": len(trainer.data.loader.quarantine),
+        "captions_cut": trainer.captions_cut,
     }
 
 
@@ -78,6 +80,7 @@ def print_summary(trainer: "Trainer", summary: dict[str, Any]) -> None:
         "final_loss",
         "val_loss",
         "val_psnr",
+        "val_ssim",
         "tokens_per_s",
         "data_wait",
     ):
@@ -86,6 +89,10 @@ def print_summary(trainer: "Trainer", summary: dict[str, Any]) -> None:
             table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
     console = Console()
     console.print(table)
+    if summary["captions_cut"]:
+        console.print(
+            f"captions cut at text.max_length={trainer.cfg.text.max_length}: {summary['captions_cut']:,}"
+        )
     if summary["oracle"]:
         console.print(oracle_table(summary["oracle"]))
 

@@ -33,13 +33,30 @@ METRICS: dict[str, Metric] = {
     "train/samples_seen": Metric("clips", "clips trained since step 0"),
     "train/epoch": Metric("epochs", "passes over the source, with its fraction"),
     "train/dropped": Metric("clips", "clips that failed to decode since step 0, all ranks"),
+    "train/captions_cut": Metric(
+        "captions",
+        "captions longer than `text.max_length`, cut as they were read since step 0, all ranks",
+    ),
     "val/loss": Metric(
         "1",
         "mean over the noise levels of the loss on held-out clips, EMA weights, fixed noise; every clip counts the "
         "same, whatever `loss.reduce` is",
     ),
     "val/loss/t*": Metric("1", "the same at one noise level t"),
+    "val/loss/*x*x*": Metric(
+        "1",
+        "the same over the clips of one bucket (frames x height x width), where there are several",
+    ),
+    "val/loss/*": Metric(
+        "1",
+        "the same for one kind of conditioning, on its free frames, where several are trained; val/loss itself is of "
+        "t2v, or of the first kind of the mix where t2v is not trained",
+    ),
+    "val/live/loss": Metric("1", "val/loss of the weights as they are, not averaged"),
     "val/psnr": Metric("dB", "VAE task: reconstruction of held-out clips"),
+    "val/ssim": Metric(
+        "1", "VAE task: structural similarity of the same, frame by frame; 1 is equal"
+    ),
 }
 
 

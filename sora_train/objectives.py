@@ -14,12 +14,28 @@ from torch import Tensor, nn
 
 from sora_train.config import Config, VaeObjectiveConfig
 from sora_train.data.sample import Clip, ClipBatch
-from sora_train.diffusion.conditioning import choose_kind, frame_mask, frame_times
+from sora_train.diffusion.conditioning import (
+    HEAD_KINDS,
+    choose_kind,
+    condition_times,
+    frame_mask,
+    frame_times,
+    kind_for,
+)
 from sora_train.diffusion.draws import draw_noise, draw_uniform
 from sora_train.diffusion.flow import interpolate, token_loss, velocity_loss
+from sora_train.diffusion.given import (
+    condition_channels,
+    encode_given,
+    encode_whole,
+    pixel_mask,
+    there_and_back,
+)
 from sora_train.diffusion.spec import DiffusionSpec
+from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
+from sora_train.posterior import draw_latents, encode_posterior
 
 
 @dataclass(frozen=True)
@@ -77,9 +93,11 @@ class TextToVideoObjective:
         if not batch.clips:
             return {"velocity": 0.0}
         num_frames, tokens = self.token_grid(batch)
-        keys = [(clip.epoch, clip.row) for clip in batch.clips]
-        given = float(self.given_frames(keys, num_frames).sum())
-        return {"velocity": (len(batch.clips) * num_frames - given) * tokens}
+        frames = float(len(batch.clips) * num_frames)
+        if self.spec.cond_mode == "replace":
+            keys = [(clip.epoch, clip.row) for clip in batch.clips]
+            frames -= float(self.given_frames(keys, num_frames).sum())
+        return {"velocity": frames * tokens}
 
     def terms(self, model: nn.Module, batch: ClipBatch) -> dict[str, Term]:
         # Not self.weights(): who derives from this class may name its terms otherwise.
@@ -101,43 +119,133 @@ class TextToVideoObjective:
         """The batch on its way to noise, every draw keyed by sample."""
         clips = batch.clips or placeholder(batch)
         seed, keys = self.cfg.seed, [(clip.epoch, clip.row) for clip in clips]
-        x = self.latents(clips)
-        u_B = draw_uniform(seed, "timestep", keys)
+        num_frames = self.token_grid(batch)[0]
+        shown = self.shown(
+            clips,
+            self.kinds(keys, num_frames),
+            self.kind_draws(keys),
+            self.cfg.data.latents == "sample",
+        )
+        x = shown.x
+        t_B = self.spec.training_times(draw_uniform(seed, "timestep", keys), x.shape[2:])
         prompts = self.drop_captions([clip.caption for clip in clips], keys)
         return FlowBatch(
             x=x,
             noise=draw_noise(seed, "noise", keys, x.shape[1:]).to(x.device),
-            t_B=self.spec.training_times(u_B, x.shape[2:]).to(x.device),
-            mask_BT=self.given_frames(keys, x.shape[2]).to(x.device),
+            t_B=t_B.to(x.device),
+            mask_BT=shown.mask_BT,
             prompts=prompts,
             fps_B=torch.tensor([clip.fps for clip in clips], device=x.device),
             text=stored_text(clips, prompts),
+            given=shown.given,
+            condition=shown.condition,
+            t_cond_B=self.condition_times(keys).to(x.device),
+            time_weight_B=self.spec.loss_weight(t_B).to(x.device),
         )
 
     def given_frames(self, keys: list[tuple[int, int]], num_frames: int) -> Tensor:
-        """Mask (B, T) of the latent frames each sample is shown clean, by the spec's conditioning."""
-        kinds = draw_uniform(self.cfg.seed, "cond_kind", keys).tolist()
-        counts = draw_uniform(self.cfg.seed, "cond_mask", keys).tolist()
-        return torch.stack(
-            [
-                frame_mask(choose_kind(self.spec.conditioning, u_kind), num_frames, u_count)
-                for u_kind, u_count in zip(kinds, counts, strict=True)
-            ]
+        """Mask (B, T) of the latent frames each sample is given, by the spec's conditioning."""
+        kinds = self.kinds(keys, num_frames)
+        return frame_masks(kinds, num_frames, self.kind_draws(keys))
+
+    def kinds(self, keys: list[tuple[int, int]], num_frames: int) -> list[str]:
+        """The kind of conditioning of each sample, `t2v` where it is dropped."""
+        u_kind = draw_uniform(self.cfg.seed, "cond_kind", keys).tolist()
+        u_drop = draw_uniform(self.cfg.seed, "cond_dropout", keys).tolist()
+        return [
+            "t2v"
+            if drop < self.spec.condition_dropout
+            else kind_for(choose_kind(self.spec.conditioning, kind), num_frames)
+            for kind, drop in zip(u_kind, u_drop, strict=True)
+        ]
+
+    def kind_draws(self, keys: list[tuple[int, int]]) -> list[float]:
+        """What decides how many frames a kind gives, and which."""
+        draws: list[float] = draw_uniform(self.cfg.seed, "cond_mask", keys).tolist()
+        return draws
+
+    def condition_times(self, keys: list[tuple[int, int]]) -> Tensor:
+        """Noise level (B,) of each sample's given frames."""
+        return condition_times(
+            draw_uniform(self.cfg.seed, "cond_noise", keys),
+            draw_uniform(self.cfg.seed, "cond_noise_level", keys),
+            self.spec.condition_noise_share,
+            self.spec.condition_noise_max,
         )
 
-    def latents(self, clips: list[Clip]) -> Tensor:
-        """Normalised latents (B, C, T, H, W), float32: stored ones, or encoded now.
+    def shown(
+        self, clips: list[Clip], kinds: list[str], draws: list[float], drawn: bool = False
+    ) -> "Shown":
+        """Latents of clips of one shape, `drawn` from their posteriors or its means, and what each is given
+        of itself by its kind."""
+        x = self.latents(clips, kinds, drawn)
+        mask_BT = frame_masks(kinds, x.shape[2], draws)
+        shown = zip(clips, kinds, mask_BT, x, strict=True)
+        if self.spec.cond_mode == "concat":
+            condition = torch.cat([self.condition_of(*one[:3]) for one in shown])
+            return Shown(x, mask_BT.to(x.device), None, condition)
+        if all(kind in HEAD_KINDS for kind in kinds):
+            return Shown(x, mask_BT.to(x.device), None, None)
+        given = torch.cat(
+            [x_1[None] if kind in HEAD_KINDS else self.given_of(clip, kind, mask_T)
+             for clip, kind, mask_T, x_1 in shown]
+        )  # fmt: skip
+        return Shown(x, mask_BT.to(x.device), given, None)
+
+    @torch.no_grad()
+    def given_of(self, clip: Clip, kind: str, mask_T: Tensor) -> Tensor:
+        """Latents (1, C, T, H, W) of the frames a clip is given, each run from its own pixels."""
+        vae = self.vae
+        known_F = pixel_mask(kind, mask_T, vae.temporal_factor)
+        pixels = self.pixels_of(clip, kind)
+        return encode_given(
+            vae.encode, pixels, known_F, vae.temporal_factor, vae.frame_step
+        ).float()
+
+    @torch.no_grad()
+    def condition_of(self, clip: Clip, kind: str, mask_T: Tensor) -> Tensor:
+        """Condition channels (1, factor + C, T, H, W) of one clip."""
+        known_F = pixel_mask(kind, mask_T, self.vae.temporal_factor).to(self.device)
+        given = encode_whole(self.vae.encode, self.pixels_of(clip, kind), known_F).float()
+        return condition_channels(given, known_F[None], self.vae.temporal_factor)
+
+    def pixels_of(self, clip: Clip, kind: str) -> Tensor:
+        """Pixels (1, 3, F, H, W) of a clip as its kind plays it. Raises UserError without pixels."""
+        if clip.pixels is None:
+            raise UserError(
+                f"clip {clip.row} comes as stored latents, and conditioning '{kind}' encodes given frames from "
+                "pixels of their own; set data.stored_latents=ignore and data.cache=none, or train t2v, i2v and "
+                "extend with objective.cond_mode=replace only"
+            )
+        pixels = to_pixels([clip], self.device)
+        return there_and_back(pixels, dim=2) if kind == "loop" else pixels
+
+    def latents(self, clips: list[Clip], kinds: list[str], drawn: bool = False) -> Tensor:
+        """Normalised latents (B, C, T, H, W) of clips as their kinds play them."""
+        latents_of = self.drawn_latents_of if drawn else self.latents_of
+        return torch.cat([latents_of(*pair) for pair in zip(clips, kinds, strict=True)])
+
+    @torch.no_grad()
+    def latents_of(self, clip: Clip, kind: str = "t2v") -> Tensor:
+        """Normalised latents (1, C, T, H, W) of one clip, float32: stored ones, or encoded now.
 
         Encoded one by one, so that a clip's latents never depend on its neighbours in the batch.
         """
-        return torch.cat([self.latents_of(clip) for clip in clips])
+        if clip.latents is not None and kind != "loop":
+            return torch.from_numpy(clip.latents)[None].to(self.device)
+        return self.vae.encode(self.pixels_of(clip, kind)).float()
 
     @torch.no_grad()
-    def latents_of(self, clip: Clip) -> Tensor:
-        """Latents (1, C, T, H, W) of one clip on the device."""
-        if clip.latents is not None:
-            return torch.from_numpy(clip.latents)[None].to(self.device)
-        return self.vae.encode(to_pixels([clip], self.device)).float()
+    def drawn_latents_of(self, clip: Clip, kind: str = "t2v") -> Tensor:
+        """A draw (1, C, T, H, W) from the posterior of one clip, stored or encoded now, keyed by its epoch and row."""
+        if clip.latents is None or kind == "loop":
+            mean, logvar = encode_posterior(self.vae, self.pixels_of(clip, kind))
+        else:
+            assert clip.logvar is not None, "stored latents that are drawn from have a log-variance"
+            mean, logvar = (
+                torch.from_numpy(part)[None].to(self.device) for part in (clip.latents, clip.logvar)
+            )
+        return draw_latents(mean, logvar, self.cfg.seed, [(clip.epoch, clip.row)])
 
     def drop_captions(self, prompts: list[str], keys: list[tuple[int, int]]) -> list[str]:
         """The null caption is the encoded empty string."""
@@ -148,12 +256,28 @@ class TextToVideoObjective:
         ]
 
 
+def frame_masks(kinds: list[str], num_frames: int, draws: list[float]) -> Tensor:
+    """Mask (B, T) of the latent frames that each kind gives."""
+    pairs = zip(kinds, draws, strict=True)
+    return torch.stack([frame_mask(kind, num_frames, u) for kind, u in pairs])
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Clean latents (B, C, T, H, W) of clips and what is given of them: see FlowBatch."""
+
+    x: Tensor
+    mask_BT: Tensor
+    given: Tensor | None
+    condition: Tensor | None
+
+
 @dataclass(frozen=True)
 class FlowBatch:
     """Latents on their way from data to noise: everything the velocity loss needs.
 
     x and noise are (B, C, T, H, W); t_B is each clip's noise level; mask_BT is 1 for latent frames
-    that are given clean.
+    that are given.
     """
 
     x: Tensor
@@ -164,25 +288,51 @@ class FlowBatch:
     fps_B: Tensor
     text: tuple[Tensor | None, ...] = ()
     """Caption embeddings (L, E) that are known already, for the prompts that have one; empty: for none."""
+    given: Tensor | None = None
+    """Latents (B, C, T, H, W) as they are given, where that is not x itself: see `diffusion.given`."""
+    condition: Tensor | None = None
+    """With cond_mode=concat: mask channels and given latents (B, factor + C, T, H, W), which stand beside the noisy
+    latents. Every frame is then noisy and counts."""
+    t_cond_B: Tensor | None = None
+    """Noise level of each clip's given frames; None: 0."""
+    time_weight_B: Tensor | None = None
+    """Factor on each clip's loss; None: 1."""
 
     def predict(self, model: nn.Module) -> Tensor:
         """The model's velocity (B, C, T, H, W)."""
         assert isinstance(model, TextToVideo)
-        t_BT = frame_times(self.t_B, self.mask_BT)
-        z = interpolate(self.x, self.noise, t_BT)
-        mask_BT = self.mask_BT if model.transformer.mask_proj is not None else None
         text = model.embed(self.prompts, self.text or [None] * len(self.prompts))
+        if self.condition is not None:
+            t_BT = self.t_B[:, None].expand_as(self.mask_BT)
+            z = torch.cat([interpolate(self.x, self.noise, t_BT), self.condition], dim=1)
+            return model(z, t_BT, text, fps_B=self.fps_B)
+        t_BT = frame_times(self.t_B, self.mask_BT, 0.0 if self.t_cond_B is None else self.t_cond_B)
+        clean = self.x
+        if self.given is not None:
+            clean = torch.where(self.mask_BT[:, None, :, None, None] > 0, self.given, clean)
+        z = interpolate(clean, self.noise, t_BT)
+        mask_BT = self.mask_BT if model.transformer.mask_proj is not None else None
         return model(z, t_BT, text, mask_BT=mask_BT, fps_B=self.fps_B)
 
+    @property
+    def counted_BT(self) -> Tensor:
+        """1 for the latent frames that the loss is about."""
+        return 1.0 - self.mask_BT if self.condition is None else torch.ones_like(self.mask_BT)
+
     def loss_sum(self, model: nn.Module) -> Tensor:
-        """Sum over the samples of each one's mean squared velocity error on frames not given."""
-        return velocity_loss(self.predict(model), self.x, self.noise, 1.0 - self.mask_BT)[0]
+        """Sum over the samples of each one's mean squared velocity error on the frames that count."""
+        v = self.predict(model)
+        return velocity_loss(
+            v, self.x, self.noise, self.counted_BT, time_weight_B=self.time_weight_B
+        )[0]
 
     def token_loss(self, model: nn.Module, tokens_per_frame: int) -> tuple[Tensor, Tensor]:
-        """Sum over the video tokens not given of each one's mean squared velocity error, and how
+        """Sum over the video tokens that count of each one's mean squared velocity error, and how
         many these are."""
         v = self.predict(model)
-        return token_loss(v, self.x, self.noise, 1.0 - self.mask_BT, tokens_per_frame)
+        return token_loss(
+            v, self.x, self.noise, self.counted_BT, tokens_per_frame, self.time_weight_B
+        )
 
 
 class VaeObjective:

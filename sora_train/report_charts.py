@@ -5,6 +5,7 @@ own font.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
@@ -103,7 +104,9 @@ def _validation(rows: list[Row]) -> str:
     mean = series(rows, "val/loss")
     if not len(mean[0]):
         return ""
-    names = sorted({name for row in rows for name in row if name.startswith("val/loss/t")})
+    names = sorted(
+        {name for row in rows for name in row if re.fullmatch(r"val/loss/t[\d.]+", name)}
+    )
     lines = []
     for number, name in enumerate(names):
         level = round(number * (len(LEVELS) - 1) / max(1, len(names) - 1))

@@ -68,6 +68,10 @@ class RunFolder:
         if not saved_path.exists() or not (self.path / "checkpoints" / "latest").exists():
             return
         saved, now = yaml.safe_load(saved_path.read_text()), cfg.model_dump(mode="json")
+        # A key that came after the run was begun had its default's meaning.
+        for section, values in Config().model_dump(mode="json").items():
+            if isinstance(values, dict) and isinstance(saved.get(section), dict):
+                saved[section] = values | saved[section]
         changed = [
             f"{key} was {old!r}, is {new!r}"
             for section in FIXED_SECTIONS

@@ -1,10 +1,12 @@
 """Sample clips as files: mp4 a prompt, a contact sheet, and the prompts beside them."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from sora_train.contact_sheet import contact_sheet
 from sora_train.data.video_io import encode_h264
@@ -32,6 +34,19 @@ def save_clips(
     ]
     write_atomically(folder / "prompts.json", json.dumps(rows, indent=1))
     return paths
+
+
+def save_stills(clips: list[np.ndarray], paths: list[Path]) -> list[Path]:
+    """Write clips of a single frame as PNG beside their mp4 files; returns the images' paths."""
+    stills = []
+    for clip, path in zip(clips, paths, strict=True):
+        if len(clip) == 1:
+            still = path.with_suffix(".png")
+            partial = still.with_name(f".{still.name}.tmp")
+            Image.fromarray(clip[0]).save(partial, format="PNG")
+            os.replace(partial, still)
+            stills.append(still)
+    return stills
 
 
 def write_samples(trainer: "Trainer") -> None:

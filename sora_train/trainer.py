@@ -20,12 +20,13 @@ from sora_train.distributed import ControlPlane, World
 from sora_train.ema import Ema
 from sora_train.errors import Fault
 from sora_train.finish import finish
+from sora_train.initialise import refuse_imported, start_from
 from sora_train.metrics import MetricsFile
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
 from sora_train.objectives import Objective, TextToVideoObjective, VaeObjective
 from sora_train.optim import build_optimizer, lr_at
-from sora_train.parallel.engine import Engine, FsdpEngine
+from sora_train.parallel.engine import Engine, FsdpEngine, check_kernels
 from sora_train.parallel.mesh import resolve_degrees
 from sora_train.progress import Progress
 from sora_train.run_folder import RunFolder
@@ -33,7 +34,7 @@ from sora_train.sample_folder import sample_shape, write_samples
 from sora_train.specification import build_spec
 from sora_train.tracking import start_tracker
 from sora_train.training_data import TrainingData
-from sora_train.validate import validation_loss, validation_psnr
+from sora_train.validate import validated_kinds, validation_loss, validation_psnr
 
 Callback = Callable[["Trainer", dict[str, float]], None]
 
@@ -54,6 +55,7 @@ class Trainer:
     step: int
     samples_seen: int
     dropped: int
+    captions_cut: int
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
@@ -67,12 +69,14 @@ class Trainer:
         resolve_degrees(
             cfg.parallel, self.world.size
         )  # a wrong one is told before any clip is read
+        check_kernels(cfg, self.world.device)
         self.control = ControlPlane(self.world)
         self.folder = RunFolder(cfg, is_main=self.world.is_main)
-        self.step = self.samples_seen = self.dropped = 0
+        self.step = self.samples_seen = self.dropped = self.captions_cut = 0
         self.started = time.monotonic()
         self.resumed = self.newest_checkpoint() if cfg.checkpoint.resume == "auto" else None
         self.state_before = self.resumed.state() if self.resumed else None
+        refuse_imported(cfg.run.dir, self.state_before)
 
         model = self.build_model()
         self.vae = (
@@ -83,6 +87,8 @@ class Trainer:
         self.params = sum(
             parameter.numel() for parameter in model.parameters() if parameter.requires_grad
         )
+        if cfg.init.run and self.resumed is None:
+            start_from(cfg, model, self.vae)
         self.spec = build_spec(cfg, self.vae, model)
         self.data = self.build_data(model)
         self.cfg = cfg = self.data.with_steps(cfg)
@@ -208,8 +214,9 @@ class Trainer:
             sum(batch.weight for batch in batches),
             sum(batch.weight * self.data.tokens_of(batch.micro_batch.bucket) for batch in batches),
             sum(len(batch.failures) for batch in batches),
+            self.take_captions_cut(),
         ]
-        *term_sums, clips, tokens, failed = self.control.sum(mine)
+        *term_sums, clips, tokens, failed, cut = self.control.sum(mine)
         terms = {
             name: total / max(totals[name], 1.0)
             for name, total in zip(sums, term_sums, strict=True)
@@ -222,6 +229,7 @@ class Trainer:
             )
         self.samples_seen += int(clips)
         self.dropped += int(failed)
+        self.captions_cut += int(cut)
         seconds = time.monotonic() - began
         return {
             "train/loss": loss,
@@ -235,25 +243,37 @@ class Trainer:
             "train/samples_seen": float(self.samples_seen),
             "train/epoch": self.data.epoch_at(self.step),
             "train/dropped": float(self.dropped),
+            "train/captions_cut": float(self.captions_cut),
         }
+
+    def take_captions_cut(self) -> int:
+        """Captions this rank has cut since it was asked last."""
+        model = self.engine.model
+        return model.take_truncated() if isinstance(model, TextToVideo) else 0
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens now; the last step is finish()'s."""
         return every > 0 and self.step % every == 0 and self.step < self.cfg.train.steps
 
     def validate(self) -> dict[str, float]:
-        """Loss of the averaged weights on held-out clips; {} without such clips."""
+        """Loss of the averaged weights on held-out clips, and of the live ones; {} without such clips."""
         clips = self.data.val_clips
         if not clips or self.cfg.validation.every == 0:
             return {}
         model = self.engine.model
         model.eval()
         try:
-            with self.ema.swapped_in(model):
-                if isinstance(self.objective, VaeObjective):
+            if isinstance(self.objective, VaeObjective):
+                with self.ema.swapped_in(model):
                     return validation_psnr(model, self.objective, clips)
-                assert isinstance(self.objective, TextToVideoObjective)
-                return validation_loss(model, self.objective, clips, self.cfg.validation.times)
+            assert isinstance(self.objective, TextToVideoObjective)
+            times, kinds = self.cfg.validation.times, validated_kinds(self.cfg)
+            with self.ema.swapped_in(model):
+                row = validation_loss(model, self.objective, clips, times, kinds, self.control)
+            if row and self.cfg.validation.live:
+                live = validation_loss(model, self.objective, clips, times, kinds[:1], self.control)
+                row["val/live/loss"] = live["val/loss"]
+            return row
         finally:
             model.train()
 
@@ -270,6 +290,7 @@ class Trainer:
             "step": self.step,
             "samples_seen": self.samples_seen,
             "dropped": self.dropped,
+            "captions_cut": self.captions_cut,
             "task": self.cfg.task,
             "config": self.cfg.model_dump(mode="json"),
             "spec": self.spec.to_dict() if self.spec else None,
@@ -312,6 +333,8 @@ class Trainer:
             state["samples_seen"],
             state["dropped"],
         )
+        # Checkpoints of before it was counted have none.
+        self.captions_cut = state.get("captions_cut", 0)
 
     def close(self) -> None:
         self.data.close()

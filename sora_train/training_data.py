@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,16 @@ from torch import nn
 
 from sora_train.config import Config
 from sora_train.data.buckets import Assignment, BucketSpec
-from sora_train.data.cache import LatentCache
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.plan import Tape, require_efficiency
 from sora_train.data.sample import Bucket, Clip, ClipBatch
 from sora_train.data.splice import Splice
 from sora_train.distributed import ControlPlane, World
+from sora_train.encoding import CacheFiller, fill_cache, open_caches, open_filler
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
 from sora_train.objectives import to_pixels
-from sora_train.progress import Progress
 from sora_train.run_folder import RunFolder
 from sora_train.training_plan import (
     assigned,
@@ -35,8 +33,6 @@ from sora_train.training_plan import (
     token_counter,
 )
 from sora_train.training_sources import Sources, Stock, open_together
-
-CACHE_CHUNK = 16
 
 
 @dataclass
@@ -52,6 +48,8 @@ class TrainingData:
     tokens_of: Callable[[Bucket], int]
     val_clips: list[Clip]
     micro_batches: int
+    filler: CacheFiller | None = None
+    """Encodes what the cache lacks, where there is one."""
     _waited: float = field(default=0.0, repr=False)
 
     @classmethod
@@ -89,22 +87,25 @@ class TrainingData:
         vae_digest = vae.digest()
         for manifest in (train, sources.val):
             require_stored(cfg, manifest, table, vae, vae_digest, model)
-        cache = None
-        if cfg.data.cache == "latents" and reads_vae_latents:
-            cache = LatentCache(Path(cfg.data.cache_dir or folder.path / "cache"))
+        caches = open_caches(cfg, vae_digest, model, folder.path / "cache", world)
         loader = Loader(
             train, tape, cfg.buckets, data_as_read(cfg),
             seed=cfg.seed, micro_batches=cfg.train.micro_batches, rank=world.rank, world_size=world.size,
-            vae_digest=vae_digest, cache=cache, run_dir=folder.path, reasons=assignment.reasons,
+            vae_digest=vae_digest, vae_dtype=cfg.vae.dtype, cache=caches.latents, texts=caches.texts,
+            run_dir=folder.path, reasons=assignment.reasons,
         )  # fmt: skip
-        if cache is not None and not cfg.dry_run:
-            fill_cache(loader, vae, world, "encoding clips")
+        filler = open_filler(cfg, loader, vae, world.device, caches)
+        if filler is not None and cfg.data.cache == "latents":
+            fill_cache(filler, world, "encoding clips")
             control.barrier()
         val_clips = (
             [] if cfg.dry_run else read_validation(cfg, sources.val, table, vae, reads_vae_latents)
         )
+        if filler is not None:
+            val_clips = [filler.with_text(clip) for clip in val_clips]
         return cls(
-            train, table, assignment, sources, tape, loader, tokens_of, val_clips, cfg.train.micro_batches
+            train, table, assignment, sources, tape, loader, tokens_of, val_clips, cfg.train.micro_batches,
+            filler,
         )  # fmt: skip
 
     def step(self, step: int) -> list[ClipBatch]:
@@ -112,7 +113,7 @@ class TrainingData:
         before = self.loader.wait_seconds
         batches = self.loader.step(step)
         self._waited += self.loader.wait_seconds - before
-        return batches
+        return batches if self.filler is None else [self.filler.filled(batch) for batch in batches]
 
     def take_wait_seconds(self) -> float:
         """Seconds waited for data since this was last asked."""
@@ -162,27 +163,6 @@ class TrainingData:
 
     def close(self) -> None:
         self.loader.close()
-
-
-@torch.no_grad()
-def fill_cache(
-    loader: Loader, vae: VideoVAE, world: World, title: str, size: int = CACHE_CHUNK
-) -> None:
-    """Encode every clip that is not stored yet, chunk by chunk, the chunks dealt out over the ranks.
-
-    Chunks are cut from the manifest, not from the tape, so stored latents depend on neither the
-    world size nor on where a run was cut off.
-    """
-    chunks = loader.cache_chunks(size, world.rank, world.size)
-    total, done = sum(len(rows) for _, rows in chunks), 0
-    with Progress(max(total, 1), title, enabled=world.is_main and total > 0) as progress:
-        for _, clips, failures in loader.chunks(chunks):
-            done += len(clips) + len(failures)
-            if clips:
-                latents = vae.encode(to_pixels(clips, world.device)).float().cpu().numpy()
-                for clip, one in zip(clips, latents, strict=True):
-                    loader.store(clip.row, one)
-            progress.update(done)
 
 
 def read_validation(

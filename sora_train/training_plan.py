@@ -1,5 +1,6 @@
 """What a run will train on, before any clip is read: buckets, costs, micro-batch sizes and the tape."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -7,15 +8,23 @@ from torch import nn
 
 from sora_train.config import Config, DataConfig
 from sora_train.data.buckets import NO_BUCKET, Assignment, BucketSpec, assign, build_buckets
+from sora_train.data.loader import backend_of
+from sora_train.data.made_with import Made, decoder_name, latents_made_with, text_made_with
 from sora_train.data.manifest import Manifest
 from sora_train.data.micro_batches import GB, MemoryCap, micro_batch_sizes
 from sora_train.data.plan import Share, Tape
 from sora_train.data.sample import Bucket
 from sora_train.data.splice import Change, Splice, repeats_of
-from sora_train.data.stored import require_latents, require_text
+from sora_train.data.stored_check import (
+    first_of_each,
+    refuse_latents,
+    require_latents,
+    require_text,
+)
 from sora_train.data.walk import samples_an_epoch
 from sora_train.errors import UserError
 from sora_train.models import memory as sizes_in_memory
+from sora_train.models.dit import check_patches
 from sora_train.models.flops import training_flops
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
@@ -30,12 +39,18 @@ def bucket_table(
 
     Raises:
         ConfigError: the buckets do not fit the VAE.
+        UserError: a bucket reaches past the transformer's rotary positions.
     """
-    return build_buckets(
+    table = build_buckets(
         cfg.buckets,
         temporal_factor=vae.frame_step,
-        spatial_multiple=vae.spatial_factor * max(patch[1:]),
+        spatial_multiple=vae.spatial_factor * math.lcm(*patch[1:]),
     )
+    if cfg.task == "text_to_video":
+        for spec in table:
+            shape = spec.bucket.frames, spec.bucket.height, spec.bucket.width
+            check_patches(cfg.model, *vae.latent_shape(*shape)[1:])
+    return table
 
 
 def token_counter(vae: VideoVAE | Geometry, patch: tuple[int, int, int]) -> Callable[[Bucket], int]:
@@ -73,11 +88,29 @@ def require_stored(
     data = data_as_read(cfg)
     if not manifest.members.any():
         return
-    rows = np.flatnonzero(assigned(cfg, manifest, table).bucket_of_row >= 0).tolist()
+    fitting = np.flatnonzero(assigned(cfg, manifest, table).bucket_of_row >= 0).tolist()
+    rows = first_of_each(manifest.members, fitting)
     if data.stored_latents == "use":
-        require_latents(manifest, rows, vae_digest, vae.latent_shape)
+        if cfg.task == "text_to_video" and cfg.objective.needs_pixels:
+            refuse_latents(manifest, rows)
+        now = made_with(cfg, vae_digest)
+        drawn = data.latents == "sample"
+        require_latents(manifest, rows, vae_digest, vae.latent_shape, drawn=drawn, now=now)
     if data.stored_text == "use" and isinstance(model, TextToVideo):
-        require_text(manifest, rows, model.text_digest(), cfg.text.trainable, cfg.text.max_length)
+        digest = model.text_digest()
+        require_text(
+            manifest, rows, digest, cfg.text.trainable, cfg.text.max_length,
+            now=made_with(cfg, vae_digest, digest),
+        )  # fmt: skip
+
+
+def made_with(cfg: Config, vae_digest: str, text_digest: str = "") -> Made:
+    """What latents, and the embeddings of a frozen text encoder with that digest, are made with by this config."""
+    decoder = decoder_name(backend_of(cfg.data))
+    made = {"latents": latents_made_with(vae_digest, cfg.vae.dtype, decoder)}
+    if text_digest and not cfg.text.trainable:
+        made["text"] = text_made_with(text_digest, cfg.text.padding, cfg.text.max_length)
+    return made
 
 
 def plan(

@@ -37,11 +37,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tracking": {"config", "distributed"},
     "report_charts": set(),
     "metrics_reference": {"metrics"},
+    "model_sizes": {"config", "models"},
+    "quality": set(),
     "run_folder": {"config", "distributed"},
+    "stored_weights": set(),
     "specification": {"config", "diffusion", "models"},
     "sampling": {"config", "diffusion", "models"},
-    "objectives": {"config", "diffusion", "models", "data"},
-    "validate": {"config", "distributed", "diffusion", "models", "data", "objectives"},
+    "operations": {"config", "data", "diffusion", "models", "sampling"},
+    "posterior": {"config", "diffusion", "models"},
+    "objectives": {"config", "diffusion", "models", "data", "posterior"},
+    "validate": {
+        "config",
+        "distributed",
+        "diffusion",
+        "models",
+        "data",
+        "objectives",
+        "quality",
+    },  # fmt: skip
 }
 """The lower layers, each with all it may import."""
 
@@ -51,8 +64,11 @@ BELOW_THE_TRAINER = {
     "data_report",
     "data_report_plan",
     "data_trace",
+    "data_verify",
+    "encoding",
     "evaluate",
     "finish",
+    "initialise",
     "report",
     "sample_folder",
     "training_data",
@@ -70,8 +86,11 @@ TOP = {
     "cli": None,
     "commands": None,
     "project": None,
+    "sample_command": None,
     "sweep": None,
     "train": None,
+    "weights_in": None,
+    "weights_out": None,
 }
 """The outermost layer; None: may import everything."""
 
@@ -79,6 +98,7 @@ TORCH_ONLY = {"torch", "einops", "numpy"}
 OPTIONAL = {
     "deepspeed",
     "flash_attn",
+    "flash_attn_interface",
     "decord",
     "wandb",
     "ray",

@@ -121,8 +121,9 @@ def dit_flops(tokens: float, cfg: Config) -> float:
     self_attention = 4 * dim * dim * tokens + 2 * dim * tokens * tokens
     cross_attention = 2 * dim * dim * (tokens + text) + 2 * dim * tokens * text
     feed_forward = 2 * dim * model.ffn_dim * tokens
-    patch = model.in_channels * model.patch_size[0] * model.patch_size[1] * model.patch_size[2]
-    ends = 2 * patch * dim * tokens + (model.text_dim + dim) * dim * text
+    channels = model.in_channels + model.velocity_channels
+    patch = channels * model.patch_size[0] * model.patch_size[1] * model.patch_size[2]
+    ends = patch * dim * tokens + (model.text_dim + dim) * dim * text
     layers = model.num_layers * (self_attention + cross_attention + feed_forward)
     return 3 * 2 * (layers + ends)
 

@@ -9,8 +9,10 @@ from sora_train.config.data import BucketClass, BucketsConfig, DataConfig, MixCo
 from sora_train.config.model import ModelConfig, TextConfig, VaeConfig
 from sora_train.config.run import (
     CheckpointConfig,
+    ConditioningConfig,
     ElasticConfig,
     EmaConfig,
+    InitConfig,
     LossConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -27,10 +29,12 @@ __all__ = [
     "BucketClass",
     "BucketsConfig",
     "CheckpointConfig",
+    "ConditioningConfig",
     "Config",
     "DataConfig",
     "ElasticConfig",
     "EmaConfig",
+    "InitConfig",
     "LossConfig",
     "MixConfig",
     "ModelConfig",
@@ -62,6 +66,7 @@ class Config(Section):
     dry_run: bool = False
     """Print the card (sizes, clips per bucket, memory, time) and stop before step 1."""
     run: RunConfig = RunConfig()
+    init: InitConfig = InitConfig()
     data: DataConfig = DataConfig()
     buckets: BucketsConfig = BucketsConfig()
     model: ModelConfig = ModelConfig()
@@ -86,5 +91,29 @@ class Config(Section):
             raise ValueError(
                 f"loss.reduce={self.loss.reduce} is for task=text_to_video; the autoencoder's loss counts every "
                 "clip alike, so set loss.reduce=per_sample"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _given_frames_have_pixels(self) -> "Config":
+        if (
+            self.task == "text_to_video"
+            and self.data.cache == "latents"
+            and self.objective.needs_pixels
+        ):
+            raise ValueError(
+                "data.cache=latents keeps no pixels, and objective.conditioning gives frames that are encoded from "
+                "pixels of their own; set data.cache=none, or train t2v, i2v and extend with cond_mode=replace only"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _validated_kinds_are_trained(self) -> "Config":
+        trained = [kind for kind, _ in self.objective.mix]
+        unknown = [kind for kind in self.validation.kinds if kind not in trained]
+        if self.task == "text_to_video" and unknown:
+            raise ValueError(
+                f"validation.kinds holds {unknown[0]!r}, which this run does not train; choose among "
+                f"{', '.join(trained)}, or give it a share in objective.conditioning"
             )
         return self

@@ -119,10 +119,18 @@ class DataConfig(Section):
     probe: Literal["decode", "packets", "header"] = "decode"
     """How frames are counted when a source is indexed: decode every frame, count packets (faster, trusts the
     file), or take the header's word (fastest; a clip that holds fewer frames is found at its decode)."""
-    cache: Literal["none", "latents"] = "none"
-    """`latents`: encode every clip once before step 1, in an order of its own, and train from the stored latents."""
+    cache: Literal["none", "latents", "auto"] = "none"
+    """`latents`: encode every clip once before step 1, in an order of its own, and train from the stored latents;
+    `auto`: store each clip's latents when it is first trained. Both show windows and crops of epoch 0 in every epoch,
+    and store the caption embeddings of a frozen text encoder as they are met."""
     cache_dir: str = ""
-    """Where cached latents lie; empty: `cache/` in the run folder. Keys are content addresses, so it may be shared."""
+    """Where the cache lies; empty: `cache/` in the run folder. Entries are content addresses, so runs may share a
+    folder; one that was filled with another VAE, text encoder or decoder is refused."""
+    cache_text_gb: float = Field(50.0, ge=0)
+    """Most GB of caption embeddings in the cache; once it is full, further captions are encoded whenever they come."""
+    latents: Literal["mode", "sample"] = "mode"
+    """What of the VAE's posterior is trained on: its `mode`, or a `sample` drawn anew each epoch, keyed by seed, epoch
+    and clip; then caches and encoded shards hold mean and log-variance."""
 
     stored_latents: Literal["use", "ignore"] = "use"
     """Latents that stand in the shards: `use` trains from them where they have the shape of the sample's bucket and

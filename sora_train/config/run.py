@@ -19,6 +19,14 @@ class RunConfig(Section):
     """CPU threads of torch in each rank; 0: the cores of the machine shared among its ranks."""
 
 
+class InitConfig(Section):
+    run: str = ""
+    """A run folder, or FOLDER@STEP, whose weights this run starts from while it has no checkpoint of its own: the
+    stage before, or what `sora ckpt import` has made."""
+    weights: Literal["ema", "live"] = "ema"
+    """Its averaged weights, or those as trained."""
+
+
 class TrainConfig(Section):
     steps: int = Field(1000, ge=0)
     """Optimizer steps of the whole run; 0: as many as `train.epochs` take."""
@@ -108,6 +116,10 @@ class ValidationConfig(Section):
     """Noise levels t at which the loss of every held-out clip is measured, with fixed noise."""
     max_clips: int = Field(64, ge=1)
     """Held-out clips used."""
+    kinds: StrList = ()
+    """Kinds of conditioning validated, t2v and others; empty: all that `objective.conditioning` trains."""
+    live: bool = True
+    """Also measure the weights as they are, beside their average (`val/live/loss`)."""
 
     @model_validator(mode="after")
     def _times_inside(self) -> "ValidationConfig":
@@ -141,6 +153,30 @@ class TrackerConfig(Section):
     """`auto`: online when a W&B key is configured, else offline in the run folder."""
 
 
+class ConditioningConfig(Section):
+    i2v: float = Field(0.0, ge=0, le=1)
+    """Share of clips trained with their first latent frame given (image to video)."""
+    i2v_last: float = Field(0.0, ge=0, le=1)
+    """Share trained with their last frame given, as a single image."""
+    i2v_both: float = Field(0.0, ge=0, le=1)
+    """Share trained with their first and last frame given, as single images."""
+    extend: float = Field(0.0, ge=0, le=1)
+    """Share trained with their first k latent frames given, k drawn (extension forwards)."""
+    extend_back: float = Field(0.0, ge=0, le=1)
+    """Share trained with their last k latent frames given (extension backwards)."""
+    infill: float = Field(0.0, ge=0, le=1)
+    """Share trained with all latent frames given but a gap of any length between the ends."""
+    connect: float = Field(0.0, ge=0, le=1)
+    """Share trained with the first k and the last k latent frames given (two clips joined)."""
+    loop: float = Field(0.0, ge=0, le=1)
+    """Share trained as loops: the clip plays to its middle and back, and its first frame, which is its last too, is
+    given at both ends."""
+    every_nth: float = Field(0.0, ge=0, le=1)
+    """Share trained with every n-th latent frame given, n >= 2 drawn (interpolation)."""
+    random: float = Field(0.0, ge=0, le=1)
+    """Share trained with any of their latent frames given, one to all but one."""
+
+
 class ObjectiveConfig(Section):
     time_law: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
     """Distribution of the noise level t in training."""
@@ -148,23 +184,91 @@ class ObjectiveConfig(Section):
     """Mean of logit(t) under `logit_normal`; positive means noisier."""
     time_std: float = Field(1.0, gt=0)
     """Standard deviation of logit(t)."""
+    high_noise_share: float = Field(0.0, ge=0, le=1)
+    """Share of clips trained at a noise level uniform in [`objective.high_noise_from`, 1] instead, after the shift:
+    the nearly pure noise that sampling starts from (Cosmos-Predict2.5 takes 0.05)."""
+    high_noise_from: float = Field(0.98, ge=0, lt=1)
+    """Where high noise begins."""
     mode_scale: float = 1.29
     """Parameter s of the `mode` law (Esser et al. 2024, arXiv:2403.03206, eq. 20)."""
     shift: float = Field(1.0, gt=0)
     """Time shift: t' = shift * t / (1 + (shift - 1) * t), in training and sampling alike."""
-    shift_rule: Literal["constant", "resolution"] = "constant"
-    """`constant`: `objective.shift` for every clip; `resolution`: times a factor that grows with tokens a frame and
-    with length."""
+    shift_rule: Literal["constant", "resolution", "frame", "length", "root"] = "constant"
+    """`constant`: `objective.shift` for every clip. Others: times a factor that grows with tokens a frame (`frame`),
+    with length (`length`), or with both (`resolution`, Open-Sora 2.0's; `root`, Open-Sora 1.2's)."""
+    weighting: Literal["uniform", "cosmap", "min_snr"] = "uniform"
+    """Factor on the loss by noise level: none, `cosmap` (arXiv:2403.03206) or `min_snr` (arXiv:2303.09556)."""
+    min_snr_gamma: float = Field(5.0, gt=0)
+    """Signal-to-noise ratio above which `min_snr` stops weighing more."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of samples trained with the empty caption, so that guidance has a null."""
     i2v_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of clips trained with their first latent frame given (image to video)."""
+    """The same as `objective.conditioning.i2v`, which see; only one of them may be set."""
+    conditioning: ConditioningConfig = ConditioningConfig()
+    """Share of clips by what they are given besides their caption; the others get the caption alone (t2v)."""
+    cond_mode: Literal["replace", "concat"] = "replace"
+    """How given frames reach the model: `replace` puts them into the noisy latents and leaves them out of the loss;
+    `concat` adds them and their mask as input channels (Wan 2.1's image-to-video layout)."""
+    condition_noise_share: float = Field(0.0, ge=0, le=1)
+    """Share of clips whose given frames carry a little noise, as generated ones do; with cond_mode=replace."""
+    condition_noise_max: float = Field(0.1, ge=0, le=1)
+    """Their noise levels are uniform from 0 to this."""
+    condition_dropout: float = Field(0.0, ge=0, le=1)
+    """Share of clips from which the given frames are withheld, drawn independently of `objective.caption_dropout`."""
     num_steps: int = Field(50, ge=1)
     """Sampler steps stored in the diffusion spec."""
     guidance_scale: float = Field(4.0, ge=1)
     """Classifier-free guidance stored in the diffusion spec; 1 switches it off."""
-    solver: Literal["euler", "heun"] = "euler"
+    condition_scale: float = Field(1.0, ge=0)
+    """Guidance by given frames stored in the diffusion spec; 1 is none, and it costs another call of the model."""
+    guidance_from: float = Field(0.0, ge=0, le=1)
+    """Lowest noise level at which samples are guided, stored in the diffusion spec."""
+    guidance_to: float = Field(1.0, ge=0, le=1)
+    """Highest noise level at which samples are guided (arXiv:2404.07724)."""
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    """How much of the spread that guidance adds is taken back (arXiv:2305.08891), stored in the diffusion spec."""
+    time_grid: Literal["even", "unipc", "flow_match_euler"] = "even"
+    """Times of the sampler's steps: `even` ones, shifted, or those of one of diffusers' two schedulers."""
+    time_rounding: Literal["none", "truncate"] = "none"
+    """`truncate` tells the model noise levels cut off to whole thousandths, as diffusers' UniPC does."""
+    solver: Literal["euler", "heun", "unipc"] = "euler"
     """ODE solver stored in the diffusion spec."""
+
+    @model_validator(mode="after")
+    def _kinds_add_up(self) -> "ObjectiveConfig":
+        shares = self.conditioning.model_dump()
+        if self.i2v_fraction and any(shares.values()):
+            raise ValueError(
+                f"objective.i2v_fraction={self.i2v_fraction:g} is given beside objective.conditioning; set "
+                f"objective.conditioning.i2v={self.i2v_fraction:g} instead"
+            )
+        if sum(shares.values()) > 1 + 1e-6:
+            raise ValueError(
+                f"objective.conditioning adds up to {sum(shares.values()):g}; its shares are of all clips, so make "
+                "them at most 1 in sum"
+            )
+        if self.cond_mode == "concat" and self.condition_noise_share:
+            raise ValueError(
+                "objective.condition_noise_share is for cond_mode=replace; with concat given frames have no noise "
+                "level of their own, so set it to 0"
+            )
+        return self
+
+    @property
+    def mix(self) -> tuple[tuple[str, float], ...]:
+        """(kind, probability) of every kind that is trained and of t2v; probabilities sum to 1."""
+        shares = self.conditioning.model_dump() | (
+            {"i2v": self.i2v_fraction} if self.i2v_fraction else {}
+        )
+        rest = max(0.0, 1.0 - sum(shares.values()))
+        return (("t2v", rest), *((kind, share) for kind, share in shares.items() if share > 0))
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether given frames are encoded from pixels of their own, which stored latents lack."""
+        return self.cond_mode == "concat" or any(
+            kind not in ("t2v", "i2v", "extend") for kind, _ in self.mix
+        )
 
 
 class VaeObjectiveConfig(Section):

@@ -19,10 +19,11 @@ import numpy as np
 
 from sora_train.config import BucketsConfig, DataConfig
 from sora_train.data import decode_decord, decode_torchcodec, quarantine, stored
-from sora_train.data.cache import LatentCache, latent_key
+from sora_train.data.cache import LatentCache, TextCache, latent_key
 from sora_train.data.caption_choice import CaptionChoice, require_captions
 from sora_train.data.decode import DecodeRequest, StorageFault
 from sora_train.data.decode_pool import DecodePool, worker_of
+from sora_train.data.made_with import decoder_name
 from sora_train.data.manifest import Manifest, text_digest
 from sora_train.data.plan import TapeLike, rows_for_rank
 from sora_train.data.reading import require
@@ -52,7 +53,8 @@ class Loader:
 
     `tape` names what is trained, `micro_batches` are those of one step over all ranks. With a
     `cache` the stored latents are delivered where they are, windows and crops are those of epoch 0
-    in every epoch, and `vae_digest` says whose latents they are. `reasons` are those of
+    in every epoch, and `vae_digest` and `vae_dtype` say whose latents they are; `texts` are the caption
+    embeddings stored beside them. `reasons` are those of
     `buckets.assign` (default: the manifest's); with `run_dir` failures are recorded there. Raises
     UserError where too many clips are unusable, the decoder cannot read them, a package is missing
     that reads their storage, or no clip has a caption that is weighted.
@@ -70,7 +72,9 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         vae_digest: str = "",
+        vae_dtype: str = "float32",
         cache: LatentCache | None = None,
+        texts: TextCache | None = None,
         run_dir: Path | str | None = None,
         reasons: np.ndarray | None = None,
     ):
@@ -79,8 +83,11 @@ class Loader:
         self._cfg = data_cfg
         self._seed, self._micro_batches = seed, micro_batches
         self._rank, self._world_size = rank, world_size
-        self._vae_digest, self._cache = vae_digest, cache
+        self._vae_digest, self._vae_dtype = vae_digest, vae_dtype
+        self._cache, self._texts = cache, texts
+        self.drawn = data_cfg.latents == "sample"
         self._backend = _backend(data_cfg, manifest, tape)
+        self._decoder = decoder_name(self._backend)
         require_captions(manifest, data_cfg.caption_weights)
         self._captions = CaptionChoice(
             seed, data_cfg.caption_weights, data_cfg.caption_field_dropout
@@ -167,7 +174,9 @@ class Loader:
 
     def _clip_bytes(self, row: int) -> int:
         bucket = self.tape.bucket_of(row)
-        stored = self._cache.size(self.latent_key(row)) if self._cache is not None else None
+        stored = None
+        if self._cache is not None:
+            stored = self._cache.size(self.latent_key(row), self.drawn)
         return 3 * bucket.frames * bucket.height * bucket.width if stored is None else stored
 
     def _idle(self, step: int) -> ClipBatch:
@@ -260,19 +269,30 @@ class Loader:
         """Under what name a row's latents are stored."""
         times, _, box = self._cut(row, 0)
         digest = str(self.manifest.sample_digest[row])
-        return latent_key(digest, self.tape.bucket_of(row), times, box, self._vae_digest)
+        return latent_key(
+            digest, self.tape.bucket_of(row), times, box, self._vae_digest,
+            dtype=self._vae_dtype, decoder=self._decoder,
+        )  # fmt: skip
 
     def latent_fps(self, row: int) -> float:
         """The frame rate of what is stored for a row, 0 for a single frame."""
         return self._cut(row, 0)[1]
 
     def is_cached(self, row: int) -> bool:
-        return self._cache is not None and self.latent_key(row) in self._cache
+        return self._cache is not None and self._cache.has(self.latent_key(row), self.drawn)
 
-    def store(self, row: int, latents: np.ndarray) -> None:
-        """Store a row's latents, float32 (C, T', H', W')."""
+    def cached(self, row: int) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """A row's stored latents, and their log-variance where they are drawn from."""
+        if self._cache is None:
+            return None
+        key = self.latent_key(row)
+        latents, logvar = self._cache.get(key), self._cache.get(key, True) if self.drawn else None
+        return None if latents is None or (self.drawn and logvar is None) else (latents, logvar)
+
+    def store(self, row: int, latents: np.ndarray, logvar: np.ndarray | None = None) -> None:
+        """Store a row's latents, float32 (C, T', H', W'), and their log-variance where they are drawn from."""
         assert self._cache is not None, "the loader was built without a cache"
-        self._cache.put(self.latent_key(row), latents)
+        self._cache.put(self.latent_key(row), latents, logvar)
 
     # -- one clip -----------------------------------------------------------------------------
 
@@ -314,19 +334,21 @@ class Loader:
         """The latents in the row's shard as a clip. Raises Fault where storage fails."""
         place = self._stored_latents(row)
         assert place is not None
-        latents = self._member(row, place, stored.LATENTS)
-        if isinstance(latents, Failure):
-            return latents
+        found = self._member(row, place, stored.LATENTS)
+        if isinstance(found, Failure):
+            return found
+        latents, logvar = found
         clip = self._clip(row, epoch, None, latents, place.fps)
-        return self._with_text(clip)
+        return self._with_text(dataclasses.replace(clip, logvar=logvar))
 
     def _with_text(self, clip: Clip) -> Clip | Failure:
-        """The clip with the stored embedding of its caption, where there is one."""
+        """The clip with the stored embedding of its caption, where there is one: in its shard, or in the cache."""
         place = self._stored_text(clip)
         if place is None:
-            return clip
-        text = self._member(clip.row, place, stored.TEXT)
-        return text if isinstance(text, Failure) else dataclasses.replace(clip, text=text)
+            text = self._texts.get(clip.caption) if self._texts is not None else None
+            return clip if text is None else dataclasses.replace(clip, text=text)
+        found = self._member(clip.row, place, stored.TEXT)
+        return found if isinstance(found, Failure) else dataclasses.replace(clip, text=found[0])
 
     def _stored_text(self, clip: Clip) -> stored.StoredText | None:
         """Where the embedding of this very caption lies."""
@@ -337,9 +359,11 @@ class Loader:
 
     def _member(
         self, row: int, place: stored.StoredLatents | stored.StoredText, extension: str
-    ) -> np.ndarray | Failure:
+    ) -> tuple[np.ndarray, np.ndarray | None] | Failure:
+        stamp = self.manifest.shards.get(str(self.manifest.shard[row]))
+        path = self.manifest.path(row)
         try:
-            return stored.read_member(self.manifest.path(row), place, extension, self._reading)
+            return stored.read_member(path, place, extension, self._reading, stamp)
         except stored.DamagedMember as error:
             return Failure(row, "stored_damaged", str(error))
         except StorageFault as error:
@@ -350,11 +374,11 @@ class Loader:
 
     def _read_latents(self, row: int, epoch: int) -> Clip | Failure | Future:
         """The stored latents as a clip; where they are lost, the pixels' future instead."""
-        assert self._cache is not None
-        latents = self._cache.get(self.latent_key(row))
-        if latents is None:
+        found = self.cached(row)
+        if found is None:
             return self._decode(row, epoch)
-        return self._with_text(self._clip(row, epoch, None, latents))
+        clip = self._clip(row, epoch, None, found[0])
+        return self._with_text(dataclasses.replace(clip, logvar=found[1]))
 
     def request(self, row: int, epoch: int) -> DecodeRequest:
         """What the decoder is asked for a trained row in an epoch."""
@@ -396,7 +420,7 @@ class Loader:
 
     def _text_read(self, clip: Clip) -> Clip | Future:
         """The clip, or its future where an embedding is to be read: not in the thread of the decoder."""
-        if self._stored_text(clip) is None:
+        if self._texts is None and self._stored_text(clip) is None:
             return clip
         return self._readers.submit(self._with_text, clip)
 
@@ -457,6 +481,11 @@ class Loader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def backend_of(cfg: DataConfig) -> str:
+    """The decoder that a config asks for."""
+    return "pyav" if cfg.decoder == "auto" else cfg.decoder
 
 
 def _backend(cfg: DataConfig, manifest: Manifest, tape: TapeLike) -> str:

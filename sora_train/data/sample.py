@@ -39,7 +39,8 @@ class Clip:
 
     `pixels` is uint8 (T, H, W, 3) RGB, `latents` float32 (C, T', H', W'), `fps` the frame rate after
     sampling (0 for a single frame, which has none), `digest` that of the sample's bytes, `text` the
-    caption's stored embedding, float32 (L, D), where there is one.
+    caption's stored embedding, float32 (L, D), where there is one. `logvar` is the log-variance of
+    stored latents, of their shape, where they are to be drawn from and not taken as they are.
     """
 
     row: int
@@ -50,6 +51,7 @@ class Clip:
     caption: str
     digest: str
     text: np.ndarray | None = None
+    logvar: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Latents and caption embeddings that stand in shards beside or instead of the clips.
 
 They are members of a sample: `KEY.latents.safetensors` holds the tensor `latents` (C, T', H', W') as
-the VAE gives it, `KEY.text.safetensors` the tensor `embedding` (L, D) of the caption's own tokens;
-float32, float16 or bfloat16. Their metadata say which network made them and for what, and the
+the VAE gives it (the mean of its posterior) and, if it is to be drawn from, `logvar` of the same shape;
+`KEY.text.safetensors` the tensor `embedding` (L, D) of the caption's own tokens; float32, float16 or
+bfloat16. Their metadata say which network made them and for what, and the
 manifest's column `members` repeats that beside their byte ranges:
 
     {"latents.safetensors": [offset, length], "text.safetensors": [offset, length],
-     "latents": {"vae_digest": ..., "fps": 8.0, "frames": 9, "height": 48, "width": 48, "shape": [...]},
+     "latents": {"vae_digest": ..., "fps": 8.0, "frames": 9, "height": 48, "width": 48, "shape": [...],
+                 "logvar": true},
      "text": {"text_digest": ..., "caption_digest": ..., "shape": [...]}}
 
 Nothing here imports torch: decode processes list members too.
@@ -17,15 +19,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from sora_train.data.decode import DIGEST_END_BYTES, ByteRange, Probe
-from sora_train.data.manifest import Manifest, text_digest
+from sora_train.data.manifest import Stamp, text_digest
 from sora_train.data.reading import read_range
 from sora_train.data.remote import is_remote
 from sora_train.data.retry import ReadPolicy
@@ -37,6 +39,7 @@ KIND = "latents"
 """The manifest's kind and codec of a sample that has latents and no clip."""
 _PART = {LATENTS: "latents", TEXT: "text"}
 _TENSOR = {LATENTS: "latents", TEXT: "embedding"}
+LOGVAR = "logvar"
 _AXES = {LATENTS: 4, TEXT: 2}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -53,7 +56,10 @@ class DamagedMember(Exception):
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """Where a sample's latents lie, and what they stand for: `pixels` at `fps` (0 for an image)."""
+    """Where a sample's latents lie, and what they stand for: `pixels` at `fps` (0 for an image).
+
+    `logvar` tells whether their log-variance stands beside them.
+    """
 
     offset: int
     length: int
@@ -61,6 +67,7 @@ class StoredLatents:
     fps: float
     pixels: Bucket
     shape: tuple[int, ...]
+    logvar: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,9 @@ def pack_latents(
     pixels: Bucket,
     caption: str = "",
     dtype: str = "float32",
+    logvar: np.ndarray | None = None,
 ) -> bytes:
-    """The member of float32 latents (C, T', H', W'), which stand for `pixels` sampled at `fps`."""
+    """The member of float32 latents (C, T', H', W'), and their log-variance; they stand for `pixels` at `fps`."""
     metadata = {
         "vae_digest": vae_digest,
         "fps": repr(float(fps)),
@@ -95,7 +103,8 @@ def pack_latents(
         "width": str(pixels.width),
         **({"caption": caption} if caption else {}),
     }
-    return _pack(LATENTS, latents, metadata, dtype)
+    beside = {} if logvar is None else {LOGVAR: logvar}
+    return _pack({_TENSOR[LATENTS]: latents, **beside}, metadata, dtype)
 
 
 def pack_text(
@@ -103,21 +112,27 @@ def pack_text(
 ) -> bytes:
     """The member of a caption's float32 embedding (L, D), its own tokens alone."""
     metadata = {"text_digest": encoder_digest, "caption_digest": text_digest(caption)}
-    return _pack(TEXT, embedding, metadata, dtype)
+    return _pack({_TENSOR[TEXT]: embedding}, metadata, dtype)
 
 
-def _pack(extension: str, array: np.ndarray, metadata: dict[str, str], dtype: str) -> bytes:
-    array = np.ascontiguousarray(array, np.float32)
-    values = _to_bfloat16(array) if dtype == "bfloat16" else array.astype(dtype)
+def _pack(arrays: Mapping[str, np.ndarray], metadata: dict[str, str], dtype: str) -> bytes:
     # By hand: safetensors knows bfloat16 with torch alone, and its bare writer changed between releases.
-    tensor = {
-        "dtype": _DTYPES[dtype],
-        "shape": list(array.shape),
-        "data_offsets": [0, values.nbytes],
-    }
-    header = json.dumps({"__metadata__": metadata, _TENSOR[extension]: tensor}).encode()
+    tensors: dict[str, dict[str, Any]] = {}
+    values: list[bytes] = []
+    begin = 0
+    for name, given in arrays.items():
+        array = np.ascontiguousarray(given, np.float32)
+        data = (_to_bfloat16(array) if dtype == "bfloat16" else array.astype(dtype)).tobytes()
+        tensors[name] = {
+            "dtype": _DTYPES[dtype],
+            "shape": list(array.shape),
+            "data_offsets": [begin, begin + len(data)],
+        }
+        values.append(data)
+        begin += len(data)
+    header = json.dumps({"__metadata__": metadata, **tensors}).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + values.tobytes()
+    return len(header).to_bytes(8, "little") + header + b"".join(values)
 
 
 def _to_bfloat16(array: np.ndarray) -> np.ndarray:
@@ -131,50 +146,67 @@ def _to_bfloat16(array: np.ndarray) -> np.ndarray:
 # -- reading --------------------------------------------------------------------------------------
 
 
-def unpack(data: bytes, extension: str) -> np.ndarray:
-    """The member's tensor as float32. Raises DamagedMember."""
-    kind, shape, _, start = _header(
-        lambda offset, count: data[offset : offset + count], len(data), extension
-    )
-    if kind == "BF16":
-        halves = np.frombuffer(data, "<u2", offset=start)
+@dataclass(frozen=True)
+class _Header:
+    """What a member says of its tensors: type and shape, where the values of each begin, and its metadata."""
+
+    kind: str
+    shape: tuple[int, ...]
+    begins: dict[str, int]
+    metadata: dict[str, str]
+
+
+def unpack(data: bytes, extension: str, tensor: str = "") -> np.ndarray:
+    """The member's tensor as float32, its main one or another by name. Raises DamagedMember."""
+    header = _header(lambda offset, count: data[offset : offset + count], len(data), extension)
+    name = tensor or _TENSOR[extension]
+    if name not in header.begins:
+        raise DamagedMember(f"{extension} has no tensor `{name}`")
+    start, count = header.begins[name], math.prod(header.shape)
+    if header.kind == "BF16":
+        halves = np.frombuffer(data, "<u2", count, start)
         array = (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
     else:
-        array = np.frombuffer(data, "<f4" if kind == "F32" else "<f2", offset=start).astype(
-            np.float32
-        )
+        kind = "<f4" if header.kind == "F32" else "<f2"
+        array = np.frombuffer(data, kind, count, start).astype(np.float32)
     if not np.isfinite(array).all():
         raise DamagedMember(f"{extension} holds values that are not finite")
-    return array.reshape(shape)
+    return array.reshape(header.shape)
 
 
-def _header(
-    read: Read, size: int, extension: str
-) -> tuple[str, tuple[int, ...], dict[str, str], int]:
-    """Type, shape and metadata of the member's one tensor, and where its values begin."""
+def _header(read: Read, size: int, extension: str) -> _Header:
     length = int.from_bytes(read(0, 8), "little") if size >= 8 else 0
     if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
         raise DamagedMember(f"{extension} is no safetensors file")
+    main = _TENSOR[extension]
     try:
         header = json.loads(read(8, length))
-        tensor = header[_TENSOR[extension]]
-        kind, shape = str(tensor["dtype"]), tuple(int(side) for side in tensor["shape"])
-        first, last = tensor["data_offsets"]
+        names = [main, *([LOGVAR] if extension == LATENTS and LOGVAR in header else [])]
+        kind, shape = str(header[main]["dtype"]), tuple(int(side) for side in header[main]["shape"])
+        alike = all(
+            header[name]["dtype"] == kind and tuple(header[name]["shape"]) == shape
+            for name in names
+        )
+        ranges = {name: tuple(map(int, header[name]["data_offsets"])) for name in names}
         metadata = {str(key): str(value) for key, value in header["__metadata__"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedMember(
-            f"{extension} has no tensor `{_TENSOR[extension]}` with metadata ({error!r})"
+            f"{extension} has no tensor `{main}` with metadata ({error!r})"
         ) from error
-    if kind not in _BYTES or len(shape) != _AXES[extension] or min(shape) < 1:
+    if kind not in _BYTES or len(shape) != _AXES[extension] or min(shape) < 1 or not alike:
         raise DamagedMember(f"{extension} holds {kind} values of shape {list(shape)}")
-    if first != 0 or last != math.prod(shape) * _BYTES[kind] or 8 + length + last != size:
+    bytes_each = math.prod(shape) * _BYTES[kind]
+    wanted = [(number * bytes_each, (number + 1) * bytes_each) for number in range(len(names))]
+    if sorted(ranges.values()) != wanted or 8 + length + wanted[-1][1] != size:
         raise DamagedMember(f"{extension} has {size} bytes, its header promises another number")
-    return kind, shape, metadata, 8 + length
+    begins = {name: 8 + length + place[0] for name, place in ranges.items()}
+    return _Header(kind, shape, begins, metadata)
 
 
 def describe(read: Read, size: int, extension: str) -> dict[str, Any]:
     """What the column `members` says of a member, from its header alone. Raises DamagedMember."""
-    _, shape, metadata, _ = _header(read, size, extension)
+    header = _header(read, size, extension)
+    shape, metadata = header.shape, header.metadata
     try:
         if extension == TEXT:
             return {
@@ -189,7 +221,8 @@ def describe(read: Read, size: int, extension: str) -> dict[str, Any]:
         raise DamagedMember(f"the metadata of {extension} lack or garble {error}") from error
     if min(pixels.values()) < 1 or not 0 <= fps < math.inf:
         raise DamagedMember(f"the metadata of {extension} name an impossible clip")
-    return {"vae_digest": vae_digest, "fps": fps, **pixels, "shape": list(shape)}
+    beside = {LOGVAR: True} if LOGVAR in header.begins else {}
+    return {"vae_digest": vae_digest, "fps": fps, **pixels, "shape": list(shape), **beside}
 
 
 def describe_bytes(data: bytes, extension: str) -> dict[str, Any]:
@@ -233,6 +266,7 @@ def stored_of(members: str) -> tuple[StoredLatents | None, StoredText | None]:
                 float(said["fps"]),
                 pixels,
                 tuple(said["shape"]),
+                bool(said.get(LOGVAR, False)),
             )
         if TEXT in known:
             said, (offset, length) = known["text"], known[TEXT]
@@ -263,11 +297,21 @@ def probe_of(members: str, digest_: str) -> Probe:
 
 
 def read_member(
-    path: str, place: StoredLatents | StoredText, extension: str, policy: ReadPolicy
-) -> np.ndarray:
-    """A member's tensor, float32. Raises DamagedMember, and StorageFault where it cannot be read."""
+    path: str,
+    place: StoredLatents | StoredText,
+    extension: str,
+    policy: ReadPolicy,
+    stamp: Stamp | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """A member's tensor, and the log-variance of latents that have one, float32.
+
+    `stamp` is that of the shard, without which nothing of it is kept on the local disk, as what a
+    member held when it was indexed is not known. Raises DamagedMember, and StorageFault where it
+    cannot be read.
+    """
     if is_remote(path):
-        data = read_range(path, place.offset, place.length, policy)
+        policy = policy if stamp is not None else replace(policy, cache_dir="")
+        data = read_range(path, place.offset, place.length, policy, stamp=stamp)
     else:
         with ByteRange(path, place.offset, place.length) as file:
             data = file.readall() or b""
@@ -276,65 +320,5 @@ def read_member(
         raise DamagedMember(
             f"{extension} has the shape {list(array.shape)}, {list(place.shape)} is indexed"
         )
-    return array
-
-
-# -- before step 1 --------------------------------------------------------------------------------
-
-
-def require_latents(
-    manifest: Manifest,
-    rows: Iterable[int],
-    vae_digest: str,
-    latent_shape: Callable[[int, int, int], tuple[int, ...]],
-) -> None:
-    """Raise UserError where stored latents of these rows are another VAE's."""
-    members = manifest.members
-    for row in rows:
-        if not members[row]:
-            continue
-        latents = stored_of(members[row])[0]
-        if latents is None:
-            continue
-        where = f"the latents of {manifest.key[row]!r} in {manifest.path(row)}"
-        if latents.vae_digest != vae_digest:
-            raise UserError(
-                f"{where} were made by the VAE {latents.vae_digest}, this run's is {vae_digest}: give vae.path the "
-                "VAE that made them, encode the clips again with `sora data encode`, or set "
-                "data.stored_latents=ignore to train from the clips where there are any"
-            )
-        pixels = latents.pixels
-        wanted = latent_shape(pixels.frames, pixels.height, pixels.width)
-        if latents.shape != wanted:
-            raise UserError(
-                f"{where} have the shape {list(latents.shape)} where this VAE gives {list(wanted)} for {pixels.name}; "
-                "encode the clips again with `sora data encode`"
-            )
-
-
-def require_text(
-    manifest: Manifest, rows: Iterable[int], encoder_digest: str, trainable: bool, longest: int
-) -> None:
-    """Raise UserError where stored embeddings of these rows cannot stand for the run's own."""
-    members = manifest.members
-    for row in rows:
-        text = stored_of(members[row])[1] if members[row] else None
-        if text is None:
-            continue
-        where = f"the caption embedding of {manifest.key[row]!r} in {manifest.path(row)}"
-        if trainable:
-            raise UserError(
-                f"{where} cannot be used, because text.trainable=true changes the encoder that made it; set "
-                "data.stored_text=ignore to encode captions in the run, or text.trainable=false"
-            )
-        if text.text_digest != encoder_digest:
-            raise UserError(
-                f"{where} was made by the text encoder {text.text_digest}, this run's is {encoder_digest}: restore "
-                "the text section and the seed it was encoded with, encode again with `sora data encode`, or set "
-                "data.stored_text=ignore"
-            )
-        if text.shape[0] > longest:
-            raise UserError(
-                f"{where} has {text.shape[0]} tokens, more than text.max_length={longest}; encode again with "
-                "`sora data encode`, or set data.stored_text=ignore"
-            )
+    drawn = isinstance(place, StoredLatents) and place.logvar
+    return array, unpack(data, extension, LOGVAR) if drawn else None

@@ -7,6 +7,8 @@ import numpy as np
 from sora_train.data.sample import Bucket
 from sora_train.keys import key_seed
 
+TRANSFORM_VERSION = 1
+"""Of how times, crop and size turn into pixels, resizing in `decode` included: raised when it gives other pixels."""
 _KEY_RANGE = float(1 << 63)
 # Of a frame: rates such as 23.976 against 24, or times rounded to milliseconds, must not cost a frame.
 FRAME_TOLERANCE = 0.01

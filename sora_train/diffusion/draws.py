@@ -2,7 +2,8 @@
 
 The key of a draw is (seed, stream, the sample's own epoch, sample id). Values are drawn in float32
 on the CPU at the full sample's shape; the caller casts and slices. Streams in use: "noise",
-"timestep", "caption_dropout", "cond_kind", "cond_mask", "posterior", "sample".
+"timestep", "caption_dropout", "cond_kind", "cond_mask", "cond_dropout", "cond_noise",
+"cond_noise_level", "posterior", "sample"; validation has its own.
 """
 
 from collections.abc import Sequence

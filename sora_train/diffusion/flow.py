@@ -64,6 +64,7 @@ def velocity_loss(
     noise: Tensor,
     frame_weight_BT: Tensor | None = None,
     sample_weight_B: Tensor | None = None,
+    time_weight_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss sum, weight): the sum over samples of their mean squared velocity error, and how many
     samples it sums.
@@ -73,8 +74,11 @@ def velocity_loss(
 
     Args:
         sample_weight_B: 0 for a sample that failed to load (whatever its values are), else 1.
+        time_weight_B: factor on each loss, by its noise level; it is no part of the weight.
     """
     losses_B, weights_B = sample_losses(v_pred, x, noise, frame_weight_BT)
+    if time_weight_B is not None:
+        losses_B = losses_B * time_weight_B.to(losses_B)
     if sample_weight_B is not None:
         weights_B = weights_B * sample_weight_B.to(weights_B)
     # Not a product: a failed sample may hold NaN, and 0 * NaN is NaN.
@@ -83,7 +87,12 @@ def velocity_loss(
 
 
 def token_loss(
-    v_pred: Tensor, x: Tensor, noise: Tensor, frame_weight_BT: Tensor, tokens_per_frame: int
+    v_pred: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    frame_weight_BT: Tensor,
+    tokens_per_frame: int,
+    time_weight_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss sum, weight): the sum over video tokens of their mean squared velocity error, and how
     many tokens it sums.
@@ -94,10 +103,13 @@ def token_loss(
         frame_weight_BT: 1 for latent frames that count, 0 for those left out (given ones).
         tokens_per_frame: tokens of a latent frame. All hold as many values, so the mean over a
             frame is the mean over its tokens.
+        time_weight_B: factor on each clip's losses, by its noise level; it is no part of the weight.
     """
     dtype = torch.promote_types(v_pred.dtype, torch.float32)
     error = v_pred.to(dtype) - velocity_target(x.to(dtype), noise.to(dtype))
     error_BT = error.square().mean(dim=(1, 3, 4))
+    if time_weight_B is not None:
+        error_BT = error_BT * time_weight_B.to(error_BT)[:, None]
     # Not a product: a frame left out may hold anything, and 0 * NaN is NaN.
     counted = torch.where(frame_weight_BT > 0, error_BT * frame_weight_BT.to(dtype), 0.0)
     return counted.sum() * tokens_per_frame, frame_weight_BT.sum() * tokens_per_frame

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sora_train.diffusion import timesteps
@@ -20,9 +21,54 @@ _CHOICES = {
     "prediction": ("velocity",),
     "time_law": timesteps.TIME_LAWS,
     "shift_rule": timesteps.SHIFT_RULES,
-    "solver": ("euler", "heun"),
+    "solver": ("euler", "heun", "unipc"),
+    "time_grid": timesteps.TIME_GRIDS,
+    "time_rounding": timesteps.TIME_ROUNDINGS,
     "text_padding": ("wan", "masked"),
+    "weighting": timesteps.WEIGHTINGS,
+    "cond_mode": ("replace", "concat"),
+    "vae_normalisation": ("per_channel", "scale"),
 }
+
+_SHARES = (
+    "caption_dropout",
+    "high_noise_share",
+    "high_noise_from",
+    "condition_noise_share",
+    "condition_noise_max",
+    "condition_dropout",
+    "guidance_from",
+    "guidance_to",
+    "guidance_rescale",
+)
+
+VERSION = 2
+"""Version of what `to_dict` writes; files without a version are of version 1."""
+
+_SINCE: dict[int, dict[str, Any]] = {
+    2: {
+        "high_noise_share": 0.0,
+        "high_noise_from": 0.98,
+        "weighting": "uniform",
+        "min_snr_gamma": 5.0,
+        "cond_mode": "replace",
+        "condition_noise_share": 0.0,
+        "condition_noise_max": 0.1,
+        "condition_dropout": 0.0,
+        "condition_scale": 1.0,
+        "guidance_from": 0.0,
+        "guidance_to": 1.0,
+        "guidance_rescale": 0.0,
+        "time_grid": "even",
+        "time_rounding": "none",
+        "vae_dtype": "float32",
+        "vae_normalisation": "per_channel",
+        "text_dtype": "float32",
+    },
+}
+"""Fields by the version that brought them, each with what all earlier checkpoints did. Whoever adds
+a field after a release adds a version, so that a field that got lost is still told from one that
+did not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +88,45 @@ class DiffusionSpec:
     shift: float
     """Time shift, in training and sampling alike."""
     shift_rule: str
-    """`constant`: `shift` for every clip; `resolution`: times `timesteps.resolution_factor` of the
-    clip."""
+    """`constant`: `shift` for every clip; others: times `timesteps.shift_factor` of the clip."""
+    high_noise_share: float
+    """Share of samples trained at a noise level uniform in [high_noise_from, 1], after the shift."""
+    high_noise_from: float
+    """Where high noise begins."""
+    weighting: str
+    """Factor on the loss by noise level: `timesteps.loss_weight`."""
+    min_snr_gamma: float
+    """Gamma of `weighting: min_snr`."""
     num_steps: int
     """Sampler steps."""
     guidance_scale: float
     """Classifier-free guidance; 1 is none."""
+    condition_scale: float
+    """The same for given frames, against none given; 1 is none."""
+    guidance_from: float
+    """Lowest noise level t with guidance."""
+    guidance_to: float
+    """Highest noise level t with guidance."""
+    guidance_rescale: float
+    """Share of the spread that guidance adds to the velocity and that is taken back."""
     solver: str
-    """ODE solver: `euler` or `heun`."""
+    """ODE solver: `euler`, `heun` or `unipc`."""
+    time_grid: str
+    """Times of the sampler's steps: see `timesteps.sampling_times`."""
+    time_rounding: str
+    """How these times are rounded for the model: `none` or `truncate`."""
     latent_channels: int
     """Channels of the latents."""
     vae_digest: str
     """Digest of the VAE: weights, sizes and latent normalisation."""
+    vae_dtype: str
+    """Precision in which the VAE computed the latents."""
+    vae_normalisation: str
+    """Its convention: `per_channel` (mean and deviation) or `scale` (shift and factor)."""
     text_digest: str
     """Digest of the text encoder."""
+    text_dtype: str
+    """Precision in which the text encoder computes."""
     text_padding: str
     """`wan` (attend to zero padding) or `masked`."""
     caption_dropout: float
@@ -63,6 +134,15 @@ class DiffusionSpec:
     conditioning: tuple[tuple[str, float], ...]
     """(kind, probability) of what is given to the model besides the caption; probabilities sum to
     1."""
+    cond_mode: str
+    """How given frames reach the model: `replace` puts them into the noisy latents, `concat` beside
+    them as further channels (Wan 2.1's image-to-video layout)."""
+    condition_noise_share: float
+    """Share of samples whose given frames carry noise."""
+    condition_noise_max: float
+    """Their noise levels are uniform in [0, condition_noise_max)."""
+    condition_dropout: float
+    """Share of samples from which the given frames are withheld, drawn apart from the captions'."""
 
     def __post_init__(self) -> None:
         for key, choices in _CHOICES.items():
@@ -73,18 +153,26 @@ class DiffusionSpec:
                 )
         positive = [
             key
-            for key in ("time_std", "shift", "num_steps", "latent_channels")
+            for key in ("time_std", "shift", "num_steps", "latent_channels", "min_snr_gamma")
             if getattr(self, key) <= 0
         ]
         if positive:
             raise ValueError(
                 f"diffusion spec: {positive[0]} is {getattr(self, positive[0])}; it must be above 0"
             )
-        if self.guidance_scale < 0 or not 0 <= self.caption_dropout <= 1:
+        for key in ("guidance_scale", "condition_scale"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"diffusion spec: {key} ({getattr(self, key)}) must be 0 or more")
+        if self.guidance_from > self.guidance_to:
             raise ValueError(
-                f"diffusion spec: guidance_scale ({self.guidance_scale}) must be 0 or more and "
-                f"caption_dropout ({self.caption_dropout}) between 0 and 1"
+                f"diffusion spec: guidance_from ({self.guidance_from}) is above guidance_to "
+                f"({self.guidance_to}); the first is the lowest noise level with guidance"
             )
+        for key in _SHARES:
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(
+                    f"diffusion spec: {key} is {getattr(self, key)}; it must lie between 0 and 1"
+                )
         if self.time_law == "mode" and not -1 <= self.mode_scale <= 1.75:
             raise ValueError(
                 f"diffusion spec: mode_scale is {self.mode_scale}; t stays in [0, 1] from -1 to "
@@ -111,12 +199,12 @@ class DiffusionSpec:
 
     def shift_for(self, latent_size: Sequence[int]) -> float:
         """Time shift of a clip whose latents have (t, h, w) = `latent_size`."""
-        if self.shift_rule == "constant":
-            return self.shift
-        return self.shift * timesteps.resolution_factor(latent_size)
+        return self.shift * timesteps.shift_factor(self.shift_rule, latent_size)
 
     def training_times(self, u_B: Tensor, latent_size: Sequence[int]) -> Tensor:
-        """Noise levels (B,) in [0, 1] from uniform draws (B,): the spec's law, then its shift."""
+        """Noise levels (B,) in [0, 1] from uniform draws (B,): the spec's law, then its shift; and
+        the share of high noise."""
+        u_B, high_B = timesteps.high_noise(u_B, self.high_noise_share, self.high_noise_from)
         match self.time_law:
             case "uniform":
                 t_B = timesteps.uniform(u_B)
@@ -124,11 +212,16 @@ class DiffusionSpec:
                 t_B = timesteps.logit_normal(u_B, self.time_mean, self.time_std)
             case _:
                 t_B = timesteps.mode(u_B, self.mode_scale)
-        return timesteps.shift_t(t_B, self.shift_for(latent_size)).clamp(0, 1)
+        t_B = timesteps.shift_t(t_B, self.shift_for(latent_size)).clamp(0, 1)
+        return torch.where(high_B.isnan(), t_B, high_B)
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """Factor on the loss at noise levels t."""
+        return timesteps.loss_weight(self.weighting, t, self.min_snr_gamma)
 
     def sampling_times(self, latent_size: Sequence[int]) -> Tensor:
         """The sampler's grid from 1 to 0, (num_steps + 1,), float64."""
-        return timesteps.sampling_times(self.num_steps, self.shift_for(latent_size))
+        return timesteps.sampling_times(self.num_steps, self.shift_for(latent_size), self.time_grid)
 
     def replace(self, **changes: Any) -> "DiffusionSpec":
         """A copy with other sampler settings, for example num_steps=20."""
@@ -137,13 +230,27 @@ class DiffusionSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {
+            "version": VERSION,
             **dataclasses.asdict(self),
             "conditioning": [list(pair) for pair in self.conditioning],
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DiffusionSpec":
-        """The inverse of to_dict. Raises ValueError naming unknown and missing keys."""
+        """The inverse of to_dict, of files of earlier versions too: fields that did not exist then
+        get the value by which those checkpoints were trained.
+
+        Raises ValueError naming unknown and missing keys, or a version from the future.
+        """
+        values = dict(values)
+        version = values.pop("version", 1)
+        if version not in range(1, VERSION + 1):
+            raise ValueError(
+                f"diffusion spec: it is of version {version} and this program reads up to "
+                f"{VERSION}; take a newer sora_train"
+            )
+        for since in range(version + 1, VERSION + 1):
+            values = _SINCE[since] | values
         names = {field.name for field in dataclasses.fields(cls)}
         unknown, missing = sorted(set(values) - names), sorted(names - set(values))
         if unknown or missing:

@@ -5,20 +5,13 @@ Dimension key: B batch, T latent frames, P tokens of a frame, L = T * P queries,
 head width, D = N * K.
 """
 
-import math
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_train.config.model import ModelConfig
 from sora_train.errors import ConfigError
+from sora_train.models.attention_backends import BACKENDS, attend
 from sora_train.models.layers import Linear, RMSNorm, at_least_fp32
 from sora_train.models.rope import apply_rope
-
-BACKENDS = ("auto", "sdpa", "gemm")
-# Scores of one chunk of queries in the gemm form: 16 Mi values, 64 MiB in float32.
-MAX_SCORES = 1 << 24
 
 
 class AttentionCore(nn.Module):
@@ -34,52 +27,14 @@ class AttentionCore(nn.Module):
         super().__init__()
         if backend not in BACKENDS:
             raise ConfigError(
-                f"model.attention is '{backend}', which this installation lacks; choose one of "
-                f"{BACKENDS}"
+                f"model.attention is '{backend}', which is not known; choose one of {', '.join(BACKENDS)}"
             )
         self.backend = backend
 
     def forward(
         self, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, key_mask_BS: Tensor | None = None
     ) -> Tensor:
-        q_BNLK, k_BNSK, v_BNSK = (
-            x.to(v_BSNK.dtype).transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK)
-        )
-        bias_B11S = None if key_mask_BS is None else _mask_bias(key_mask_BS, q_BNLK.dtype)
-        if self._use_gemm(v_BSNK):
-            y_BNLK = gemm_attention(q_BNLK, k_BNSK, v_BNSK, bias_B11S)
-        else:
-            y_BNLK = F.scaled_dot_product_attention(q_BNLK, k_BNSK, v_BNSK, attn_mask=bias_B11S)
-        return y_BNLK.transpose(1, 2)
-
-    def _use_gemm(self, x: Tensor) -> bool:
-        """`auto` avoids SDPA only where it is several times slower than matrix products: bfloat16
-        on CPUs."""
-        if self.backend == "auto":
-            return x.device.type == "cpu" and x.dtype == torch.bfloat16
-        return self.backend == "gemm"
-
-
-def _mask_bias(key_mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where attended, -inf elsewhere: added to the scores, (B, 1, 1, S)."""
-    bias_BS = torch.zeros(key_mask_BS.shape, dtype=dtype, device=key_mask_BS.device)
-    return bias_BS.masked_fill_(~key_mask_BS, float("-inf"))[:, None, None, :]
-
-
-def gemm_attention(
-    q_BNLK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, bias_B11S: Tensor | None
-) -> Tensor:
-    """Attention of plain matrix products, queries in chunks so that the scores stay small; softmax
-    in at least float32."""
-    scale = 1.0 / math.sqrt(q_BNLK.shape[-1])
-    rows = max(1, MAX_SCORES // (k_BNSK.shape[2] * q_BNLK.shape[0] * q_BNLK.shape[1]))
-    chunks = []
-    for q_chunk in (q_BNLK * scale).split(rows, dim=2):
-        scores = at_least_fp32(q_chunk @ k_BNSK.transpose(-1, -2))
-        if bias_B11S is not None:
-            scores = scores + bias_B11S
-        chunks.append(scores.softmax(dim=-1).to(v_BNSK.dtype) @ v_BNSK)
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
+        return attend(self.backend, q_BLNK, k_BSNK, v_BSNK, key_mask_BS)
 
 
 class Attention(nn.Module):

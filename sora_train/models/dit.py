@@ -17,11 +17,11 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from sora_train.config.model import ModelConfig
+from sora_train.errors import UserError
 from sora_train.models.attention import Attention
 from sora_train.models.flops import transformer_flops
 from sora_train.models.layers import (
@@ -32,11 +32,12 @@ from sora_train.models.layers import (
     PreciseLinear,
     at_least_fp32,
     keyed_generator,
+    linear,
     modulate,
     sinusoid,
     xavier_uniform,
 )
-from sora_train.models.rope import rope_table
+from sora_train.models.rope import check_positions, rope_table
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -52,7 +53,7 @@ class PatchEmbedding(nn.Conv3d):
         """(B, C, T, H, W) to (B, T, P, D)."""
         _, p, q = self.kernel_size
         patches = rearrange(x_BCTHW, "B C T (h p) (w q) -> B T (h w) (C p q)", p=p, q=q)
-        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+        return linear(patches, self.weight.flatten(1), self.bias)
 
 
 class Block(nn.Module):
@@ -106,7 +107,7 @@ class VideoDiT(nn.Module):
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.num_layers)])
         self.leave = TokenSeam()
         self.norm_out = LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
-        self.proj_out = Linear(cfg.dim, cfg.in_channels * math.prod(cfg.patch_size))
+        self.proj_out = Linear(cfg.dim, cfg.velocity_channels * math.prod(cfg.patch_size))
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, cfg.dim))
 
     def forward(
@@ -119,7 +120,8 @@ class VideoDiT(nn.Module):
         mask_BT: Tensor | None = None,
         fps_B: Tensor | None = None,
     ) -> Tensor:
-        """Velocity of every latent, (B, C, T, H, W), in at least float32.
+        """Velocity of every latent, (B, C, T, H, W) with `model.velocity_channels` for C, in at least
+        float32.
 
         Args:
             latents_BCTHW: noisy latents; H and W divisible by the patch size.
@@ -131,7 +133,8 @@ class VideoDiT(nn.Module):
             fps_B: frames a second, with `model.fps_embed` only, and needed there.
 
         Raises:
-            ValueError: sizes that do not fit, or an input the model has no layer for.
+            UserError: latents that do not divide into patches, or reach past the rotary positions.
+            ValueError: other sizes that do not fit, or an input the model has no layer for.
         """
         self._check(latents_BCTHW, t_BT, mask_BT, fps_B)
         _, num_frames, num_rows, num_columns = latents_BCTHW.shape[1:]
@@ -170,14 +173,10 @@ class VideoDiT(nn.Module):
         self, latents_BCTHW: Tensor, t_BT: Tensor, mask_BT: Tensor | None, fps_B: Tensor | None
     ) -> None:
         batch, channels, num_frames, num_rows, num_columns = latents_BCTHW.shape
-        _, p, q = self.cfg.patch_size
+        check_patches(self.cfg, num_frames, num_rows, num_columns)
         if channels != self.cfg.in_channels:
             raise ValueError(
                 f"latents have {channels} channels, model.in_channels is {self.cfg.in_channels}"
-            )
-        if num_rows % p or num_columns % q:
-            raise ValueError(
-                f"latents of {num_rows}x{num_columns} do not divide into patches of {p}x{q}"
             )
         if t_BT.shape != (batch, num_frames):
             raise ValueError(
@@ -222,6 +221,17 @@ class VideoDiT(nn.Module):
             num_frames: latent frames, each with its own time embedding.
         """
         return transformer_flops(self.cfg, num_tokens, text_tokens, num_frames)
+
+
+def check_patches(cfg: ModelConfig, num_frames: int, num_rows: int, num_columns: int) -> None:
+    """Raises UserError if latents of this size do not divide into patches or have too many of them."""
+    _, p, q = cfg.patch_size
+    if num_rows % p or num_columns % q:
+        raise UserError(
+            f"latents of {num_rows}x{num_columns} do not divide into patches of {p}x{q} (model.patch_size); "
+            "choose another size of clips or another patch"
+        )
+    check_positions((num_frames, num_rows // p, num_columns // q), cfg.rope_max_length)
 
 
 class TokenSeam(nn.Module):

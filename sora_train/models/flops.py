@@ -17,11 +17,11 @@ def transformer_flops(
         num_frames: latent frames, each with its own time embedding.
     """
     d, tokens, text = cfg.dim, num_tokens, text_tokens
-    patch = cfg.in_channels * math.prod(cfg.patch_size)
+    patch = (cfg.in_channels + cfg.velocity_channels) * math.prod(cfg.patch_size)
     self_attention = 8 * tokens * d * d + 4 * tokens * tokens * d
     cross_attention = 4 * (tokens + text) * d * d + 4 * tokens * text * d
     block = self_attention + cross_attention + 4 * tokens * d * cfg.ffn_dim
-    ends = 4 * tokens * patch * d + 2 * text * (cfg.text_dim * d + d * d)
+    ends = 2 * tokens * patch * d + 2 * text * (cfg.text_dim * d + d * d)
     time = 2 * num_frames * (cfg.freq_dim * d + 7 * d * d)
     return cfg.num_layers * block + ends + time
 

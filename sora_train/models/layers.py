@@ -10,6 +10,7 @@ tokens, D width, F sinusoid.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from sora_train.keys import key_seed
 
 # Wan's noise levels run from 0 to 1000; ours from 0 to 1.
 TIME_SCALE = 1000.0
+MULTIPLIES_BFLOAT16: bool = torch.cpu._is_avx512_bf16_supported()
+"""Whether this CPU multiplies bfloat16 in hardware."""
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -26,11 +29,52 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def multiplied_wide(x: Tensor) -> bool:
+    """Whether products of `x` run in float32 although it is bfloat16: on CPUs that would emulate them,
+    several times as slowly and no more precisely."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BFLOAT16
+
+
+class WideLinear(torch.autograd.Function):
+    """A linear layer on narrow numbers whose products run in float32 (float64 for float64), forward
+    and backward. Only the narrow inputs are kept, and results are narrow again."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        wide = None if bias is None else at_least_fp32(bias)
+        return F.linear(at_least_fp32(x), at_least_fp32(weight), wide).to(x.dtype)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
+    ) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wide = at_least_fp32(dy).flatten(0, -2)
+        dx = (wide @ at_least_fp32(weight)).to(x.dtype).view(x.shape)
+        dweight = (wide.T @ at_least_fp32(x).flatten(0, -2)).to(weight.dtype)
+        return dx, dweight, wide.sum(0).to(weight.dtype) if ctx.has_bias else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in the dtype of the weight."""
+    x = x.to(weight.dtype)
+    if multiplied_wide(x):
+        y: Tensor = WideLinear.apply(x, weight, bias)
+        return y
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class PreciseLinear(nn.Linear):

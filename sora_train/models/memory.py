@@ -52,7 +52,7 @@ def transformer_parameters(cfg: ModelConfig) -> tuple[int, int]:
     embedding = cfg.in_channels * patch * d + d
     time = (cfg.freq_dim * d + d) + (d * d + d) + (6 * d * d + 6 * d)
     text = (cfg.text_dim * d + d) + (d * d + d)
-    out = (d + 1) * cfg.in_channels * patch + 2 * d
+    out = (d + 1) * cfg.velocity_channels * patch + 2 * d
     extras = (patch * d if cfg.mask_channel else 0) + (cfg.freq_dim * d if cfg.fps_embed else 0)
     return cfg.num_layers * block + embedding + time + text + out + extras, block
 
@@ -64,7 +64,9 @@ def text_parameters(cfg: TextConfig) -> int:
     return VOCABULARY * d + cfg.num_layers * layer + d
 
 
-def block_bytes(cfg: ModelConfig, clip: Clip, w: int, *, scores_kept: bool = False) -> float:
+def block_bytes(
+    cfg: ModelConfig, clip: Clip, w: int, *, scores_kept: bool = False, core_wide: bool = False
+) -> float:
     """Bytes that one block saves for the backward pass of one clip.
 
     In f: the residual stream before each of the three branches, the outputs of both modulated
@@ -73,13 +75,17 @@ def block_bytes(cfg: ModelConfig, clip: Clip, w: int, *, scores_kept: bool = Fal
     inner width before and after its GELU. A frame adds its modulation (8 D).
 
     Args:
-        scores_kept: the attention core is `gemm`, which saves the softmax of every score.
+        scores_kept: the attention core is `math`, which saves the softmax of every score.
+        core_wide: what enters and leaves the attention core is saved in f.
     """
     f, d = max(MASTER, w), cfg.dim
     normed = 2 * d * f if cfg.qk_norm else 0
     statistics = (9 if cfg.qk_norm else 6) * f + 2 * cfg.num_heads * f
     token = 7 * d * f + 9 * d * w + 3 * normed + 2 * cfg.ffn_dim * w + statistics
     caption = normed + 2 * d * w
+    if core_wide:
+        token += 6 * d * (f - w)
+        caption += 2 * d * (f - w)
     total = clip.tokens * token + clip.caption * caption + clip.frames * 8 * d * f
     if scores_kept:
         score = cfg.num_heads * (f + (w if w < f else 0))
@@ -117,20 +123,29 @@ def text_bytes(cfg: TextConfig, caption: int, w: int) -> float:
 
 
 def saved_bytes(
-    model: ModelConfig, text: TextConfig, clip: Clip, w: int, *, scores_kept: bool = False
+    model: ModelConfig,
+    text: TextConfig,
+    clip: Clip,
+    w: int,
+    *,
+    scores_kept: bool = False,
+    core_wide: bool = False,
 ) -> float:
     """Bytes that the forward pass of one clip saves for its backward pass, parameters left out."""
-    blocks = model.num_layers * block_bytes(model, clip, w, scores_kept=scores_kept)
+    blocks = model.num_layers * block_bytes(
+        model, clip, w, scores_kept=scores_kept, core_wide=core_wide
+    )
     encoder = text_bytes(text, clip.caption, w) if text.trainable else 0.0
     return blocks + ends_bytes(model, clip, w) + encoder
 
 
 def clip_bytes(model: ModelConfig, text: TextConfig, clip: Clip, w: int, device: str) -> float:
     """Bytes that one more clip in a micro-batch takes: what is saved, and one block's gradients."""
-    # AttentionCore takes the gemm form on its own only for bfloat16 on CPUs.
-    gemm = model.attention == "gemm" or (model.attention == "auto" and w == 2 and device == "cpu")
-    saved = saved_bytes(model, text, clip, w, scores_kept=gemm)
-    return saved + block_bytes(model, clip, w, scores_kept=gemm)
+    kept = model.attention == "math"
+    # The cores that a CPU takes for bfloat16 compute in float32 there unless it multiplies bfloat16.
+    wide = device == "cpu" and model.attention in ("auto", "gemm")
+    saved = saved_bytes(model, text, clip, w, scores_kept=kept, core_wide=wide)
+    return saved + block_bytes(model, clip, w, scores_kept=kept, core_wide=wide)
 
 
 def fixed_bytes(

@@ -13,6 +13,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from sora_train.errors import UserError
+
 THETA = 10000.0
 
 
@@ -21,6 +23,21 @@ def split_head_dim(head_dim: int) -> tuple[int, int, int]:
     frames the rest."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
+
+
+def check_positions(grid: tuple[int, int, int], longest: int) -> None:
+    """Raises UserError if an axis of the token grid (frames, rows, columns) is longer than `longest`.
+
+    Any length could be computed here; open Wan weights and what loads them hold a table of 1024.
+    """
+    for count, axis in zip(
+        grid, ("latent frames", "rows of tokens", "columns of tokens"), strict=True
+    ):
+        if count > longest:
+            raise UserError(
+                f"a clip of {count} {axis} is longer than model.rope_max_length={longest}; use shorter or smaller "
+                "clips, or raise it for a model of your own"
+            )
 
 
 def axis_angles(length: int, width: int, device: torch.device) -> Tensor:
@@ -81,9 +98,9 @@ def apply_rope(x_BTPNK: Tensor, table: Tensor) -> Tensor:
     """Turn each pair of channels (2j, 2j + 1) by its token's angle j; shape and dtype stay."""
     cos, sin = table.to(x_BTPNK.dtype).unbind(0)
     pairs = x_BTPNK.unflatten(-1, (-1, 2))
-    if x_BTPNK.device.type == "cpu":
-        # One pass instead of seven, five times as fast; compilers for GPUs fuse the real form and
-        # not this one.
+    if x_BTPNK.device.type == "cpu" and not torch.compiler.is_compiling():
+        # One pass instead of seven, five times as fast; compilers fuse the real form and not this
+        # one.
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(
             -2
         )

@@ -6,7 +6,8 @@ Dimension key: B batch, S caption tokens (bytes and an end mark), E caption widt
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,30 +23,43 @@ VOCAB_SIZE = 384
 LENGTH_STEP = 16
 
 
+def byte_encoder(cfg: TextConfig) -> tuple[Any, nn.Module]:
+    """Tokenizer and model of the config's sizes."""
+    # transformers takes seconds to import, and only those who build an encoder need it.
+    from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+
+    sizes = UMT5Config(
+        vocab_size=VOCAB_SIZE,
+        d_model=cfg.d_model,
+        num_layers=cfg.num_layers,
+        num_heads=cfg.num_heads,
+        d_kv=cfg.d_kv,
+        d_ff=cfg.d_ff,
+        dropout_rate=0.0,
+    )
+    return ByT5Tokenizer(), UMT5EncoderModel(sizes)
+
+
+def weights_digest(sha: Any, weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex digest of `sha` after these weights in float32, by name."""
+    for name, value in sorted(weights):
+        sha.update(name.encode())
+        sha.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    digest: str = sha.hexdigest()
+    return digest
+
+
 class TextEncoder(nn.Module):
     """Captions to embeddings. Frozen unless `text.trainable`; without dropout, so that no draw is
     unkeyed."""
 
-    def __init__(self, cfg: TextConfig):
+    def __init__(self, cfg: TextConfig, *, model: Any = None, tokenizer: Any = None):
+        """`model` and `tokenizer` stand for the byte encoder's own, as text_stored.py loads them."""
         super().__init__()
-        # transformers takes seconds to import, and only those who build an encoder need it.
-        from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
-
         self.cfg = cfg
-        self.tokenizer = ByT5Tokenizer()
         self.num_truncated = 0
         """Captions cut to `text.max_length` so far."""
-        self.model = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=VOCAB_SIZE,
-                d_model=cfg.d_model,
-                num_layers=cfg.num_layers,
-                num_heads=cfg.num_heads,
-                d_kv=cfg.d_kv,
-                d_ff=cfg.d_ff,
-                dropout_rate=0.0,
-            )
-        )
+        self.tokenizer, self.model = byte_encoder(cfg) if model is None else (tokenizer, model)
         self.requires_grad_(cfg.trainable)
         self.train(cfg.trainable)
 
@@ -72,6 +86,7 @@ class TextEncoder(nn.Module):
         `text.max_length`, so that the number of zeros attended to depends on no other caption of
         the batch."""
         captions_BSE = self.model(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state
+        captions_BSE = captions_BSE.to(self.out_dtype)
         captions_BSE = torch.where(mask_BS[..., None], captions_BSE, torch.zeros_like(captions_BSE))
         if self.cfg.padding == "wan":
             captions_BSE = F.pad(
@@ -79,28 +94,39 @@ class TextEncoder(nn.Module):
             )
         return captions_BSE
 
+    @property
+    def weight(self) -> Tensor:
+        """The table of token embeddings: where the encoder lies."""
+        table: Tensor = self.model.get_input_embeddings().weight
+        return table
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Precision of the embeddings."""
+        return self.weight.dtype
+
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """(captions, key mask) of strings, as the transformer takes them; the mask is None under
         `wan` padding."""
-        device = self.model.shared.weight.device
+        device = self.weight.device
         ids_BS, mask_BS = (x.to(device) for x in self.tokenize(prompts))
         return self(ids_BS, mask_BS), mask_BS if self.cfg.padding == "masked" else None
 
     @torch.no_grad()
     def embedding(self, prompt: str) -> Tensor:
         """The embeddings (L, E) of one caption's own tokens, the end mark included."""
-        device = self.model.shared.weight.device
+        device = self.weight.device
         ids_BS, mask_BS = (x.to(device) for x in self.tokenize([prompt]))
         return self(ids_BS, mask_BS)[0, : int(mask_BS.sum())]
 
     def batched(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Embeddings (L, E) of several captions as `encode` would give them together."""
         longest = max(len(row) for row in rows)
-        width = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        width = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.cfg.max_length)
         if self.cfg.padding == "wan":
             width = self.cfg.max_length
-        dtype = self.model.shared.weight.dtype
-        captions_BSE = rows[0].new_zeros((len(rows), width, self.cfg.d_model), dtype=dtype)
+        size = (len(rows), width, self.cfg.d_model)
+        captions_BSE = rows[0].new_zeros(size, dtype=self.out_dtype)
         mask_BS = torch.zeros(captions_BSE.shape[:2], dtype=torch.bool, device=rows[0].device)
         for index, row in enumerate(rows):
             captions_BSE[index, : len(row)] = row
@@ -127,12 +153,9 @@ class TextEncoder(nn.Module):
     def digest(self) -> str:
         """SHA-256 of sizes and, if frozen, weights. A trainable encoder's weights change and lie in
         the checkpoint."""
-        sha = hashlib.sha256(json.dumps(self.cfg.model_dump(mode="json"), sort_keys=True).encode())
-        if not self.cfg.trainable:
-            for name, value in sorted(self.named_parameters()):
-                sha.update(name.encode())
-                sha.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-        return sha.hexdigest()
+        sizes = self.cfg.model_dump(mode="json", exclude={"path", "dtype"})
+        sha = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+        return weights_digest(sha, [] if self.cfg.trainable else self.named_parameters())
 
     def _initial_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """As transformers' UMT5PreTrainedModel._init_weights, which draws from the process's

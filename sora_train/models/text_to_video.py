@@ -13,6 +13,7 @@ from sora_train.config.model import ModelConfig, TextConfig
 from sora_train.errors import ConfigError
 from sora_train.models.dit import VideoDiT
 from sora_train.models.text import TextEncoder
+from sora_train.models.text_stored import build_text_encoder
 
 Text = tuple[Tensor, Tensor | None]
 """Byte ids (B, S) or caption embeddings (B, S, E), and the mask (B, S) of the caption's own
@@ -35,10 +36,12 @@ class TextToVideo(nn.Module):
                 "captions have one width, so make them equal"
             )
         self.transformer = VideoDiT(model)
-        encoder = TextEncoder(text)
+        encoder = build_text_encoder(text)
         self.text_encoder = encoder if text.trainable else None
         # In a tuple it is no sub-module: a frozen encoder is neither sharded, averaged nor saved.
         self._frozen: tuple[TextEncoder, ...] = () if text.trainable else (encoder,)
+        # What a frozen encoder makes of the empty caption, once it was asked.
+        self._null: tuple[Tensor, ...] = ()
         self.text_padding = text.padding
         self.init_weights(seed)
 
@@ -98,6 +101,11 @@ class TextToVideo(nn.Module):
         if self.text_encoder is not None or all(known is None for known in stored):
             return self.tokenize(prompts)
         encoder, device = self.frozen_encoder, self.transformer.proj_out.weight.device
+        # Every batch drops some captions, and the null caption is always the same.
+        stored = [
+            self._null_embedding(device) if known is None and not prompt else known
+            for prompt, known in zip(prompts, stored, strict=True)
+        ]
         rest = [prompt for prompt, known in zip(prompts, stored, strict=True) if known is None]
         encoded: list[Tensor] = []
         if rest:
@@ -110,15 +118,21 @@ class TextToVideo(nn.Module):
         rows = [next(begun) if known is None else known.to(device) for known in stored]
         return encoder.batched(rows)
 
+    def _null_embedding(self, device: torch.device) -> Tensor:
+        if not self._null:
+            self._null = (self.frozen_encoder.to(device).embedding(""),)
+        return self._null[0]
+
     @property
     def frozen_encoder(self) -> TextEncoder:
         """The text encoder of `text.trainable=false`, outside the parameters of this model."""
         return self._frozen[0]
 
-    @property
-    def num_truncated(self) -> int:
-        """Captions cut to `text.max_length` so far."""
-        return (self.text_encoder or self.frozen_encoder).num_truncated
+    def take_truncated(self) -> int:
+        """Captions cut to `text.max_length` since it was asked last."""
+        encoder = self.text_encoder or self.frozen_encoder
+        cut, encoder.num_truncated = encoder.num_truncated, 0
+        return cut
 
     def text_digest(self) -> str:
         """Digest of the text encoder; see TextEncoder.digest."""
@@ -150,6 +164,7 @@ class TextToVideo(nn.Module):
         params = dict(self.named_parameters())
         for name, value in self.initial_values(seed):
             params[name].copy_(value)
+        self._null = ()
         for encoder in self._frozen:
             encoder.init_weights(seed)
 

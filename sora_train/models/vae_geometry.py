@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sora_train.errors import ConfigError, UserError
+from sora_train.models.vae_table import KINDS, WAN
 
 # AutoencoderKLWan encodes this many frames at a time after the first, whatever its temporal factor
 # is.
@@ -18,17 +19,31 @@ class Geometry:
     channels: int
     temporal_factor: int
     spatial_factor: int
+    at_once: int = CHUNK
+    """Frames that the class takes at a time after the first one; an incomplete lot is lost."""
 
     @classmethod
-    def of(cls, arch: dict[str, Any]) -> "Geometry":
-        """Of arguments of AutoencoderKLWan. Raises ConfigError for those it cannot run."""
-        return cls(arch.get("z_dim", 16), *factors(arch))
+    def of(cls, arch: dict[str, Any], class_name: str = WAN) -> "Geometry":
+        """Of a class's arguments, AutoencoderKLWan's unless said. Raises ConfigError for those it
+        cannot run."""
+        if class_name == WAN:
+            return cls(arch.get("z_dim", 16), *factors(arch))
+        kind = KINDS[class_name]
+        spatial = kind.spatial_factor
+        if "block_out_channels" in arch:
+            spatial = 2 ** (len(arch["block_out_channels"]) - 1)
+        return cls(
+            int(arch.get("latent_channels", kind.channels)),
+            int(arch.get("temporal_compression_ratio", kind.temporal_factor)),
+            int(arch.get("spatial_compression_ratio", spatial)),
+            kind.frame_step,
+        )
 
     @property
     def frame_step(self) -> int:
         """Clips have 1 + k * frame_step frames. Never below four: AutoencoderKLWan drops an
         incomplete chunk silently."""
-        return math.lcm(CHUNK, self.temporal_factor)
+        return math.lcm(self.at_once, self.temporal_factor)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of a clip's latents. Raises UserError when the clip does not fit."""

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from sora_train.config import Config
 from sora_train.distributed import World
+from sora_train.models.attention_backends import check_attention
+from sora_train.parallel.compile import check_compiler, compile_blocks
 from sora_train.parallel.mesh import build_mesh
 from sora_train.parallel.parallelize import apply_fsdp
 
@@ -49,6 +51,7 @@ class FsdpEngine:
         self.grad_clip = cfg.optim.grad_clip
         self.param_dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
         self.mesh = build_mesh(cfg.parallel, world)
+        compile_blocks(model, cfg.model.compile)
         self.model = apply_fsdp(model.to(world.device), self.mesh, self.param_dtype)
         # The optimizer works on this rank's own parts as plain tensors: they share the parameters' memory,
         # and an elementwise update needs no DTensor, whose dispatch cost a fifth of a small model's step.
@@ -130,6 +133,13 @@ def resolve_param_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted != "auto":
         return getattr(torch, wanted)
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def check_kernels(cfg: Config, device: torch.device) -> None:
+    """Raises ConfigError if the transformer asks for an attention kernel or a compiler that is not here."""
+    if cfg.task == "text_to_video":
+        check_attention(cfg.model, device, resolve_param_dtype(cfg.parallel.param_dtype, device))
+        check_compiler(cfg.model.compile, device)
 
 
 def full(tensor: Tensor) -> Tensor:

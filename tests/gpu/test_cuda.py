@@ -8,6 +8,8 @@ import torch
 
 from sora_train.config import ModelConfig
 from sora_train.metrics import read_metrics
+from sora_train.models.attention import AttentionCore
+from sora_train.models.attention_backends import BACKENDS, missing
 from sora_train.models.dit import VideoDiT
 from sora_train.trainer import Trainer
 
@@ -36,6 +38,30 @@ def test_bfloat16_stays_near_float32(parity_config: Callable) -> None:
     Trainer(single).train()
     Trainer(half).train()
     assert losses(half.run.dir) == pytest.approx(losses(single.run.dir), rel=3e-2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_kernels_and_gradients_are_near_the_definition(
+    backend: str, masked: bool
+) -> None:
+    cuda = torch.device("cuda")
+    reason = missing(backend, cuda, torch.bfloat16)
+    if reason:
+        pytest.skip(f"model.attention={backend}, {reason}")
+    draws = torch.Generator().manual_seed(0)
+    exactly = [torch.randn(2, n, 3, 128, generator=draws).double() for n in (70, 40, 40)]
+    inputs = [x.to(cuda, torch.bfloat16).requires_grad_() for x in exactly]
+    exactly = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    mask = torch.rand(2, 40, generator=draws) < 0.6
+    mask[:, 0] = True
+    found = AttentionCore(backend)(*inputs, mask.cuda() if masked else None)
+    wanted = AttentionCore("math")(*exactly, mask if masked else None)
+    torch.testing.assert_close(found.double().cpu(), wanted, rtol=2e-2, atol=2e-2)
+    got = torch.autograd.grad(found.float().square().sum(), inputs)
+    expected = torch.autograd.grad(wanted.square().sum(), exactly)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "gemm"])

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,47 +15,19 @@ from sora_train.config.compose import compose
 from sora_train.data import stored
 from sora_train.data.manifest import Manifest
 from sora_train.errors import UserError
-from sora_train.metrics import read_metrics
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.models.vae import VideoVAE
 from sora_train.trainer import Trainer
-from sora_train.training_sources import open_sources
 
 FROZEN = ("text.trainable=false",)
-UNTIMED = ("time", "train/step_seconds", "train/data_wait", "train/tokens_per_second")
+UNSEEN = "validation.every=0"
 
 
 def overrides(folder: Path, *more: str) -> list[str]:
     return ["experiment=parity_tiny", f"run.dir={folder}", *more]
 
 
-def trained(folder: Path, *more: str) -> list[dict[str, float]]:
-    Trainer(compose(overrides(folder, *more)).config).train()
-    rows = read_metrics(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key not in UNTIMED} for row in rows]
-
-
 def sources(output: Path) -> tuple[str, str]:
     return f"data.source={output / 'train'}", f"data.val_source={output / 'val'}"
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The tiny experiment's clips, rendered once, as sources."""
-    folder = tmp_path_factory.mktemp("clips")
-    found = open_sources(compose(overrides(folder)).config, folder)
-    return f"data.source={found.train.root}", f"data.val_source={found.val.root}"
-
-
-@pytest.fixture(scope="module")
-def encoded(clips: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of these clips, latents and embeddings alone."""
-    folder = tmp_path_factory.mktemp("encoded")
-    arguments = [*overrides(folder / "run", *FROZEN, clips[1]), f"output={folder / 'out'}"]
-    printed = data_encode([*arguments, clips[0].removeprefix("data.")], None)
-    assert "24 clips = 24 usable + 0 dropped" in printed
-    assert f"data.source={folder / 'out' / 'train'}" in printed
-    return folder / "out"
 
 
 def test_the_output_is_whole_and_holds_no_clip(encoded: Path):
@@ -75,19 +48,33 @@ def test_the_output_is_whole_and_holds_no_clip(encoded: Path):
         assert latents.pixels.frames == manifest.frames[row] and latents.fps == manifest.fps[row]
 
 
+TOLD = (*FROZEN, "model.fps_embed=true", "data.stored_text=ignore")
+SAMPLED = "data.latents=sample"
+
+
+@pytest.mark.parametrize("latents", ["data.latents=mode", SAMPLED])
 def test_training_from_latents_is_training_from_the_cache(
-    encoded: Path, clips: tuple[str, str], tmp_path: Path
+    latents: str, encoded: Path, clips: tuple[str, str], trained: Callable
 ):
-    told = (*FROZEN, "model.fps_embed=true", "data.stored_text=ignore")
-    cached = trained(tmp_path / "clips", *told, *clips, "data.cache=latents")
-    shards = trained(tmp_path / "shards", *told, *sources(encoded))
-    assert len(shards) == 6 and "val/loss" in shards[-1]
+    # With a cache on both sides captions are encoded alone on both.
+    cached = trained(*TOLD, latents, *clips, "data.cache=latents")
+    shards = trained(*TOLD, latents, *sources(encoded), "data.cache=auto")
+    assert len(shards) == 3 and "val/loss" in shards[-1]
     assert shards == cached
 
 
-def test_stored_embeddings_are_those_of_the_run(encoded: Path, tmp_path: Path):
-    plain = trained(tmp_path / "plain", *FROZEN, *sources(encoded), "data.stored_text=ignore")
-    text = trained(tmp_path / "text", *FROZEN, *sources(encoded))
+def test_a_draw_is_another_number_each_epoch_and_never_in_validation(
+    encoded: Path, trained: Callable
+):
+    mode = trained(*TOLD, "data.latents=mode", *sources(encoded), "data.cache=auto")
+    drawn = trained(*TOLD, SAMPLED, *sources(encoded), "data.cache=auto")
+    losses = [[row["train/loss"] for row in rows] for rows in (mode, drawn)]
+    assert all(a != b for a, b in zip(*losses, strict=True))
+
+
+def test_stored_embeddings_are_those_of_the_run(encoded: Path, trained: Callable):
+    plain = trained(*TOLD, "data.latents=mode", *sources(encoded), "data.cache=auto")
+    text = trained(*FROZEN, "model.fps_embed=true", "data.latents=mode", *sources(encoded))
     for a, b in zip(plain, text, strict=True):
         # A caption encoded alone and one padded beside others differ by rounding.
         assert all(math.isclose(a[key], b[key], rel_tol=1e-4) for key in a if "loss" in key)
@@ -112,7 +99,9 @@ def test_known_embeddings_and_new_ones_mix(padding: str):
 
 def test_a_dropped_caption_is_the_empty_one(encoded: Path, tmp_path: Path):
     cfg = compose(
-        overrides(tmp_path / "run", *FROZEN, *sources(encoded), "objective.caption_dropout=0.5")
+        overrides(
+            tmp_path / "run", *FROZEN, *sources(encoded), UNSEEN, "objective.caption_dropout=0.5"
+        )
     ).config
     trainer = Trainer(cfg)
     flows = [trainer.objective.flow_batch(batch) for batch in trainer.data.step(0)]
@@ -159,7 +148,7 @@ def test_clips_and_latents_mix_in_a_micro_batch(clips: tuple[str, str], tmp_path
     half = manifest.members.copy()
     half[::2] = ""
     manifest.with_columns(members=half).save(file)
-    cfg = compose(overrides(tmp_path / "mixed", *sources(output))).config
+    cfg = compose(overrides(tmp_path / "mixed", *sources(output), UNSEEN)).config
     trainer = Trainer(cfg)
     batches = [batch for step in range(2) for batch in trainer.data.step(step)]
     kinds = [{clip.latents is None for clip in batch.clips} for batch in batches]
@@ -169,7 +158,7 @@ def test_clips_and_latents_mix_in_a_micro_batch(clips: tuple[str, str], tmp_path
         trainer.objective.terms(trainer.engine.model, batch)
     trainer.close()
     ignoring = Trainer(
-        compose(overrides(tmp_path / "pixels", *sources(output), "data.stored_latents=ignore")).config
+        compose(overrides(tmp_path / "pixels", *sources(output), UNSEEN, "data.stored_latents=ignore")).config
     )  # fmt: skip
     assert all(clip.pixels is not None for b in ignoring.data.step(0) for clip in b.clips)
     ignoring.close()
@@ -183,42 +172,25 @@ def test_a_shape_without_a_bucket_is_dropped_by_name(encoded: Path, tmp_path: Pa
     frames = manifest.frames.copy()
     frames[0] += 4
     manifest.with_columns(frames=frames).save(file)
-    allowed = (*FROZEN, *sources(output), "data.max_drop_fraction=0.1")
+    allowed = (*FROZEN, *sources(output), UNSEEN, "data.max_drop_fraction=0.1")
     trainer = Trainer(compose(overrides(tmp_path / "run", *allowed)).config)
     assert trainer.data.assignment.dropped() == {"latents_shape": 1}
     assert trainer.data.account() == {"used": 23, "dropped": 1, "failed": 0, "total": 24}
     trainer.close()
 
 
-def test_an_encoding_cut_off_goes_on(
-    encoded: Path, clips: tuple[str, str], tmp_path: Path, monkeypatch
-):
-    calls, real = [], VideoVAE.encode
-
-    def counted(self, pixels):
-        calls.append(len(pixels))
-        if sum(calls) > 12 and not going_on:
-            raise KeyboardInterrupt
-        return real(self, pixels)
-
-    going_on = False
-    monkeypatch.setattr(VideoVAE, "encode", counted)
-    arguments = [*overrides(tmp_path / "run", *FROZEN, *clips), f"output={tmp_path / 'out'}"]
-    with pytest.raises(KeyboardInterrupt):
-        data_encode(arguments, None)
-    assert not (tmp_path / "out" / "train").exists()
-    begun, going_on = sum(calls), True
-    calls.clear()
-    data_encode(arguments, None)
-    assert sum(calls) < 28, f"{begun} clips were encoded before"
-    for split in ("train", "val"):
-        for tar in (encoded / split).glob("*.tar"):
-            assert tar.read_bytes() == (tmp_path / "out" / split / tar.name).read_bytes()
-    with pytest.raises(UserError, match="not an empty folder"):
-        data_encode(arguments, None)
-
-
-@pytest.mark.parametrize("wrong", ["keep_clips=2", "dtype=int8", "max_shard_mb=0", "output="])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "keep_clips=2",
+        "dtype=int8",
+        "max_shard_mb=0",
+        "output=",
+        "part=3/2",
+        "part=2",
+        "merge=1",
+    ],
+)
 def test_a_wrong_argument_is_named(wrong: str, tmp_path: Path):
     with pytest.raises(UserError, match=wrong.split("=")[0]):
         data_encode(["experiment=parity_tiny", f"output={tmp_path / 'out'}", wrong], None)

@@ -17,7 +17,15 @@ from sora_train.trainer import Trainer
 
 PLAIN_SGD = ["optim=sgd", "optim.lr=0.05", "optim.grad_clip=0", "optim.warmup_steps=0"]
 WORKER = Path(__file__).with_name("layout_worker.py")
-COMPARED = ("train/loss", "train/grad_norm", "train/clips", "val/loss", "val/loss/t0.30")
+COMPARED = (
+    "train/loss",
+    "train/grad_norm",
+    "train/clips",
+    "val/loss",
+    "val/loss/t0.30",
+    "val/loss/i2v",
+    "val/live/loss",
+)
 
 
 def curve(run_dir: Path) -> list[dict[str, float]]:

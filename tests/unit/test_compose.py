@@ -211,7 +211,7 @@ def test_a_subclass_adds_sections_and_required_keys():
         (
             "model=tinyt2v",
             "config group 'model' has no option 'tinyt2v'; did you mean 'tiny_t2v'? "
-            "there are: b, micro, s, tiny_t2v, wan_14b, wan_1_3b",
+            "there are: 30b, b, l, micro, s, tiny, tiny_t2v, wan_14b, wan_1_3b, wan_5b, xl",
         ),
         ("tracker=null", "config group 'tracker' has no option 'null'; there are: none, wandb"),
         ("train.steps=a", "config key 'train.steps' must be a whole number of at least 0, got 'a'"),
@@ -229,7 +229,7 @@ def test_a_subclass_adds_sections_and_required_keys():
         ),
         (
             "data.cache=latent",
-            "config key 'data.cache' must be one of 'none', 'latents', got 'latent'; did you mean 'latents'?",
+            "config key 'data.cache' must be one of 'none', 'latents', 'auto', got 'latent'; did you mean 'latents'?",
         ),
         (
             "data.micro_batch=x",

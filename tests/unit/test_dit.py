@@ -1,15 +1,12 @@
-"""The transformer is Wan's, number for number, plus extras that start without effect."""
-
-import math
+"""The transformer: extras without effect until trained, what each input may act on, what it refuses."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from sora_train.config.model import ModelConfig
-from sora_train.errors import ConfigError
-from sora_train.models.attention import AttentionCore, gemm_attention
+from sora_train.errors import UserError
 from sora_train.models.dit import VideoDiT
+from sora_train.models.rope import rope_table
 
 SIZES = dict(
     num_layers=2, num_heads=4, head_dim=24, ffn_dim=80, in_channels=5, text_dim=12, freq_dim=32
@@ -35,84 +32,8 @@ def inputs(dtype=torch.float64, grid=(3, 4, 6), text=7, batch=2):
     return latents, t_BT, torch.randn(batch, text, 12, generator=g, dtype=dtype)
 
 
-@pytest.fixture
-def wan_in_fp64(monkeypatch):
-    """diffusers' model with its hard-coded float32 casts and float32 sinusoid lifted, so that
-    float64 stays float64."""
-    import diffusers.models.embeddings as embeddings
-    from diffusers import WanTransformer3DModel
-
-    to_float = torch.Tensor.float
-
-    def keep_double(x, *args, **kwargs):
-        return x if x.dtype == torch.float64 else to_float(x, *args, **kwargs)
-
-    def exact_sinusoid(timesteps, embedding_dim, **kwargs):
-        half = embedding_dim // 2
-        angles = timesteps[:, None].double() * torch.exp(
-            -math.log(10000) * torch.arange(half).double() / half
-        )
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-    monkeypatch.setattr(torch.Tensor, "float", keep_double)
-    monkeypatch.setattr(embeddings, "get_timestep_embedding", exact_sinusoid)
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=4,
-        attention_head_dim=24,
-        in_channels=5,
-        out_channels=5,
-        text_dim=12,
-        freq_dim=32,
-        ffn_dim=80,
-        num_layers=2,
-        rope_max_seq_len=64,
-    ).double()
-
-
 def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
-
-
-def test_equals_diffusers_wan_forward_and_every_gradient(wan_in_fp64):
-    wan, ours = wan_in_fp64, build()
-    ours.load_state_dict(wan.state_dict(), strict=True)
-    wan.load_state_dict(ours.state_dict(), strict=True)
-    latents, t_BT, captions = inputs()
-    per_token = (t_BT * 1000).repeat_interleave(2 * 3, dim=1)
-
-    expected = wan(latents, per_token, captions, return_dict=False)[0]
-    got = ours(latents, t_BT, captions)
-    assert relative(got, expected) < 1e-10
-
-    cotangent = torch.randn_like(expected)
-    (expected * cotangent).sum().backward()
-    (got * cotangent).sum().backward()
-    theirs = dict(wan.named_parameters())
-    for name, param in ours.named_parameters():
-        assert relative(param.grad, theirs[name].grad) < 1e-10, name
-
-
-def test_stock_wan_agrees_in_float32():
-    from diffusers import WanTransformer3DModel
-
-    ours = build(dtype=torch.float32)
-    wan = WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=24,
-        in_channels=5,
-        out_channels=5,
-        text_dim=12,
-        freq_dim=32,
-        ffn_dim=80,
-        num_layers=2,
-        rope_max_seq_len=64,
-    )
-    wan.load_state_dict(ours.state_dict(), strict=True)
-    latents, _, captions = inputs(torch.float32)
-    t_B = torch.tensor([0.25, 0.75])
-    expected = wan(latents, t_B * 1000, captions, return_dict=False)[0]
-    assert relative(ours(latents, t_B[:, None].expand(2, 3), captions), expected) < 1e-5
 
 
 def test_extras_have_no_effect_until_trained_and_take_part_in_backward():
@@ -191,26 +112,6 @@ def test_first_prediction_is_zero_and_weights_are_keyed_by_name():
     )
 
 
-def test_gemm_attention_equals_sdpa_even_in_chunks(monkeypatch):
-    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (10, 7, 7))
-    bias = torch.zeros(2, 1, 1, 7, dtype=torch.float64)
-    bias[1, ..., 4:] = float("-inf")
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    monkeypatch.setattr("sora_train.models.attention.MAX_SCORES", 2 * 3 * 7 * 4)
-    torch.testing.assert_close(gemm_attention(q, k, v, bias), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_auto_takes_gemm_only_for_bfloat16_on_cpu():
-    core = AttentionCore("auto")
-    assert core._use_gemm(torch.zeros(1, dtype=torch.bfloat16))
-    assert not core._use_gemm(torch.zeros(1))
-
-
-def test_unknown_attention_backend_is_refused():
-    with pytest.raises(ConfigError, match="flash9"):
-        AttentionCore("flash9")
-
-
 def test_bfloat16_weights_keep_norms_and_residual_in_float32():
     exact, rounded = build(dtype=torch.float32), build(dtype=torch.bfloat16)
     latents, t_BT, captions = inputs(torch.float32)
@@ -231,7 +132,6 @@ def test_bfloat16_weights_keep_norms_and_residual_in_float32():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"latents": torch.zeros(2, 5, 3, 5, 6)}, "do not divide"),
         ({"latents": torch.zeros(2, 4, 3, 4, 6)}, "channels"),
         ({"t": torch.zeros(2)}, "a level a latent frame"),
         ({"mask": torch.zeros(2, 3)}, "mask_channel"),
@@ -250,14 +150,89 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
         )
 
 
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ((3, 5, 6), r"latents of 5x6 do not divide into patches of 2x2 \(model.patch_size\)"),
+        ((9, 4, 6), "a clip of 9 latent frames is longer than model.rope_max_length=8"),
+        ((3, 18, 6), "a clip of 9 rows of tokens is longer"),
+        ((3, 4, 18), "a clip of 9 columns of tokens is longer"),
+    ],
+)
+def test_clips_that_the_patches_or_positions_do_not_take_are_refused(grid, message):
+    model = build(dtype=torch.float32, rope_max_length=8)
+    with pytest.raises(UserError, match=message):
+        model(*inputs(torch.float32, grid))
+
+
+def test_wan_has_1024_positions():
+    assert ModelConfig().rope_max_length == 1024
+
+
+def test_a_bucket_past_the_positions_is_refused_before_any_clip_is_read(parity_config):
+    from sora_train.models.vae import read_geometry
+    from sora_train.training_plan import bucket_table
+
+    cfg = parity_config("model.rope_max_length=1")
+    with pytest.raises(UserError, match=r"longer than model\.rope_max_length=1"):
+        bucket_table(cfg, read_geometry(cfg.vae), cfg.model.patch_size)
+
+
+def test_unequal_patches_divide_every_bucket(parity_config):
+    from sora_train.models.vae import read_geometry
+    from sora_train.training_plan import bucket_table
+
+    cfg = parity_config("model.patch_size=[1,2,3]", "buckets=tiny")
+    for spec in bucket_table(cfg, read_geometry(cfg.vae), cfg.model.patch_size):
+        assert spec.bucket.height // 8 % 6 == spec.bucket.width // 8 % 6 == 0
+
+
+def test_a_batch_of_two_is_two_batches_of_one():
+    model = build(mask_channel=True, fps_embed=True)
+    latents, t_BT, captions = inputs()
+    mask_BT, fps_B = torch.tensor([[1.0, 0, 0], [0, 0, 0]]), torch.tensor([8.0, 24.0])
+    both = model(latents, t_BT, captions, mask_BT=mask_BT, fps_B=fps_B)
+    for row in (slice(0, 1), slice(1, 2)):
+        alone = model(
+            latents[row], t_BT[row], captions[row], mask_BT=mask_BT[row], fps_B=fps_B[row]
+        )
+        torch.testing.assert_close(alone, both[row], rtol=1e-12, atol=1e-12)
+
+
+def test_a_new_block_whose_modulation_is_zero_is_the_identity_but_for_captions():
+    """Gates of zero close both branches; what attends to the caption has no gate in Wan and is closed by
+    its output layer."""
+    model = build()
+    block = model.blocks[0]
+    torch.nn.init.zeros_(block.scale_shift_table)
+    for parameter in block.attn2.to_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    x = torch.randn(2, 3, 6, 96, dtype=torch.float64)
+    table = rope_table((3, 2, 3), 24, x.device, x.dtype)
+    captions = torch.randn(2, 7, 96, dtype=torch.float64)
+    closed = torch.zeros(2, 3, 6, 96, dtype=torch.float64)
+    assert torch.equal(block(x, captions, closed, table, None), x)
+    assert not torch.equal(block(x, captions, closed + 0.1, table, None), x)
+
+
+def test_given_latents_beside_the_noisy_ones_come_in_and_only_a_velocity_goes_out():
+    model = build(in_channels=5 + 4 + 5, out_channels=5)
+    latents, t_BT, captions = inputs()
+    mask, given = torch.ones(2, 4, 3, 4, 6), torch.randn(2, 5, 3, 4, 6)
+    beside = torch.cat([latents, mask.double(), given.double()], dim=1)
+    assert model(beside, t_BT, captions).shape == latents.shape
+    assert ModelConfig(in_channels=7).velocity_channels == 7
+
+
 def test_flops_match_what_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = build(dtype=torch.float32, attention="gemm")
-    latents, t_BT, captions = inputs(torch.float32, batch=1)
-    with FlopCounterMode(display=False) as counter:
-        model(latents, t_BT, captions)
-    assert model.flops(3 * 2 * 3, 7, num_frames=3) == counter.get_total_flops()
+    for sizes in ({}, {"out_channels": 3}):
+        model = build(dtype=torch.float32, attention="gemm", **sizes)
+        latents, t_BT, captions = inputs(torch.float32, batch=1)
+        with FlopCounterMode(display=False) as counter:
+            model(latents, t_BT, captions)
+        assert model.flops(3 * 2 * 3, 7, num_frames=3) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sora_train.diffusion import timesteps
-from sora_train.diffusion.conditioning import KINDS, choose_kind, frame_mask, frame_times
+from sora_train.diffusion.conditioning import choose_kind, condition_times, frame_mask, frame_times
 from sora_train.diffusion.flow import (
     data_from_velocity,
     interpolate,
     sample_losses,
+    token_loss,
     velocity_loss,
     velocity_target,
 )
@@ -30,12 +31,29 @@ SPEC = DiffusionSpec(
     num_steps=10,
     guidance_scale=4.0,
     solver="euler",
+    condition_scale=1.0,
+    guidance_from=0.0,
+    guidance_to=1.0,
+    guidance_rescale=0.0,
+    time_grid="even",
+    time_rounding="none",
     latent_channels=4,
     vae_digest="v",
+    vae_dtype="float32",
+    vae_normalisation="per_channel",
+    text_dtype="float32",
     text_digest="t",
     text_padding="masked",
     caption_dropout=0.1,
     conditioning=(("t2v", 0.7), ("i2v", 0.3)),
+    high_noise_share=0.0,
+    high_noise_from=0.98,
+    weighting="uniform",
+    min_snr_gamma=5.0,
+    cond_mode="replace",
+    condition_noise_share=0.0,
+    condition_noise_max=0.1,
+    condition_dropout=0.0,
 )
 
 
@@ -169,24 +187,82 @@ def test_sampling_grid_is_the_shifted_one():
     assert grid[-1] == 0
     assert (grid.diff() < 0).all()
     assert grid[5].item() == pytest.approx(3 * 0.5 / (1 + 2 * 0.5))
-    resolution = SPEC.replace(shift_rule="resolution")
     assert SPEC.shift_for((9, 128, 128)) == 3
-    assert resolution.shift_for((1, 32, 32)) == 3
-    assert resolution.shift_for((9, 128, 128)) == pytest.approx(27)
 
 
-@given(
-    kind=st.sampled_from(KINDS), num_frames=st.integers(1, 20), u=st.floats(0, 1, exclude_max=True)
+@pytest.mark.parametrize(
+    ("rule", "small", "large"),
+    [
+        ("constant", 1, 1),
+        ("frame", 1, 3),
+        ("length", 1, 3),
+        ("resolution", 1, 9),
+        ("root", 0.5, 6),
+    ],
 )
-def test_masks_give_a_head_and_leave_something_to_learn(kind, num_frames, u):
-    mask = frame_mask(kind, num_frames, u)
-    given_frames = int(mask.sum())
-    assert torch.equal(mask, (torch.arange(num_frames) < given_frames).float())
-    assert given_frames < num_frames
-    if num_frames > 1:
-        assert {"t2v": given_frames == 0, "i2v": given_frames == 1, "extend": given_frames >= 1}[
-            kind
-        ]
+def test_shift_rules_at_256_and_4096_tokens_a_frame(rule, small, large):
+    spec = SPEC.replace(shift_rule=rule)
+    assert spec.shift_for((1, 32, 32)) == pytest.approx(3 * small)
+    assert spec.shift_for((9, 128, 128)) == pytest.approx(3 * large)
+    grid = spec.sampling_times((9, 128, 128))
+    middle = spec.replace(time_law="uniform").training_times(torch.tensor([0.5]), (9, 128, 128))
+    assert grid[5].item() == pytest.approx(middle.item()), "training and sampling shift alike"
+
+
+def test_a_share_of_high_noise_leaves_the_rest_to_the_law():
+    u = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
+    mixed = SPEC.replace(high_noise_share=0.05, high_noise_from=0.98).training_times(u, SIZE)
+    law, high = mixed[:9500], mixed[9500:]
+    plain = SPEC.training_times((torch.arange(9500, dtype=torch.float64) + 0.5) / 9500, SIZE)
+    torch.testing.assert_close(law, plain)
+    assert high.min() >= 0.98 and high.max() <= 1
+    assert high.mean().item() == pytest.approx(0.99, abs=1e-4), "uniform, and not shifted"
+    all_high = SPEC.replace(high_noise_share=1.0).training_times(u, SIZE)
+    assert all_high.min() >= 0.98
+
+
+def test_cosmap_is_that_of_diffusers():
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    t = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        SPEC.replace(weighting="cosmap").loss_weight(t), compute_loss_weighting_for_sd3("cosmap", t)
+    )
+
+
+def test_min_snr_bounds_the_weight_of_the_error_of_the_data():
+    """Against its definition: min(snr, gamma) on the squared error of the data that v points to."""
+    x, noise, v = clips()
+    t = torch.tensor([0.1, 0.4, 0.9], dtype=torch.float64)
+    snr = ((1 - t) / t).square()
+    z = interpolate(x, noise, t)
+    of_data = (data_from_velocity(z, v, t) - x).square().mean(dim=(1, 2, 3, 4))
+    weight = SPEC.replace(weighting="min_snr", min_snr_gamma=5.0).loss_weight(t)
+    assert (snr > 5).tolist() == [True, False, False], "both branches are met"
+    torch.testing.assert_close(weight * sample_losses(v, x, noise)[0], snr.clamp(max=5.0) * of_data)
+
+
+def test_a_weighting_scales_losses_and_not_their_weight():
+    x, noise, v = clips()
+    factor = torch.tensor([2.0, 0.5, 3.0], dtype=torch.float64)
+    frames = torch.ones(3, 5)
+    frames[1, :2] = 0
+    one_by_one = [
+        [fn(v[i : i + 1], x[i : i + 1], noise[i : i + 1], frames[i : i + 1]) for i in range(3)]
+        for fn in (velocity_loss, lambda *a: token_loss(*a, tokens_per_frame=6))
+    ]
+    for parts, found in zip(
+        one_by_one,
+        (
+            velocity_loss(v, x, noise, frames, time_weight_B=factor),
+            token_loss(v, x, noise, frames, 6, factor),
+        ),
+        strict=True,
+    ):
+        expected = sum(f * part[0] for f, part in zip(factor, parts, strict=True))
+        torch.testing.assert_close(found[0], expected)
+        assert found[1].item() == sum(part[1].item() for part in parts)
+    assert torch.equal(SPEC.loss_weight(factor), torch.ones(3, dtype=torch.float64))
 
 
 def test_kinds_come_in_their_shares_and_unknown_ones_are_refused():
@@ -201,6 +277,17 @@ def test_given_frames_have_their_own_time():
     mask = torch.tensor([[1.0, 0, 0], [0, 0, 0]])
     times = frame_times(torch.tensor([0.5, 0.9]), mask, t_cond=0.1)
     torch.testing.assert_close(times, torch.tensor([[0.1, 0.5, 0.5], [0.9, 0.9, 0.9]]))
+    each = frame_times(torch.tensor([0.5, 0.9]), torch.ones(2, 3), torch.tensor([0.1, 0.2]))
+    torch.testing.assert_close(each, torch.tensor([[0.1] * 3, [0.2] * 3]))
+
+
+def test_given_frames_carry_noise_in_their_share():
+    u = torch.rand(2, 4000, generator=torch.Generator().manual_seed(0))
+    t = condition_times(u[0], u[1], 0.25, 0.2)
+    assert abs((t > 0).float().mean().item() - 0.25) < 0.03
+    assert t.max() < 0.2
+    assert t[t > 0].mean().item() == pytest.approx(0.1, abs=0.01)
+    assert not condition_times(u[0], u[1], 0.0, 0.2).any()
 
 
 def test_spec_survives_json_and_is_strict():
@@ -219,7 +306,7 @@ def test_spec_survives_json_and_is_strict():
     "change",
     [
         {"prediction": "epsilon"},
-        {"solver": "unipc"},
+        {"solver": "dpm"},
         {"time_std": 0.0},
         {"num_steps": 0},
         {"caption_dropout": 1.5},
@@ -230,4 +317,41 @@ def test_spec_survives_json_and_is_strict():
 )
 def test_impossible_specs_are_refused(change):
     with pytest.raises(ValueError, match=list(change)[-1]):
+        SPEC.replace(**change)
+
+
+def test_a_spec_of_the_first_version_says_what_it_meant_then():
+    """Files written before a field existed; a field lost from a newer file is still an error."""
+    new = {"high_noise_share", "high_noise_from", "weighting", "min_snr_gamma", "cond_mode"}
+    new |= {"condition_noise_share", "condition_noise_max", "condition_dropout"}
+    new |= {"condition_scale", "guidance_from", "guidance_to", "guidance_rescale"}
+    new |= {"time_grid", "time_rounding"}
+    old = {k: v for k, v in SPEC.to_dict().items() if k not in {*new, "version"}}
+    spec = DiffusionSpec.from_dict(json.loads(json.dumps(old)))
+    assert spec == SPEC
+    assert spec.to_dict()["version"] == 2
+    u = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    plain = timesteps.shift_t(timesteps.logit_normal(u, 0.0, 1.0), 3.0)
+    assert torch.equal(spec.training_times(u, SIZE), plain), "bit for bit what it was"
+    with pytest.raises(ValueError, match=r"missing keys \['weighting'\]"):
+        DiffusionSpec.from_dict({k: v for k, v in SPEC.to_dict().items() if k != "weighting"})
+    with pytest.raises(ValueError, match="missing keys \\['shift'\\]"):
+        DiffusionSpec.from_dict({k: v for k, v in old.items() if k != "shift"})
+    with pytest.raises(ValueError, match="of version 9"):
+        DiffusionSpec.from_dict(SPEC.to_dict() | {"version": 9})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"weighting": "snr"}, "weighting is 'snr'"),
+        ({"cond_mode": "add"}, "cond_mode is 'add'"),
+        ({"condition_noise_share": 1.5}, "condition_noise_share is 1.5"),
+        ({"high_noise_share": -0.1}, "high_noise_share is -0.1"),
+        ({"condition_dropout": 2.0}, "condition_dropout is 2.0"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma is 0.0"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(change, named):
+    with pytest.raises(ValueError, match=named):
         SPEC.replace(**change)

@@ -63,7 +63,7 @@ def clip_of(rows: int) -> Clip:
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-@pytest.mark.parametrize("attention", ["sdpa", "gemm"])
+@pytest.mark.parametrize("attention", ["sdpa", "gemm", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_bytes_are_those_that_autograd_saves(
     dtype: torch.dtype, attention: str, trainable: bool
@@ -72,7 +72,7 @@ def test_saved_bytes_are_those_that_autograd_saves(
     text = TEXT.model_copy(update={"trainable": trainable})
     for rows, clips in ((16, 1), (64, 1), (16, 3)):
         predicted = clips * saved_bytes(
-            model, text, clip_of(rows), dtype.itemsize, scores_kept=attention == "gemm"
+            model, text, clip_of(rows), dtype.itemsize, core_wide=attention != "sdpa"
         )
         predicted += precise_bytes(model, dtype.itemsize)
         found = measured_bytes(model, text, rows, dtype, clips)
@@ -104,7 +104,16 @@ def test_activations_are_linear_in_tokens_but_for_kept_scores():
         assert (three - two > (two - one) * 1.01) is kept
 
 
-def test_the_gemm_core_counts_where_it_is_taken():
+def test_a_core_that_keeps_its_scores_is_counted_with_them():
+    model = model_config(attention="math")
+    predicted = saved_bytes(model, TEXT, clip_of(64), 4, scores_kept=True)
+    assert predicted == pytest.approx(measured_bytes(model, TEXT, 64, torch.float32), rel=WITHIN)
+    assert clip_bytes(model, TEXT, clip_of(64), 4, "cpu") > clip_bytes(
+        model_config(attention="sdpa"), TEXT, clip_of(64), 4, "cpu"
+    )
+
+
+def test_a_core_that_computes_in_float32_counts_where_it_is_taken():
     clip = clip_of(64)
     auto = {
         (w, device): clip_bytes(model_config(), TEXT, clip, w, device)

@@ -455,7 +455,8 @@ def test_a_remote_clip_that_spins_has_its_own_deadline_not_the_storages(
                 for batch in loader.step(step)
                 for failure in batch.failures
             ]
-            assert time.monotonic() - began < 20
+            # Far below the six attempts of a minute that storage would have.
+            assert time.monotonic() - began < 120
     assert [(failure.row, failure.reason) for failure in failures] == [(1, "decode_timeout")]
 
 

@@ -15,15 +15,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
-from sora_train.data import stored
+from sora_train.data import reading, stored
 from sora_train.data.buckets import assign, build_buckets
 from sora_train.data.index import open_source
 from sora_train.data.index_shards import HowToIndex, index_shards
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.plan import Tape
+from sora_train.data.retry import ReadPolicy
 from sora_train.data.sample import Bucket
 from sora_train.data.shards import ShardWriter
+from sora_train.data.stored_check import (
+    first_of_each,
+    refuse_latents,
+    require_latents,
+    require_text,
+)
 from sora_train.errors import Fault, UserError
 
 BUCKETS = BucketsConfig(
@@ -59,6 +66,79 @@ def test_a_member_is_read_back_to_its_precision(values: np.ndarray, dtype: str):
     np.testing.assert_allclose(found, values, rtol=DIGITS[dtype], atol=2**-24)
     said = stored.describe_bytes(data, stored.LATENTS)
     assert said["vae_digest"] == VAE and said["fps"] == 7.5 and said["shape"] == [*values.shape]
+
+
+@pytest.mark.parametrize("dtype", sorted(DIGITS))
+def test_a_log_variance_stands_beside_its_mean(dtype: str, tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load, save
+
+    both = np.random.default_rng(0).standard_normal((2, 2, 2, 4, 6)).astype(np.float32)
+    data = stored.pack_latents(
+        both[0], vae_digest=VAE, fps=8.0, pixels=PIXELS, dtype=dtype, logvar=both[1]
+    )
+    theirs = load(data)
+    (tmp_path / "a").write_bytes(data)
+    said = stored.as_members(
+        {stored.LATENTS: (0, len(data))}, {stored.LATENTS: stored.describe_bytes(data, stored.LATENTS)}
+    )  # fmt: skip
+    place, _ = stored.stored_of(said)
+    assert place.logvar and place.shape == (2, 2, 4, 6)
+    found = stored.read_member(str(tmp_path / "a"), place, stored.LATENTS, ReadPolicy())
+    for ours, name, wanted in zip(found, ("latents", "logvar"), both, strict=True):
+        assert np.array_equal(ours, theirs[name].float().numpy())
+        np.testing.assert_allclose(ours, wanted, rtol=DIGITS[dtype], atol=1e-6)
+    other = save({"latents": torch.ones(1, 1, 1, 2), "logvar": torch.ones(1, 1, 2, 1)}, {"a": "b"})
+    with pytest.raises(stored.DamagedMember):
+        stored.unpack(other, stored.LATENTS)
+    assert not stored.stored_of(
+        stored.as_members({stored.LATENTS: (0, 9)}, {stored.LATENTS: stored.describe_bytes(latents(0), stored.LATENTS)})
+    )[0].logvar  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.booleans()), max_size=20))
+def test_one_row_of_each_description_is_looked_at(kinds: list[tuple[int, int, bool]]):
+    """Rows that differ in their bytes' places and their captions alone are one; all others are told apart."""
+    members, wanted = [], {}
+    for row, (fps, width, has_text) in enumerate(kinds):
+        data = stored.pack_latents(
+            np.zeros((2, 2, 4, 6), np.float32), vae_digest=VAE, fps=fps, pixels=PIXELS
+        )
+        says = {stored.LATENTS: stored.describe_bytes(data, stored.LATENTS)}
+        if has_text:
+            embedding = np.zeros((3, 4 + width), np.float32)
+            packed = stored.pack_text(embedding, encoder_digest="b" * 64, caption=f"caption {row}")
+            says[stored.TEXT] = stored.describe_bytes(packed, stored.TEXT)
+        members.append(stored.as_members({name: (row * 1000, 10 * row) for name in says}, says))
+        wanted.setdefault((fps, width if has_text else None), row)
+    array = np.array([*members, "", ""], object)
+    assert first_of_each(array, range(len(array))) == list(wanted.values())
+
+
+def test_remote_members_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By way of the disk cache where the shard's stamp is known; never kept where it is not."""
+    data = latents(3)
+    said = stored.as_members(
+        {stored.LATENTS: (512, len(data))}, {stored.LATENTS: stored.describe_bytes(data, stored.LATENTS)}
+    )  # fmt: skip
+    place, _ = stored.stored_of(said)
+    shard, asked = b"x" * 512 + data, []
+
+    def fetch(url: str, offset: int, length: int, *_: object) -> bytes:
+        asked.append((offset, length))
+        return shard[offset : offset + length]
+
+    monkeypatch.setattr(reading, "fetch", fetch)
+    policy = ReadPolicy(cache_dir=str(tmp_path), cache_bytes=10**6)
+    for stamp, requests in (((len(shard), "s"), 1), (None, 2)):
+        asked.clear()
+        for _ in range(2):
+            found, _ = stored.read_member(
+                "https://h/a.tar", place, stored.LATENTS, policy, stamp=stamp
+            )
+            assert (found == 3.5).all()
+        assert len(asked) == requests
 
 
 @pytest.mark.parametrize("dtype", sorted(DIGITS))
@@ -252,22 +332,30 @@ def test_another_networks_members_are_refused(manifest: Manifest):
     def latent_shape(*pixels: int) -> tuple[int, ...]:
         return shape[Bucket(*pixels)]
 
-    stored.require_latents(manifest, [0, 1, 2, 5], VAE, latent_shape)
+    require_latents(manifest, [0, 1, 2, 5], VAE, latent_shape)
     with pytest.raises(UserError, match=f"'only'.*{VAE}.*{'c' * 64}.*vae.path"):
-        stored.require_latents(manifest, [1, 0], "c" * 64, latent_shape)
+        require_latents(manifest, [1, 0], "c" * 64, latent_shape)
+    with pytest.raises(UserError, match="have no log-variance, which data.latents=sample"):
+        require_latents(manifest, [0], VAE, latent_shape, drawn=True)
     with pytest.raises(
         UserError, match=r"shape \[2, 2, 4, 6\] where this VAE gives \[2, 2, 4, 7\]"
     ):
-        stored.require_latents(manifest, [0], VAE, lambda *_: (2, 2, 4, 7))
-    stored.require_text(manifest, [0, 1, 2], "b" * 64, False, 3)
-    stored.require_text(manifest, [1, 5], "c" * 64, True, 3)
+        require_latents(manifest, [0], VAE, lambda *_: (2, 2, 4, 7))
+    require_text(manifest, [0, 1, 2], "b" * 64, False, 3)
+    require_text(manifest, [1, 5], "c" * 64, True, 3)
     for digest, trainable, longest, told in (
         ("b" * 64, True, 3, "text.trainable=true"),
         ("c" * 64, False, 3, "c" * 64),
         ("b" * 64, False, 2, "text.max_length=2"),
     ):
         with pytest.raises(UserError, match=told):
-            stored.require_text(manifest, [0], digest, trainable, longest)
+            require_text(manifest, [0], digest, trainable, longest)
+
+
+def test_latents_are_refused_where_frames_are_encoded_from_pixels(manifest: Manifest):
+    refuse_latents(manifest, [1])
+    with pytest.raises(UserError, match=r"'only' in .* holds latents.*data.stored_latents=ignore"):
+        refuse_latents(manifest, [1, 0])
 
 
 def test_the_writer_knows_where_it_put_members(tmp_path: Path):

@@ -83,6 +83,20 @@ def test_latents_are_standardised_with_the_stored_statistics():
         vae.measure_latent_stats([])
 
 
+def test_moments_are_those_of_the_class_and_standardise_to_the_latents():
+    vae = VideoVAE(TINY, seed=2)
+    vae.set_latent_stats([0.5, -1.0, 0.0, 2.0], [2.0, 0.5, 1.0, 3.0])
+    pixels = torch.rand(2, 3, 5, 16, 16) * 2 - 1
+    mean, log_variance = vae.encode_moments(pixels)
+    posterior = vae.autoencoder.encode(pixels).latent_dist
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(log_variance, posterior.logvar)
+    assert mean.dtype == log_variance.dtype == torch.float32
+    assert torch.equal(vae.standardise(mean), vae.encode(pixels))
+    raw = torch.tensor([0.5, -1.0, 0.0, 5.0]).view(1, 4, 1, 1, 1)
+    assert vae.standardise(raw).flatten().tolist() == [0.0, 0.0, 0.0, 1.0]
+
+
 def test_save_and_load_are_exact_and_diffusers_reads_them(tmp_path):
     from diffusers import AutoencoderKLWan
 

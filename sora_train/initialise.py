@@ -1,0 +1,44 @@
+"""A run that starts from another run's weights: `init.run`, for the next stage or for imported ones.
+
+Nothing else is taken over: optimizer, step and data begin anew.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sora_train import checkpoint as checkpoints
+from sora_train.config import Config
+from sora_train.errors import UserError
+from sora_train.models.vae import VideoVAE
+
+
+def start_from(cfg: Config, model: nn.Module, vae: VideoVAE) -> None:
+    """Fill the model's parameters with those of `init.run`, strictly by name and shape.
+
+    Raises UserError where that is no run, its model is another, or it was trained on another VAE's latents.
+    """
+    folder, at, step = cfg.init.run.rpartition("@")
+    named = at and step.isdigit() and not Path(cfg.init.run).exists()
+    found = checkpoints.find(Path(folder if named else cfg.init.run), int(step) if named else None)
+    state = found.state()
+    if state["task"] != cfg.task:
+        raise UserError(f"init.run={cfg.init.run} trained a {state['task']}, this run a {cfg.task}")
+    if state["spec"] and state["spec"]["vae_digest"] != vae.digest():
+        raise UserError(
+            f"init.run={cfg.init.run} was trained on the latents of another VAE than vae.path={cfg.vae.path!r}; give "
+            "the vae section of that run's config.yaml"
+        )
+    prefix = {"ema": "ema.", "live": "model."}[cfg.init.weights]
+    tensors = {f"{prefix}{name}": value.detach() for name, value in model.named_parameters()}
+    checkpoints.load_part(found, tensors, prefix)
+
+
+def refuse_imported(run_dir: str, state: dict[str, Any] | None) -> None:
+    """Raises UserError when a run would go on in a folder of imported weights, to which no data belong."""
+    if state is not None and "imported_from" in state:
+        raise UserError(
+            f"run.dir={run_dir} holds imported weights and nothing of training to go on from; set "
+            f"init.run={run_dir} and another run.dir"
+        )

@@ -1,0 +1,334 @@
+"""Weights out to diffusers' layout and in again: bit for bit, strict, and the same video in both."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sora_train import stored_weights
+from sora_train.api import load
+from sora_train.checkpoint import find
+from sora_train.cli import run
+from sora_train.config import Config
+from sora_train.config.compose import compose
+from sora_train.diffusion.draws import draw_noise
+from sora_train.errors import UserError
+from sora_train.initialise import refuse_imported
+from sora_train.models.dit import VideoDiT
+from sora_train.sampling import ClipShape
+from sora_train.trainer import Trainer
+from sora_train.weights_in import import_pipeline
+from sora_train.weights_out import export_pipeline, fps_offset
+
+SHAPE = ClipShape(5, 32, 32, 8.0)
+TINY = [
+    "experiment=parity_tiny", "text.padding=wan", "data.shapes_clips=8", "data.shapes_val_clips=2",
+    "validation.every=0", "sample.every=0", "train.steps=2", "objective.solver=euler",
+    "objective.time_grid=flow_match_euler", "objective.num_steps=4", "objective.shift=3",
+]  # fmt: skip
+
+
+def trained(folder: Path, *more: str) -> Path:
+    """A run of two steps; its weights are stirred, so that nothing is at its first value of zero."""
+    cfg: Config = compose([*TINY, f"run.dir={folder}", *more]).config
+
+    class Stirred(Trainer):
+        def build_model(self) -> torch.nn.Module:
+            model = super().build_model()
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            return model
+
+    Stirred(cfg).train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("source") / "run")
+
+
+@pytest.fixture(scope="module")
+def pipeline(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "pipeline"
+    # Files of at most 100 kB, so that there are several.
+    said = export_pipeline(source, out, fps=None, max_shard_bytes=100_000)
+    assert "left out mask_proj" in said or "mask_proj" not in said
+    return out
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def test_export_is_the_averaged_weights_in_files_of_the_size_asked_for(
+    source: Path, pipeline: Path
+):
+    model = load(source).model.transformer.state_dict()
+    written = weights_of(pipeline / "transformer")
+    assert written.keys() == {name for name in model if name != "mask_proj.weight"}
+    assert all(torch.equal(written[name], model[name]) for name in written)
+    files = list((pipeline / "transformer").glob("*.safetensors"))
+    assert len(files) > 2
+    largest = max(value.numel() * 4 for value in written.values())
+    assert all(file.stat().st_size < max(100_000, largest) + 20_000 for file in files)
+
+
+def test_import_is_bit_for_bit_what_was_exported(source: Path, pipeline: Path, tmp_path: Path):
+    said = import_pipeline(pipeline, tmp_path / "back", SHAPE)
+    assert "missing 0, unexpected 0" in said
+    before, after = load(source), load(tmp_path / "back")
+    again = after.model.transformer.state_dict()
+    first = before.model.transformer.state_dict()
+    assert again.keys() == {name for name in first if name != "mask_proj.weight"}
+    assert all(torch.equal(again[name], first[name]) for name in again)
+    assert after.spec.shift == 3.0 and after.spec.vae_digest == before.spec.vae_digest
+    export_pipeline(tmp_path / "back", tmp_path / "twice")
+    twice = weights_of(tmp_path / "twice" / "transformer")
+    assert all(torch.equal(twice[name], again[name]) for name in again)
+
+
+def test_one_file_is_open_at_a_time(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now, opened = set(), []
+    real = stored_weights.safe_open
+
+    class Counted:
+        def __init__(self, path: Path, **options: str):
+            self.path, self.real = path, real(path, **options)
+
+        def __enter__(self) -> "Counted":
+            now.add(self.path)
+            opened.append(len(now))
+            self.real.__enter__()
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            now.remove(self.path)
+            self.real.__exit__(*error)
+
+        def __getattr__(self, name: str):
+            return getattr(self.real, name)
+
+    monkeypatch.setattr(stored_weights, "safe_open", Counted)
+    import_pipeline(pipeline, tmp_path / "run", SHAPE)
+    files = len(list((pipeline / "transformer").glob("*.safetensors")))
+    # Once each for the shapes, the live weights and the averaged ones.
+    assert max(opened) == 1 and len(opened) == 3 * files and not now
+
+
+def test_weights_in_half_precision_are_read_as_they_are(pipeline: Path, tmp_path: Path):
+    shutil.copytree(pipeline, tmp_path / "p")
+    for file in (tmp_path / "p/transformer").glob("*.safetensors"):
+        save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
+    import_pipeline(tmp_path / "p/transformer", tmp_path / "run", SHAPE)
+    model = load(tmp_path / "run").model.transformer.state_dict()
+    for name, value in weights_of(pipeline / "transformer").items():
+        assert torch.equal(model[name], value.bfloat16().float())
+
+
+def test_added_extras_change_nothing(pipeline: Path, tmp_path: Path):
+    import_pipeline(pipeline, tmp_path / "run", SHAPE, mask_channel=True, fps_embed=True)
+    model = load(tmp_path / "run").model.transformer
+    assert not model.mask_proj.weight.any() and not model.fps_proj.weight.any()
+
+
+@pytest.mark.parametrize("steps", [4])
+def test_diffusers_samples_the_same_video(source: Path, pipeline: Path, steps: int):
+    pytest.importorskip("accelerate")
+    from diffusers import WanPipeline
+
+    ours = load(source)
+    prompts = ["a red circle moves left"]
+    latent_shape = ours.vae.latent_shape(SHAPE.frames, SHAPE.height, SHAPE.width)
+    noise = draw_noise(5, "sample", [(0, 0)], latent_shape)
+    mine = ours.sample(
+        prompts, size=(32, 32), frames=5, fps=8.0, steps=steps, guidance_scale=3.0, seed=5
+    )[0]
+    wan = WanPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
+    wan.set_progress_bar_config(disable=True)
+    theirs = wan(
+        prompt=prompts[0], negative_prompt="", height=32, width=32, num_frames=5,
+        num_inference_steps=steps, guidance_scale=3.0, latents=noise, output_type="np",
+        max_sequence_length=ours.cfg.text.max_length,
+    ).frames[0]  # fmt: skip
+    mine = np.asarray(mine, np.float64) / 255
+    # Ours are rounded to whole steps of 1/255.
+    assert np.abs(mine - theirs).max() <= 1e-3 + 0.5 / 255
+    assert theirs.std() > 0.01, "a picture without contrast would agree with anything"
+
+
+def test_a_rate_is_folded_exactly():
+    cfg = compose([*TINY, "model.fps_embed=true", "model.mask_channel=false"]).config.model
+    told = VideoDiT(cfg).double()
+    plain = VideoDiT(cfg.model_copy(update={"fps_embed": False})).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in told.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    state = {name: value.clone() for name, value in told.state_dict().items()}
+    projection = state.pop("fps_proj.weight")
+    state["condition_embedder.time_embedder.linear_2.bias"] += fps_offset(
+        projection.float(), 24.0
+    ).double()
+    plain.load_state_dict(state)
+    x = torch.randn(1, cfg.in_channels, 2, 4, 4, dtype=torch.float64)
+    t, text = torch.rand(1, 2), torch.randn(1, 3, cfg.text_dim, dtype=torch.float64)
+    with torch.no_grad():
+        expected = told(x, t, text, fps_B=torch.tensor([24.0]))
+        torch.testing.assert_close(plain(x, t, text), expected, atol=1e-5, rtol=1e-5)
+        other = told(x, t, text, fps_B=torch.tensor([8.0]))
+    assert (other - expected).abs().max() > 1e-3
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def broken(pipeline: Path, to: Path, file: str, change: Callable[[dict], object]) -> Path:
+    """A copy of the pipeline, one of its JSON files changed."""
+    shutil.copytree(pipeline, to)
+    values = json.loads((to / file).read_text())
+    change(values)
+    (to / file).write_text(json.dumps(values))
+    return to
+
+
+CONFIG, SCHEDULER = "transformer/config.json", "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        (CONFIG, {"_class_name": "HunyuanVideoTransformer3DModel"}, "can be imported is WanTransformer3DModel"),
+        (CONFIG, {"image_dim": 1280}, "image_dim=1280, an image encoder's embeddings"),
+        (CONFIG, {"ffn_dim": 40}, r"ffn\.net\.0\.proj\.weight .* instead of \[40"),
+        (CONFIG, {"num_layers": 3}, r"blocks\.2\.\S+ is missing; .* and \d+ more"),
+        (CONFIG, {"num_layers": 1}, r"blocks\.1\.\S+ is unexpected"),
+        (SCHEDULER, {"_class_name": "DDIMScheduler"}, "scheduler is a DDIMScheduler"),
+    ],
+)  # fmt: skip
+def test_what_is_not_such_a_pipeline_is_told(
+    pipeline: Path, tmp_path: Path, file: str, changes: dict[str, object], said: str
+):
+    folder = broken(pipeline, tmp_path / "p", file, lambda values: values.update(changes))
+    with pytest.raises(UserError, match=said):
+        import_pipeline(folder, tmp_path / "run", SHAPE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_and_full_folders_are_told(pipeline: Path, source: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"no model_index\.json"):
+        import_pipeline(tmp_path, tmp_path / "run", SHAPE)
+    folder = tmp_path / "p"
+    shutil.copytree(pipeline, folder)
+    next((folder / "transformer").glob("*00002-of-*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"00002-of-\d+\.safetensors is missing"):
+        import_pipeline(folder, tmp_path / "run", SHAPE)
+    for write in (
+        lambda: import_pipeline(pipeline, folder, SHAPE),
+        lambda: export_pipeline(source, folder),
+    ):
+        with pytest.raises(UserError, match="is not empty"):
+            write()
+
+
+def test_what_the_pipeline_has_no_place_for_is_refused(tmp_path: Path):
+    masked = trained(tmp_path / "masked", "text.padding=masked", "train.steps=1")
+    with pytest.raises(UserError, match="text.padding=masked cannot be exported"):
+        export_pipeline(masked, tmp_path / "out")
+    told = trained(tmp_path / "told", "model.fps_embed=true", "train.steps=1")
+    with pytest.raises(UserError, match=r"fps_proj.*--fps 8"):
+        export_pipeline(told, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "folded fps_proj at 12" in export_pipeline(told, tmp_path / "out", fps=12.0)
+
+
+def test_the_commands(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(["ckpt", "export", str(source), "--out", str(tmp_path / "p")]) == 0
+    back = ["ckpt", "import", str(tmp_path / "p"), "--out", str(tmp_path / "r")]
+    assert run([*back, "--size", "32x32", "--frames", "5", "--fps", "8"]) == 0
+    assert "matched" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--from torch is not known"):
+        run([*back, "--from", "torch"])
+
+
+def test_two_transformers_and_training_in_an_imported_folder_are_refused(
+    pipeline: Path, tmp_path: Path
+):
+    second = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    folder = broken(
+        pipeline, tmp_path / "p", "model_index.json", lambda values: values.update(second)
+    )
+    with pytest.raises(UserError, match="has a second transformer"):
+        import_pipeline(folder, tmp_path / "run", SHAPE)
+    import_pipeline(pipeline, tmp_path / "run", SHAPE)
+    state = find(tmp_path / "run").state()
+    with pytest.raises(UserError, match=r"init\.run=here and another run\.dir"):
+        refuse_imported("here", state)
+    with pytest.raises(UserError, match="imported weights|another experiment"):
+        Trainer(compose([*TINY, f"run.dir={tmp_path / 'run'}"]).config)
+
+
+def test_what_samples_otherwise_is_said(source: Path, tmp_path: Path):
+    assert "differs" not in export_pipeline(source, tmp_path / "same")
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    at = find(other).path
+    state = json.loads((at / "state.json").read_text())
+    state["spec"] |= {"time_grid": "even", "shift_rule": "frame", "guidance_rescale": 0.5}
+    (at / "state.json").write_text(json.dumps(state))
+    files = json.loads((at / "MANIFEST.json").read_text())
+    text = (at / "state.json").read_bytes()
+    entry = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    files["files"]["state.json"] = entry
+    (at / "MANIFEST.json").write_text(json.dumps(files))
+    said = export_pipeline(other, tmp_path / "out")
+    for word in ("time_grid=even", "shift_rule=frame", "objective.guidance_rescale"):
+        assert word in said and word in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_index_that_is_none_is_told(pipeline: Path, tmp_path: Path):
+    name = "transformer/diffusion_pytorch_model.safetensors.index.json"
+    folder = broken(pipeline, tmp_path / "p", name, lambda values: values.pop("weight_map"))
+    with pytest.raises(UserError, match="is no index of weights"):
+        import_pipeline(folder, tmp_path / "run", SHAPE)
+
+
+def test_a_weight_of_another_name_is_unexpected(pipeline: Path, tmp_path: Path):
+    shutil.copytree(pipeline, tmp_path / "p")
+    file = next((tmp_path / "p/transformer").glob("*00001-of-*.safetensors"))
+    weights = load_file(file)
+    name = next(iter(weights))
+    save_file({f"{name}.other": weights.pop(name), **weights}, file)
+    with pytest.raises(UserError, match=f"{name} is missing; {name}.other is unexpected"):
+        import_pipeline(tmp_path / "p", tmp_path / "run", SHAPE)
+
+
+def test_a_run_starts_from_anothers_weights(source: Path, pipeline: Path, tmp_path: Path):
+    import_pipeline(pipeline, tmp_path / "imported", SHAPE, mask_channel=True)
+    imported = load(tmp_path / "imported")
+    text = {"kind": "umt5", "path": str(pipeline), "trainable": False, "padding": "wan"}
+    more = [f"text.{key}={json.dumps(value)}" for key, value in text.items()]
+    init = [f"init.run={tmp_path / 'imported'}", "optim.lr=1e-9", "optim.warmup_steps=0"]
+    cfg = compose(
+        [*TINY, *more, *init, "vae=tiny", f"vae.path={pipeline / 'vae'}", f"run.dir={tmp_path / 'run'}"]
+    ).config  # fmt: skip
+    Trainer(cfg).train()
+    tuned = load(tmp_path / "run", weights="live").model.transformer.state_dict()
+    for name, value in imported.model.transformer.state_dict().items():
+        torch.testing.assert_close(tuned[name], value, atol=1e-6, rtol=0)
+    with pytest.raises(UserError, match="latents of another VAE"):
+        Trainer(cfg.model_copy(update={"vae": compose([*TINY, "vae=tiny"]).config.vae, "run": cfg.run.model_copy(
+            update={"dir": str(tmp_path / "other")})}))  # fmt: skip
