@@ -3,6 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+BASE := $(VENV)/.base
 STAMP := $(VENV)/.installed
 # For example PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small CPU build of torch.
 PIP_FLAGS ?=
@@ -16,13 +17,20 @@ help:  ## list the targets
 
 env: $(STAMP)  ## make .venv with the versions of constraints.txt
 
-$(STAMP): pyproject.toml constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt
+
+# What training needs; the quickstart waits for no test tools.
+$(BASE): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later found; install one or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e .
 	@touch $@
 
-quickstart: $(STAMP)  ## train the shapes experiment, sample and score it (about 10 minutes on 2 cores)
+$(STAMP): $(BASE)
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+quickstart: $(BASE)  ## train the shapes experiment, sample and score it (about 10 minutes on 2 cores)
 	$(BIN)/sora train experiment=quickstart
 
 test: $(STAMP)  ## the test suite within its budget
