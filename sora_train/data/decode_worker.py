@@ -76,6 +76,15 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
+def leave_real_time() -> None:
+    """Take the scheduling of ordinary programs: in real time a clip that spins would starve all else on its core.
+
+    The parent may be a real-time process without knowing: SVT-AV1 makes the thread one that encodes with it as root.
+    """
+    if sys.platform == "linux" and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def fetch(request: Any) -> tuple[Any, tuple[str, object] | None]:
     """The request with its bytes, and the answer already where storage fails."""
     try:
@@ -97,6 +106,7 @@ def fetch(request: Any) -> tuple[Any, tuple[str, object] | None]:
 def serve(answer: Callable[[Any], tuple[str, object]]) -> None:
     """Answer requests (deadline in seconds, request with a `key`) until stdin closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_real_time()
     die_with_parent()
     requests, answers = os.dup(0), os.dup(1)
     # What a library prints must not get between the answers.

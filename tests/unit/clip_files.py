@@ -2,6 +2,9 @@
 
 import os
 import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -89,6 +92,28 @@ def write_coded(
     options: dict[str, str] | None = None,
 ) -> Path:
     """A clip whose frame i is shown from `ticks[i] * time_base` on, stored `turned` quarter turns."""
+    with ordinary_scheduling():
+        return _write_coded(path, ticks, time_base, codec, turned, options)
+
+
+@contextmanager
+def ordinary_scheduling() -> Iterator[None]:
+    """SVT-AV1 makes the thread that encodes with it a real-time one, for good, if it may."""
+    try:
+        yield
+    finally:
+        if sys.platform == "linux":
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def _write_coded(
+    path: Path,
+    ticks: list[int],
+    time_base: Fraction,
+    codec: str,
+    turned: int,
+    options: dict[str, str] | None,
+) -> Path:
     images = np.rot90(coded(len(ticks)), turned, axes=(1, 2))
     with av.open(str(path), "w") as container:
         rate = round(1 / float(time_base) / max(1, ticks[1] - ticks[0]))

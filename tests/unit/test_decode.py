@@ -1,5 +1,6 @@
 """Decoding: the right frames, at the right size, from processes that may spin, abort or die."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -312,6 +313,26 @@ def test_a_clip_that_spins_or_aborts_costs_that_clip_only(tmp_path, monkeypatch,
         assert not Path(f"/proc/{before}").exists()
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="real-time scheduling is asked for as Linux does"
+)
+def test_decode_processes_of_a_real_time_parent_are_ordinary_ones(tmp_path: Path):
+    """Else a clip that spins would starve even the thread that is to end it, on the same core."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        pytest.skip("real-time scheduling is not allowed here")
+    try:
+        # Its threads inherit the scheduling, and their processes in turn.
+        pool = DecodePool(1, timeout=60)
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    with pool:
+        good = write_clip(tmp_path / "good.mp4")
+        pool.submit(request(good, (0.0,))).result(timeout=60)
+        assert os.sched_getscheduler(pool.pids[0]) == os.SCHED_OTHER
+
+
 def test_a_killed_child_is_replaced(tmp_path: Path):
     good = write_clip(tmp_path / "good.mp4")
     with DecodePool(1, timeout=60) as pool:
@@ -319,6 +340,16 @@ def test_a_killed_child_is_replaced(tmp_path: Path):
         os.kill(pool.pids[0], signal.SIGKILL)
         # Killed by someone else, so the clip that was asked for next is not to blame.
         assert number_of(pool.submit(request(good, (1.0,))).result(timeout=60)[0]) == 8
+
+
+def files_held(pid: int) -> set[str]:
+    """The files a process has open."""
+    held = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        # It may close one while we look.
+        with contextlib.suppress(FileNotFoundError):
+            held.add(os.readlink(entry))
+    return held
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which files a process holds")
@@ -336,8 +367,7 @@ def test_a_killed_child_is_replaced_alone_and_none_inherits_a_file(tmp_path: Pat
             assert number_of(future.result(timeout=60)[0]) == 8
         assert other in pool.pids and killed not in pool.pids
         for pid in pool.pids:
-            held = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
-            assert str(good) not in held, "a clip is open only while it is decoded"
+            assert str(good) not in files_held(pid), "a clip is open only while it is decoded"
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             assert b"sora_train.data.decode_worker" in command, "a program, not a fork"
 
