@@ -34,7 +34,7 @@ def print_card(trainer: "Trainer") -> None:
 
 
 def run_table(trainer: "Trainer") -> Table:
-    cfg, data, part = trainer.cfg, trainer.data, trainer.data.part(trainer.step)
+    cfg, data, part = trainer.cfg, trainer.data, trainer.data.part(trainer.data_step)
     clips, tokens = mean_step(trainer)
     table = Table(
         title=f"{cfg.name} -> {trainer.folder.path}", show_header=False, title_justify="left"
@@ -101,7 +101,7 @@ def joining(trainer: "Trainer") -> dict[str, str]:
 def busy_ranks(trainer: "Trainer") -> str:
     """How much of the ranks' time the step's micro-batches fill, and what nearby world sizes would."""
     micro_batches, ranks = trainer.cfg.train.micro_batches, trainer.world.size
-    tape = trainer.data.part(trainer.step)
+    tape = trainer.data.part(trainer.data_step)
     steps = max(1, min(64, tape.per_epoch // micro_batches))
     costs = row_costs(
         tape, micro_batches, ranks, first_step=-(-tape.first // micro_batches), steps=steps
@@ -124,7 +124,7 @@ def bucket_table(trainer: "Trainer") -> Table:
     for column in ("frames x height x width", "clips", "tokens a clip", "clips a micro-batch"):
         table.add_column(column, justify="right")
     counts = data.assignment.clips_per_bucket(data.table)
-    sizes = data.part(trainer.step).sizes
+    sizes = data.part(trainer.data_step).sizes
     for spec in data.table:
         count = counts.get(spec.bucket.name, 0)
         size = str(sizes.get(spec.bucket, "rests")) if count else "no clip fits"
@@ -141,7 +141,7 @@ def details(trainer: "Trainer", reason: str) -> list[str]:
 
 def mean_step(trainer: "Trainer") -> tuple[float, float]:
     """Clips and tokens of an average step."""
-    data, part = trainer.data, trainer.data.part(trainer.step)
+    data, part = trainer.data, trainer.data.part(trainer.data_step)
     epoch = part.epoch(0)
     sizes = np.diff(epoch.starts).tolist()
     tokens = sum(
@@ -162,7 +162,7 @@ def state_bytes(trainer: "Trainer") -> float:
 def step_seconds(trainer: "Trainer") -> float:
     """A guess from the model's FLOPs and the speed of one matrix product, measured now."""
     model = trainer.engine.model
-    data, part = trainer.data, trainer.data.part(trainer.step)
+    data, part = trainer.data, trainer.data.part(trainer.data_step)
     steps = part.per_epoch / data.micro_batches
     if isinstance(model, TextToVideo):
         text = trainer.cfg.text.max_length // 2

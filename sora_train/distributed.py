@@ -1,9 +1,10 @@
 """Ranks: starting and ending process groups, and the small exchange that keeps all ranks in step."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from sora_train.errors import Fault, UserError
 
 TIMEOUT = timedelta(minutes=10)
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start(wanted_device: str, threads: int) -> World:
+def start(wanted_device: str, threads: int, timeout: timedelta = TIMEOUT) -> World:
     """Join the process group described by torchrun's environment, or make one of a single rank.
 
     Tensors on a GPU travel over NCCL, the control plane over gloo: both live in one group.
@@ -59,7 +62,7 @@ def start(wanted_device: str, threads: int) -> World:
         if size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=timeout)
     return World(rank, size, local_rank, ranks_per_node, device, owns_group)
 
 
@@ -75,9 +78,9 @@ class ControlPlane:
     gloo's own, so it needs no GPU and never waits behind a kernel.
     """
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, timeout: timedelta = TIMEOUT):
         self.world = world
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum each value over all ranks, in float64."""
@@ -91,6 +94,15 @@ class ControlPlane:
         if self.group is not None:
             dist.barrier(group=self.group)
 
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Each rank's values, in the order of the ranks; as many on every rank."""
+        if self.group is None:
+            return [[float(value) for value in values]]
+        mine = torch.tensor(list(values), dtype=torch.float64)
+        found = [torch.empty_like(mine) for _ in range(self.world.size)]
+        dist.all_gather(found, mine, group=self.group)
+        return [rank.tolist() for rank in found]
+
     def broadcast(self, value: object) -> object:
         """The value rank 0 holds, on every rank."""
         if self.group is None:
@@ -98,6 +110,17 @@ class ControlPlane:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+    def together(self, build: Callable[[], Built]) -> Built:
+        """`build()` on every rank, or an error on all of them if it failed on any."""
+        built: list[Built] = []
+        error: Exception | None = None
+        try:
+            built.append(build())
+        except Exception as failure:
+            error = failure
+        self.raise_together(error)
+        return built[0]
 
     def raise_together(self, error: Exception | None) -> None:
         """Raise on every rank if any rank failed, so that no rank is left waiting for another."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 EXIT_FAULT = 1
 EXIT_USER = 2
+EXIT_REQUEUE = 75  # sysexits.h: a temporary failure, to be tried again
 EXIT_INTERRUPTED = 130
 
 
@@ -30,6 +31,12 @@ class Fault(SoraError):
     """The machine, the storage or the numbers failed; nothing the user typed was wrong."""
 
 
+class Preempted(SoraError):
+    """The run was told to leave and can be started again; its checkpoint is committed."""
+
+    exit_code = EXIT_REQUEUE
+
+
 def run_command(command: Callable[[], int | None]) -> int:
     """Run `command` and return the process's exit code, failures told in one sentence each on stderr.
 
@@ -48,7 +55,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         if os.environ.get("SORA_DEBUG") == "1":
             raise
         for line in sentence(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(line if isinstance(error, Preempted) else f"error: {line}", file=sys.stderr)
         return error.exit_code if isinstance(error, SoraError) else EXIT_FAULT
 
 

@@ -37,6 +37,10 @@ METRICS: dict[str, Metric] = {
         "captions",
         "captions longer than `text.max_length`, cut as they were read since step 0, all ranks",
     ),
+    "health/slowest_rank": Metric(
+        "rank", "the rank that took longest for its own work, of those steps since the last report"
+    ),
+    "health/slowest_over_mean": Metric("1", "its time over the mean of all ranks"),
     "val/loss": Metric(
         "1",
         "mean over the noise levels of the loss on held-out clips, EMA weights, fixed noise; every clip counts the "

@@ -59,8 +59,9 @@ def write_samples(trainer: "Trainer") -> None:
     try:
         shape = sample_shape(trainer)
         clips = sample_clips(
-            model, trainer.vae, trainer.spec, prompts, shape, seed=trainer.cfg.sample.seed
-        )
+            model, trainer.vae, trainer.spec, prompts, shape, seed=trainer.cfg.sample.seed,
+            on_step=lambda _: trainer.health.heed(),
+        )  # fmt: skip
     finally:
         model.train()
     if trainer.world.is_main:

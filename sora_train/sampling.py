@@ -103,6 +103,7 @@ def sample_latents(
     negative_prompt: str = "",
     given: GivenLatents | None = None,
     condition_noise: float = 0.0,
+    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Latents (B, C, T, H, W) of one batch of prompts from their noise.
 
@@ -111,6 +112,7 @@ def sample_latents(
         given: what all clips are given.
         condition_noise: noise level at which given frames are shown to the model. They come back
             clean; a little hides flaws of generated ones (SkyReels-V2, arXiv:2504.13074).
+        on_step: called with the number of the sampler's steps done, after each.
     """
     batch = len(prompts)
     mask_BT: Tensor | None = None
@@ -122,7 +124,15 @@ def sample_latents(
     velocity = GuidedVelocity(
         model, spec, prompts, noise, fps, negative_prompt, given, condition_noise
     )
-    return sample_ode(velocity, noise, spec, given=latents, mask_BT=mask_BT, strength_T=strength_T)
+    return sample_ode(
+        velocity,
+        noise,
+        spec,
+        given=latents,
+        mask_BT=mask_BT,
+        strength_T=strength_T,
+        on_step=on_step,
+    )
 
 
 @torch.no_grad()
@@ -136,6 +146,7 @@ def sample_clips(
     seed: int = 0,
     batch: int = 16,
     on_batch: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
     negative_prompt: str = "",
     given: Given | None = None,
     condition_noise: float = 0.0,
@@ -164,6 +175,7 @@ def sample_clips(
             negative_prompt=negative_prompt,
             given=known,
             condition_noise=condition_noise,
+            on_step=on_step,
         )
         clips += [decode_clip(vae, one) for one in latents]
         if on_batch is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sora_train.config import Config
 from sora_train.config.compose import compose, split_yaml_file
 from sora_train.errors import run_command
+from sora_train.notices import listening
 from sora_train.sweep import run_sweep
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def train(trainer_cls: "type[Trainer] | None", config_cls: type[Config], argv: l
         from sora_train.trainer import Trainer
 
         trainer_cls = Trainer
-    trainer_cls(config).train()
+    with listening():
+        trainer_cls(config).train()
     return 0
 
 

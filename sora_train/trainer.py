@@ -4,8 +4,10 @@ To make it your own, subclass it and override `build_model`, `build_objective`, 
 `callbacks`; docs/extend.md shows each.
 """
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,10 +18,12 @@ from sora_train import checkpoint as checkpoints
 from sora_train import distributed
 from sora_train.card import print_card
 from sora_train.config import Config
+from sora_train.data.sample import ClipBatch
 from sora_train.distributed import ControlPlane, World
 from sora_train.ema import Ema
-from sora_train.errors import Fault
+from sora_train.errors import Fault, Preempted
 from sora_train.finish import finish
+from sora_train.health import Health, longest_wait, record_collectives
 from sora_train.initialise import refuse_imported, start_from
 from sora_train.metrics import MetricsFile
 from sora_train.models.text_to_video import TextToVideo
@@ -33,7 +37,7 @@ from sora_train.run_folder import RunFolder
 from sora_train.sample_folder import sample_shape, write_samples
 from sora_train.specification import build_spec
 from sora_train.tracking import start_tracker
-from sora_train.training_data import TrainingData
+from sora_train.training_data import TrainingData, data_step_of
 from sora_train.validate import validated_kinds, validation_loss, validation_psnr
 
 Callback = Callable[["Trainer", dict[str, float]], None]
@@ -44,6 +48,7 @@ class Trainer:
     cfg: Config
     world: World
     control: ControlPlane
+    health: Health
     folder: RunFolder
     # swappable parts
     vae: VideoVAE
@@ -53,13 +58,21 @@ class Trainer:
     ema: Ema
     # state of training: exactly this, the weights and the moments are in a checkpoint
     step: int
+    data_step: int
+    """The step of the tape that the next step reads: `step`, until data was passed over."""
     samples_seen: int
     dropped: int
     captions_cut: int
+    owed: list[str]
+    """What the last step still asks for, in order: `validation`, `row`, `save`, `samples`."""
+    row: dict[str, float]
+    """The last step's metrics."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.world = distributed.start(cfg.run.device, cfg.run.threads)
+        record_collectives(cfg.run.dir)
+        wait = longest_wait(cfg.health)
+        self.world = distributed.start(cfg.run.device, cfg.run.threads, wait)
         deterministic = cfg.run.deterministic is True or (
             cfg.run.deterministic == "auto" and self.world.device.type == "cpu"
         )
@@ -70,10 +83,21 @@ class Trainer:
             cfg.parallel, self.world.size
         )  # a wrong one is told before any clip is read
         check_kernels(cfg, self.world.device)
-        self.control = ControlPlane(self.world)
-        self.folder = RunFolder(cfg, is_main=self.world.is_main)
-        self.step = self.samples_seen = self.dropped = self.captions_cut = 0
+        self.control = ControlPlane(self.world, wait)
+        self.folder = self.control.together(lambda: RunFolder(cfg, is_main=self.world.is_main))
+        self.step = self.data_step = self.samples_seen = self.dropped = self.captions_cut = 0
+        self.row, self.owed = {}, ["samples"]
+        self.saved: tuple[int, list[str]] | None = None
+        self.metrics: MetricsFile | None = None
+        self.called: list[Callback] = []
         self.started = time.monotonic()
+        self.health = Health(cfg.health, self.control, self.folder.path, self.decoder_stacks)
+        with self.health.building():
+            self.build()
+
+    def build(self) -> None:
+        """Make the parts, and bring them to where the run folder stands."""
+        cfg = self.cfg
         self.resumed = self.newest_checkpoint() if cfg.checkpoint.resume == "auto" else None
         self.state_before = self.resumed.state() if self.resumed else None
         refuse_imported(cfg.run.dir, self.state_before)
@@ -129,86 +153,76 @@ class Trainer:
         print_card(self)
         if self.cfg.dry_run:
             return self.close()
-        metrics = (
-            MetricsFile(self.folder.metrics, resume_step=self.step) if self.world.is_main else None
-        )
-        tracker = start_tracker(self.cfg.tracker, self.folder.path) if self.world.is_main else None
-        callbacks = self.callbacks()
-        try:
-            if self.step == 0:
-                self.write_samples()
-            with Progress(
-                self.cfg.train.steps, "training", start=self.step, enabled=self.world.is_main
-            ) as progress:
-                while self.step < self.cfg.train.steps:
-                    row = self.train_step()
-                    if self.due(self.cfg.validation.every) or self.step == self.cfg.train.steps:
-                        row |= self.validate()
-                    for callback in callbacks:
-                        callback(self, row)
-                    if metrics and (self.step % self.cfg.train.log_every == 0 or "val/loss" in row):
-                        metrics.write(self.step, row)
-                    progress.update(self.step, **headline(row))
-                    if self.due(self.cfg.checkpoint.every):
-                        self.save()
-                    if self.due(self.cfg.sample.every):
-                        self.write_samples()
+        with self.running(), self.progress() as progress:
+            while self.step < self.cfg.train.steps or self.owed:
+                if not self.owed:
+                    self.row = self.train_step()
+                    self.owed = self.due()
+                self.pay()
+                progress.update(self.step, **headline(self.row))
+                self.health.leave_if_told()
             finish(self)
-        finally:
-            if metrics:
-                metrics.close()
-            if tracker:
-                tracker.finish()
-            self.close()
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over this step's slots of the tape; returns the step's metrics.
 
         The true total weight over all ranks and slots is known before the first backward, so each
-        micro-batch is scaled once and gradients are summed, at any world size.
+        micro-batch is scaled once and gradients are summed, at any world size. Nothing is changed
+        before loss and gradient norm are known to all.
         """
         began = time.monotonic()
-        batches = self.data.step(self.step)
-        totals, waited = self.announce([self.objective.weights(batch) for batch in batches])
+        batches, weights, error = self.read()
+        totals, waited = self.announce(batches, weights, error)
         sums = dict.fromkeys(totals, 0.0)
-        for i, batch in enumerate(batches):
-            terms = self.objective.terms(self.engine.model, batch)
-            scaled = [term.sum / max(totals[name], 1.0) for name, term in terms.items()]
-            loss: Tensor = torch.stack(scaled).sum()
-            self.engine.backward(loss, last=i == len(batches) - 1)
-            for name, term in terms.items():
-                sums[name] += float(term.sum.detach())
-
-        lr = lr_at(self.step, self.cfg.train.steps, self.cfg.optim)
-        grad_norm = self.engine.step(lr)
-        self.ema.update(self.engine.model, self.step)
+        with self.health.phase("compute", rows_of(batches)):
+            for i, batch in enumerate(batches):
+                terms = self.objective.terms(self.engine.model, batch)
+                scaled = [term.sum / max(totals[name], 1.0) for name, term in terms.items()]
+                loss: Tensor = torch.stack(scaled).sum()
+                self.engine.backward(loss, last=i == len(batches) - 1)
+                for name, term in terms.items():
+                    sums[name] += float(term.sum.detach())
+            grad_norm = self.engine.gradient_norm()
+        row = self.measure(batches, sums, totals, grad_norm)
+        self.require_finite(row)
+        with self.health.phase("update"):
+            self.engine.step(row["train/lr"], grad_norm)
+            self.ema.update(self.engine.model, self.step)
         self.step += 1
-        return self.metrics_row(batches, sums, totals, grad_norm, lr, waited, began)
+        self.data_step += 1
+        return self.timed(row, waited, began)
 
-    # --- what the loop calls ---
+    # --- what a step calls ---
 
-    def announce(self, weights: list[dict[str, float]]) -> tuple[dict[str, float], float]:
-        """The step's one small exchange: each term's total weight, and the mean wait for data."""
+    def read(self) -> tuple[list[ClipBatch], list[dict[str, float]], Exception | None]:
+        """This rank's micro-batches and their weights, or the weights of an idle slot and what went wrong."""
+        with self.health.phase("data"):
+            try:
+                batches = self.data.step(self.data_step)
+                return batches, [self.objective.weights(batch) for batch in batches], None
+            # Not swallowed: the exchange raises it, on all ranks together.
+            except Exception as error:
+                return [], [self.objective.weights(self.data.idle(self.data_step))], error
+
+    def announce(
+        self, batches: list[ClipBatch], weights: list[dict[str, float]], error: Exception | None
+    ) -> tuple[dict[str, float], float]:
+        """The step's one small exchange before any backward: each term's total weight, and the mean wait for data."""
         names = list(weights[0])
         mine = [sum(weight[name] for weight in weights) for name in names]
-        *totals, waited = self.control.sum([*mine, self.data.take_wait_seconds()])
+        *totals, waited = self.health.exchange(
+            [*mine, self.data.take_wait_seconds()], error, slots=len(batches)
+        )
         return dict(zip(names, totals, strict=True)), waited / self.world.size
 
-    def metrics_row(
+    def measure(
         self,
-        batches: list[Any],
+        batches: list[ClipBatch],
         sums: dict[str, float],
         totals: dict[str, float],
         grad_norm: float,
-        lr: float,
-        waited: float,
-        began: float,
     ) -> dict[str, float]:
-        """Sum the step's numbers over the ranks and name them (docs/metrics.md).
-
-        Raises:
-            Fault: loss or gradient is not finite; the weights were not touched by this step.
-        """
+        """Sum the step's numbers over the ranks and name them (docs/metrics.md); the same on every rank."""
         mine = [
             *sums.values(),
             sum(batch.weight for batch in batches),
@@ -216,64 +230,145 @@ class Trainer:
             sum(len(batch.failures) for batch in batches),
             self.take_captions_cut(),
         ]
-        *term_sums, clips, tokens, failed, cut = self.control.sum(mine)
+        *term_sums, clips, tokens, failed, cut = self.health.exchange(mine)
         terms = {
             name: total / max(totals[name], 1.0)
             for name, total in zip(sums, term_sums, strict=True)
         }
-        loss = sum(terms.values())
-        if not all(map(torch.isfinite, map(torch.tensor, (loss, grad_norm)))):
+        self.samples_seen += int(clips)
+        self.dropped += int(failed)
+        self.captions_cut += int(cut)
+        return {
+            "train/loss": sum(terms.values()),
+            **{f"train/loss/{name}": value for name, value in terms.items()},
+            "train/grad_norm": grad_norm,
+            "train/lr": lr_at(self.step, self.cfg.train.steps, self.cfg.optim),
+            "train/tokens_per_second": tokens,
+            "train/clips": clips,
+            "train/samples_seen": float(self.samples_seen),
+            "train/epoch": self.data.epoch_at(self.data_step + 1),
+            "train/dropped": float(self.dropped),
+            "train/captions_cut": float(self.captions_cut),
+        }
+
+    def require_finite(self, row: dict[str, float]) -> None:
+        """Raises Fault if loss or gradient is not finite; nothing was changed by this step."""
+        loss, grad_norm = row["train/loss"], row["train/grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise Fault(
                 f"step {self.step}: loss {loss} and gradient norm {grad_norm} are not both finite; the last "
                 f"checkpoint is sound, lower optim.lr ({self.cfg.optim.lr}) or look at the clips of this step"
             )
-        self.samples_seen += int(clips)
-        self.dropped += int(failed)
-        self.captions_cut += int(cut)
+
+    def timed(self, row: dict[str, float], waited: float, began: float) -> dict[str, float]:
+        """The step's metrics with its times."""
         seconds = time.monotonic() - began
-        return {
-            "train/loss": loss,
-            **{f"train/loss/{name}": value for name, value in terms.items()},
-            "train/grad_norm": grad_norm,
-            "train/lr": lr,
+        self.health.stepped(seconds, self.step)
+        return row | {
             "train/step_seconds": seconds,
             "train/data_wait": waited / seconds,
-            "train/tokens_per_second": tokens / seconds,
-            "train/clips": clips,
-            "train/samples_seen": float(self.samples_seen),
-            "train/epoch": self.data.epoch_at(self.step),
-            "train/dropped": float(self.dropped),
-            "train/captions_cut": float(self.captions_cut),
+            "train/tokens_per_second": row["train/tokens_per_second"] / seconds,
         }
+
+    # --- what the loop calls ---
+
+    def due(self) -> list[str]:
+        """What the step that was just done asks for, in order."""
+        last = self.step == self.cfg.train.steps
+        every = self.cfg.validation.every
+        due = ["validation"] if every and (last or self.step % every == 0) else []
+        due.append("row")
+        due += ["save"] if self.falls_on(self.cfg.checkpoint.every) else []
+        return due + (["samples"] if self.falls_on(self.cfg.sample.every) else [])
+
+    def falls_on(self, every: int) -> bool:
+        """Whether something that happens every so many steps happens now; the last step is finish()'s."""
+        return every > 0 and self.step % every == 0 and self.step < self.cfg.train.steps
+
+    def pay(self) -> None:
+        """Do what is owed; each is struck off when it is done, so that a checkpoint in between knows the rest."""
+        while self.owed:
+            match self.owed[0]:
+                case "validation":
+                    self.row |= self.validate()
+                case "row":
+                    self.record()
+                case "samples":
+                    self.write_samples()
+                case "save":
+                    # The checkpoint itself is not owed to whoever goes on from it.
+                    self.owed = self.owed[1:]
+                    self.save()
+                    continue
+            self.owed = self.owed[1:]
+
+    def record(self) -> None:
+        """Hand the step's row to the callbacks and to metrics.jsonl."""
+        if self.health.report_due(self.step):
+            self.row |= self.health.stragglers(self.step)
+        for callback in self.called:
+            callback(self, self.row)
+        logged = self.step % self.cfg.train.log_every == 0 or "val/loss" in self.row
+        if self.metrics and logged:
+            self.metrics.write(self.step, self.row)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside the block the run is recorded; whatever ends it, it ends in order and no rank waits for another."""
+        tracker = None
+        try:
+            self.called = self.callbacks()
+            if self.world.is_main:
+                written = self.step - ("row" in self.owed)
+                self.metrics = MetricsFile(self.folder.metrics, resume_step=written)
+                tracker = start_tracker(self.cfg.tracker, self.folder.path)
+            yield
+        except Preempted as notice:
+            self.save()
+            raise Preempted(
+                f"{notice}: step {self.step} is saved in {self.folder.checkpoints}"
+            ) from notice
+        except BaseException as error:
+            self.health.failed(error)
+            raise
+        finally:
+            if self.metrics:
+                self.metrics.close()
+            if tracker:
+                tracker.finish()
+            self.close()
+
+    def progress(self) -> Progress:
+        return Progress(
+            self.cfg.train.steps, "training", start=self.step, enabled=self.world.is_main
+        )
 
     def take_captions_cut(self) -> int:
         """Captions this rank has cut since it was asked last."""
         model = self.engine.model
         return model.take_truncated() if isinstance(model, TextToVideo) else 0
 
-    def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps happens now; the last step is finish()'s."""
-        return every > 0 and self.step % every == 0 and self.step < self.cfg.train.steps
-
     def validate(self) -> dict[str, float]:
         """Loss of the averaged weights on held-out clips, and of the live ones; {} without such clips."""
         clips = self.data.val_clips
         if not clips or self.cfg.validation.every == 0:
             return {}
-        model = self.engine.model
+        model, heed = self.engine.model, self.health.heed
         model.eval()
         try:
-            if isinstance(self.objective, VaeObjective):
+            with self.health.phase("validation"):
+                if isinstance(self.objective, VaeObjective):
+                    with self.ema.swapped_in(model):
+                        return validation_psnr(model, self.objective, clips, heed)
+                assert isinstance(self.objective, TextToVideoObjective)
+                times, kinds = self.cfg.validation.times, validated_kinds(self.cfg)
+                how = (model, self.objective, clips, times)
                 with self.ema.swapped_in(model):
-                    return validation_psnr(model, self.objective, clips)
-            assert isinstance(self.objective, TextToVideoObjective)
-            times, kinds = self.cfg.validation.times, validated_kinds(self.cfg)
-            with self.ema.swapped_in(model):
-                row = validation_loss(model, self.objective, clips, times, kinds, self.control)
-            if row and self.cfg.validation.live:
-                live = validation_loss(model, self.objective, clips, times, kinds[:1], self.control)
-                row["val/live/loss"] = live["val/loss"]
-            return row
+                    row = validation_loss(*how, kinds, self.control, heed)
+                if row and self.cfg.validation.live:
+                    live = validation_loss(*how, kinds[:1], self.control, heed)
+                    row["val/live/loss"] = live["val/loss"]
+                return row
         finally:
             model.train()
 
@@ -281,16 +376,19 @@ class Trainer:
         """Sample clips of the averaged weights into the run folder."""
         if self.cfg.sample.every == 0 or self.cfg.task == "vae":
             return
-        with self.ema.swapped_in(self.engine.model):
+        with self.health.phase("samples"), self.ema.swapped_in(self.engine.model):
             write_samples(self)
 
     def state(self) -> dict[str, Any]:
         """Everything of a checkpoint that is not a tensor."""
         return {
             "step": self.step,
+            "data_step": self.data_step,
             "samples_seen": self.samples_seen,
             "dropped": self.dropped,
             "captions_cut": self.captions_cut,
+            "owed": self.owed,
+            "row": self.row,
             "task": self.cfg.task,
             "config": self.cfg.model_dump(mode="json"),
             "spec": self.spec.to_dict() if self.spec else None,
@@ -307,11 +405,16 @@ class Trainer:
         )
 
     def save(self) -> None:
-        checkpoints.save(
-            self.folder.checkpoints, self.step, self.tensors(), self.state(), self.control
-        )
-        if self.world.is_main:
-            checkpoints.prune(self.folder.checkpoints, self.cfg.checkpoint.keep_last)
+        """Commit a checkpoint of this moment, unless the newest one is of it already."""
+        if self.saved == (self.step, self.owed):
+            return
+        with self.health.phase("save"):
+            checkpoints.save(
+                self.folder.checkpoints, self.step, self.tensors(), self.state(), self.control
+            )
+            if self.world.is_main:
+                checkpoints.prune(self.folder.checkpoints, self.cfg.checkpoint.keep_last)
+        self.saved = (self.step, self.owed)
 
     def newest_checkpoint(self) -> checkpoints.Checkpoint | None:
         """The newest complete checkpoint of the run folder, as rank 0 sees it."""
@@ -333,17 +436,33 @@ class Trainer:
             state["samples_seen"],
             state["dropped"],
         )
-        # Checkpoints of before it was counted have none.
+        self.data_step = data_step_of(state)
+        # Checkpoints of before they were kept have none of these.
         self.captions_cut = state.get("captions_cut", 0)
+        self.owed, self.row = state.get("owed", []), state.get("row", {})
+        self.saved = (self.step, self.owed)
+        self.health.step = self.step
+
+    def decoder_stacks(self) -> str:
+        """What the decode processes are doing."""
+        return self.data.loader.stacks() if hasattr(self, "data") else ""
 
     def close(self) -> None:
         self.data.close()
+        self.health.stop()
         self.folder.close()
         distributed.stop(self.world)
 
 
+def rows_of(batches: list[ClipBatch]) -> list[int]:
+    """The rows of the manifest in micro-batches."""
+    return [row for batch in batches for row in batch.micro_batch.rows]
+
+
 def headline(row: dict[str, float]) -> dict[str, float | str]:
-    """The few numbers of the progress line."""
+    """The few numbers of the progress line; none before the first step."""
+    if not row:
+        return {}
     return {
         "loss": row["train/loss"],
         "s/step": row["train/step_seconds"],

@@ -82,7 +82,7 @@ class TrainingData:
         tokens_of = token_counter(vae, patch)
         sources, tape, assignment = plan(
             cfg, sources, table, tokens_of, cost_model(cfg, model),
-            memory=memory_cap(cfg, vae, tokens_of), step=state["step"] if state else 0,
+            memory=memory_cap(cfg, vae, tokens_of), step=data_step_of(state),
         )  # fmt: skip
         vae_digest = vae.digest()
         for manifest in (train, sources.val):
@@ -114,6 +114,10 @@ class TrainingData:
         batches = self.loader.step(step)
         self._waited += self.loader.wait_seconds - before
         return batches if self.filler is None else [self.filler.filled(batch) for batch in batches]
+
+    def idle(self, step: int) -> ClipBatch:
+        """A micro-batch without clips, as a rank holds that has nothing to do in a step."""
+        return self.loader.idle(step)
 
     def take_wait_seconds(self) -> float:
         """Seconds waited for data since this was last asked."""
@@ -163,6 +167,11 @@ class TrainingData:
 
     def close(self) -> None:
         self.loader.close()
+
+
+def data_step_of(state: Mapping[str, Any] | None) -> int:
+    """The step of the tape that a checkpoint's next step reads; older checkpoints have skipped nothing."""
+    return state.get("data_step", state["step"]) if state else 0
 
 
 def read_validation(

@@ -9,7 +9,7 @@ Each rank takes a share of the clips and the sums meet once. Draws are keyed by 
 their own, so validating changes nothing that is trained.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ def validation_loss(
     times: Sequence[float],
     kinds: Sequence[str],
     control: ControlPlane,
+    heed: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`val/loss` and its parts over clips of any shapes, each clip counting the same.
 
@@ -49,7 +50,8 @@ def validation_loss(
     buckets where there are several); `val/loss/<kind>` stands for each one where there are several.
     A clip too short for a kind is left out of it.
 
-    A collective: every rank calls it with the same clips and gets the same numbers.
+    A collective: every rank calls it with the same clips and gets the same numbers. `heed` is called
+    before each batch, on all ranks as often.
     """
     counts: dict[tuple[str, Bucket], int] = {}
     sums: dict[Cell, float] = {}
@@ -60,6 +62,7 @@ def validation_loss(
             counts[place] = counts.get(place, 0) + 1
             sums |= {(*place, t): 0.0 for t in times}
         for batch, counted in shares(fit, control.world):
+            heed()
             place = kind, bucket_of(batch[0], objective)
             for t, loss in zip(times, losses(model, objective, batch, kind, times), strict=True):
                 sums[*place, t] += loss if counted else 0.0
@@ -164,12 +167,16 @@ def shares(clips: list[Clip], world: World) -> Iterator[tuple[list[Clip], bool]]
 
 @torch.no_grad()
 def validation_psnr(
-    model: nn.Module, objective: VaeObjective, clips: list[Clip]
+    model: nn.Module,
+    objective: VaeObjective,
+    clips: list[Clip],
+    heed: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`val/psnr` in dB, `val/ssim` and `val/loss` (mean absolute error) of the VAE's
     reconstructions."""
     ratio, similarity, error = 0.0, 0.0, 0.0
     for batch in same_shape_batches(clips):
+        heed()
         pixels = to_pixels(batch, objective.device)
         reconstruction = model(pixels, None)[0].clamp(-1, 1)
         ratio += float(psnr(reconstruction, pixels).sum())

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from sora_train.config.base import Section
 from sora_train.config.data import BucketClass, BucketsConfig, DataConfig, MixConfig, SourceConfig
+from sora_train.config.health import HealthConfig
 from sora_train.config.model import ModelConfig, TextConfig, VaeConfig
 from sora_train.config.run import (
     CheckpointConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "DataConfig",
     "ElasticConfig",
     "EmaConfig",
+    "HealthConfig",
     "InitConfig",
     "LossConfig",
     "MixConfig",
@@ -84,6 +86,7 @@ class Config(Section):
     validation: ValidationConfig = ValidationConfig()
     sample: SampleConfig = SampleConfig()
     tracker: TrackerConfig = TrackerConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _reduction_fits_the_task(self) -> "Config":

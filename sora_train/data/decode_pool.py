@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,6 +28,9 @@ from sora_train.errors import Fault
 START_SECONDS = 120.0
 EXIT_SECONDS = 5.0
 MAX_START_FAILURES = 3
+# What makes a decode process write its stack, and how long it is given to.
+STACK_SIGNAL = signal.SIGUSR2
+STACK_SECONDS = 0.3
 _Item = tuple[Any, float, Future, Callable[[Any], Any] | None]
 # What a read may take beyond its own deadline before its process is taken for stuck.
 READ_GRACE = 10.0
@@ -46,6 +51,7 @@ class _Child:
         self._module = module
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: Any = None
+        self._said = 0
         self.stopping = False
 
     def start(self) -> None:
@@ -127,6 +133,30 @@ class _Child:
             lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else ""
 
+    def ask_for_stack(self) -> None:
+        """Have the process write its stack behind what it wrote to stderr before."""
+        process, errors = self._process, self._errors
+        if process is None or errors is None:
+            return
+        try:
+            self._said = os.fstat(errors.fileno()).st_size
+            process.send_signal(STACK_SIGNAL)
+        except (OSError, ValueError):
+            # It ended, or was replaced, in between: it has no stack.
+            self._said = 0
+
+    def stack(self) -> str:
+        """What it has written since."""
+        process, errors = self._process, self._errors
+        if process is None or errors is None:
+            return ""
+        try:
+            size = os.fstat(errors.fileno()).st_size
+            said = os.pread(errors.fileno(), min(1 << 16, size - self._said), self._said)
+        except (OSError, ValueError):
+            return ""
+        return f"decode process {process.pid}:\n{said.decode(errors='replace')}\n"
+
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
@@ -171,6 +201,13 @@ class DecodePool:
     def alive(self) -> bool:
         """Whether requests are still being served."""
         return not self._closed and all(thread.is_alive() for thread in self._threads)
+
+    def stacks(self) -> str:
+        """What every process is doing, as its own fault handler writes it, even while it spins in native code."""
+        for child in self._children:
+            child.ask_for_stack()
+        time.sleep(STACK_SECONDS)
+        return "".join(child.stack() for child in self._children)
 
     @property
     def pids(self) -> list[int]:

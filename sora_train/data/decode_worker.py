@@ -7,6 +7,7 @@ is never imported again, no lock is inherited from a forked parent, and torch is
 
 import ctypes
 import dataclasses
+import faulthandler
 import os
 import signal
 import sys
@@ -107,6 +108,9 @@ def serve(answer: Callable[[Any], tuple[str, object]]) -> None:
     """Answer requests (deadline in seconds, request with a `key`) until stdin closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave_real_time()
+    # The run leaves by its own road, and its decode processes with it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR2)
     die_with_parent()
     requests, answers = os.dup(0), os.dup(1)
     # What a library prints must not get between the answers.

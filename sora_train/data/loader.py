@@ -128,7 +128,7 @@ class Loader:
         entries = rows_for_rank(self.tape, step, self._micro_batches, self._rank, self._world_size)
         self._prefetch(step, entries)
         batches = [
-            self._idle(step)
+            self.idle(step)
             if entry is None
             else self._collect(step, entry, self._pending.pop(entry.index).futures)
             for entry in entries
@@ -179,7 +179,11 @@ class Loader:
             stored = self._cache.size(self.latent_key(row), self.drawn)
         return 3 * bucket.frames * bucket.height * bucket.width if stored is None else stored
 
-    def _idle(self, step: int) -> ClipBatch:
+    def stacks(self) -> str:
+        """What the decode processes are doing."""
+        return self._pool.stacks()
+
+    def idle(self, step: int) -> ClipBatch:
         """A slot without work, in the shape of its neighbours so that it takes no longer than they do."""
         peer = self.tape[step * self._micro_batches]
         return ClipBatch(MicroBatch(-1, peer.bucket, peer.epoch, (), ()), [], [], 0.0)

@@ -1,6 +1,5 @@
 """The engine: what turns a loss into a step. One protocol; FSDP2 serves one process, DDP, FSDP and HSDP."""
 
-import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -32,8 +31,14 @@ class Engine(Protocol):
         `loss` is this rank's sum divided by the step's true total weight, so gradients are summed.
         """
 
-    def step(self, lr: float) -> float:
-        """Clip, update the weights at this learning rate, return the norm before clipping."""
+    def gradient_norm(self) -> float:
+        """The global norm of the step's gradients, the same on all ranks; once a step, after the last backward."""
+
+    def step(self, lr: float, norm: float) -> None:
+        """Clip by this norm, update the weights at this learning rate, forget the gradients."""
+
+    def skip(self) -> None:
+        """Forget the step's gradients; weights and moments stay as they are."""
 
     def model_state(self) -> dict[str, Tensor]:
         """Parameter name -> float32 master weight, sharded as it lies."""
@@ -63,27 +68,28 @@ class FsdpEngine:
             self.model.set_requires_gradient_sync(last)
         loss.backward()
 
-    def step(self, lr: float) -> float:
+    def gradient_norm(self) -> float:
+        # Squares are summed over the axis that shards, not over replicas, which hold the same ones.
         for name, parameter in self.model.named_parameters():
             self.shards[name].grad = None if parameter.grad is None else local(parameter.grad)
             parameter.grad = None
-        norm = self.gradient_norm()
-        if math.isfinite(norm):
-            if 0 < self.grad_clip < norm:
-                grads = [shard.grad for shard in self.shards.values() if shard.grad is not None]
-                torch._foreach_mul_(grads, self.grad_clip / norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def gradient_norm(self) -> float:
-        """The one global norm, equal on all ranks: squares summed over the axis that shards, not over replicas."""
-        grads = [shard.grad for shard in self.shards.values() if shard.grad is not None]
-        square = torch.stack(torch._foreach_norm(grads)).square().sum()
+        square = torch.stack(torch._foreach_norm(self._grads())).square().sum()
         dist.all_reduce(square, group=self.mesh.get_group("dp_shard"))
         return float(square.sqrt())
+
+    def step(self, lr: float, norm: float) -> None:
+        if 0 < self.grad_clip < norm:
+            torch._foreach_mul_(self._grads(), self.grad_clip / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _grads(self) -> list[Tensor]:
+        return [shard.grad for shard in self.shards.values() if shard.grad is not None]
 
     def model_state(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}

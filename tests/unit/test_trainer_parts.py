@@ -459,7 +459,7 @@ def test_a_clips_loss_does_not_depend_on_its_neighbours(
 def test_what_is_due_leaves_the_last_step_to_the_end(every: int, step: int, steps: int) -> None:
     trainer = SimpleNamespace(step=step, cfg=SimpleNamespace(train=SimpleNamespace(steps=steps)))
     expected = every > 0 and step in range(every, steps, every)
-    assert Trainer.due(trainer, every) == expected  # type: ignore[arg-type]
+    assert Trainer.falls_on(trainer, every) == expected  # type: ignore[arg-type]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(
