@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 # For example PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small CPU build of torch.
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+# Files of tests go to this many processes side by side; tests of several ranks start processes of their own.
+PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help env quickstart test test-all lint format docs tiny_vae clean
@@ -34,10 +36,10 @@ quickstart: $(BASE)  ## train the shapes experiment, sample and score it (about 
 	$(BIN)/sora train experiment=quickstart
 
 test: $(STAMP)  ## the test suite within its budget
-	$(BIN)/python -m pytest -m 'not slow and not gpu' $(PYTEST_FLAGS) tests
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m 'not slow and not gpu' $(PYTEST_FLAGS) tests
 
 test-all: $(STAMP)  ## the long tests too
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_FLAGS) tests
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

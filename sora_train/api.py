@@ -25,6 +25,7 @@ from sora_train.models.vae_geometry import Geometry
 from sora_train.operations import Prepared, Request, prepare
 from sora_train.sample_folder import save_clips, save_stills
 from sora_train.sampling import ClipShape, sample_clips
+from sora_train.stored_tensors import StoredTensors
 
 SETTINGS = {
     "steps": "num_steps",
@@ -194,12 +195,13 @@ def changed(spec: DiffusionSpec, settings: Mapping[str, Any]) -> DiffusionSpec:
         raise UserError(f"{error}; change {', '.join(settings)}") from error
 
 
-def shipped_config(run_dir: Path) -> Config:
-    """The run's config without the top-level keys that a project's own Config added; strict in all it keeps.
+def shipped_config(run_dir: Path, name: str = "config.yaml") -> Config:
+    """The run's config, or another one in its folder, without the top-level keys that a project's own Config added;
+    strict in all it keeps.
 
     They were checked when the run began, and a model of one's own is refused by its weights.
     """
-    values = load_yaml(run_dir / "config.yaml")
+    values = load_yaml(run_dir / name)
     return validated(
         Config, {key: value for key, value in values.items() if key in Config.model_fields}
     )
@@ -252,7 +254,7 @@ def load(
     Args:
         run: a folder that `sora train` wrote, optionally with `@step` behind it.
         step: which checkpoint; default: the newest complete one.
-        weights: `ema` (averaged, what samples are meant to be made with) or `live`.
+        weights: `ema` (averaged, what samples are meant to be made with), `live`, or one of `ema.more`: `0.9999`.
 
     Raises:
         UserError: no such run or checkpoint, or the checkpoint is not one of a text-to-video model.
@@ -260,9 +262,8 @@ def load(
     folder, at, suffix = str(run).rpartition("@")
     if at and suffix.isdigit() and not Path(run).exists():
         run, step = folder, int(suffix)
-    if weights not in ("ema", "live"):
-        raise UserError(f"weights={weights!r} is neither 'ema' nor 'live'")
     looked = look(Path(run), step)
+    prefix = StoredTensors(looked.found).prefix(weights)
     found, cfg, spec = looked.found, looked.cfg, looked.spec
     vae = VideoVAE.from_config(cfg.vae)
     if vae.digest() != spec.vae_digest:
@@ -273,7 +274,6 @@ def load(
     target = pick_device(device)
     model = TextToVideo(attending_here(cfg.model, target), cfg.text, seed=cfg.seed)
     names = dict(model.named_parameters())
-    prefix = {"ema": "ema.", "live": "model."}[weights]
     tensors: dict[str, Tensor] = {
         f"{prefix}{name}": value.detach() for name, value in names.items()
     }

@@ -12,6 +12,7 @@ from sora_train.data.plan import nearby_efficiencies, row_costs, slot_efficiency
 from sora_train.model_sizes import flops_per_token
 from sora_train.models.attention_backends import describe
 from sora_train.models.text_to_video import TextToVideo
+from sora_train.parallel.compile import resolve_compile
 
 if TYPE_CHECKING:
     from sora_train.trainer import Trainer
@@ -57,6 +58,7 @@ def run_table(trainer: "Trainer") -> Table:
         "held-out clips": str(len(data.val_clips)),
         **model_rows(trainer, tokens / max(clips, 1)),
         "memory of weights and optimizer": f"{state_bytes(trainer) / 2**20:,.0f} MiB a rank",
+        "checkpoints": trainer.space.row(),
         "expected time": f"about {duration(left * step_seconds(trainer))} for {left} steps",
     }
     for name, value in rows.items():
@@ -75,8 +77,14 @@ def model_rows(trainer: "Trainer", tokens: float) -> dict[str, str]:
     return {
         "a token": f"{flops / 1e9:.3g} GFLOP forward and backward, in clips of {tokens:,.0f} tokens",
         "attention": describe(cfg.model, trainer.world.device, dtype, masked_captions=masked),
-        "compiled": f"every block, {cfg.model.compile}" if cfg.model.compile != "off" else "no",
+        "compiled": compiled(cfg.model.compile, trainer.world.device),
     }
+
+
+def compiled(wanted: str, device: torch.device) -> str:
+    mode = resolve_compile(wanted, device)
+    said = "no" if mode == "off" else f"every block, {mode}"
+    return f"{said} (chosen by auto)" if wanted == "auto" else said
 
 
 def accounts(trainer: "Trainer") -> dict[str, dict[str, int]]:
@@ -153,9 +161,9 @@ def mean_step(trainer: "Trainer") -> tuple[float, float]:
 
 
 def state_bytes(trainer: "Trainer") -> float:
-    """float32 weights, gradients, two moments and the average, over the ranks that share them."""
+    """float32 weights, gradients, two moments and the averages, over the ranks that share them."""
     shards = trainer.world.size // trainer.cfg.parallel.dp_replicate
-    copies = 5 if trainer.cfg.optim.name == "adamw" else 3
+    copies = (4 if trainer.cfg.optim.name == "adamw" else 2) + len(trainer.ema.shadows)
     return trainer.params * 4 * copies / shards
 
 

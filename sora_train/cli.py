@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from sora_train.ckpt_command import TOOLS
 from sora_train.errors import UserError, run_command
 from sora_train.sample_command import sample
 
@@ -27,10 +28,12 @@ app = typer.Typer(
 )
 prep_app = typer.Typer(help="Turn raw clips into what training reads fastest.")
 data_app = typer.Typer(help="Look at a source of clips the way training sees it.")
-ckpt_app = typer.Typer(help="Look at the checkpoints of a run.")
+ckpt_app = typer.Typer(help="Look at the checkpoints of a run, and make other things of them.")
 config_app = typer.Typer(help="Values, where they come from, and what they mean.")
 bench_app = typer.Typer(help="Measure; every number goes with its machine and commit.")
+track_app = typer.Typer(help="Send the metrics and samples of a run to trackers.")
 for name, group in {
+    "track": track_app,
     "prep": prep_app,
     "data": data_app,
     "ckpt": ckpt_app,
@@ -109,6 +112,7 @@ app.command()(sample)
 @ckpt_app.callback()
 @config_app.callback()
 @bench_app.callback()
+@track_app.callback()
 def _group() -> None:
     """Keeps a group a group even while it has a single command."""
 
@@ -220,22 +224,22 @@ def data_verify(arguments: Overrides = None, config_dir: ConfigDir = None) -> in
     return 0 if same else 1
 
 
-@ckpt_app.command("list")
-def ckpt_list(run_dir: Run) -> None:
-    """List the complete checkpoints of a run.
-
-    \b
-    sora ckpt list runs/quickstart
-    """
-    from sora_train.commands import ckpt_list as listing
-
-    print(listing(run_dir))
+for name, tool in TOOLS.items():
+    ckpt_app.command(name)(tool)
 
 
 @ckpt_app.command("import")
 def ckpt_import(
-    source: Annotated[Path, typer.Argument(metavar="PATH", help="A pipeline's folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A pipeline's folder, or a transformer's.")
+    ],
     out: Annotated[Path, typer.Option(help="The run folder to write.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="The pipeline of VAE, text encoder and scheduler for a transformer alone."
+        ),
+    ] = None,
     layout: Annotated[str, typer.Option("--from", help="Layout of PATH: diffusers.")] = "diffusers",
     size: Annotated[str, typer.Option(metavar="WxH", help="Usual size of its clips.")] = "832x480",
     frames: Annotated[int, typer.Option(help="Their usual length in frames.")] = 81,
@@ -253,12 +257,13 @@ def ckpt_import(
 
     \b
     sora ckpt import Wan2.1-T2V-1.3B-Diffusers --out runs/wan
+    sora ckpt import my_transformer --base Wan2.1-T2V-1.3B-Diffusers --out runs/mine
     sora sample --ckpt runs/wan --prompt "a dog runs on a beach"
     sora train experiment=real_tiny model=wan_1_3b init.run=runs/wan data.source=my_clips
     """
     from sora_train.commands import ckpt_import as read
 
-    print(read(source, out, layout, size, frames, fps, mask_channel, fps_embed))
+    print(read(source, out, layout, size, frames, fps, mask_channel, fps_embed, base))
 
 
 @ckpt_app.command("export")
@@ -271,6 +276,9 @@ def ckpt_export(
     live: Annotated[
         bool, typer.Option("--live", help="The weights as trained, not their average.")
     ] = False,
+    ema: Annotated[
+        str, typer.Option(metavar="TAG", help="Another average, one of ema.more: 0.9999.")
+    ] = "ema",
     fps: Annotated[
         float | None, typer.Option(help="Frame rate to fold into a model that is told it.")
     ] = None,
@@ -284,20 +292,7 @@ def ckpt_export(
     """
     from sora_train.commands import ckpt_export as write
 
-    print(write(run_dir, out, layout, live, fps, max_shard_gb))
-
-
-@ckpt_app.command("show")
-def ckpt_show(run_dir: Annotated[str, typer.Argument(metavar="RUN[@STEP]")]) -> None:
-    """Show one checkpoint: step, samples seen, versions, size; its files are checked against their digests.
-
-    \b
-    sora ckpt show runs/quickstart
-    sora ckpt show runs/quickstart@600
-    """
-    from sora_train.commands import ckpt_show as show
-
-    print(show(run_dir))
+    print(write(run_dir, out, layout, _weights(live, ema), fps, max_shard_gb))
 
 
 @config_app.command("show", context_settings=OVERRIDES)
@@ -417,6 +412,21 @@ def bench_model(arguments: Overrides = None) -> int:
     return bench(list(arguments or []))
 
 
+@bench_app.command("ckpt", context_settings=OVERRIDES)
+def bench_ckpt(arguments: Overrides = None) -> int:
+    """Save one state at once and behind the training, in turns: how long the training waits for each.
+
+    --mib N the size of the state, --repeats N how often, --device cuda where it lies, --folder DIR the disk, --out DIR
+    where the results go.
+
+    \b
+    sora bench ckpt --mib 1024 --repeats 5
+    """
+    from sora_train.commands import bench_ckpt as bench
+
+    return bench(list(arguments or []))
+
+
 @bench_app.command("vae", context_settings=OVERRIDES)
 def bench_vae(arguments: Overrides = None) -> int:
     """Encode and decode held-out clips: PSNR and SSIM beside the compression ratio, frames a second.
@@ -468,6 +478,66 @@ def report(run_dir: Run) -> None:
     from sora_train.commands import write_report
 
     print(write_report(run_dir))
+
+
+def _weights(live: bool, ema: str) -> str:
+    if live and ema != "ema":
+        raise UserError(f"--live and --ema {ema} name two sets of weights; give one of them")
+    return "live" if live else ema
+
+
+@app.command("replay")
+def replay_step(
+    run_dir: Run,
+    step: Annotated[int, typer.Option(help="The step, as metrics.jsonl counts; the first is 1.")],
+    rank: Annotated[int | None, typer.Option(help="Only what this rank trained.")] = None,
+    of: Annotated[
+        int | None, typer.Option(help="Ranks it is dealt out over, if not its own.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: RUN/replay/step-N.")] = None,
+    no_loss: Annotated[
+        bool, typer.Option("--no-loss", help="Without the model: clips and draws alone.")
+    ] = False,
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Weights of this step; 0: those the run began with.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Rebuild a step on one machine: its clips, captions, noise levels, conditioning and the loss of each clip.
+
+    Writes a contact sheet and replay.json; losses are those under the newest checkpoint before the step.
+
+    \b
+    sora replay runs/mine --step 1200
+    sora replay runs/mine --step 1200 --rank 3
+    sora replay runs/mine --step 1200 --no-loss --out look
+    """
+    from sora_train.replay_command import Request, replay
+
+    print(replay(Request(run_dir, step, rank, of, out, not no_loss, checkpoint, device)))
+
+
+@track_app.command("replay")
+def track_replay(
+    run_dir: Run,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="wandb or tensorboard; by default the run's own.")
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="W&B project.")] = None,
+    mode: Annotated[str, typer.Option(help="W&B: auto, online or offline.")] = "auto",
+    new_run: Annotated[
+        bool, typer.Option("--new-run", help="Send everything again, into a W&B run of its own.")
+    ] = False,
+) -> None:
+    """Send what a run folder holds and its trackers lack: after an offline run, or one whose tracker failed.
+
+    \b
+    sora track replay runs/mine --mode online
+    sora track replay runs/mine --kind tensorboard
+    """
+    from sora_train.tracking_feed import replay
+
+    print(replay(run_dir, kind or (), project, mode, new_run=new_run))
 
 
 def _run_script(script: Path, arguments: list[str]) -> int:

@@ -2,11 +2,9 @@
 
 import hashlib
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +30,7 @@ def sample_clips(
     settings: dict[str, Any],
     how: dict[str, Any],
     out: Path,
+    weights: str = "ema",
 ) -> list[Path]:
     """Sample every prompt from a checkpoint; returns the files written under `out`.
 
@@ -40,6 +39,7 @@ def sample_clips(
     Args:
         shape: size, frames and fps, None for the run's own.
         settings: of the sampler, and `how`: further arguments of `Model.sample`.
+        weights: as `sora_train.load` takes them.
     """
     request.check()
     if not prompts:
@@ -48,8 +48,10 @@ def sample_clips(
     from sora_train.api import changed, fitting_shape, load, look
     from sora_train.models.vae import read_geometry
     from sora_train.operations import prepare
+    from sora_train.stored_tensors import StoredTensors
 
     looked = look(run_dir, step)
+    StoredTensors(looked.found).prefix(weights)
     spec = changed(looked.spec, settings)
     geometry = read_geometry(looked.cfg.vae)
     wanted = fitting_shape(looked.cfg, geometry, looked.shape, *shape)
@@ -70,7 +72,7 @@ def sample_clips(
     note = prepared.note(spec, request.op)
     if note:
         print(note, file=sys.stderr)
-    model = load(str(run_dir), step=looked.found.step)
+    model = load(str(run_dir), step=looked.found.step, weights=weights)
     clips = model.sample(prompts, prepared=prepared, **how, **settings)
     labels = [prompt for prompt in prompts for _ in range(how["num"])]
     return model.save(clips, labels, out, fps=prepared.shape.fps, seed=how["seed"])
@@ -180,7 +182,9 @@ def data_show(overrides: list[str]) -> str:
         )
         for row in shown
     ]
-    table = _table(("clip", "kind", "frames", "size", "fps", "caption, or why it is dropped"), rows)
+    table = table_of(
+        ("clip", "kind", "frames", "size", "fps", "caption, or why it is dropped"), rows
+    )
     rest = len(manifest) - len(shown)
     return f"{table}\n{f'{rest} more; raise limit=' if rest else count(manifest)}"
 
@@ -255,7 +259,7 @@ def data_verify(arguments: list[str], config_dir: Path | None) -> tuple[str, boo
         rows.append(
             (what, str(len(found)), f"{largest.difference:.2e}", f"{largest.tolerance:.0e}", str(wrong))
         )  # fmt: skip
-    lines.append(_table(columns, sorted(rows)))
+    lines.append(table_of(columns, sorted(rows)))
     clips = len({one.name for one in verified.found})
     lines.append(f"{clips} of {verified.stored} stored clips were encoded again")
     lines += [
@@ -274,6 +278,7 @@ def ckpt_import(
     fps: float,
     mask_channel: bool,
     fps_embed: bool,
+    base: Path | None,
 ) -> str:
     """Make a run folder of a pipeline's folder; returns the report."""
     _require_diffusers("--from", layout)
@@ -284,11 +289,13 @@ def ckpt_import(
     if not (cross and width.isdigit() and height.isdigit()):
         raise UserError(f"--size {size} is not width x height, such as 832x480")
     shape = ClipShape(frames, int(height), int(width), fps)
-    return import_pipeline(source, out, shape, mask_channel=mask_channel, fps_embed=fps_embed)
+    return import_pipeline(
+        source, out, shape, base=base, mask_channel=mask_channel, fps_embed=fps_embed
+    )
 
 
 def ckpt_export(
-    run: str, out: Path, layout: str, live: bool, fps: float | None, max_shard_gb: float
+    run: str, out: Path, layout: str, weights: str, fps: float | None, max_shard_gb: float
 ) -> str:
     """Write a run as a pipeline's folder; returns what was done."""
     _require_diffusers("--to", layout)
@@ -300,37 +307,13 @@ def ckpt_export(
     named = at and step.isdigit() and not Path(run).exists()
     return export_pipeline(
         Path(folder if named else run), out, step=int(step) if named else None,
-        weights="live" if live else "ema", fps=fps, max_shard_bytes=int(max_shard_gb * 1e9),
+        weights=weights, fps=fps, max_shard_bytes=int(max_shard_gb * 1e9),
     )  # fmt: skip
 
 
 def _require_diffusers(flag: str, layout: str) -> None:
     if layout != "diffusers":
         raise UserError(f"{flag} {layout} is not known; the layout there is: diffusers")
-
-
-def ckpt_list(run_dir: Path) -> str:
-    """One line a complete checkpoint."""
-    from sora_train.checkpoint import find, list_checkpoints
-
-    find(run_dir)
-    rows = [
-        (str(entry.step), _size_of(entry.path), _written(entry.path), str(entry.path))
-        for entry in list_checkpoints(run_dir / "checkpoints")
-    ]
-    return _table(("step", "size", "written", "folder"), rows)
-
-
-def ckpt_show(ckpt: str) -> str:
-    """The scalars a checkpoint holds, after its files are checked."""
-    from sora_train.checkpoint import find, verify
-
-    run_dir, step = split_ckpt(ckpt)
-    found = find(run_dir, step)
-    verify(found)
-    head = f"{found.path}: step {found.step}, {_size_of(found.path)}, every file matches its digest"
-    state = {key: value for key, value in found.state().items() if key != "config"}
-    return f"{head}\n{json.dumps(state, indent=2, default=str)}"
 
 
 def bench_train(overrides: list[str]) -> int:
@@ -361,6 +344,13 @@ def bench_model(overrides: list[str]) -> int:
     return main(overrides)
 
 
+def bench_ckpt(arguments: list[str]) -> int:
+    """Run the benchmark of saving; returns the exit code."""
+    from sora_train.bench.ckpt import main
+
+    return main(arguments)
+
+
 def bench_vae(overrides: list[str]) -> int:
     """Run the benchmark of the VAE; returns the exit code."""
     from sora_train.bench.vae import main
@@ -372,7 +362,7 @@ def models(overrides: list[str], config_dir: Path | None) -> str:
     """A table of the shipped models, smallest first."""
     from sora_train.model_sizes import COLUMNS, rows
 
-    return _table(COLUMNS, [cells for _, cells in rows(overrides, config_dir)])
+    return table_of(COLUMNS, [cells for _, cells in rows(overrides, config_dir)])
 
 
 def write_report(run_dir: Path) -> str:
@@ -452,19 +442,10 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def table_of(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=140).print(table)
+    Console(file=text, width=140, markup=False, emoji=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
-
-
-def _size_of(folder: Path) -> str:
-    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{total / 1e6:.1f} MB"
-
-
-def _written(folder: Path) -> str:
-    return datetime.fromtimestamp(folder.stat().st_mtime).strftime("%Y-%m-%d %H:%M")

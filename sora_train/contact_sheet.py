@@ -42,12 +42,13 @@ def contact_sheet(
     path: Path,
     frames_per_clip: int = 5,
     notes: Sequence[str] | None = None,
+    title: str = "",
 ) -> Path:
     """Draw `clips` to a PNG at `path` and return it.
 
     clips: uint8 (T, H, W, 3) RGB each, any mix of sizes and lengths; up to `frames_per_clip` frames
     are shown, evenly spread from the first to the last. `notes` stand below the labels in place of
-    the clips' sizes. Raises ValueError on another shape or dtype.
+    the clips' sizes, their lines kept; `title` stands above all. Raises ValueError on another shape or dtype.
     """
     if len(clips) != len(labels) or not clips:
         raise ValueError(
@@ -57,8 +58,8 @@ def contact_sheet(
     rows = [
         _Row(
             _frames(clip, frames_per_clip),
-            _wrap(label, font, LABEL_WIDTH - GAP * 3),
-            _wrap(note or _note(clip), small, LABEL_WIDTH - GAP * 3),
+            _lines(label, font),
+            _lines(note or _note(clip), small),
         )
         for clip, label, note in zip(clips, labels, notes or [""] * len(clips), strict=True)
     ]
@@ -67,10 +68,13 @@ def contact_sheet(
         max(row.frames[0].height, line_height * (len(row.lines) + len(row.notes))) for row in rows
     ]
     width = 2 * MARGIN + LABEL_WIDTH + max(row.width for row in rows)
-    height = 2 * MARGIN + sum(heights) + 2 * ROW_GAP * (len(rows) - 1)
+    head = _wrap(title, font, width - 2 * MARGIN) if title else []
+    top = MARGIN + len(head) * line_height + (ROW_GAP if head else 0)
+    height = top + MARGIN + sum(heights) + 2 * ROW_GAP * (len(rows) - 1)
     sheet = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    top = MARGIN
+    for number, line in enumerate(head):
+        draw.text((MARGIN, MARGIN + number * line_height), line, fill=TEXT, font=font)
     for index, (row, row_height) in enumerate(zip(rows, heights, strict=True)):
         for number, line in enumerate(row.lines):
             draw.text((MARGIN, top + number * line_height), line, fill=TEXT, font=font)
@@ -123,6 +127,12 @@ def _frames(clip: np.ndarray, count: int) -> list[Image.Image]:
 def _note(clip: np.ndarray) -> str:
     num_frames, height, width, _ = clip.shape
     return f"{width}x{height}, {num_frames} frame{'s' if num_frames > 1 else ''}"
+
+
+def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """The lines of a label or note, each broken where it is too long for its column."""
+    width = LABEL_WIDTH - GAP * 3
+    return [line for part in text.splitlines() or [""] for line in _wrap(part, font, width)]
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

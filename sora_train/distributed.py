@@ -71,6 +71,18 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
+def lost_peer(error: BaseException) -> Fault | None:
+    """What it means that a collective broke off, or None where `error` is something else."""
+    text = " ".join(str(error).split())
+    told = ("gloo/transport", "NCCL", "Connection reset by peer", "Connection closed by peer")
+    if not isinstance(error, RuntimeError) or not any(word in text for word in told):
+        return None
+    return Fault(
+        f"the connection to another rank broke, so that rank failed or was killed ({text[:160]}); its own log says "
+        "why, and the same command goes on from the last checkpoint"
+    )
+
+
 class ControlPlane:
     """One small all-reduce on gloo before a step's first backward: true weights and flags.
 
@@ -102,6 +114,14 @@ class ControlPlane:
         found = [torch.empty_like(mine) for _ in range(self.world.size)]
         dist.all_gather(found, mine, group=self.group)
         return [rank.tolist() for rank in found]
+
+    def gather_objects(self, value: object) -> list[object]:
+        """Each rank's value, in the order of the ranks; for rare and small things."""
+        if self.group is None:
+            return [value]
+        found: list[object] = [None] * self.world.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
 
     def broadcast(self, value: object) -> object:
         """The value rank 0 holds, on every rank."""

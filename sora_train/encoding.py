@@ -5,7 +5,7 @@ on neither the world size nor on where a run was cut off. In training they are e
 without a cache: the numbers of a clip's first step are then exactly those of an uncached run.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,16 +41,17 @@ class Caches:
 
 
 def open_caches(
-    cfg: Config, vae_digest: str, model: nn.Module, own_folder: Path, world: World
+    cfg: Config, vae_digest: str, model: nn.Module | None, own_folder: Path, world: World
 ) -> Caches:
     """The caches of a run that wants some, in `data.cache_dir` or a folder of its own.
 
     A run may change its mind about its own folder: what was stored by other settings is not found
     any more. Raises UserError where a folder that is named was filled with other settings.
     """
-    if cfg.data.cache == "none" or not isinstance(model, TextToVideo):
+    if cfg.data.cache == "none" or cfg.task != "text_to_video":
         return Caches()
-    digest = "" if cfg.text.trainable else model.text_digest()
+    frozen = model if isinstance(model, TextToVideo) and not cfg.text.trainable else None
+    digest = frozen.text_digest() if frozen else ""
     made = made_with(cfg, vae_digest, digest)
     folder = Path(cfg.data.cache_dir).expanduser() if cfg.data.cache_dir else own_folder
     if cfg.data.cache_dir:
@@ -58,10 +59,10 @@ def open_caches(
     # A dry run looks and leaves no trace.
     if world.is_main and not cfg.dry_run:
         write_made_with(folder, made)
-    if not digest:
+    if frozen is None:
         return Caches(LatentCache(folder))
     texts = TextCache(folder, digest, cfg.data.cache_text_gb * 1e9)
-    return Caches(LatentCache(folder), texts, model.frozen_encoder)
+    return Caches(LatentCache(folder), texts, frozen.frozen_encoder)
 
 
 class CacheFiller:
@@ -155,13 +156,20 @@ def open_filler(
     return CacheFiller(loader, vae, device, caches.texts, caches.encoder)
 
 
-def fill_cache(filler: CacheFiller, world: World, title: str) -> None:
-    """Encode every clip that is not stored yet, chunk by chunk, the chunks dealt out over the ranks."""
+def fill_cache(
+    filler: CacheFiller, world: World, title: str, stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Encode every clip that is not stored yet, chunk by chunk, the chunks dealt out over the ranks.
+
+    `stop` is asked after every chunk; what was encoded stays.
+    """
     chunks = filler.loader.cache_chunks(CACHE_CHUNK, world.rank, world.size)
     total = sum(len(rows) for _, rows in chunks)
     with Progress(max(total, 1), title, enabled=world.is_main and total > 0) as progress:
         for done in filler.fill(chunks):
             progress.update(done)
+            if stop():
+                return
 
 
 def distinct(captions: Sequence[str]) -> list[str]:

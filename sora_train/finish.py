@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def finish(trainer: "Trainer") -> None:
     """Commit the final checkpoint first: what follows can fail without losing the training."""
     trainer.save()
+    trainer.commit()
     trainer.write_samples()
     oracle = None
     if trainer.cfg.sample.oracle_prompts and isinstance(trainer.engine.model, TextToVideo):
@@ -55,7 +56,9 @@ def summarise(trainer: "Trainer", oracle: dict[str, Any] | None) -> dict[str, An
         "steps": trainer.step,
         "seconds": time.monotonic() - trainer.started,
         "params": trainer.params,
-        "final_loss": rows[-1]["train/loss"] if rows else None,
+        "final_loss": next(
+            (row["train/loss"] for row in reversed(rows) if "train/loss" in row), None
+        ),
         "val_loss": validated.get("val/loss"),
         "val_psnr": validated.get("val/psnr"),
         "val_ssim": validated.get("val/ssim"),
@@ -68,6 +71,9 @@ def summarise(trainer: "Trainer", oracle: dict[str, Any] | None) -> dict[str, An
         "dropped": trainer.data.assignment.dropped(),
         "failed_to_decode": len(trainer.data.loader.quarantine),
         "captions_cut": trainer.captions_cut,
+        "skipped_steps": trainer.judge.tally.skipped,
+        "rollbacks": trainer.judge.tally.rollbacks,
+        "lost_clips": trainer.judge.tally.lost_clips,
     }
 
 
@@ -92,6 +98,12 @@ def print_summary(trainer: "Trainer", summary: dict[str, Any]) -> None:
     if summary["captions_cut"]:
         console.print(
             f"captions cut at text.max_length={trainer.cfg.text.max_length}: {summary['captions_cut']:,}"
+        )
+    if summary["skipped_steps"]:
+        console.print(
+            f"steps skipped: {summary['skipped_steps']:,}, roll-backs: {summary['rollbacks']}, clips not trained for "
+            f"it: {summary['lost_clips']:,}; see {trainer.folder.path / 'spikes'}",
+            highlight=False,
         )
     if summary["oracle"]:
         console.print(oracle_table(summary["oracle"]))

@@ -86,7 +86,7 @@ class Health:
     def deadline(self, phase: str) -> float | None:
         """Seconds that a phase may take, None where nothing is awaited."""
         cfg = self.cfg
-        if phase in TIMED:
+        if phase in (*TIMED, "loop"):
             if self._done < FIRST_STEPS:
                 return max(cfg.init_seconds, cfg.step_seconds)
             return max(cfg.step_seconds, cfg.step_factor * statistics.median(self._steps))
@@ -95,6 +95,7 @@ class Health:
             "validation": cfg.validation_seconds,
             "samples": cfg.sample_seconds,
             "finish": cfg.sample_seconds,
+            "closing": cfg.step_seconds,
             "save": cfg.save_seconds,
         }
         return limits.get(phase)

@@ -1,12 +1,12 @@
 """A run that starts from another run's weights: `init.run`, for the next stage or for imported ones.
 
-Nothing else is taken over: optimizer, step and data begin anew.
+Step and data begin anew, the optimizer's moments too unless `init.optimizer` takes them over.
 """
 
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sora_train import checkpoint as checkpoints
 from sora_train.config import Config
@@ -14,14 +14,11 @@ from sora_train.errors import UserError
 from sora_train.models.vae import VideoVAE
 
 
-def start_from(cfg: Config, model: nn.Module, vae: VideoVAE) -> None:
+def start_from(cfg: Config, model: nn.Module, vae: VideoVAE, found: checkpoints.Checkpoint) -> None:
     """Fill the model's parameters with those of `init.run`, strictly by name and shape.
 
     Raises UserError where that is no run, its model is another, or it was trained on another VAE's latents.
     """
-    folder, at, step = cfg.init.run.rpartition("@")
-    named = at and step.isdigit() and not Path(cfg.init.run).exists()
-    found = checkpoints.find(Path(folder if named else cfg.init.run), int(step) if named else None)
     state = found.state()
     if state["task"] != cfg.task:
         raise UserError(f"init.run={cfg.init.run} trained a {state['task']}, this run a {cfg.task}")
@@ -33,6 +30,20 @@ def start_from(cfg: Config, model: nn.Module, vae: VideoVAE) -> None:
     prefix = {"ema": "ema.", "live": "model."}[cfg.init.weights]
     tensors = {f"{prefix}{name}": value.detach() for name, value in model.named_parameters()}
     checkpoints.load_part(found, tensors, prefix)
+
+
+def take_moments(found: checkpoints.Checkpoint, moments: dict[str, Tensor]) -> None:
+    """Fill the optimizer's state, by parameter name, with that of `init.run`; as strict as the weights."""
+    checkpoints.load_part(
+        found, {f"optim.{name}": value for name, value in moments.items()}, "optim."
+    )
+
+
+def source_of(cfg: Config) -> checkpoints.Checkpoint:
+    """The checkpoint that `init.run` names. Raises UserError where there is none."""
+    folder, at, step = cfg.init.run.rpartition("@")
+    named = at and step.isdigit() and not Path(cfg.init.run).exists()
+    return checkpoints.find(Path(folder if named else cfg.init.run), int(step) if named else None)
 
 
 def refuse_imported(run_dir: str, state: dict[str, Any] | None) -> None:

@@ -5,9 +5,11 @@ are fed from it. Numbers are written in full precision.
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,16 @@ METRICS: dict[str, Metric] = {
         "1",
         "one term of the objective: its sum over its weight (clips, or tokens with `loss.reduce=per_token`)",
     ),
+    "train/disc/loss": Metric("1", "VAE task: hinge loss of the discriminator, while it learns"),
+    "train/disc/accuracy": Metric(
+        "share",
+        "VAE task: patches it tells rightly, real and decoded ones counting alike; 0.5 is chance",
+    ),
+    "train/disc/grad_norm": Metric("1", "VAE task: gradient norm of the discriminator"),
+    "train/disc/weight": Metric(
+        "1",
+        "VAE task: factor on what the discriminator says, mean over the clips, adaptive part included",
+    ),
     "train/grad_norm": Metric("1", "global gradient norm before clipping"),
     "train/lr": Metric("1", "learning rate of this step"),
     "train/step_seconds": Metric("s", "wall clock of this step, waiting for data included"),
@@ -31,11 +43,30 @@ METRICS: dict[str, Metric] = {
     "train/tokens_per_second": Metric("tokens/s", "video tokens trained a second, all ranks"),
     "train/clips": Metric("clips", "clips in this step with a weight above zero, all ranks"),
     "train/samples_seen": Metric("clips", "clips trained since step 0"),
+    "train/data_step": Metric(
+        "steps",
+        "step of the tape that this step trained, counted from 1; equal to `step` until clips are skipped after a "
+        "roll-back",
+    ),
     "train/epoch": Metric("epochs", "passes over the source, with its fraction"),
+    "train/skipped": Metric(
+        "steps",
+        "steps skipped since step 0 because loss or gradient norm were not finite or a spike "
+        "(docs/loss_health.md); a row of such a step lacks what is not finite",
+    ),
+    "train/rollbacks": Metric("1", "how often the run went back to a checkpoint behind such steps"),
+    "train/lost_clips": Metric(
+        "clips", "clips read but not trained because of them, all ranks, since step 0"
+    ),
     "train/dropped": Metric("clips", "clips that failed to decode since step 0, all ranks"),
     "train/captions_cut": Metric(
         "captions",
         "captions longer than `text.max_length`, cut as they were read since step 0, all ranks",
+    ),
+    "train/recompiles": Metric(
+        "graphs",
+        "blocks compiled again for inputs of a kind met before, since the process began, all ranks: 0 is expected; "
+        "only where `model.compile` is on",
     ),
     "health/slowest_rank": Metric(
         "rank", "the rank that took longest for its own work, of those steps since the last report"
@@ -69,15 +100,25 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, resume_step: int):
         self.path = path
-        if path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
-            temporary = path.with_suffix(".tmp")
+        self._file = self._opened(resume_step)
+
+    def _opened(self, resume_step: int) -> IO[str]:
+        if self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
+            temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            temporary.replace(path)
-        self._file = path.open("a", buffering=1)
+            temporary.replace(self.path)
+        return self.path.open("a", buffering=1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        """Append a row; what is not finite, as of a step that was skipped for it, JSON has no number for."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
+
+    def go_back(self, step: int) -> None:
+        """Drop the rows after `step`, as a resumed run does."""
+        self._file.close()
+        self._file = self._opened(step)
 
     def close(self) -> None:
         self._file.close()

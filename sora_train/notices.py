@@ -43,6 +43,11 @@ def listening() -> Iterator[None]:
         _received.clear()
 
 
+def pending() -> bool:
+    """Whether this process has been told to leave by a signal: for loops before a run has its control plane."""
+    return bool(_received)
+
+
 class Notices:
     """What this rank has been told: `signalled` names the signal, `late` says that time is nearly up."""
 

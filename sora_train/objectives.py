@@ -4,7 +4,6 @@ A term's weight is announced before the first forward of a step, so that the tru
 ranks and micro-batches is known before the first backward and the loss is scaled in one place.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sora_train.adversary import Adversary
 from sora_train.config import Config, VaeObjectiveConfig
 from sora_train.data.sample import Clip, ClipBatch
 from sora_train.diffusion.conditioning import (
@@ -23,7 +23,7 @@ from sora_train.diffusion.conditioning import (
     kind_for,
 )
 from sora_train.diffusion.draws import draw_noise, draw_uniform
-from sora_train.diffusion.flow import interpolate, token_loss, velocity_loss
+from sora_train.diffusion.flow import frame_losses, interpolate, token_loss, velocity_losses
 from sora_train.diffusion.given import (
     condition_channels,
     encode_given,
@@ -33,6 +33,7 @@ from sora_train.diffusion.given import (
 )
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
+from sora_train.models.lpips import Lpips
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
 from sora_train.posterior import draw_latents, encode_posterior
@@ -44,6 +45,8 @@ class Term:
 
     sum: Tensor
     weight: float
+    of_samples: Tensor | None = None
+    """Each clip's part of the sum, (B,), without gradient, where the objective tells it: what a replay shows."""
 
 
 class Objective(Protocol):
@@ -54,6 +57,35 @@ class Objective(Protocol):
 
     def terms(self, model: nn.Module, batch: ClipBatch) -> dict[str, Term]:
         """The same names with their differentiable sums; the loss is the sum of sum / total weight."""
+
+    # What an objective with weights of its own to train does besides; most have none.
+
+    def step(self) -> dict[str, float]:
+        """Called once for every step that is taken, just before the weights change: update what is the
+        objective's own. A collective; returns metrics of the step, the same on every rank."""
+        return {}
+
+    def skip(self) -> None:
+        """Called in its place for a step that is not taken: forget what was gathered for it."""
+        return
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of its own that a checkpoint holds, loadable in place, the same on every rank."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint tells of the objective besides: the frozen weights that the loss was made with."""
+        return {}
+
+    def require_same(self, state: dict[str, Any]) -> None:
+        """Raises UserError where a checkpoint's `state` tells other facts than this run's."""
+        before = state.get("objective", {})
+        for name, value in self.facts().items():
+            if before.get(name, value) != value:
+                raise UserError(
+                    f"the checkpoint of step {state['step']} was trained with {name}={before[name]}, and here it is "
+                    f"{value}; give the same file to go on, or another run.dir to start anew"
+                )
 
 
 def to_pixels(clips: list[Clip], device: torch.device) -> Tensor:
@@ -77,7 +109,7 @@ def stored_text(clips: list[Clip], prompts: list[str]) -> tuple[Tensor | None, .
     )
 
 
-class TextToVideoObjective:
+class TextToVideoObjective(Objective):
     """Rectified flow on the latents of captioned clips."""
 
     def __init__(self, cfg: Config, spec: DiffusionSpec, vae: VideoVAE, device: torch.device):
@@ -104,10 +136,13 @@ class TextToVideoObjective:
         weight = TextToVideoObjective.weights(self, batch)["velocity"]
         flow = self.flow_batch(batch)
         if self.cfg.loss.reduce == "per_sample":
-            loss_sum = flow.loss_sum(model)
+            losses_B = flow.losses(model)
+            loss_sum = losses_B.sum()
         else:
-            loss_sum = flow.token_loss(model, self.token_grid(batch)[1])[0]
-        return {"velocity": Term(loss_sum * float(weight > 0), weight)}
+            tokens = self.token_grid(batch)[1]
+            losses_BT = flow.frame_losses(model)
+            loss_sum, losses_B = losses_BT.sum() * tokens, losses_BT.sum(dim=1) * tokens
+        return {"velocity": Term(loss_sum * float(weight > 0), weight, losses_B.detach())}
 
     def token_grid(self, batch: ClipBatch) -> tuple[int, int]:
         """Latent frames of the batch's clips, and video tokens of each frame."""
@@ -118,29 +153,40 @@ class TextToVideoObjective:
     def flow_batch(self, batch: ClipBatch) -> "FlowBatch":
         """The batch on its way to noise, every draw keyed by sample."""
         clips = batch.clips or placeholder(batch)
-        seed, keys = self.cfg.seed, [(clip.epoch, clip.row) for clip in clips]
-        num_frames = self.token_grid(batch)[0]
+        drawn = self.draws(batch)
         shown = self.shown(
             clips,
-            self.kinds(keys, num_frames),
-            self.kind_draws(keys),
+            drawn.kinds,
+            self.kind_draws(drawn.keys),
             self.cfg.data.latents == "sample",
         )
         x = shown.x
-        t_B = self.spec.training_times(draw_uniform(seed, "timestep", keys), x.shape[2:])
-        prompts = self.drop_captions([clip.caption for clip in clips], keys)
         return FlowBatch(
             x=x,
-            noise=draw_noise(seed, "noise", keys, x.shape[1:]).to(x.device),
-            t_B=t_B.to(x.device),
+            noise=draw_noise(self.cfg.seed, "noise", drawn.keys, x.shape[1:]).to(x.device),
+            t_B=drawn.t_B.to(x.device),
             mask_BT=shown.mask_BT,
-            prompts=prompts,
+            prompts=drawn.prompts,
             fps_B=torch.tensor([clip.fps for clip in clips], device=x.device),
-            text=stored_text(clips, prompts),
+            text=stored_text(clips, drawn.prompts),
             given=shown.given,
             condition=shown.condition,
-            t_cond_B=self.condition_times(keys).to(x.device),
-            time_weight_B=self.spec.loss_weight(t_B).to(x.device),
+            t_cond_B=drawn.t_cond_B.to(x.device),
+            time_weight_B=self.spec.loss_weight(drawn.t_B).to(x.device),
+        )
+
+    def draws(self, batch: ClipBatch) -> "Draws":
+        """What chance decides about each clip of a batch; nothing is encoded for it."""
+        clips = batch.clips or placeholder(batch)
+        bucket, keys = batch.micro_batch.bucket, [(clip.epoch, clip.row) for clip in clips]
+        shape = self.vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1:]
+        return Draws(
+            keys=keys,
+            kinds=self.kinds(keys, shape[0]),
+            mask_BT=self.given_frames(keys, shape[0]),
+            t_B=self.spec.training_times(draw_uniform(self.cfg.seed, "timestep", keys), shape),
+            t_cond_B=self.condition_times(keys),
+            prompts=self.drop_captions([clip.caption for clip in clips], keys),
         )
 
     def given_frames(self, keys: list[tuple[int, int]], num_frames: int) -> Tensor:
@@ -263,6 +309,20 @@ def frame_masks(kinds: list[str], num_frames: int, draws: list[float]) -> Tensor
 
 
 @dataclass(frozen=True)
+class Draws:
+    """What chance decides about the clips of a batch, keyed by (epoch, row): the kind of conditioning and the
+    latent frames it gives, (B, T), the noise level of the clip and of its given frames, (B,), and the prompt that
+    the model is told ('' where the caption was dropped)."""
+
+    keys: list[tuple[int, int]]
+    kinds: list[str]
+    mask_BT: Tensor
+    t_B: Tensor
+    t_cond_B: Tensor
+    prompts: list[str]
+
+
+@dataclass(frozen=True)
 class Shown:
     """Clean latents (B, C, T, H, W) of clips and what is given of them: see FlowBatch."""
 
@@ -321,10 +381,19 @@ class FlowBatch:
 
     def loss_sum(self, model: nn.Module) -> Tensor:
         """Sum over the samples of each one's mean squared velocity error on the frames that count."""
+        return self.losses(model).sum()
+
+    def losses(self, model: nn.Module) -> Tensor:
+        """Each sample's mean squared velocity error on the frames that count, (B,)."""
         v = self.predict(model)
-        return velocity_loss(
+        return velocity_losses(
             v, self.x, self.noise, self.counted_BT, time_weight_B=self.time_weight_B
         )[0]
+
+    def frame_losses(self, model: nn.Module) -> Tensor:
+        """The mean squared velocity error of each latent frame that counts, else 0, (B, T)."""
+        v = self.predict(model)
+        return frame_losses(v, self.x, self.noise, self.counted_BT, self.time_weight_B)
 
     def token_loss(self, model: nn.Module, tokens_per_frame: int) -> tuple[Tensor, Tensor]:
         """Sum over the video tokens that count of each one's mean squared velocity error, and how
@@ -335,16 +404,31 @@ class FlowBatch:
         )
 
 
-class VaeObjective:
-    """Reconstruction of pixels: absolute error, absolute error of differences, and a KL divergence."""
+class VaeObjective(Objective):
+    """Reconstruction of pixels: errors of pixels and of their differences, of features (LPIPS) and of what a
+    discriminator says, and a KL divergence."""
 
     def __init__(self, cfg: Config, device: torch.device):
+        """Raises UserError or ConfigError where a term that is asked for cannot be had."""
         self.seed = cfg.seed
         self.cfg: VaeObjectiveConfig = cfg.vae_objective
         self.device = device
+        self.lpips = Lpips.load(self.cfg.lpips_path).to(device) if self.cfg.lpips else None
+        self.lpips_digest = self.lpips.digest() if self.lpips else ""
+        self.adversary: Adversary | None = None
+        if self.cfg.adversarial:
+            cfg.vae_objective.require_start_before(cfg.train.steps)
+            self.adversary = Adversary(cfg, device)
 
     def weights(self, batch: ClipBatch) -> dict[str, float]:
-        return {name: batch.weight for name, factor in self.cfg.model_dump().items() if factor > 0}
+        names = [name for name in ("mse", "l1", "kl", "gradient", "lpips") if self.factor(name)]
+        if self.adversary and self.adversary.acts:
+            names.append("adversarial")
+        return dict.fromkeys(names, batch.weight)
+
+    def factor(self, name: str) -> float:
+        """The weight of a term in the loss."""
+        return float(getattr(self.cfg, name))
 
     def terms(self, model: nn.Module, batch: ClipBatch) -> dict[str, Term]:
         clips = batch.clips or placeholder(batch)
@@ -353,19 +437,51 @@ class VaeObjective:
         reconstruction, mean, logvar = model(
             pixels, lambda shape: draw_noise(self.seed, "posterior", keys, shape)
         )
-        errors: Mapping[str, Tensor] = {
+        adaptive = self.cfg.adversarial_adaptive and self.adversary and self.adversary.acts
+        if adaptive:
+            # Gradients are taken here on the way: of a tensor of its own, since the engine's hooks wait at the model's.
+            reconstruction = reconstruction.clone()
+        errors: dict[str, Tensor] = {
             "mse": per_sample(reconstruction.sub(pixels).square()),
             "l1": per_sample(reconstruction.sub(pixels).abs()),
             "gradient": difference_error(reconstruction, pixels),
             # KL(N(mean, exp(logvar)) || N(0, 1)) per latent value (Kingma & Welling 2014, arXiv:1312.6114, app. B).
             "kl": per_sample(0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)),
         }
-        factors: dict[str, Any] = self.cfg.model_dump()
+        if self.lpips:
+            errors["lpips"] = self.lpips.clips(reconstruction, pixels)
         good = float(batch.weight > 0)
+        if self.adversary:
+            if not good:
+                errors["adversarial"] = reconstruction.new_zeros(len(clips))
+            elif self.adversary.trains:
+                self.adversary.learn(pixels, reconstruction)
+            if good and self.adversary.acts:
+                seen = ("mse", "l1", "gradient", "lpips")
+                parts = [self.factor(name) * errors[name] for name in seen if self.factor(name)]
+                likeness = torch.stack(parts).sum(dim=0) if adaptive else None
+                errors["adversarial"] = self.adversary.error(reconstruction, likeness)
         return {
-            name: Term(factors[name] * good * errors[name].sum(), batch.weight)
+            name: Term(
+                self.factor(name) * good * errors[name].sum(),
+                batch.weight,
+                self.factor(name) * errors[name].detach(),
+            )
             for name in self.weights(batch)
         }
+
+    def step(self) -> dict[str, float]:
+        return self.adversary.step() if self.adversary else {}
+
+    def skip(self) -> None:
+        if self.adversary:
+            self.adversary.skip()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.adversary.tensors() if self.adversary else {}
+
+    def facts(self) -> dict[str, Any]:
+        return {"lpips_digest": self.lpips_digest} if self.lpips else {}
 
 
 def per_sample(error: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ def _header(run_dir: Path, summary: dict[str, Any], rows: list[dict[str, float]]
         ("validation loss", _number(facts.get("val_loss"), "{:.4f}")),
         ("held-out PSNR, dB", _number(facts.get("val_psnr"), "{:.2f}")),
         ("tokens a second", _number(facts.get("tokens_per_s"), "{:,.0f}")),
+        ("steps skipped", _number(facts.get("skipped_steps") or None, "{:,.0f}")),
+        ("roll-backs", _number(facts.get("rollbacks") or None, "{:,.0f}")),
         ("waiting for data", _number(facts.get("data_wait"), "{:.1%}")),
     ]
     cells = "".join(

@@ -6,7 +6,7 @@ own font.
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -46,6 +46,11 @@ def charts(rows: list[Row]) -> list[tuple[str, str]]:
         ("Training loss", _loss(rows)),
         ("Validation loss by noise level t (EMA weights)", _validation(rows)),
         ("Reconstruction of held-out clips, PSNR in dB", _single(rows, "val/psnr", BLUE, _short)),
+        (
+            "Distance of features, LPIPS x its weight",
+            _single(rows, "train/loss/lpips", BLUE, _short),
+        ),
+        ("Patches the discriminator tells rightly", _share(rows, "train/disc/accuracy")),
         ("Video tokens a second", _single(rows, "train/tokens_per_second", BLUE, _short)),
         ("Share of the step spent waiting for data", _wait(rows)),
     )
@@ -86,8 +91,22 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def skipped_steps(rows: list[Row]) -> list[float]:
+    """The rows by which more steps were skipped than by the row before, bar those that a roll-back took back."""
+    found: list[float] = []
+    before: Row = {}
+    for row in rows:
+        more = row.get("train/skipped", 0.0) - before.get("train/skipped", 0.0)
+        went_back = row.get("train/rollbacks", 0.0) > before.get("train/rollbacks", 0.0)
+        found += [row["step"]] if more > 0 and not went_back else []
+        before = row
+    return found
+
+
 def _loss(rows: list[Row]) -> str:
-    steps, values = series(rows, "train/loss")
+    """The loss of the steps that were taken, and a mark for each that was skipped."""
+    skipped = skipped_steps(rows)
+    steps, values = series([row for row in rows if row["step"] not in set(skipped)], "train/loss")
     if not len(steps):
         return ""
     window = len(values) // 40
@@ -97,7 +116,7 @@ def _loss(rows: list[Row]) -> str:
     # One early spike must not flatten the rest of the curve.
     low, high = float(values.min()), float(np.quantile(values, 0.995))
     pad = 0.06 * (high - low)
-    return plot(lines, (low - pad, high + pad), _plain)
+    return plot(lines, (low - pad, high + pad), _plain, marks=skipped)
 
 
 def _validation(rows: list[Row]) -> str:
@@ -126,6 +145,13 @@ def _single(rows: list[Row], name: str, colour: str, form: Callable[[float], str
     return plot([Line(points, colour)], (0, 1.1 * float(np.quantile(points[1], 0.995))), form)
 
 
+def _share(rows: list[Row], name: str) -> str:
+    points = series(rows, name)
+    if not len(points[0]):
+        return ""
+    return plot([Line(points, ORANGE)], (0, 1), lambda value: f"{100 * value:g}%")
+
+
 def _wait(rows: list[Row]) -> str:
     points = series(rows, "train/data_wait")
     if not len(points[0]):
@@ -146,13 +172,23 @@ def _short(value: float) -> str:
     return _plain(value)
 
 
-def plot(lines: list[Line], limits: tuple[float, float], form: Callable[[float], str]) -> str:
-    """An SVG element: `lines` over steps, values within `limits`, `form` writes the axis's numbers."""
+def plot(
+    lines: list[Line],
+    limits: tuple[float, float],
+    form: Callable[[float], str],
+    marks: Sequence[float] = (),
+) -> str:
+    """An SVG element: `lines` over steps, values within `limits`, `form` writes the axis's numbers; `marks` are
+    steps that were skipped."""
     low, high = limits
     if high - low < 1e-9 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5
-    first = min(float(line.points[0].min()) for line in lines if len(line.points[0]))
-    last = max(float(line.points[0].max()) for line in lines if len(line.points[0]))
+    first = min(
+        *marks, *(float(line.points[0].min()) for line in lines if len(line.points[0])), math.inf
+    )
+    last = max(
+        *marks, *(float(line.points[0].max()) for line in lines if len(line.points[0])), -math.inf
+    )
     last = max(last, first + 1)
     right = WIDTH - RIGHT - (LABEL_SPACE if any(line.label for line in lines) else 0)
 
@@ -164,6 +200,11 @@ def plot(lines: list[Line], limits: tuple[float, float], form: Callable[[float],
         return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
 
     parts = [*_grid(x, y, (first, last), (low, high), form, right)]
+    parts += [
+        f'<line x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="{ORANGE}" '
+        f'stroke-dasharray="2 3"><title>step {step:g} was skipped</title></line>'
+        for step in marks
+    ]
     parts += [_polyline(line, x, y) for line in lines if len(line.points[0])]
     parts += _labels([line for line in lines if line.label and len(line.points[0])], y, right)
     body = "".join(parts)

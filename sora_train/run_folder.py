@@ -1,14 +1,16 @@
 """One run, one folder: its lock, its resolved config, its fingerprint, and where things lie in it.
 
 config.yaml     the resolved configuration        metrics.jsonl   one row a step
-run.json        seed, threads, library versions   checkpoints/    step-N folders and `latest`
+run.json        seed, threads, versions, parts    checkpoints/    step-N folders and `latest`
 samples/        step-N folders                    report.html, summary.json   written at the end
+changes.jsonl   keys that changed when the run went on, with the step from which they count
 """
 
 import fcntl
 import json
 import os
 import platform
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -17,11 +19,33 @@ import torch
 import yaml
 
 from sora_train.config import Config
-from sora_train.errors import ConfigError, Fault, UserError
+from sora_train.errors import Fault, UserError
 
-# Other values here would make a resumed run another experiment under the old name.
-FIXED_SECTIONS = ("task", "seed", "model", "vae", "text", "objective", "vae_objective")
+CHANGES = "changes.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "av", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was trained in one go: from `step` on, on `ranks` ranks, with the config in the file `config` of the run."""
+
+    step: int
+    ranks: int
+    config: str
+
+
+def parts_of(run_dir: Path) -> list[Part]:
+    """The parts of a run in order, as `run.json` has them; none where it was written before they were kept.
+
+    Raises UserError where `run.json` is damaged.
+    """
+    path = run_dir / "run.json"
+    if not path.exists():
+        return []
+    try:
+        return [Part(**part) for part in json.loads(path.read_text()).get("parts", [])]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, a run writes it anew") from error
 
 
 class RunFolder:
@@ -41,47 +65,32 @@ class RunFolder:
             raise UserError(
                 f"run.dir={self.path} cannot be made: {error.strerror}; choose another folder"
             ) from error
-        self._take_lock()
-        self._refuse_another_experiment(cfg)
+        self._lock = take_lock(self.path)
+
+    def record(self, cfg: Config, world_size: int, forked_from: str = "") -> None:
+        """Write down what runs here from now on; only once it is clear that it may."""
+        if not self.is_main:
+            return
         write_atomically(
             self.path / "config.yaml", yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
         )
-        write_atomically(self.path / "run.json", json.dumps(fingerprint(cfg), indent=1))
+        told = fingerprint(cfg) | {"parts": [asdict(part) for part in parts_of(self.path)]}
+        told |= {"forked_from": forked_from} if forked_from else {}
+        write_atomically(self.path / "run.json", json.dumps(told, indent=1))
 
-    def _take_lock(self) -> None:
-        # The kernel drops this lock when the process dies, however it dies.
-        self._lock = (self.path / "lock").open("a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
-            raise UserError(
-                f"run.dir={self.path} is in use by a live run (process {owner}); wait for it or choose another run.dir"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-
-    def _refuse_another_experiment(self, cfg: Config) -> None:
-        saved_path = self.path / "config.yaml"
-        if not saved_path.exists() or not (self.path / "checkpoints" / "latest").exists():
-            return
-        saved, now = yaml.safe_load(saved_path.read_text()), cfg.model_dump(mode="json")
-        # A key that came after the run was begun had its default's meaning.
-        for section, values in Config().model_dump(mode="json").items():
-            if isinstance(values, dict) and isinstance(saved.get(section), dict):
-                saved[section] = values | saved[section]
-        changed = [
-            f"{key} was {old!r}, is {new!r}"
-            for section in FIXED_SECTIONS
-            for key, old, new in differences(saved.get(section), now.get(section), section)
-        ]
-        if changed:
-            raise ConfigError(
-                f"run.dir={self.path} holds another experiment: {'; '.join(changed[:5])}; "
-                "use the old values to go on, or another run.dir to start anew"
-            )
+    def record_part(self, cfg: Config, step: int, ranks: int) -> None:
+        """Note that the run goes on from `step` on so many ranks with this config; parts that trained steps after
+        it are void. Raises Fault where the folder cannot be written."""
+        kept = [part for part in parts_of(self.path) if part.step < step]
+        text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+        config = kept[-1].config if kept else ""
+        if not config or (self.path / config).read_text() != text:
+            config = f"configs/step-{step:06d}.yaml"
+            (self.path / "configs").mkdir(exist_ok=True)
+            write_atomically(self.path / config, text)
+        parts = [asdict(part) for part in [*kept, Part(step, ranks, config)]]
+        known = json.loads((self.path / "run.json").read_text())
+        write_atomically(self.path / "run.json", json.dumps(known | {"parts": parts}, indent=1))
 
     @property
     def checkpoints(self) -> Path:
@@ -100,14 +109,23 @@ class RunFolder:
             self._lock = None
 
 
-def differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) wherever two nested dicts differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [
-            row for key in keys for row in differences(old.get(key), new.get(key), f"{path}.{key}")
-        ]
-    return [] if old == new else [(path, old, new)]
+def take_lock(folder: Path) -> IO[str]:
+    """The lock of a run folder, held until it is closed. Raises UserError when a live run holds it."""
+    # The kernel drops this lock when the process dies, however it dies.
+    lock = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        lock.close()
+        raise UserError(
+            f"run.dir={folder} is in use by a live run (process {owner}); wait for it or choose another run.dir"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
 
 
 def fingerprint(cfg: Config) -> dict[str, Any]:

@@ -8,6 +8,10 @@ import typer
 from sora_train.errors import UserError
 
 Ckpt = Annotated[str, typer.Option(help="A run folder, or RUN@STEP for an older checkpoint.")]
+Weights = Annotated[
+    str,
+    typer.Option("--ema", metavar="TAG", help="Another average, one of ema.more: 0.9999; or live."),
+]
 Out = Annotated[Path, typer.Option(help="Folder for the mp4 files and the contact sheet.")]
 Prompt = Annotated[list[str] | None, typer.Option(help="What to show; may be given several times.")]
 Prompts = Annotated[Path | None, typer.Option(help="A text file with one prompt a line.")]
@@ -91,6 +95,7 @@ def sample(
     guidance_interval: GuidanceInterval = None,
     guidance_rescale: GuidanceRescale = None,
     num: Num = 1,
+    ema: Weights = "ema",
 ) -> None:
     """Sample clips from a checkpoint into mp4 files and a contact sheet.
 
@@ -121,6 +126,7 @@ def sample(
         settings=settings,
         how={**how, "negative_prompt": negative_prompt},
         out=out,
+        weights=ema,
     )
     for path in written:
         print(path)

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -37,9 +36,9 @@ class StoredWeights:
         self.close()
 
     def read(self, name: str) -> Tensor:
-        """One tensor in float32, in memory of its own."""
+        """One tensor as it lies in its file, in the file's own memory: copy it to keep it."""
         tensor: Tensor = self._handle(self.files[name]).get_tensor(name)
-        return tensor.to(torch.float32, copy=True)
+        return tensor
 
     def close(self) -> None:
         if self._open is not None:

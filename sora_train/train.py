@@ -16,6 +16,7 @@ from sora_train.config import Config
 from sora_train.config.compose import compose, split_yaml_file
 from sora_train.errors import run_command
 from sora_train.notices import listening
+from sora_train.stages import train_stages
 from sora_train.sweep import run_sweep
 
 if TYPE_CHECKING:
@@ -44,14 +45,21 @@ def train(trainer_cls: "type[Trainer] | None", config_cls: type[Config], argv: l
         script = sys.argv[0] if own else None
         return run_sweep(overrides, config_cls, options.config_dir, yaml_file, script)
     place = {"config_dir": options.config_dir, "yaml_file": yaml_file}
-    config = compose(overrides, config_cls=config_cls, **place).config
+
+    def composed(more: list[str]) -> Config:
+        return compose([*overrides, *more], config_cls=config_cls, **place).config
+
+    config = composed([])
     if trainer_cls is None:
         # Torch loads only once the config is known to be right.
         from sora_train.trainer import Trainer
 
         trainer_cls = Trainer
     with listening():
-        trainer_cls(config).train()
+        if config.stages:
+            train_stages(config, composed, trainer_cls)
+        else:
+            trainer_cls(config).train()
     return 0
 
 

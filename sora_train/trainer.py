@@ -4,11 +4,10 @@ To make it your own, subclass it and override `build_model`, `build_objective`, 
 `callbacks`; docs/extend.md shows each.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,29 +16,39 @@ from torch import Tensor, nn
 from sora_train import checkpoint as checkpoints
 from sora_train import distributed
 from sora_train.card import print_card
+from sora_train.checkpointing import make_saver, measure_space, prepare, record
 from sora_train.config import Config
 from sora_train.data.sample import ClipBatch
 from sora_train.distributed import ControlPlane, World
 from sora_train.ema import Ema
-from sora_train.errors import Fault, Preempted
+from sora_train.ema_snapshots import snapshots_every, write_snapshot
+from sora_train.errors import Preempted
 from sora_train.finish import finish
 from sora_train.health import Health, longest_wait, record_collectives
-from sora_train.initialise import refuse_imported, start_from
+from sora_train.initialise import refuse_imported, source_of, start_from, take_moments
+from sora_train.loss_health import Judge
 from sora_train.metrics import MetricsFile
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
-from sora_train.objectives import Objective, TextToVideoObjective, VaeObjective
+from sora_train.objectives import Objective, Term, TextToVideoObjective, VaeObjective
 from sora_train.optim import build_optimizer, lr_at
+from sora_train.out_of_memory import Work, explained, record_allocations
 from sora_train.parallel.engine import Engine, FsdpEngine, check_kernels
 from sora_train.parallel.mesh import resolve_degrees
+from sora_train.probe import measure_probe
 from sora_train.progress import Progress
+from sora_train.resume import allowed_changes, require_same_spec, restore, starting_point
+from sora_train.rollback import roll_back, take_up
 from sora_train.run_folder import RunFolder
 from sora_train.sample_folder import sample_shape, write_samples
 from sora_train.specification import build_spec
+from sora_train.spikes import record_spike
 from sora_train.tracking import start_tracker
-from sora_train.training_data import TrainingData, data_step_of
+from sora_train.training_data import TrainingData
 from sora_train.validate import validated_kinds, validation_loss, validation_psnr
 
+Parts = dict[str, Term]
+"""The terms of one micro-batch, without what a backward pass would need."""
 Callback = Callable[["Trainer", dict[str, float]], None]
 
 
@@ -63,8 +72,10 @@ class Trainer:
     samples_seen: int
     dropped: int
     captions_cut: int
+    judge: Judge
+    """Whether a step is to be taken."""
     owed: list[str]
-    """What the last step still asks for, in order: `validation`, `row`, `save`, `samples`."""
+    """What the last step still asks for, in order: `validation`, `row`, `snapshot`, `save`, `samples`."""
     row: dict[str, float]
     """The last step's metrics."""
 
@@ -86,21 +97,33 @@ class Trainer:
         self.control = ControlPlane(self.world, wait)
         self.folder = self.control.together(lambda: RunFolder(cfg, is_main=self.world.is_main))
         self.step = self.data_step = self.samples_seen = self.dropped = self.captions_cut = 0
+        self.judge = Judge(cfg.loss_health)
         self.row, self.owed = {}, ["samples"]
         self.saved: tuple[int, list[str]] | None = None
         self.metrics: MetricsFile | None = None
         self.called: list[Callback] = []
+        self.probe: dict[str, Any] | None = None
         self.started = time.monotonic()
+        record_allocations(cfg, self.world)
         self.health = Health(cfg.health, self.control, self.folder.path, self.decoder_stacks)
-        with self.health.building():
-            self.build()
+        try:
+            with self.health.building():
+                self.saver = make_saver(cfg, self.folder, self.control)
+                self.build()
+                self.space = measure_space(self)
+        except BaseException:
+            # Whoever starts again in this process finds no lock, no decode process and no group left.
+            self.close()
+            raise
 
     def build(self) -> None:
         """Make the parts, and bring them to where the run folder stands."""
         cfg = self.cfg
-        self.resumed = self.newest_checkpoint() if cfg.checkpoint.resume == "auto" else None
-        self.state_before = self.resumed.state() if self.resumed else None
+        self.start = starting_point(cfg, self.folder, self.control)
+        self.state_before = self.start.state if self.start else None
         refuse_imported(cfg.run.dir, self.state_before)
+        changed = allowed_changes(cfg, self.start.state) if self.start else []
+        self.folder.record(cfg, self.world.size, self.start.forked_from if self.start else "")
 
         model = self.build_model()
         self.vae = (
@@ -111,17 +134,26 @@ class Trainer:
         self.params = sum(
             parameter.numel() for parameter in model.parameters() if parameter.requires_grad
         )
-        if cfg.init.run and self.resumed is None:
-            start_from(cfg, model, self.vae)
+        source: object = None
+        if cfg.init.run and self.start is None:
+            # Another run may be writing there: what rank 0 sees holds for all.
+            source = self.control.broadcast(self.control.together(lambda: source_of(cfg)))
+            assert isinstance(source, checkpoints.Checkpoint)
+            start_from(cfg, model, self.vae, source)
         self.spec = build_spec(cfg, self.vae, model)
+        if self.start:
+            require_same_spec(self.spec.to_dict() if self.spec else None, self.start)
         self.data = self.build_data(model)
         self.cfg = cfg = self.data.with_steps(cfg)
         self.objective = self.build_objective()
         self.engine = FsdpEngine(
             model, cfg, self.world, lambda named: build_optimizer(named, cfg.optim)
         )
-        self.ema = Ema(self.engine.model, cfg.ema.decay)
-        self.resume()
+        if isinstance(source, checkpoints.Checkpoint) and cfg.init.optimizer:
+            take_moments(source, self.engine.optimizer_state())
+        self.ema = Ema(self.engine.model, cfg.ema.decay, cfg.ema.more, cfg.ema.post_hoc)
+        if self.start:
+            restore(self, self.start, changed)
 
     # --- what a project of one's own may replace ---
 
@@ -150,18 +182,22 @@ class Trainer:
 
     def train(self) -> None:
         """Train to `train.steps` (those of `train.epochs`), from step 0 or from where the run folder stands."""
-        print_card(self)
         if self.cfg.dry_run:
+            print_card(self)
             return self.close()
         with self.running(), self.progress() as progress:
+            prepare(self)
             while self.step < self.cfg.train.steps or self.owed:
                 if not self.owed:
                     self.row = self.train_step()
                     self.owed = self.due()
+                    if self.judge.exhausted:
+                        roll_back(self)
                 self.pay()
                 progress.update(self.step, **headline(self.row))
                 self.health.leave_if_told()
-            finish(self)
+            with self.health.phase("finish"):
+                finish(self)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over this step's slots of the tape; returns the step's metrics.
@@ -173,21 +209,19 @@ class Trainer:
         began = time.monotonic()
         batches, weights, error = self.read()
         totals, waited = self.announce(batches, weights, error)
-        sums = dict.fromkeys(totals, 0.0)
+        parts: list[Parts] = []
         with self.health.phase("compute", rows_of(batches)):
             for i, batch in enumerate(batches):
-                terms = self.objective.terms(self.engine.model, batch)
-                scaled = [term.sum / max(totals[name], 1.0) for name, term in terms.items()]
-                loss: Tensor = torch.stack(scaled).sum()
-                self.engine.backward(loss, last=i == len(batches) - 1)
-                for name, term in terms.items():
-                    sums[name] += float(term.sum.detach())
+                with explained(self.work(batch, "forward and backward"), self.cfg, self.world):
+                    terms = self.objective.terms(self.engine.model, batch)
+                    scaled = [term.sum / max(totals[name], 1.0) for name, term in terms.items()]
+                    loss: Tensor = torch.stack(scaled).sum()
+                    self.engine.backward(loss, last=i == len(batches) - 1)
+                parts.append(detached(terms))
             grad_norm = self.engine.gradient_norm()
-        row = self.measure(batches, sums, totals, grad_norm)
-        self.require_finite(row)
+        row = self.measure(batches, parts, totals, grad_norm)
         with self.health.phase("update"):
-            self.engine.step(row["train/lr"], grad_norm)
-            self.ema.update(self.engine.model, self.step)
+            self.update(row, grad_norm, batches, parts, totals)
         self.step += 1
         self.data_step += 1
         return self.timed(row, waited, began)
@@ -196,7 +230,7 @@ class Trainer:
 
     def read(self) -> tuple[list[ClipBatch], list[dict[str, float]], Exception | None]:
         """This rank's micro-batches and their weights, or the weights of an idle slot and what went wrong."""
-        with self.health.phase("data"):
+        with self.health.phase("data", self.data.rows_at(self.data_step)):
             try:
                 batches = self.data.step(self.data_step)
                 return batches, [self.objective.weights(batch) for batch in batches], None
@@ -211,60 +245,89 @@ class Trainer:
         names = list(weights[0])
         mine = [sum(weight[name] for weight in weights) for name in names]
         *totals, waited = self.health.exchange(
-            [*mine, self.data.take_wait_seconds()], error, slots=len(batches)
+            [*mine, self.data.take_wait_seconds()], error or self.saver.poll(), slots=len(batches)
         )
         return dict(zip(names, totals, strict=True)), waited / self.world.size
 
     def measure(
         self,
         batches: list[ClipBatch],
-        sums: dict[str, float],
+        parts: list[Parts],
         totals: dict[str, float],
         grad_norm: float,
     ) -> dict[str, float]:
         """Sum the step's numbers over the ranks and name them (docs/metrics.md); the same on every rank."""
+        sums = dict.fromkeys(totals, 0.0)
+        for terms in parts:
+            for name, term in terms.items():
+                sums[name] += float(term.sum)
         mine = [
             *sums.values(),
             sum(batch.weight for batch in batches),
             sum(batch.weight * self.data.tokens_of(batch.micro_batch.bucket) for batch in batches),
             sum(len(batch.failures) for batch in batches),
             self.take_captions_cut(),
+            self.engine.recompiles() or 0,
+            grad_norm,
         ]
-        *term_sums, clips, tokens, failed, cut = self.health.exchange(mine)
-        terms = {
+        *term_sums, clips, tokens, failed, cut, recompiles, norms = self.health.exchange(mine)
+        losses = {
             name: total / max(totals[name], 1.0)
             for name, total in zip(sums, term_sums, strict=True)
         }
-        self.samples_seen += int(clips)
         self.dropped += int(failed)
         self.captions_cut += int(cut)
         return {
-            "train/loss": sum(terms.values()),
-            **{f"train/loss/{name}": value for name, value in terms.items()},
-            "train/grad_norm": grad_norm,
+            "train/loss": sum(losses.values()),
+            **{f"train/loss/{name}": value for name, value in losses.items()},
+            # A mean of equal numbers, so that whatever is decided by it is decided alike.
+            "train/grad_norm": norms / self.world.size,
             "train/lr": lr_at(self.step, self.cfg.train.steps, self.cfg.optim),
             "train/tokens_per_second": tokens,
             "train/clips": clips,
-            "train/samples_seen": float(self.samples_seen),
+            "train/data_step": float(self.data_step + 1),
             "train/epoch": self.data.epoch_at(self.data_step + 1),
             "train/dropped": float(self.dropped),
             "train/captions_cut": float(self.captions_cut),
+            **({} if self.engine.recompiles() is None else {"train/recompiles": recompiles}),
         }
 
-    def require_finite(self, row: dict[str, float]) -> None:
-        """Raises Fault if loss or gradient is not finite; nothing was changed by this step."""
-        loss, grad_norm = row["train/loss"], row["train/grad_norm"]
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise Fault(
-                f"step {self.step}: loss {loss} and gradient norm {grad_norm} are not both finite; the last "
-                f"checkpoint is sound, lower optim.lr ({self.cfg.optim.lr}) or look at the clips of this step"
-            )
+    def update(
+        self,
+        row: dict[str, float],
+        grad_norm: float,
+        batches: list[ClipBatch],
+        parts: list[Parts],
+        totals: dict[str, float],
+    ) -> None:
+        """Change the weights and their average, or skip a step that all ranks judge to be bad."""
+        verdict, clips = (
+            self.judge.verdict(row["train/loss"], row["train/grad_norm"]),
+            row["train/clips"],
+        )
+        if verdict.bad:
+            self.engine.skip()
+            self.objective.skip()
+            record_spike(self, verdict, batches, parts, totals)
+            self.judge.skip(int(clips))
+            return
+        with explained(self.work(batches[-1], "the update"), self.cfg, self.world):
+            row |= self.objective.step()
+            self.engine.step(row["train/lr"], grad_norm)
+        self.ema.update(self.engine.model, self.step)
+        self.judge.accept(verdict.loss, verdict.grad_norm)
+        self.samples_seen += int(clips)
+
+    def work(self, batch: ClipBatch, doing: str) -> Work:
+        return Work(self.step + 1, doing, batch, self.data.tokens_of(batch.micro_batch.bucket))
 
     def timed(self, row: dict[str, float], waited: float, began: float) -> dict[str, float]:
         """The step's metrics with its times."""
         seconds = time.monotonic() - began
         self.health.stepped(seconds, self.step)
         return row | {
+            **self.judge.metrics(),
+            "train/samples_seen": float(self.samples_seen),
             "train/step_seconds": seconds,
             "train/data_wait": waited / seconds,
             "train/tokens_per_second": row["train/tokens_per_second"] / seconds,
@@ -278,6 +341,7 @@ class Trainer:
         every = self.cfg.validation.every
         due = ["validation"] if every and (last or self.step % every == 0) else []
         due.append("row")
+        due += ["snapshot"] if self.falls_on(snapshots_every(self.cfg)) else []
         due += ["save"] if self.falls_on(self.cfg.checkpoint.every) else []
         return due + (["samples"] if self.falls_on(self.cfg.sample.every) else [])
 
@@ -295,6 +359,8 @@ class Trainer:
                     self.record()
                 case "samples":
                     self.write_samples()
+                case "snapshot":
+                    write_snapshot(self)
                 case "save":
                     # The checkpoint itself is not owed to whoever goes on from it.
                     self.owed = self.owed[1:]
@@ -317,26 +383,37 @@ class Trainer:
         """Inside the block the run is recorded; whatever ends it, it ends in order and no rank waits for another."""
         tracker = None
         try:
+            print_card(self)
             self.called = self.callbacks()
             if self.world.is_main:
+                self.folder.record_part(self.cfg, self.step, self.world.size)
                 written = self.step - ("row" in self.owed)
                 self.metrics = MetricsFile(self.folder.metrics, resume_step=written)
                 tracker = start_tracker(self.cfg.tracker, self.folder.path)
-            yield
+            with self.health.phase("loop"):
+                yield
         except Preempted as notice:
             self.save()
+            self.commit()
+            if tracker:
+                tracker.let_go()
             raise Preempted(
                 f"{notice}: step {self.step} is saved in {self.folder.checkpoints}"
             ) from notice
         except BaseException as error:
-            self.health.failed(error)
+            told = distributed.lost_peer(error)
+            self.health.failed(told or error)
+            if told:
+                raise told from error
             raise
         finally:
-            if self.metrics:
-                self.metrics.close()
-            if tracker:
-                tracker.finish()
-            self.close()
+            with ExitStack() as ending:
+                # In the reverse order; the tracker last, so that no other rank waits meanwhile.
+                if tracker:
+                    ending.callback(tracker.finish)
+                ending.callback(self.close)
+                if self.metrics:
+                    ending.callback(self.metrics.close)
 
     def progress(self) -> Progress:
         return Progress(
@@ -387,71 +464,76 @@ class Trainer:
             "samples_seen": self.samples_seen,
             "dropped": self.dropped,
             "captions_cut": self.captions_cut,
+            "judge": self.judge.state(),
             "owed": self.owed,
             "row": self.row,
             "task": self.cfg.task,
             "config": self.cfg.model_dump(mode="json"),
             "spec": self.spec.to_dict() if self.spec else None,
+            "objective": self.objective.facts(),
             "sample_shape": asdict(sample_shape(self)),
             "manifest_digest": self.data.sources.digest(),
             "stocks": [asdict(stock) for stock in self.data.sources.stocks],
             "quarantine": self.data.loader.quarantine.lines(),
+            "epoch": self.data.epoch_at(self.data_step),
+            "plan": self.data.plan_digest(self.data_step * self.data.micro_batches),
+            "forked_from": self.start.forked_from if self.start else "",
+            "probe": self.probe,
             "versions": checkpoints.state_versions(),
+            **record(self),
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        return checkpoints.canonical(
+        named = checkpoints.canonical(
             self.engine.model_state(), self.engine.optimizer_state(), self.ema.state()
         )
+        return named | self.ema.further_state() | self.objective.tensors()
 
     def save(self) -> None:
-        """Commit a checkpoint of this moment, unless the newest one is of it already."""
+        """Save this moment, unless the newest checkpoint is of it already; `commit` waits for it."""
         if self.saved == (self.step, self.owed):
             return
         with self.health.phase("save"):
-            checkpoints.save(
-                self.folder.checkpoints, self.step, self.tensors(), self.state(), self.control
-            )
-            if self.world.is_main:
-                checkpoints.prune(self.folder.checkpoints, self.cfg.checkpoint.keep_last)
+            self.probe = measure_probe(self)
+            self.saver.save(self.step, self.tensors(), self.state())
         self.saved = (self.step, self.owed)
 
-    def newest_checkpoint(self) -> checkpoints.Checkpoint | None:
-        """The newest complete checkpoint of the run folder, as rank 0 sees it."""
-        found = checkpoints.list_checkpoints(self.folder.checkpoints) if self.world.is_main else []
-        newest = self.control.broadcast(found[-1] if found else None)
-        assert newest is None or isinstance(newest, checkpoints.Checkpoint)
-        return newest
+    def commit(self) -> None:
+        """Until the last save is a checkpoint. Raises Fault, on all ranks, if it cannot be."""
+        with self.health.phase("save"):
+            self.saver.wait()
 
-    def resume(self) -> None:
-        """Go on from the newest complete checkpoint of the run folder, if there is one."""
-        state = self.state_before
-        if self.resumed is None or state is None:
-            return
-        self.data.sources.require_following(state)
-        checkpoints.load(self.resumed, self.tensors(), self.control)
-        self.data.loader.quarantine.restore(state["quarantine"], record=self.world.is_main)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what a checkpoint says beside its tensors."""
         self.step, self.samples_seen, self.dropped = (
             state["step"],
             state["samples_seen"],
             state["dropped"],
         )
-        self.data_step = data_step_of(state)
-        # Checkpoints of before they were kept have none of these.
-        self.captions_cut = state.get("captions_cut", 0)
-        self.owed, self.row = state.get("owed", []), state.get("row", {})
+        self.data_step, self.captions_cut = state["data_step"], state["captions_cut"]
+        self.owed, self.row = state["owed"], state["row"]
         self.saved = (self.step, self.owed)
         self.health.step = self.step
+        self.judge.load(state["judge"])
+        take_up(self, state)
 
     def decoder_stacks(self) -> str:
         """What the decode processes are doing."""
         return self.data.loader.stacks() if hasattr(self, "data") else ""
 
     def close(self) -> None:
-        self.data.close()
+        with self.health.phase("closing"):
+            if hasattr(self, "saver"):
+                self.saver.close()
+            if hasattr(self, "data"):
+                self.data.close()
         self.health.stop()
         self.folder.close()
         distributed.stop(self.world)
+
+
+def detached(terms: dict[str, Term]) -> Parts:
+    return {name: replace(term, sum=term.sum.detach()) for name, term in terms.items()}
 
 
 def rows_of(batches: list[ClipBatch]) -> list[int]:

@@ -1,27 +1,30 @@
 """Assembles what a run trains on: sources, buckets, the tape, stored latents and held-out clips."""
 
+import hashlib
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from sora_train import notices
 from sora_train.config import Config
 from sora_train.data.buckets import Assignment, BucketSpec
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.plan import Tape, require_efficiency
-from sora_train.data.sample import Bucket, Clip, ClipBatch
+from sora_train.data.sample import Bucket, Clip, ClipBatch, Failure
 from sora_train.data.splice import Splice
 from sora_train.distributed import ControlPlane, World
 from sora_train.encoding import CacheFiller, fill_cache, open_caches, open_filler
-from sora_train.models.text_to_video import TextToVideo
+from sora_train.errors import Fault, Preempted
 from sora_train.models.vae import VideoVAE
 from sora_train.objectives import to_pixels
-from sora_train.run_folder import RunFolder
 from sora_train.training_plan import (
     assigned,
     bucket_table,
@@ -33,6 +36,12 @@ from sora_train.training_plan import (
     token_counter,
 )
 from sora_train.training_sources import Sources, Stock, open_together
+
+
+class HasPath(Protocol):
+    """The folder of a run, or what stands for it."""
+
+    path: Path
 
 
 @dataclass
@@ -57,16 +66,17 @@ class TrainingData:
         cls,
         cfg: Config,
         vae: VideoVAE,
-        model: nn.Module,
+        model: nn.Module | None,
         world: World,
         control: ControlPlane,
-        folder: RunFolder,
+        folder: "HasPath",
         state: Mapping[str, Any] | None = None,
     ) -> "TrainingData":
         """Open the sources, plan the tape, encode what is to be cached.
 
         `state` is that of the checkpoint the run goes on from: rows keep their numbers, and what the
-        sources have gained since then joins at the end of the epoch.
+        sources have gained since then joins at the end of the epoch. Without a model nothing can be
+        trained on what is built, only looked at.
 
         Raises:
             UserError: no such source, no caption, no clip that fits a bucket, too many dropped, or
@@ -76,13 +86,13 @@ class TrainingData:
         stocks = Stock.listed(state) if state else []
         sources = open_together(cfg, world, control, folder.path, stocks)
         train = sources.train
-        reads_vae_latents = isinstance(model, TextToVideo)
+        reads_vae_latents = cfg.task == "text_to_video"
         patch = cfg.model.patch_size if reads_vae_latents else (1, 1, 1)
         table = bucket_table(cfg, vae, patch)
         tokens_of = token_counter(vae, patch)
         sources, tape, assignment = plan(
             cfg, sources, table, tokens_of, cost_model(cfg, model),
-            memory=memory_cap(cfg, vae, tokens_of), step=data_step_of(state),
+            memory=memory_cap(cfg, vae, tokens_of), step=state["data_step"] if state else 0,
         )  # fmt: skip
         vae_digest = vae.digest()
         for manifest in (train, sources.val):
@@ -96,10 +106,15 @@ class TrainingData:
         )  # fmt: skip
         filler = open_filler(cfg, loader, vae, world.device, caches)
         if filler is not None and cfg.data.cache == "latents":
-            fill_cache(filler, world, "encoding clips")
-            control.barrier()
+            fill_cache(filler, world, "encoding clips", notices.pending)
+            if control.sum([float(notices.pending())])[0]:
+                raise Preempted(
+                    "told to leave while clips were being encoded; those that are stay, the same command goes on"
+                )
         val_clips = (
-            [] if cfg.dry_run else read_validation(cfg, sources.val, table, vae, reads_vae_latents)
+            []
+            if cfg.dry_run
+            else read_validation(cfg, sources.val, table, vae, reads_vae_latents, control)
         )
         if filler is not None:
             val_clips = [filler.with_text(clip) for clip in val_clips]
@@ -114,6 +129,10 @@ class TrainingData:
         batches = self.loader.step(step)
         self._waited += self.loader.wait_seconds - before
         return batches if self.filler is None else [self.filler.filled(batch) for batch in batches]
+
+    def rows_at(self, step: int) -> list[int]:
+        """The rows that this rank reads in a step."""
+        return self.loader.rows_at(step)
 
     def idle(self, step: int) -> ClipBatch:
         """A micro-batch without clips, as a rank holds that has nothing to do in a step."""
@@ -131,6 +150,15 @@ class TrainingData:
     def epoch_at(self, step: int) -> float:
         """Epochs begun and done before a step."""
         return self.tape.epochs_before(step * self.micro_batches)
+
+    def plan_digest(self, index: int) -> str:
+        """Names the plan of the epoch that micro-batch `index` belongs to: which rows, in which micro-batches."""
+        part = self.tape.at(index)
+        epoch = part.epoch((index - part.first) // part.per_epoch)
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (epoch.rows, epoch.starts, epoch.bucket):
+            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        return digest.hexdigest()
 
     def with_steps(self, cfg: Config) -> Config:
         """The config with `train.epochs` told in steps, which the learning rate and the end go by."""
@@ -169,13 +197,43 @@ class TrainingData:
         self.loader.close()
 
 
-def data_step_of(state: Mapping[str, Any] | None) -> int:
-    """The step of the tape that a checkpoint's next step reads; older checkpoints have skipped nothing."""
-    return state.get("data_step", state["step"]) if state else 0
+def without_failed(
+    cfg: Config,
+    manifest: Manifest,
+    clips: list[Clip],
+    failures: list[Failure],
+    control: ControlPlane,
+) -> list[Clip]:
+    """The clips that no rank failed to decode, so that all ranks hold the same; the others are named.
+
+    Raises Fault where they are more than `data.max_drop_fraction`.
+    """
+    mine = {failure.row: f"{failure.reason}, {failure.detail}" for failure in failures}
+    failed: dict[int, str] = {}
+    for found in control.gather_objects(mine):
+        assert isinstance(found, dict)
+        failed |= found
+    if not failed:
+        return clips
+    named = "; ".join(f"{manifest.key[row]}: {why}" for row, why in list(failed.items())[:3])
+    share = len(failed) / (len(clips) + len(mine))
+    if share > cfg.data.max_drop_fraction:
+        raise Fault(
+            f"{share:.1%} of the held-out clips do not decode, more than data.max_drop_fraction="
+            f"{cfg.data.max_drop_fraction:g} ({named}); mend or remove them"
+        )
+    if control.world.is_main:
+        print(f"held-out clips left out: {len(failed)} ({named})", file=sys.stderr, flush=True)
+    return [clip for clip in clips if clip.row not in failed]
 
 
 def read_validation(
-    cfg: Config, manifest: Manifest, table: list[BucketSpec], vae: VideoVAE, with_latents: bool
+    cfg: Config,
+    manifest: Manifest,
+    table: list[BucketSpec],
+    vae: VideoVAE,
+    with_latents: bool,
+    control: ControlPlane,
 ) -> list[Clip]:
     """The held-out clips that fit a bucket, decoded once, with their main captions; their latents too
     where a VAE is frozen.
@@ -193,7 +251,8 @@ def read_validation(
     device = next(vae.parameters()).device
     data = data_as_read(cfg).model_copy(update={"max_drop_fraction": 1.0, "caption_weights": {}})
     with Loader(manifest, tape, cfg.buckets, data, seed=cfg.seed, micro_batches=1) as loader:
-        clips, _ = loader.decode_rows(rows.tolist())
+        clips, failures = loader.decode_rows(rows.tolist())
+    clips = without_failed(cfg, manifest, clips, failures, control)
     if not with_latents:
         return clips
     with torch.no_grad():

@@ -82,7 +82,7 @@ def require_stored(
     table: list[BucketSpec],
     vae: VideoVAE,
     vae_digest: str,
-    model: nn.Module,
+    model: nn.Module | None,
 ) -> None:
     """Raises UserError where latents or embeddings of the shards are not those of this run's networks."""
     data = data_as_read(cfg)
@@ -238,6 +238,7 @@ def memory_cap(
     fixed = sizes_in_memory.fixed_bytes(
         cfg.model, cfg.text, cfg.parallel,
         w=w, moments=2 if cfg.optim.name == "adamw" else 0, micro_batches=cfg.train.micro_batches,
+        averages=1 + len(cfg.ema.more) + len(cfg.ema.post_hoc),
     )  # fmt: skip
     return MemoryCap(cfg.data.memory_gb * GB, fixed, of_clip)
 

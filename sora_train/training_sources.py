@@ -145,10 +145,11 @@ def _stock_now(opened: Mapping[str, Manifest], stocks: Sequence[Stock]) -> tuple
     if not stocks:
         return (Stock(0, rows, {name: manifest.digest() for name, manifest in opened.items()}),)
     last = stocks[-1]
-    if last.rows.keys() != opened.keys():
+    # Rows are numbered source by source, so the order counts.
+    if list(last.rows) != list(opened):
         raise UserError(
             f"this run was trained on the sources {', '.join(last.rows)} so far, now they are "
-            f"{', '.join(opened)}; name them as before, or start anew in another run.dir"
+            f"{', '.join(opened)}; name them as before, in that order, or start anew in another run.dir"
         )
     for name, manifest in opened.items():
         known = last.rows[name]

@@ -164,7 +164,19 @@ class Watchdog:
             os._exit(EXIT_FAULT)
 
     def _expire(self, beat: Beat) -> None:
-        """Tell what hangs and end the process; the first rank that is late writes the report for all."""
+        """Tell what hangs and end the process, whatever becomes of the telling."""
+        try:
+            print(
+                f"rank {self.rank}: phase `{beat.phase}` of step {beat.step} is late or another rank's is",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._tell(beat)
+        finally:
+            os._exit(EXIT_FAULT)
+
+    def _tell(self, beat: Beat) -> None:
+        """The first rank that is late writes the report for all, the others what they do."""
         write_beat(self._path("rank"), beat)
         try:
             (self.folder / "late").touch(exist_ok=False)
@@ -173,11 +185,9 @@ class Watchdog:
             first = False
         self._write_stacks()
         if first:
-            said = self._report(beat)
-            print(f"error: {said}", file=sys.stderr, flush=True)
+            print(f"error: {self._report(beat)}", file=sys.stderr, flush=True)
         else:
             time.sleep(ANSWER_SECONDS + POLL_SECONDS)
-        os._exit(EXIT_FAULT)
 
     def _write_stacks(self) -> None:
         faulthandler.dump_traceback(self._stacks, all_threads=True)

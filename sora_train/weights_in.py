@@ -43,33 +43,29 @@ def import_pipeline(
     out: Path,
     shape: ClipShape,
     *,
+    base: Path | None = None,
     mask_channel: bool = False,
     fps_embed: bool = False,
 ) -> str:
     """Write the run folder `out` with a checkpoint of step 0; returns the report, in lines.
 
-    `shape` is what is sampled where no size is asked for. `mask_channel` and `fps_embed` add the extras,
+    `shape` is what is sampled where no size is asked for. `base` is the pipeline that VAE, text encoder and
+    scheduler come from when `source` is a transformer alone. `mask_channel` and `fps_embed` add the extras,
     at zero, so that the model still computes what it did. Raises UserError where the folder is not such
     a pipeline, something is missing from it, or `out` is not empty.
     """
-    if source.name == "transformer" and (source.absolute().parent / "model_index.json").is_file():
-        source = source.absolute().parent
-    if not (source / "model_index.json").is_file():
-        raise UserError(
-            f"{source} holds no model_index.json; give a pipeline's folder in the diffusers layout (transformer, vae, "
-            "text_encoder, tokenizer, scheduler)"
-        )
+    transformer, source = _transformer_and_rest(source, base)
     _require_one_transformer(source)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder or empty it")
     extras = {"mask_channel": mask_channel, "fps_embed": fps_embed}
-    cfg = _config(source, out, extras)
-    stored = StoredWeights(source / "transformer")
-    shapes, report = _check(source / "transformer", stored, cfg)
+    cfg = _config(transformer, source, out, extras)
+    stored = StoredWeights(transformer)
+    shapes, report = _check(transformer, stored, cfg)
     vae = VideoVAE.from_config(cfg.vae)
     if vae.channels != cfg.model.velocity_channels or vae.channels != cfg.model.in_channels:
         raise UserError(
-            f"{source}/transformer takes {cfg.model.in_channels} channels and makes "
+            f"{transformer} takes {cfg.model.in_channels} channels and makes "
             f"{cfg.model.velocity_channels}, but the latents of {source}/vae have {vae.channels}; what can be "
             "imported is a text-to-video pipeline"
         )
@@ -84,7 +80,7 @@ def import_pipeline(
             "step": 0, "samples_seen": 0, "dropped": 0, "task": cfg.task,
             "config": cfg.model_dump(mode="json"), "spec": spec.to_dict(),
             "sample_shape": asdict(shape), "manifest_digest": "", "stocks": [], "quarantine": [],
-            "versions": checkpoints.state_versions(), "imported_from": str(source),
+            "versions": checkpoints.state_versions(), "imported_from": str(transformer if base else source),
         }  # fmt: skip
         _save(partial / "checkpoints", stored, shapes, state)
         if out.exists():
@@ -93,6 +89,39 @@ def import_pipeline(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return "\n".join([*report, f"wrote {out}", f'next: sora sample --ckpt {out} --prompt "..."'])
+
+
+def _transformer_and_rest(source: Path, base: Path | None) -> tuple[Path, Path]:
+    """The folder of the transformer, and that of the pipeline which has all else."""
+    if base is None and source.name == "transformer":
+        above = source.absolute().parent
+        source = above if (above / "model_index.json").is_file() else source
+    whole = (source / "model_index.json").is_file()
+    places = [source, source / "transformer"]
+    alone = [place for place in places if (place / "config.json").is_file() and not whole]
+    if not (whole or alone):
+        raise UserError(
+            f"{source} holds no model_index.json and no config.json; give a pipeline's folder in the diffusers layout "
+            "(transformer, vae, text_encoder, tokenizer, scheduler), or a transformer's and the pipeline of its VAE "
+            "and text encoder as --base"
+        )
+    if alone and base is None:
+        raise UserError(
+            f"{source} is a transformer alone; name the pipeline whose VAE, text encoder, tokenizer and scheduler go "
+            "with it, such as --base Wan2.1-T2V-1.3B-Diffusers"
+        )
+    if base is None:
+        return source / "transformer", source
+    if whole:
+        raise UserError(
+            f"--base {base} is for a transformer alone, and {source} is a whole pipeline; leave it out, or give "
+            f"{source}/transformer"
+        )
+    if not (base / "model_index.json").is_file():
+        raise UserError(
+            f"--base {base} holds no model_index.json; give a pipeline's folder in the diffusers layout"
+        )
+    return alone[0], base
 
 
 def _require_one_transformer(source: Path) -> None:
@@ -105,11 +134,9 @@ def _require_one_transformer(source: Path) -> None:
         )
 
 
-def _config(source: Path, out: Path, extras: Mapping[str, bool]) -> Config:
-    """The config of a run that has this model, this VAE, this text encoder and this scheduler."""
-    model = model_values(
-        _json(source / "transformer" / "config.json"), f"{source}/transformer/config.json"
-    )
+def _config(transformer: Path, source: Path, out: Path, extras: Mapping[str, bool]) -> Config:
+    """The config of a run that has this model, and the pipeline's VAE, text encoder and scheduler."""
+    model = model_values(_json(transformer / "config.json"), f"{transformer}/config.json")
     text = _json(source / "text_encoder" / "config.json")
     if text.get("model_type") != "umt5":
         raise UserError(

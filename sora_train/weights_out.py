@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
 from sora_train import checkpoint as checkpoints
 from sora_train.api import Looked, look
@@ -29,6 +27,7 @@ from sora_train.models.vae import VideoVAE
 from sora_train.models.vae_table import WAN
 from sora_train.models.wan_layout import CLASS_NAME, wan_arguments
 from sora_train.progress import Progress
+from sora_train.stored_tensors import StoredTensors
 
 WEIGHTS = "diffusion_pytorch_model"
 EXTRAS = ("mask_proj.weight", "fps_proj.weight")
@@ -52,8 +51,10 @@ def export_pipeline(
     """
     looked = look(run, step)
     _require(looked, fps)
+    StoredTensors(looked.found).prefix(weights)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder or empty it")
+    vae = _vae(looked, run)
     checkpoints.verify(looked.found)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -61,16 +62,6 @@ def export_pipeline(
     try:
         partial.mkdir()
         notes = _write_transformer(looked, weights, fps, partial / "transformer", max_shard_bytes)
-        vae = VideoVAE.from_config(looked.cfg.vae)
-        if vae.digest() != looked.spec.vae_digest:
-            raise UserError(
-                f"vae.path={looked.cfg.vae.path!r} no longer holds the VAE that {run} was trained with; restore it"
-            )
-        if vae.kind.class_name != WAN:
-            raise UserError(
-                f"vae.path={looked.cfg.vae.path!r} is an {vae.kind.class_name}, and WanPipeline decodes with {WAN}; "
-                "such a run cannot be exported"
-            )
         vae.save(partial / "vae")
         _write_text_encoder(looked, weights, partial)
         scheduler = _write_scheduler(looked, vae, partial / "scheduler")
@@ -119,6 +110,29 @@ def _require(looked: Looked, fps: float | None) -> None:
         )
     if not cfg.model.qk_norm:
         raise UserError("model.qk_norm=false cannot be exported: diffusers' class always has it")
+    if spec.conditioning and not dict(spec.conditioning).get("t2v"):
+        kinds = ", ".join(kind for kind, share in spec.conditioning if share)
+        told = " through mask_proj" if cfg.model.mask_channel else ""
+        raise UserError(
+            f"objective.conditioning has trained no text to video, which is all that WanPipeline does, but {kinds}"
+            f"{told}; sample with `sora sample --op`, or train on with shares of less than 1 in sum and export that"
+        )
+
+
+def _vae(looked: Looked, run: Path) -> VideoVAE:
+    """The run's VAE. Raises UserError when it is another than in training, or not the pipeline's."""
+    path = looked.cfg.vae.path
+    vae = VideoVAE.from_config(looked.cfg.vae)
+    if vae.digest() != looked.spec.vae_digest:
+        raise UserError(
+            f"vae.path={path!r} no longer holds the VAE that {run} was trained with; restore it"
+        )
+    if vae.kind.class_name != WAN:
+        raise UserError(
+            f"vae.path={path!r} is an {vae.kind.class_name}, and WanPipeline decodes with {WAN}; such a run cannot "
+            "be exported: sample with `sora sample`, or train one with a VAE of that class"
+        )
+    return vae
 
 
 # -- transformer ----------------------------------------------------------------------------------
@@ -128,14 +142,9 @@ def _write_transformer(
     looked: Looked, weights: str, fps: float | None, folder: Path, max_shard_bytes: int
 ) -> list[str]:
     """config.json, the shards and their index; returns what became of the extras."""
-    prefix = {"ema": "ema.", "live": "model."}[weights] + "transformer."
-    reader = FileSystemReader(looked.found.path)
-    stored = reader.read_metadata().state_dict_metadata
-    shapes = {
-        key.removeprefix(prefix): torch.Size(entry.size)
-        for key, entry in stored.items()
-        if key.startswith(prefix)
-    }
+    stored = StoredTensors(looked.found)
+    prefix = stored.prefix(weights) + "transformer."
+    shapes = {name: torch.Size(stored.shapes[f"{prefix}{name}"]) for name in stored.names(prefix)}
     wanted = {name: shape for name, shape in shapes.items() if name not in EXTRAS}
     _require_same(wanted, _expected(looked))
     folder.mkdir()
@@ -145,9 +154,9 @@ def _write_transformer(
     index: dict[str, str] = {}
     with Progress(len(wanted), "writing the transformer") as progress:
         for number, names in enumerate(shards, start=1):
-            tensors = _read(looked, prefix, {name: wanted[name] for name in names})
+            tensors = _read(stored, prefix, names)
             if fps is not None and TIME_BIAS in tensors:
-                extra = _read(looked, prefix, {"fps_proj.weight": shapes["fps_proj.weight"]})
+                extra = _read(stored, prefix, ["fps_proj.weight"])
                 tensors[TIME_BIAS] += fps_offset(extra["fps_proj.weight"], fps)
             file = (
                 f"{WEIGHTS}.safetensors"
@@ -166,6 +175,11 @@ def _write_transformer(
     notes = [f"transformer: {len(wanted)} weights in {len(shards)} file(s)"]
     if "mask_proj.weight" in shapes:
         notes.append("left out mask_proj: text to video gives no frame, so it adds zero")
+        kinds = [kind for kind, share in looked.spec.conditioning if kind != "t2v" and share]
+        if kinds:
+            notes.append(
+                f"WanPipeline does text to video alone; {', '.join(kinds)} stay with `sora sample --op`"
+            )
     if fps is not None:
         notes.append(f"folded fps_proj at {fps:g} frames a second into {TIME_BIAS}")
     return notes
@@ -210,10 +224,9 @@ def _shards(shapes: Mapping[str, torch.Size], most: int) -> list[list[str]]:
     return shards
 
 
-def _read(looked: Looked, prefix: str, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    tensors = {f"{prefix}{name}": torch.empty(shape) for name, shape in shapes.items()}
-    dcp.load(tensors, storage_reader=FileSystemReader(looked.found.path), no_dist=True)
-    return {key.removeprefix(prefix): value for key, value in tensors.items()}
+def _read(stored: StoredTensors, prefix: str, names: list[str]) -> dict[str, Tensor]:
+    found = stored.read(*(f"{prefix}{name}" for name in names))
+    return {key.removeprefix(prefix): value for key, value in found.items()}
 
 
 # -- what stands beside it ------------------------------------------------------------------------
@@ -223,10 +236,11 @@ def _write_text_encoder(looked: Looked, weights: str, folder: Path) -> None:
     encoder = build_text_encoder(looked.cfg.text)
     encoder.init_weights(looked.cfg.seed)
     if looked.cfg.text.trainable:
-        prefix = {"ema": "ema.", "live": "model."}[weights] + "text_encoder."
-        state = {name: value.shape for name, value in encoder.named_parameters()}
+        stored = StoredTensors(looked.found)
+        prefix = stored.prefix(weights) + "text_encoder."
+        names = [name for name, _ in encoder.named_parameters()]
         with torch.no_grad():
-            for name, value in _read(looked, prefix, state).items():
+            for name, value in _read(stored, prefix, names).items():
                 encoder.get_parameter(name).copy_(value)
     elif encoder.digest() != looked.spec.text_digest:
         raise UserError(
@@ -306,7 +320,7 @@ def _card(
     departures: list[str],
 ) -> str:
     cfg, spec, shape = looked.cfg, looked.spec, looked.shape
-    kind = "averaged" if weights == "ema" else "live"
+    kind = {"ema": "averaged", "live": "live"}.get(weights, f"averaged ({weights})")
     sources = ", ".join(source.source for source in cfg.data.sources) or cfg.data.source
     sampler = f"{scheduler['class']}, shift {scheduler['shift']:g}, {spec.num_steps} steps"
     departed = "\n".join(f"- {note}" for note in departures)

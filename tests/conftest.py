@@ -1,14 +1,37 @@
 """What the tests share: a config of seconds, and the folder of real clips."""
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from sora_train.data.manifest import Manifest
 
 # Idle OpenMP threads that spin take the cores from the decode processes beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes_are_rendered_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs of this process that ask for the same rendered clips get copies: equal arguments give equal files."""
+    from sora_train import training_sources
+
+    render, made = training_sources.prepare_shapes, tmp_path_factory.mktemp("shapes")
+
+    def copied(dir: Path | str, **wanted: Any) -> "Manifest":
+        source = render(made, **wanted).root
+        if not (Path(dir) / source.name).exists():
+            shutil.copytree(source, Path(dir) / source.name)
+        return render(dir, **wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_sources, "prepare_shapes", copied)
+        yield
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from sora_train.bench.harness import Measured, Result, Stats
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import Clip
-from sora_train.distributed import pick_device
+from sora_train.distributed import ControlPlane, World, pick_device
 from sora_train.errors import UserError
 from sora_train.models.vae import VideoVAE
 from sora_train.objectives import to_pixels
@@ -79,7 +79,8 @@ def read_held_out(cfg: Config, vae: VideoVAE) -> list[Clip]:
     )
     sources = open_sources(cfg, Path(cfg.run.dir))
     table = bucket_table(cfg, vae, cfg.model.patch_size)
-    found = read_validation(cfg, sources.val, table, vae, with_latents=False)
+    control = ControlPlane(World(0, 1, 0, 1, torch.device("cpu")))
+    found = read_validation(cfg, sources.val, table, vae, False, control)
     if not found:
         raise UserError(
             f"data.source={cfg.data.source} has no held-out clip that fits a bucket; hold some out "

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from sora_train.config.base import Section
 from sora_train.config.data import BucketClass, BucketsConfig, DataConfig, MixConfig, SourceConfig
 from sora_train.config.health import HealthConfig
+from sora_train.config.loss_health import LossHealthConfig
 from sora_train.config.model import ModelConfig, TextConfig, VaeConfig
 from sora_train.config.run import (
     CheckpointConfig,
@@ -18,8 +19,10 @@ from sora_train.config.run import (
     ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
+    ResumeConfig,
     RunConfig,
     SampleConfig,
+    StageConfig,
     TrackerConfig,
     TrainConfig,
     VaeObjectiveConfig,
@@ -38,15 +41,18 @@ __all__ = [
     "HealthConfig",
     "InitConfig",
     "LossConfig",
+    "LossHealthConfig",
     "MixConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ResumeConfig",
     "RunConfig",
     "SampleConfig",
     "Section",
     "SourceConfig",
+    "StageConfig",
     "TextConfig",
     "TrackerConfig",
     "TrainConfig",
@@ -69,6 +75,9 @@ class Config(Section):
     """Print the card (sizes, clips per bucket, memory, time) and stop before step 1."""
     run: RunConfig = RunConfig()
     init: InitConfig = InitConfig()
+    resume: ResumeConfig = ResumeConfig()
+    stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = ()
+    """Runs that follow each other in one folder, each beginning with the weights of the one before."""
     data: DataConfig = DataConfig()
     buckets: BucketsConfig = BucketsConfig()
     model: ModelConfig = ModelConfig()
@@ -76,6 +85,7 @@ class Config(Section):
     text: TextConfig = TextConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     loss: LossConfig = LossConfig()
+    loss_health: LossHealthConfig = LossHealthConfig()
     vae_objective: VaeObjectiveConfig = VaeObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
@@ -95,6 +105,19 @@ class Config(Section):
                 f"loss.reduce={self.loss.reduce} is for task=text_to_video; the autoencoder's loss counts every "
                 "clip alike, so set loss.reduce=per_sample"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _vae_terms_fit_the_run(self) -> "Config":
+        if self.task != "vae":
+            for name in ("lpips", "adversarial"):
+                if getattr(self.vae_objective, name):
+                    raise ValueError(
+                        f"vae_objective.{name}={getattr(self.vae_objective, name):g} is for task=vae, and this run's "
+                        f"is {self.task}; set vae_objective.{name}=0 or task=vae"
+                    )
+        elif self.train.steps:
+            self.vae_objective.require_start_before(self.train.steps)
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ import yaml
 from sora_train.config import Config
 from sora_train.config.compose import DEFAULT, Composed, compose, find_configs, load_yaml
 from sora_train.config.messages import unknown_key
+from sora_train.config.resumption import MEANING, resume_class
 from sora_train.config.schema import MISSING, Key, flatten, keys, plain, sections
 from sora_train.errors import ConfigError
 
@@ -54,6 +55,9 @@ def explain(name: str, composed: Composed[Any]) -> str:
         for part in name.split("."):
             value = getattr(value, part)
         lines.append(f"  value    {scalar(plain(value))}  ({_source(name, composed.sources)})")
+    kind = resume_class(name)
+    if kind is not None:
+        lines.append(f"  resume   {kind}: {MEANING[kind]}")
     return "\n".join(lines) + "\n"
 
 

@@ -42,8 +42,9 @@ class ModelConfig(Section):
     """Softmax core: PyTorch's `sdpa`, or one of its kernels (`flash`, `cudnn`, `math`, `varlen`); the packages of
     flash-attention (`flash2`, `flash3`, `flash4`); plain matrix products (`gemm`); `auto`: gemm for bfloat16 on CPU,
     else sdpa. One that is missing is an error."""
-    compile: Literal["off", "dynamic", "static"] = "off"
-    """torch.compile of every block: `dynamic` compiles once for all clip sizes, `static` once a size."""
+    compile: Literal["auto", "off", "dynamic", "static"] = "auto"
+    """torch.compile of every block: `dynamic` compiles once for all clip sizes, `static` once a size; `auto`: dynamic
+    on a GPU, off on a CPU."""
     mask_channel: bool = False
     """Add `mask_proj`: tells the model which latent frames are given (image to video, extension,
     ...)."""

@@ -1,11 +1,13 @@
 """How a run proceeds: steps, optimizer, weights' average, checkpoints, validation, samples, tracking."""
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sora_train.config.base import Section
 from sora_train.config.data import FloatList, StrList
+from sora_train.errors import ConfigError
 
 
 class RunConfig(Section):
@@ -15,6 +17,8 @@ class RunConfig(Section):
     """`auto` takes the GPU if there is one."""
     deterministic: bool | Literal["auto"] = "auto"
     """Bit-for-bit repeatable kernels; `auto`: on for CPU, off for GPU."""
+    memory_history: bool = False
+    """Record what the GPU's allocator does, and write its snapshot beside the report of a run out of memory."""
     threads: int = Field(0, ge=0)
     """CPU threads of torch in each rank; 0: the cores of the machine shared among its ranks."""
 
@@ -25,6 +29,42 @@ class InitConfig(Section):
     stage before, or what `sora ckpt import` has made."""
     weights: Literal["ema", "live"] = "ema"
     """Its averaged weights, or those as trained."""
+    optimizer: bool = False
+    """Take over its optimizer's moments and step count too; the learning rate's schedule begins anew."""
+
+
+class ResumeConfig(Section):
+    run: str = ""
+    """A run folder, or FOLDER@STEP, that this run is forked from while it has no checkpoint of its own: weights,
+    optimizer, average, place in the data, and the metrics up to there."""
+    allow_missing: StrList = ()
+    """Patterns of tensors (`ema.*`) that a checkpoint may lack; they begin as at step 0, an average as the
+    weights."""
+    probe: bool = True
+    """Keep the loss of a small fixed batch in each checkpoint, and stop where it is another after loading."""
+    probe_tolerance: float = Field(0.01, ge=0)
+    """Relative difference of that loss that is let pass where layout, device or libraries changed; where nothing did
+    and kernels are deterministic it must be equal to the last bit."""
+
+
+class StageConfig(Section):
+    name: str
+    """Name of the stage, and of its folder."""
+    overrides: StrList = ()
+    """What this stage sets, as on the command line: `train.steps=1000`, `buckets=high`."""
+    weights: Literal["ema", "live"] = "ema"
+    """Which weights of the stage before it begins with."""
+    optimizer: bool = False
+    """Whether it takes over the optimizer's moments of the stage before."""
+
+    @field_validator("name")
+    @classmethod
+    def _a_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ValueError(
+                f"stages name {name!r} is no folder's name; use letters, digits, - and _"
+            )
+        return name
 
 
 class TrainConfig(Section):
@@ -89,6 +129,37 @@ class OptimConfig(Section):
 class EmaConfig(Section):
     decay: float = Field(0.999, ge=0, lt=1)
     """Decay of the weights' average a step; the start is ramped as min(decay, (1 + step) / (10 + step))."""
+    more: FloatList = ()
+    """Decays of further averages kept beside, each as large as the weights: [0.99, 0.9999] are `ema_99` and
+    `ema_9999` in checkpoints, and `sora sample --ema 0.99` samples from one."""
+    post_hoc: FloatList = ()
+    """Widths sigma_rel of power-function averages kept beside, usually [0.05, 0.10]: of their snapshots `sora ckpt
+    average RUN --sigma-rel 0.12` makes the average of any other width when training is over (arXiv:2312.02696)."""
+    snapshot_every: int = Field(0, ge=0)
+    """Steps between snapshots of the `ema.post_hoc` averages; 0: as often as checkpoints. All of them are kept."""
+    snapshot_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Precision of the snapshots."""
+
+    @model_validator(mode="after")
+    def _averages_are_told_apart(self) -> "EmaConfig":
+        bad = [value for value in self.more if not 0 <= value < 1]
+        if bad:
+            raise ValueError(
+                f"ema.more holds {bad[0]:g}; a decay is from 0 to below 1, such as 0.9999"
+            )
+        bad = [value for value in self.post_hoc if not 0.001 <= value <= 0.288]
+        if bad:
+            raise ValueError(
+                f"ema.post_hoc holds {bad[0]:g}; a sigma_rel is from 0.001 to 0.288, such as 0.05"
+            )
+        for key, values in (("more", self.more), ("post_hoc", self.post_hoc)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"ema.{key}={list(values)} holds a value twice; give each once")
+        if self.decay in self.more:
+            raise ValueError(
+                f"ema.more holds {self.decay:g}, which is ema.decay and kept already; leave it out"
+            )
+        return self
 
 
 class ParallelConfig(Section):
@@ -103,8 +174,22 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(500, ge=0)
     """Steps between checkpoints; 0: only the last step."""
+    mode: Literal["async", "sync"] = "async"
+    """`async`: a save copies the state into host memory of its own, as large as this rank's part of a checkpoint, and
+    is written behind the training; `sync`: the training waits for it."""
     keep_last: int = Field(2, ge=1)
     """Newest checkpoints kept."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints of steps that this divides are kept for ever; 0: none."""
+    keep_best: int = Field(0, ge=0)
+    """How many checkpoints are kept besides, of those whose step was validated with the lowest `val/loss`."""
+    rehearse: bool = True
+    """Before step 1 write a checkpoint, commit it, read it back and remove it, so that what would fail fails then."""
+    remote: str = ""
+    """Folder in an object store (`s3://bucket/run`) to which checkpoints are uploaded behind the local ones, and from
+    which a newer one than those in the run folder is fetched."""
+    remote_seconds: float = Field(600.0, gt=0)
+    """How long an upload or download is tried again, before the run stops with what went wrong."""
     resume: Literal["auto", "never"] = "auto"
     """`auto`: go on from the newest complete checkpoint of the run folder."""
 
@@ -144,13 +229,27 @@ class SampleConfig(Section):
     """Prompts on which the shapes oracle scores the final weights (seen and held-out each); 0: no scoring."""
 
 
+TrackerKinds = Annotated[
+    tuple[Literal["wandb", "tensorboard"], ...], Field(strict=False, min_length=1)
+]
+
+
 class TrackerConfig(Section):
-    kind: Literal["none", "wandb"] = "none"
-    """Where metrics.jsonl is copied to."""
+    kind: Literal["none", "wandb", "tensorboard"] | TrackerKinds = "none"
+    """Where metrics.jsonl and samples are copied to, by a process each; a list names several."""
     project: str = "sora_train"
     """W&B project."""
     mode: Literal["auto", "online", "offline"] = "auto"
     """`auto`: online when a W&B key is configured, else offline in the run folder."""
+    finish_seconds: float = Field(30.0, gt=0)
+    """How long the end of a run waits for its trackers; one that takes longer is ended, and the run is not affected."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The trackers, each once."""
+        if isinstance(self.kind, str):
+            return () if self.kind == "none" else (self.kind,)
+        return tuple(dict.fromkeys(self.kind))
 
 
 class ConditioningConfig(Section):
@@ -281,3 +380,58 @@ class VaeObjectiveConfig(Section):
     """Weight of the KL divergence from a unit Gaussian."""
     gradient: float = Field(0.1, ge=0)
     """Weight of the absolute error of spatial and temporal differences: sharp edges without a learned loss."""
+    lpips: float = Field(0.0, ge=0)
+    """Weight of LPIPS, the distance of VGG16's features, averaged over frames (arXiv:1801.03924); HunyuanVideo took
+    0.1."""
+    lpips_path: str = ""
+    """Its weights: torchvision's VGG16 and the published linear layers, one .safetensors or .pth file, or a folder
+    with both."""
+    adversarial: float = Field(0.0, ge=0)
+    """Weight of what a discriminator says of the reconstruction (hinge loss, a PatchGAN over space and time);
+    HunyuanVideo took 0.05."""
+    adversarial_from: int = Field(0, ge=0)
+    """Step from which the discriminator acts on the autoencoder, which should reconstruct well by then."""
+    adversarial_warmup: int = Field(0, ge=0)
+    """Steps before that in which the discriminator learns alone."""
+    adversarial_adaptive: bool = True
+    """Multiply each clip's adversarial loss by the length of the other pixel terms' gradient over that of its own, as
+    VQGAN does (arXiv:2012.09841, eq. 7), at the pixels; `vae_objective.adversarial` is then a share."""
+    disc_lr: float = Field(1e-4, gt=0)
+    """Learning rate of the discriminator, constant; its optimizer is `optim.name`, without weight decay."""
+    disc_betas: FloatList = (0.5, 0.9)
+    """AdamW's decay of first and second moments, for the discriminator."""
+    disc_channels: int = Field(64, ge=8, multiple_of=8)
+    """Channels of the discriminator's first layer; each further one has twice as many, up to eight times."""
+    disc_layers: int = Field(3, ge=1)
+    """Times the discriminator halves height and width: more layers judge larger patches."""
+
+    @model_validator(mode="after")
+    def _terms_are_whole(self) -> "VaeObjectiveConfig":
+        if self.lpips and not self.lpips_path:
+            raise ValueError(
+                f"vae_objective.lpips={self.lpips:g} needs vae_objective.lpips_path, which is empty; name the file of "
+                "VGG16 and the linear layers, or set vae_objective.lpips=0"
+            )
+        if self.adversarial_warmup > self.adversarial_from:
+            raise ValueError(
+                f"vae_objective.adversarial_warmup={self.adversarial_warmup} begins before step 0: it ends at "
+                f"vae_objective.adversarial_from={self.adversarial_from}, so make it that at most"
+            )
+        if self.adversarial_adaptive and self.adversarial and not self._seen:
+            raise ValueError(
+                "vae_objective.adversarial_adaptive=true weighs the adversarial term against mse, l1, gradient and "
+                "lpips, which are all 0; set it to false, or give one of them a weight"
+            )
+        return self
+
+    @property
+    def _seen(self) -> float:
+        return self.mse + self.l1 + self.gradient + self.lpips
+
+    def require_start_before(self, steps: int) -> None:
+        """Raises ConfigError where the adversarial term would begin after the run has ended."""
+        if self.adversarial and self.adversarial_from >= steps:
+            raise ConfigError(
+                f"vae_objective.adversarial_from={self.adversarial_from} is not reached in train.steps={steps}; begin "
+                "earlier, train longer, or set vae_objective.adversarial=0"
+            )

@@ -110,6 +110,7 @@ def serve(answer: Callable[[Any], tuple[str, object]]) -> None:
     leave_real_time()
     # The run leaves by its own road, and its decode processes with it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2)
     die_with_parent()
     requests, answers = os.dup(0), os.dup(1)

@@ -179,6 +179,11 @@ class Loader:
             stored = self._cache.size(self.latent_key(row), self.drawn)
         return 3 * bucket.frames * bucket.height * bucket.width if stored is None else stored
 
+    def rows_at(self, step: int) -> list[int]:
+        """The rows of this rank's micro-batches of a step."""
+        entries = rows_for_rank(self.tape, step, self._micro_batches, self._rank, self._world_size)
+        return [row for entry in entries if entry for row in entry.rows]
+
     def stacks(self) -> str:
         """What the decode processes are doing."""
         return self._pool.stacks()

@@ -79,6 +79,10 @@ class Quarantine:
         self._append([line])
         self._check()
 
+    def detach(self) -> None:
+        """Record nothing more on disk and set no limit: for one who looks at a run and is no part of it."""
+        self.path, self.limit = None, 1.0
+
     def lines(self) -> list[dict[str, Any]]:
         """What a checkpoint keeps: a line for each sample, in the order of rows."""
         self.refresh()

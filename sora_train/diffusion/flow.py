@@ -76,14 +76,29 @@ def velocity_loss(
         sample_weight_B: 0 for a sample that failed to load (whatever its values are), else 1.
         time_weight_B: factor on each loss, by its noise level; it is no part of the weight.
     """
+    counted_B, weights_B = velocity_losses(
+        v_pred, x, noise, frame_weight_BT, sample_weight_B, time_weight_B
+    )
+    return counted_B.sum(), weights_B.sum()
+
+
+def velocity_losses(
+    v_pred: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    frame_weight_BT: Tensor | None = None,
+    sample_weight_B: Tensor | None = None,
+    time_weight_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `velocity_loss` sums: each sample's loss and its weight, both (B,)."""
     losses_B, weights_B = sample_losses(v_pred, x, noise, frame_weight_BT)
     if time_weight_B is not None:
         losses_B = losses_B * time_weight_B.to(losses_B)
     if sample_weight_B is not None:
         weights_B = weights_B * sample_weight_B.to(weights_B)
     # Not a product: a failed sample may hold NaN, and 0 * NaN is NaN.
-    counted = torch.where(weights_B > 0, losses_B * weights_B, torch.zeros_like(losses_B))
-    return counted.sum(), weights_B.sum()
+    counted_B = torch.where(weights_B > 0, losses_B * weights_B, torch.zeros_like(losses_B))
+    return counted_B, weights_B
 
 
 def token_loss(
@@ -105,11 +120,22 @@ def token_loss(
             frame is the mean over its tokens.
         time_weight_B: factor on each clip's losses, by its noise level; it is no part of the weight.
     """
+    counted_BT = frame_losses(v_pred, x, noise, frame_weight_BT, time_weight_B)
+    return counted_BT.sum() * tokens_per_frame, frame_weight_BT.sum() * tokens_per_frame
+
+
+def frame_losses(
+    v_pred: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    frame_weight_BT: Tensor,
+    time_weight_B: Tensor | None = None,
+) -> Tensor:
+    """What `token_loss` sums: the mean squared velocity error of each latent frame that counts, else 0, (B, T)."""
     dtype = torch.promote_types(v_pred.dtype, torch.float32)
     error = v_pred.to(dtype) - velocity_target(x.to(dtype), noise.to(dtype))
     error_BT = error.square().mean(dim=(1, 3, 4))
     if time_weight_B is not None:
         error_BT = error_BT * time_weight_B.to(error_BT)[:, None]
     # Not a product: a frame left out may hold anything, and 0 * NaN is NaN.
-    counted = torch.where(frame_weight_BT > 0, error_BT * frame_weight_BT.to(dtype), 0.0)
-    return counted.sum() * tokens_per_frame, frame_weight_BT.sum() * tokens_per_frame
+    return torch.where(frame_weight_BT > 0, error_BT * frame_weight_BT.to(dtype), 0.0)

@@ -156,10 +156,11 @@ def fixed_bytes(
     w: int,
     moments: int,
     micro_batches: int,
+    averages: int = 1,
 ) -> float:
     """Bytes of a rank before any clip.
 
-    float32 weights, gradients, `moments` and average over the shards; the weights of the blocks at
+    float32 weights, gradients, `moments` and `averages` over the shards; the weights of the blocks at
     work, gathered in the compute precision, and the noise level's in float32; and whole gradients,
     where a rank adds up several of the step's `micro_batches` before they are sharded.
 
@@ -171,7 +172,7 @@ def fixed_bytes(
     trained = transformer + (encoder if text.trainable else 0)
     shards = max(1, parallel.dp_shard)
     ranks = parallel.dp_replicate * parallel.dp_shard if parallel.dp_shard > 0 else 1
-    total = trained * MASTER * (3 + moments) / shards
+    total = trained * MASTER * (2 + moments + averages) / shards
     if not text.trainable:
         total += encoder * MASTER
     total += precise_bytes(model, w)

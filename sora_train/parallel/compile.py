@@ -3,7 +3,8 @@ back to eager unseen.
 
 Blocks of one kind run one compiled function, so a model of 40 layers compiles as long as one of 2.
 With `dynamic` sizes are symbols and the first clips of a run are warm-up for all others, but for
-sizes of 1 (a single clip, a single frame), which the compiler always treats on their own.
+sizes of 1 (a single clip, a single frame), which the compiler always treats on their own. Graphs
+beyond these are counted (`train/recompiles`).
 """
 
 import importlib.util
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.utils import counters
 
-from sora_train.errors import ConfigError
+from sora_train.errors import ConfigError, Fault
 from sora_train.parallel.parallelize import sharding_units
 
 MAX_GRAPHS = {"dynamic": 32, "static": 512}
@@ -26,9 +28,17 @@ MAX_GRAPHS = {"dynamic": 32, "static": 512}
 mask, sizes of 1 or more; for `static` times the clip sizes."""
 
 
+def resolve_compile(mode: str, device: torch.device) -> str:
+    """`auto` is `dynamic` on a GPU and `off` on a CPU, where code takes a C++ compiler and longer to make than
+    most runs there gain."""
+    if mode != "auto":
+        return mode
+    return "dynamic" if device.type == "cuda" else "off"
+
+
 def check_compiler(mode: str, device: torch.device) -> None:
     """Raises ConfigError if `model.compile` asks for a compiler that this machine lacks."""
-    if mode == "off":
+    if resolve_compile(mode, device) == "off":
         return
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -44,34 +54,78 @@ def check_compiler(mode: str, device: torch.device) -> None:
         )
 
 
-def compile_blocks(model: nn.Module, mode: str) -> None:
+class Recompiles:
+    """How many graphs were compiled beyond those that are called for: with `dynamic` one for a kind of block, with
+    gradients and without, and each pattern of sizes of 1; with `static` one for the sizes themselves.
+
+    None is expected, from the first step on: after the warm-up over all buckets nothing compiles.
+    """
+
+    def __init__(self, mode: str):
+        self.mode = mode
+        self.count = 0
+        self._met: set[Any] = set()
+
+    def called(self, kind: type, inputs: tuple[Any, ...], graphs: int) -> None:
+        """A block of this kind ran on these inputs, for which so many graphs were compiled."""
+        sizes = tuple(map(self._class_of, inputs))
+        key = (kind, torch.is_grad_enabled(), sizes)
+        self.count += max(0, graphs - (key not in self._met))
+        self._met.add(key)
+
+    def _class_of(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return type(value)
+        return tuple(value.shape) if self.mode == "static" else tuple(n == 1 for n in value.shape)
+
+
+def compile_blocks(model: nn.Module, mode: str) -> Recompiles | None:
     """Let every block of `model` run compiled, in place; names of parameters stay. `off` does nothing.
 
-    Whatever cannot be compiled as one graph raises, here and later; so does a function that is
-    compiled again and again.
+    A block that cannot be compiled as one graph raises Fault when it runs; so does one that is compiled again and
+    again. Returns the count of what was compiled needlessly, or None for `off`.
     """
     if mode == "off":
-        return
+        return None
     torch._dynamo.config.suppress_errors = False
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = MAX_GRAPHS[mode]
+    # The limit over all blocks together, which is lower by default.
+    torch._dynamo.config.accumulated_recompile_limit = max(1024, 4 * MAX_GRAPHS[mode])
     # Else two clips of two frames would compile for batches as large as their number of frames only.
     torch.fx.experimental._config.use_duck_shape = False
+    recompiles = Recompiles(mode)
     compiled: dict[type, Callable[..., Any]] = {}
     for block in sharding_units(model):
         kind = type(block)
         if kind not in compiled:
             compiled[kind] = torch.compile(kind.forward, fullgraph=True, dynamic=mode == "dynamic")
         # The instance's own forward: hooks of engines around it stay outside the graph.
-        block.forward = types.MethodType(_of_no_view(compiled[kind]), block)
+        block.forward = types.MethodType(_counted(compiled[kind], recompiles), block)
+    return recompiles
 
 
-def _of_no_view(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`, its tokens never a view: those of the first block are one and the others' are not, which
-    would make two graphs of one."""
+def _counted(compiled: Callable[..., Any], recompiles: Recompiles) -> Callable[..., Any]:
+    """`compiled`, its graphs counted and its failures told. Its tokens are never a view: those of the first block
+    are one and the others' are not, which would make two graphs of one."""
 
     def forward(block: nn.Module, x: Tensor, *rest: Any) -> Any:
-        return compiled(block, x.clone() if x._is_view() else x, *rest)
+        before = graphs_compiled()
+        try:
+            found = compiled(block, x.clone() if x._is_view() else x, *rest)
+        except FailOnRecompileLimitHit as error:
+            raise Fault(
+                f"model.compile={recompiles.mode} has compiled {type(block).__name__} for "
+                f"{MAX_GRAPHS[recompiles.mode]} different inputs and would go on uncompiled; set "
+                "model.compile=dynamic (or off), or have fewer sizes"
+            ) from error
+        except Unsupported as error:
+            raise Fault(
+                f"model.compile={recompiles.mode} cannot compile {type(block).__name__} as one graph: "
+                f"{str(error).splitlines()[0]}; set model.compile=off or change the block"
+            ) from error
+        recompiles.called(type(block), (x, *rest), graphs_compiled() - before)
+        return found
 
     return forward
 

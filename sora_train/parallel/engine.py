@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from sora_train.config import Config
 from sora_train.distributed import World
 from sora_train.models.attention_backends import check_attention
-from sora_train.parallel.compile import check_compiler, compile_blocks
+from sora_train.parallel.compile import check_compiler, compile_blocks, resolve_compile
 from sora_train.parallel.mesh import build_mesh
 from sora_train.parallel.parallelize import apply_fsdp
 
@@ -40,6 +40,9 @@ class Engine(Protocol):
     def skip(self) -> None:
         """Forget the step's gradients; weights and moments stay as they are."""
 
+    def recompiles(self) -> int | None:
+        """Graphs this rank has compiled needlessly so far; None where nothing is compiled."""
+
     def model_state(self) -> dict[str, Tensor]:
         """Parameter name -> float32 master weight, sharded as it lies."""
 
@@ -56,7 +59,8 @@ class FsdpEngine:
         self.grad_clip = cfg.optim.grad_clip
         self.param_dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
         self.mesh = build_mesh(cfg.parallel, world)
-        compile_blocks(model, cfg.model.compile)
+        self.compile = resolve_compile(cfg.model.compile, world.device)
+        self._recompiles = compile_blocks(model, self.compile)
         self.model = apply_fsdp(model.to(world.device), self.mesh, self.param_dtype)
         # The optimizer works on this rank's own parts as plain tensors: they share the parameters' memory,
         # and an elementwise update needs no DTensor, whose dispatch cost a fifth of a small model's step.
@@ -87,6 +91,9 @@ class FsdpEngine:
 
     def skip(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def recompiles(self) -> int | None:
+        return None if self._recompiles is None else self._recompiles.count
 
     def _grads(self) -> list[Tensor]:
         return [shard.grad for shard in self.shards.values() if shard.grad is not None]

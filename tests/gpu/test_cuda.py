@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sora_train.checkpoint.staging import Staging
 from sora_train.config import ModelConfig
 from sora_train.metrics import read_metrics
 from sora_train.models.attention import AttentionCore
@@ -79,3 +80,17 @@ def test_attention_backends_agree_with_float64(backend: str) -> None:
     reference = model.double()(latents.double(), t.double(), captions.double())
     found = model.float().cuda()(latents.cuda(), t.cuda(), captions.cuda())
     torch.testing.assert_close(found.double().cpu(), reference, rtol=2e-3, atol=2e-3)
+
+
+def test_what_is_copied_for_a_save_is_of_before_the_next_step() -> None:
+    """The weights change as soon as the call returns, while the copy may not even have begun."""
+    weights = {"w": torch.zeros(64 << 20, device="cuda"), "step": torch.zeros(())}
+    staging = Staging(weights)
+    assert staging.buffers["w"].is_pinned() and staging.fits(weights)
+    for value in (1.0, 2.0):
+        weights["w"].fill_(value)
+        weights["step"].fill_(value)
+        staging.copy(weights)
+        weights["w"].fill_(-1.0)
+        staging.wait()
+        assert (staging.read("w") == value).all() and staging.read("step") == value

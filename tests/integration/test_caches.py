@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from sora_train import notices
 from sora_train.commands import data_verify
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.made_with import FILE_NAME
 from sora_train.data.sample import Clip
-from sora_train.errors import UserError
+from sora_train.errors import EXIT_REQUEUE, Preempted, UserError
 from sora_train.models.text import TextEncoder
 from sora_train.models.vae import VideoVAE
 from sora_train.objectives import TextToVideoObjective
@@ -125,3 +126,23 @@ def test_a_draw_belongs_to_its_sample_alone(clips: tuple[str, str], tmp_path: Pa
     assert not torch.equal(together, objective.latents(batch.clips, ["t2v"] * len(batch.clips)))
     twin = type(batch.clips[0])(**{**vars(batch.clips[0]), "epoch": 1})
     assert not torch.equal(training_latents(objective, [twin]), together[:1])
+
+
+def test_told_to_leave_while_clips_are_encoded_a_run_leaves_and_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Exit code 75 before the first step; the same command goes on with the clips that are left."""
+    small = [
+        "data.cache=latents",
+        "data.shapes_clips=40",
+        "train.steps=1",
+        "objective.i2v_fraction=0",
+    ]
+    cfg = compose([TINY, *small, f"run.dir={tmp_path / 'run'}"]).config
+    with monkeypatch.context() as patch:
+        patch.setattr(notices, "_received", ["SIGTERM"])
+        with pytest.raises(Preempted, match="while clips were being encoded") as told:
+            Trainer(cfg)
+    assert told.value.exit_code == EXIT_REQUEUE
+    assert any((tmp_path / "run" / "cache").rglob("*.npy"))
+    Trainer(cfg).train()

@@ -1,6 +1,8 @@
 """Promise 3: kill it anywhere; the resumed run is bit for bit the uninterrupted one."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,13 +10,34 @@ import pytest
 import torch
 
 from sora_train import checkpoint as checkpoints
+from sora_train import resume
+from sora_train.config import Config, resumption
+from sora_train.config.compose import compose
+from sora_train.config.schema import keys
 from sora_train.data.sample import Failure
-from sora_train.errors import ConfigError, UserError
+from sora_train.distributed import ControlPlane, World
+from sora_train.errors import ConfigError, Fault, UserError
 from sora_train.metrics import read_metrics
+from sora_train.parallel.engine import full
 from sora_train.trainer import Trainer
 
 ADAMW = ("optim=adamw", "optim.warmup_steps=2", "optim.decay=linear")
 UNTIMED = ("time", "train/step_seconds", "train/data_wait", "train/tokens_per_second")
+
+
+@pytest.fixture
+def again(parity_config: Callable, finished_run: Path, tmp_path: Path) -> Callable:
+    """A config in a copy of a run that has trained two steps."""
+    begun = ("checkpoint.every=1", "validation.every=1", "sample.every=2")
+
+    def make(*overrides: str, name: str = "run"):
+        if not (tmp_path / name).exists():
+            shutil.copytree(finished_run, tmp_path / name)
+            if name != "run":
+                shutil.rmtree(tmp_path / name / "checkpoints")
+        return parity_config(*begun, *overrides, name=name)
+
+    return make
 
 
 class Killed(Exception):
@@ -46,18 +69,29 @@ def tensors(cfg) -> dict[str, torch.Tensor]:
     return copies
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory):
+    """Metrics and tensors of the uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    cfg = compose(["experiment=parity_tiny", f"run.dir={run_dir}", *ADAMW]).config
+    Trainer(cfg).train()
+    return rows(run_dir), tensors(cfg)
+
+
 @pytest.mark.parametrize("dies_after", [3, 4])
-def test_resumed_run_is_the_straight_run(parity_config: Callable, dies_after: int) -> None:
+def test_resumed_run_is_the_straight_run(
+    straight, parity_config: Callable, dies_after: int
+) -> None:
     """Killed right after a checkpoint (step 3) and one step behind it."""
-    straight, broken = parity_config(*ADAMW, name="straight"), parity_config(*ADAMW, name="broken")
-    Trainer(straight).train()
+    broken = parity_config(*ADAMW, name="broken")
     DyingTrainer.dies_after = dies_after
     with pytest.raises(Killed):
         DyingTrainer(broken).train()
     Trainer(broken).train()
 
-    assert rows(Path(broken.run.dir)) == rows(Path(straight.run.dir))
-    expected, found = tensors(straight), tensors(broken)
+    expected_rows, expected = straight
+    assert rows(Path(broken.run.dir)) == expected_rows
+    found = tensors(broken)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -107,14 +141,163 @@ def test_a_torn_save_is_never_chosen(parity_config: Callable) -> None:
 
 
 def test_checkpoint_of_another_model_is_refused(parity_config: Callable) -> None:
-    """Both at the run folder's own config, and where that file is gone, at the tensors."""
+    """At its config, before that of the folder is written over; and at the tensors, where the config does not tell."""
     cfg = parity_config("train.steps=1")
     Trainer(cfg).train()
+    written = (Path(cfg.run.dir) / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match=r"model\.num_layers was 2, is 3"):
         Trainer(parity_config("train.steps=1", "model.num_layers=3"))
-    (Path(cfg.run.dir) / "config.yaml").unlink()
+    assert (Path(cfg.run.dir) / "config.yaml").read_bytes() == written
+    found = checkpoints.find(Path(cfg.run.dir))
+    state = found.state()
+    state["config"]["model"]["num_layers"] = 3
+    rewritten(found.path, "state.json", json.dumps(state).encode())
     with pytest.raises(UserError, match="checkpoint of another model"):
         Trainer(parity_config("train.steps=1", "model.num_layers=3"))
+
+
+def rewritten(checkpoint: Path, name: str, data: bytes) -> None:
+    """Put other bytes into a checkpoint, its manifest made to agree."""
+    (checkpoint / name).write_bytes(data)
+    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    shutil.copytree(finished_run / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "latest").write_text("step-999999")
+    newest = tmp_path / "checkpoints" / "step-000002"
+    shards = sorted(newest.glob("*.distcp"))[0]
+    data = shards.read_bytes()
+    match damage:
+        case "truncated":
+            shards.write_bytes(data[:-1])
+        case "flipped":
+            shards.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+        case "deleted":
+            shards.unlink()
+        case "manifest":
+            (newest / "MANIFEST.json").write_text("{")
+    control = ControlPlane(World(0, 1, 0, 1, torch.device("cpu")))
+    found = resume.choose(tmp_path / "checkpoints", control)
+    assert found is not None and found.step == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "passed over: " in said and "step-000002" in said
+
+
+def test_what_changed_since_takes_effect_and_is_written_down(
+    finished_run: Path, again: Callable
+) -> None:
+    cfg = again("train.steps=3", "optim.lr=0.5", "sample.every=7", "data.num_workers=2")
+    Trainer(cfg).train()
+    run_dir = Path(cfg.run.dir)
+    lines = [json.loads(line) for line in (run_dir / "changes.jsonl").read_text().splitlines()]
+    assert {(row["step"], row["key"], row["is"]) for row in lines} == {
+        (2, "train.steps", 3), (2, "optim.lr", 0.5)
+    }  # fmt: skip
+    assert read_metrics(run_dir / "metrics.jsonl")[-1]["train/lr"] == 0.5
+
+
+def test_every_key_has_a_class_of_its_own() -> None:
+    unknown = [key for key in keys(Config) if resumption.resume_class(key) is None]
+    assert unknown == []
+    for named in resumption.CLASSES:
+        inside = [
+            key
+            for key in keys(Config)
+            if key == named or key.startswith((f"{named}.", f"{named}[]"))
+        ]
+        assert inside, f"{named} names no key"
+
+
+def test_a_fork_is_the_run_it_came_from(
+    finished_run: Path, again: Callable, parity_config: Callable
+) -> None:
+    """Its third step is that of the run itself."""
+    straight = again("train.steps=3")
+    Trainer(straight).train()
+    begun = ("train.steps=3", "checkpoint.every=1", "validation.every=1", "sample.every=0")
+    forked = parity_config(*begun, f"resume.run={straight.run.dir}@2", name="fork")
+    Trainer(forked).train()
+    assert rows(Path(forked.run.dir)) == rows(Path(straight.run.dir))
+    expected, found = tensors(straight), tensors(forked)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert json.loads((Path(forked.run.dir) / "run.json").read_text())["forked_from"].endswith("@2")
+    with pytest.raises(UserError, match=r"holds a run that was forked from .*@2"):
+        Trainer(parity_config(*begun, f"resume.run={straight.run.dir}@1", name="fork"))
+    with pytest.raises(UserError, match=r"has no checkpoint of step 9; it has 2, 3"):
+        Trainer(parity_config(*begun, f"resume.run={straight.run.dir}@9", name="other"))
+
+
+def test_weights_that_are_not_those_that_were_saved_are_noticed(again: Callable) -> None:
+    """Files as their digests say, and yet another model: here the note of its probe was changed."""
+    cfg = again("train.steps=3")
+    found = checkpoints.find(Path(cfg.run.dir))
+    state = found.state()
+    state["probe"]["loss"] *= 1 + 1e-7
+    rewritten(found.path, "state.json", json.dumps(state).encode())
+    with pytest.raises(
+        Fault, match="its probe's loss under the weights was .* weights, VAE or arithmetic"
+    ):
+        Trainer(cfg)
+    # Where the layout is another, so may be the last digits.
+    state["probe"]["ranks"] = 2
+    rewritten(found.path, "state.json", json.dumps(state).encode())
+    Trainer(cfg).close()
+    state["probe"]["loss"] *= 1.1
+    rewritten(found.path, "state.json", json.dumps(state).encode())
+    with pytest.raises(Fault, match="not the same are ranks"):
+        Trainer(cfg)
+
+
+@pytest.mark.parametrize("item", sorted(resume.STATE))
+def test_a_state_without_one_of_its_items_is_refused(again: Callable, item: str) -> None:
+    cfg = again("train.steps=3")
+    found = checkpoints.find(Path(cfg.run.dir))
+    state = found.state()
+    del state[item]
+    rewritten(found.path, "state.json", json.dumps(state).encode())
+    with pytest.raises(UserError, match=f"holds no {item}, so a run cannot go on"):
+        Trainer(cfg)
+
+
+def test_another_vae_or_text_encoder_is_refused(again: Callable) -> None:
+    """Its path may be the same."""
+    cfg = again("train.steps=3")
+    found = checkpoints.find(Path(cfg.run.dir))
+    state = found.state()
+    state["spec"]["vae_digest"] = "0" * 16
+    rewritten(found.path, "state.json", json.dumps(state).encode())
+    with pytest.raises(ConfigError, match="another diffusion spec: spec.vae_digest was '0000"):
+        Trainer(cfg)
+
+
+def test_tensors_may_be_missing_only_where_that_is_allowed(again: Callable, monkeypatch) -> None:
+    cfg = again("train.steps=3")
+    with pytest.raises(
+        ConfigError, match=r"resume\.allow_missing holds 'emma\.\*'.* has no tensor"
+    ):
+        Trainer(again("train.steps=3", "resume.allow_missing=[emma.*]"))
+    written = checkpoints.canonical
+    monkeypatch.setattr(
+        checkpoints, "canonical", lambda model, optimizer, ema: written(model, optimizer, {})
+    )
+    trainer = Trainer(again("train.steps=3", "checkpoint.resume=never", name="bare"))
+    trainer.step = 2
+    trainer.save()
+    trainer.close()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"tensors missing \(ema\."):
+        Trainer(again("train.steps=3", name="bare"))
+    trainer = Trainer(again("train.steps=3", "resume.allow_missing=[ema.*]", name="bare"))
+    for name, parameter in trainer.engine.model.named_parameters():
+        assert torch.equal(full(trainer.ema.shadow[name]), full(parameter.detach()))
+    trainer.close()
+    assert cfg.resume.allow_missing == ()
 
 
 def test_a_changed_source_is_refused(parity_config: Callable) -> None:
@@ -132,14 +315,17 @@ def test_a_live_run_folder_is_locked(parity_config: Callable) -> None:
     trainer.close()
 
 
-def test_a_full_disk_leaves_no_checkpoint_behind(parity_config: Callable, monkeypatch) -> None:
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_a_full_disk_leaves_no_checkpoint_behind(
+    parity_config: Callable, monkeypatch, rehearse: bool
+) -> None:
     """The disk fills while the manifest is written: nothing may lie under the final name."""
-    cfg = parity_config("train.steps=1")
+    cfg = parity_config("train.steps=1", f"checkpoint.rehearse={rehearse}")
 
     def no_space(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_write", no_space)
+    monkeypatch.setattr("sora_train.checkpoint.commit.write_synced", no_space)
     with pytest.raises(Exception, match="cannot write the checkpoint .*No space left"):
         Trainer(cfg).train()
     folder = Path(cfg.run.dir) / "checkpoints"

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from sora_train.config import Config
+from sora_train.config.compose import compose
 from sora_train.metrics import read_metrics
+from sora_train.replay_command import Request, facts, replay
 from sora_train.trainer import Trainer
 
 PLAIN_SGD = ["optim=sgd", "optim.lr=0.05", "optim.grad_clip=0", "optim.warmup_steps=0"]
@@ -46,8 +48,17 @@ def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]])
         assert row == pytest.approx(reference, rel=1e-5), f"step {step}"
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """The curve of one process, which the others are compared with."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    return train(compose(["experiment=parity_tiny", f"run.dir={run_dir}", *PLAIN_SGD]).config)
+
+
 @pytest.mark.timeout(300)
-def test_two_ranks_follow_one_process(parity_config: Callable, tmp_path: Path) -> None:
+def test_two_ranks_follow_one_process(
+    one: list[dict[str, float]], parity_config: Callable, tmp_path: Path
+) -> None:
     """Sharded, replicated, and with a slot left over (3 micro-batches on 2 ranks)."""
     cells = [
         [*PLAIN_SGD, "parallel.dp_shard=2"],
@@ -70,21 +81,27 @@ def test_two_ranks_follow_one_process(parity_config: Callable, tmp_path: Path) -
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    one = train(parity_config(*PLAIN_SGD))
     three = train(parity_config(*cells[2], name="three"))
     assert_same(curve(tmp_path / "cell-0"), one)
     assert_same(curve(tmp_path / "cell-1"), one)
     assert_same(curve(tmp_path / "cell-2"), three)
+    # What two ranks trained, with a slot left over, is replayed by one process.
+    run_dir = tmp_path / "cell-2"
+    replay(Request(run_dir, 4, out=tmp_path / "replay"))
+    found = facts(tmp_path / "replay")
+    logged = read_metrics(run_dir / "metrics.jsonl")[3]["train/loss"]
+    assert found["loss"] == pytest.approx(logged, abs=1e-6) and found["steps_before"] == 0
+    assert sum(s["share"] for s in found["samples"]) == pytest.approx(logged, abs=1e-6)
+    assert {(s["rank"], s["slot"]) for s in found["samples"]} == {(0, 0), (1, 0), (0, 1)}
 
 
-def test_decode_workers_change_nothing(parity_config: Callable) -> None:
-    one = train(parity_config(*PLAIN_SGD, name="one"))
-    two = train(parity_config(*PLAIN_SGD, "data.num_workers=2", "data.prefetch=1", name="two"))
-    assert one == two
+def test_decode_workers_change_nothing(
+    one: list[dict[str, float]], parity_config: Callable
+) -> None:
+    assert train(parity_config(*PLAIN_SGD, "data.num_workers=2", "data.prefetch=1")) == one
 
 
-def test_another_seed_is_another_run(parity_config: Callable) -> None:
+def test_another_seed_is_another_run(one: list[dict[str, float]], parity_config: Callable) -> None:
     """The comparison above could not fail if every run gave one curve."""
-    one = train(parity_config(*PLAIN_SGD, "train.steps=2", name="one"))
-    other = train(parity_config(*PLAIN_SGD, "train.steps=2", "seed=1", name="two"))
+    other = train(parity_config(*PLAIN_SGD, "train.steps=1", "seed=1"))
     assert one[0]["train/loss"] != pytest.approx(other[0]["train/loss"], rel=1e-5)

@@ -33,7 +33,7 @@ def documented(name: str) -> bool:
 
 def files(run_dir: Path) -> set[str]:
     """What a run leaves, the tracker's own files left out."""
-    own = {"wandb", tracking.ID_FILE, tracking.STATE_FILE, tracking.LOG_FILE}
+    own = {"wandb", tracking.ID_FILE, tracking.FOLDER}
     return {
         str(path.relative_to(run_dir))
         for path in run_dir.rglob("*")
@@ -94,7 +94,7 @@ def test_a_tracker_that_cannot_start_does_not_touch_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(tracking, "tracker_command", lambda cfg, run_dir: ["/nowhere/tracker"])
+    monkeypatch.setattr(tracking, "tracker_command", lambda *_: ["/nowhere/tracker"])
     cfg = like_it("tracker=wandb")
     Trainer(cfg).train()
     assert untimed(Path(cfg.run.dir)) == untimed(finished_run)
@@ -104,15 +104,29 @@ def test_a_tracker_that_cannot_start_does_not_touch_the_run(
 
 
 def test_a_tracker_that_hangs_is_left_behind(
-    finished_run: Path, like_it: Callable, monkeypatch: pytest.MonkeyPatch
+    finished_run: Path,
+    like_it: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It neither slows a step nor keeps the run from ending."""
-    command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    monkeypatch.setattr(tracking, "tracker_command", lambda cfg, run_dir: command)
-    finish = tracking.ProcessTracker.finish
-    monkeypatch.setattr(tracking.ProcessTracker, "finish", lambda self: finish(self, timeout=0.5))
-    cfg = like_it("tracker=wandb")
-    began = time.monotonic()
+    deaf = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "while True: print('x' * 5000); time.sleep(0.01)"
+    )
+    monkeypatch.setattr(tracking, "tracker_command", lambda *_: [sys.executable, "-c", deaf])
+    waited: list[float] = []
+    finish = tracking.Trackers.finish
+
+    def timed(trackers: tracking.Trackers) -> None:
+        began = time.monotonic()
+        finish(trackers)
+        waited.append(time.monotonic() - began)
+
+    monkeypatch.setattr(tracking.Trackers, "finish", timed)
+    cfg = like_it("tracker=wandb", "tracker.finish_seconds=0.5")
     Trainer(cfg).train()
-    assert time.monotonic() - began < 60
+    assert len(waited) == 1 and 0.4 < waited[0] < 3
+    assert "did not finish in 0.5 s" in capsys.readouterr().err
     assert untimed(Path(cfg.run.dir)) == untimed(finished_run)

@@ -51,7 +51,10 @@ def test_warm_up_is_called_and_not_counted(monkeypatch: pytest.MonkeyPatch):
     assert next(costs, None) is None
 
 
-def test_a_result_carries_machine_commit_and_command(tmp_path: Path):
+def test_a_result_carries_machine_commit_and_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["sora", "bench", "toy"])
     result = Result(
         "toy", {"step": Measured(Stats.of([1.0, 2.0, 3.0]), "s")}, {"batch": 4, "peak": None}
     )

@@ -35,6 +35,7 @@ from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest, empty_row
 from sora_train.data.plan import Tape
 from sora_train.data.tars import MemberKeys, captions_of, scores_of
+from sora_train.distributed import ControlPlane, World
 from sora_train.errors import UserError
 from sora_train.training_data import read_validation
 
@@ -336,5 +337,6 @@ def test_the_loader_tells_the_caption_of_the_sample_and_its_epoch(tmp_path: Path
         make_loader(manifest, caption_weights={"long": 1.0})
     # Validation compares steps and runs: it always has the main caption.
     cfg = Config(data={"caption_weights": {"short": 1.0}, "num_workers": 1}, buckets=BUCKETS)
-    held_out = read_validation(cfg, manifest, TABLE, torch.nn.Linear(1, 1), with_latents=False)
+    control = ControlPlane(World(0, 1, 0, 1, torch.device("cpu")))
+    held_out = read_validation(cfg, manifest, TABLE, torch.nn.Linear(1, 1), False, control)
     assert [clip.caption for clip in held_out] == manifest.caption.tolist()

@@ -55,8 +55,12 @@ HELPED = [
     "prep shards",
     "data index",
     "data show",
-    "ckpt list",
-    "ckpt show",
+    "ckpt ls",
+    "ckpt inspect",
+    "ckpt verify",
+    "ckpt diff",
+    "ckpt average",
+    "ckpt prune",
     "config show",
 ]
 HELPED += ["config diff", "config explain", "bench train", "bench data", "init", "report"]
@@ -80,7 +84,7 @@ def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["trian"], "Did you mean 'train'?; see `sora --help`"),
+        (["trian"], "Did you mean 'train', 'track'?; see `sora --help`"),
         (["train", "experiment=quikstart"], "did you mean 'quickstart'?"),
         (["train", "train.step=3"], "did you mean 'train.steps'?"),
         (["train", "missing.yaml"], "there is no file missing.yaml"),
@@ -99,7 +103,7 @@ def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]):
         (["prep", "shards", "inptu=x"], "unknown config key 'inptu'; did you mean 'input'?"),
         (["prep", "shards", "input=x"], "config key 'output' has no value"),
         (["data", "index", "source=nowhere"], "nowhere does not exist"),
-        (["ckpt", "list", "nowhere"], "nowhere"),
+        (["ckpt", "ls", "nowhere"], "nowhere"),
         (["config", "explain", "data.cahce"], "did you mean 'data.cache'?"),
         (["config", "diff", "quickstart", "b"], "did you mean 'experiment=quickstart'?"),
         (["report", "nowhere"], "nowhere is no run folder"),

@@ -3,11 +3,17 @@
 import pytest
 import torch
 
+from sora_train.card import compiled
 from sora_train.config.model import ModelConfig
-from sora_train.errors import ConfigError
+from sora_train.errors import ConfigError, Fault
 from sora_train.models.dit import Block, VideoDiT
 from sora_train.parallel import compile as compiling
-from sora_train.parallel.compile import check_compiler, compile_blocks, graphs_compiled
+from sora_train.parallel.compile import (
+    check_compiler,
+    compile_blocks,
+    graphs_compiled,
+    resolve_compile,
+)
 
 CPU = torch.device("cpu")
 SIZES = dict(num_layers=2, num_heads=2, head_dim=16, ffn_dim=48, in_channels=4, text_dim=8)
@@ -16,7 +22,12 @@ GRIDS = [(2, 4, 4), (3, 4, 6), (5, 6, 4), (2, 8, 8)]
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    keys = ("suppress_errors", "fail_on_recompile_limit_hit", "recompile_limit")
+    keys = (
+        "suppress_errors",
+        "fail_on_recompile_limit_hit",
+        "recompile_limit",
+        "accumulated_recompile_limit",
+    )
     before = {key: getattr(torch._dynamo.config, key) for key in keys}
     torch._dynamo.reset()
     yield
@@ -60,7 +71,7 @@ def test_dynamic_blocks_share_one_graph_and_never_compile_again(
 ):
     plain, compiled = build(attention=attention).to(dtype), build(attention=attention).to(dtype)
     names = list(compiled.state_dict())
-    compile_blocks(compiled, "dynamic")
+    recompiles = compile_blocks(compiled, "dynamic")
     assert list(compiled.state_dict()) == names
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     before = graphs_compiled()
@@ -69,11 +80,12 @@ def test_dynamic_blocks_share_one_graph_and_never_compile_again(
             scale = float(b.float().abs().max())
             torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=tolerance * scale)
         assert graphs_compiled() == before + 1, "two blocks, one graph, whatever the clip"
+    assert recompiles.count == 0
 
 
 def test_static_compiles_once_a_size_and_stands_still_once_warm(traced_only: None):
     model = build()
-    compile_blocks(model, "static")
+    recompiles = compile_blocks(model, "static")
     before = graphs_compiled()
     for grid in GRIDS[:2]:
         step(model, grid)
@@ -82,6 +94,16 @@ def test_static_compiles_once_a_size_and_stands_still_once_warm(traced_only: Non
     for grid in GRIDS[:2]:
         step(model, grid)
     assert graphs_compiled() == warm
+    assert recompiles.count == 0, "a size that was not met before is no fault of theirs"
+
+
+def test_compiling_again_for_what_was_met_is_counted(traced_only: None):
+    model = build(attention="sdpa")
+    recompiles = compile_blocks(model, "static")
+    # Two blocks of one kind that differ in what the graph holds as a constant: one graph for each of them.
+    model.blocks[1].attn1.core.backend = "math"
+    step(model, GRIDS[0])
+    assert recompiles.count == 1
 
 
 @pytest.mark.slow
@@ -118,7 +140,9 @@ def test_a_block_that_breaks_the_graph_is_an_error(
     monkeypatch.setattr(Block, "forward", breaking)
     model = build()
     compile_blocks(model, "dynamic")
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises(
+        Fault, match=r"cannot compile Block as one graph: .*; set model\.compile=off"
+    ):
         step(model, GRIDS[0])
 
 
@@ -130,7 +154,9 @@ def test_compiling_again_and_again_is_an_error_and_not_eager(
     compile_blocks(model, "static")
     step(model, GRIDS[0])
     step(model, GRIDS[1])
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+    with pytest.raises(
+        Fault, match=r"compiled Block for 2 different inputs .* model\.compile=dynamic"
+    ):
         step(model, GRIDS[2])
 
 
@@ -151,17 +177,27 @@ def test_a_missing_compiler_is_told_at_start(monkeypatch: pytest.MonkeyPatch):
         check_compiler("static", torch.device("cuda"))
 
 
+def test_auto_compiles_on_a_gpu_only():
+    cuda = torch.device("cuda")
+    assert [resolve_compile("auto", device) for device in (CPU, cuda)] == ["off", "dynamic"]
+    assert [resolve_compile(mode, cuda) for mode in ("off", "static")] == ["off", "static"]
+    assert compiled("auto", CPU) == "no (chosen by auto)"
+    assert compiled("dynamic", CPU) == "every block, dynamic"
+
+
 @pytest.mark.slow
 def test_a_run_trains_compiled_to_the_losses_of_eager(parity_config, traced_only: None):
     from sora_train.metrics import read_metrics
     from sora_train.trainer import Trainer
 
-    losses = {}
+    rows = {}
     for mode in ("off", "dynamic"):
-        cfg = parity_config(f"model.compile={mode}", "train.steps=3", name=mode)
+        cfg = parity_config(f"model.compile={mode}", "train.steps=6", name=mode)
         trainer = Trainer(cfg)
         trainer.train()
-        losses[mode] = [
-            row["train/loss"] for row in read_metrics(trainer.folder.path / "metrics.jsonl")
-        ]
+        rows[mode] = read_metrics(trainer.folder.path / "metrics.jsonl")
+    losses = {mode: [row["train/loss"] for row in found] for mode, found in rows.items()}
     assert losses["dynamic"] == pytest.approx(losses["off"], rel=1e-5)
+    # Images and videos, full and short micro-batches, captions of two lengths, validation in between.
+    assert [row["train/recompiles"] for row in rows["dynamic"]] == [0.0] * 6
+    assert not any("train/recompiles" in row for row in rows["off"])

@@ -213,7 +213,10 @@ def test_a_subclass_adds_sections_and_required_keys():
             "config group 'model' has no option 'tinyt2v'; did you mean 'tiny_t2v'? "
             "there are: 30b, b, l, micro, s, tiny, tiny_t2v, wan_14b, wan_1_3b, wan_5b, xl",
         ),
-        ("tracker=null", "config group 'tracker' has no option 'null'; there are: none, wandb"),
+        (
+            "tracker=null",
+            "config group 'tracker' has no option 'null'; there are: both, none, tensorboard, wandb",
+        ),
         ("train.steps=a", "config key 'train.steps' must be a whole number of at least 0, got 'a'"),
         (
             "train.steps=0",

@@ -79,6 +79,19 @@ def test_the_announced_weight_is_the_weight_of_the_sum(reduce: str):
     assert objective.weights(batch_of(VIDEO, []))["velocity"] == 0
 
 
+@pytest.mark.parametrize("reduce", ["per_sample", "per_token"])
+def test_what_is_told_of_each_clip_adds_up_to_the_sum(reduce: str):
+    _, objective, model = parts(reduce)
+    rows = [0, 1, 2, 5]
+    whole = objective.terms(model, batch_of(VIDEO, rows))["velocity"]
+    assert whole.of_samples is not None and not whole.of_samples.requires_grad
+    assert float(whole.of_samples.sum()) == pytest.approx(float(whole.sum.detach()), rel=1e-6)
+    alone = [objective.terms(model, batch_of(VIDEO, [row]))["velocity"] for row in rows]
+    assert whole.of_samples.tolist() == pytest.approx(
+        [float(term.sum.detach()) for term in alone], rel=1e-4
+    )
+
+
 def test_given_frames_are_no_tokens_trained_on():
     cfg, objective, _ = parts("per_token")
     latent = objective.vae.latent_shape(VIDEO.frames, VIDEO.height, VIDEO.width)

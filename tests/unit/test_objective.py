@@ -264,17 +264,29 @@ def test_a_wrong_normalisation_of_latents_is_found(
 
 
 @pytest.mark.slow
-def test_every_task_of_the_mix_is_learned_on_one_clip_and_sampled_back() -> None:
-    """One small model, all kinds: from noise and what is given it makes the clip again, and leaves the given alone."""
-    _, objective, model = built(*MIX, "vae=tiny", "objective.num_steps=8", "objective.shift=3")
-    clip, spec = dataclasses.replace(walking(size=16), caption="a"), objective.spec
-    kinds = ["t2v"] * 5 + list(KINDS)  # it has nothing to hold on to, and takes more practice
-    shown = objective.shown([clip] * len(kinds), kinds, [0.6] * len(kinds))
-    x, mask_BT, given, size = shown.x, shown.mask_BT, shown.given, len(kinds)
+def test_every_task_of_the_mix_is_learned_and_sampled_back() -> None:
+    """One small model, all kinds: from noise and what is given it makes the clip again, and leaves the given alone.
+
+    Text to video has one clip to learn. The other kinds have two and an empty caption, so only what is given tells
+    which one is meant: a model that looks elsewhere makes a mixture, which keeps half of the distance or more.
+    """
+    overrides = ["vae=tiny", "objective.num_steps=8", "objective.shift=3"]
+    _, objective, model = built(*MIX, *overrides)
+    first, spec = walking(size=16), objective.spec
+    assert first.pixels is not None
+    second = dataclasses.replace(first, pixels=np.ascontiguousarray(255 - first.pixels[::-1]))
+    guided = [kind for kind in KINDS if kind != "t2v"]
+    kinds = ["t2v"] * 8 + guided * 2  # t2v has nothing to hold on to, and takes more practice
+    clips, size = [first] * (8 + len(guided)) + [second] * len(guided), len(kinds)
+    shown = objective.shown(clips, kinds, [0.6] * size)
+    x, mask_BT, given = shown.x, shown.mask_BT, shown.given
     assert given is not None
-    prompts, fps_B = ["a"] * size, torch.full((size,), 8.0)
+    told = mask_BT.sum(dim=1)
+    assert not told[:8].any() and ((told[8:] > 0) & (told[8:] < x.shape[2])).all()
+    prompts = [first.caption if kind == "t2v" else "" for kind in kinds]
+    fps_B, steps = torch.full((size,), 8.0), 260
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.99))
-    generator, steps = torch.Generator().manual_seed(0), 350
+    generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         noise = torch.randn(x.shape, generator=generator)
         t_B = spec.training_times(torch.rand(size, generator=generator), x.shape[2:])
@@ -286,15 +298,17 @@ def test_every_task_of_the_mix_is_learned_on_one_clip_and_sampled_back() -> None
         optimizer.step()
     text, free = model.tokenize(prompts), (mask_BT == 0)[:, None, :, None, None].expand_as(x)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
-    found = sample_ode(
-        lambda z, t_BT: model(z, t_BT, text, mask_BT=mask_BT),
-        noise, spec, given=given, mask_BT=mask_BT,
-    )  # fmt: skip
+    with torch.no_grad():
+        found = sample_ode(
+            lambda z, t_BT: model(z, t_BT, text, mask_BT=mask_BT),
+            noise, spec, given=given, mask_BT=mask_BT,
+        )  # fmt: skip
     assert torch.equal(found[~free], given[~free]), "given, unchanged"
 
     def distance(a: Tensor, b: int) -> float:
         return float((a[b] - x[b])[free[b]].square().mean())
 
-    for kind in KINDS:
-        left = [distance(found, b) / distance(noise, b) for b in range(size) if kinds[b] == kind]
-        assert np.median(left) < 0.2, f"{kind} keeps {left} of the noise's distance to its clip"
+    left = [distance(found, b) / distance(noise, b) for b in range(size)]
+    assert np.median(left[:8]) < 0.15, f"t2v keeps {left[:8]} of the noise's distance to its clip"
+    for kind, kept in zip(kinds[8:], left[8:], strict=True):
+        assert kept < 0.15, f"{kind} keeps {kept} of the noise's distance to its clip"

@@ -4,26 +4,23 @@ is in its numbers."""
 from pathlib import Path
 
 import pytest
-import yaml
 
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError
-from sora_train.run_folder import RunFolder
+from sora_train.resume import allowed_changes
 from sora_train.trainer import Trainer
 
 
 def test_a_key_that_came_later_has_its_defaults_meaning(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints/latest").mkdir(parents=True)
     cfg = compose(["experiment=parity_tiny", f"run.dir={tmp_path}"]).config
     saved = cfg.model_dump(mode="json")
     del saved["vae"]["tile"], saved["text"]["dtype"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
-    RunFolder(cfg, is_main=True).close()
-
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert allowed_changes(cfg, {"config": saved}) == []
     other = compose(["experiment=parity_tiny", f"run.dir={tmp_path}", "vae.tile=32"]).config
-    with pytest.raises(ConfigError, match=r"vae\.tile was 0, is 32"):
-        RunFolder(other, is_main=True)
+    assert allowed_changes(other, {"config": saved}) == [("vae.tile", 0, 32)]
+    other = compose(["experiment=parity_tiny", f"run.dir={tmp_path}", "text.dtype=bfloat16"]).config
+    with pytest.raises(ConfigError, match=r"text\.dtype was .*, is 'bfloat16'"):
+        allowed_changes(other, {"config": saved})
 
 
 def test_captions_that_are_cut_are_counted(tmp_path: Path) -> None:

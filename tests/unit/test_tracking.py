@@ -1,43 +1,61 @@
 """The tracker follows the run folder from outside and can do the run no harm."""
 
+import fcntl
+import io
 import json
 import os
 import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from sora_train import tracking
+from sora_train import tracking, tracking_feed
+from sora_train.cli import run as cli_run
 from sora_train.config.run import TrackerConfig
 from sora_train.contact_sheet import contact_sheet
-from sora_train.tracking import Feed, NullTracker, Tail, start_tracker
+from sora_train.data.video_io import encode_h264
+from sora_train.errors import UserError
+from sora_train.tracking import start_tracker
+from sora_train.tracking_feed import Feed, Tail, replay
 
 WANDB = TrackerConfig(kind="wandb", mode="offline")
 
 
-class FakeRun:
-    def __init__(self) -> None:
-        self.logged: list[dict[str, Any]] = []
-        self.config: dict[str, Any] = {}
+class FakeSink:
+    """Keeps what it is given; `safe` says at once that it has it for good."""
 
-    def log(self, values: dict[str, Any]) -> None:
-        self.logged.append(values)
+    name = "fake"
 
+    def __init__(self, *, safe: bool = False, confirmed: int = -1) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.pictures: list[tuple[int, list[str], bool]] = []
+        self.settings: dict[str, Any] = {}
+        self.safe, self.confirmed = safe, confirmed
 
-class FakeConfig(dict):
-    def update(self, values: dict[str, Any], allow_val_change: bool) -> None:
-        super().update(values)
+    def confirmed_step(self) -> int:
+        return self.confirmed
 
+    def config(self, values: dict[str, Any]) -> None:
+        self.settings = values
 
-def fake_run() -> FakeRun:
-    run = FakeRun()
-    run.config = FakeConfig()
-    return run
+    def row(self, step: int, wall_time: float, values: dict[str, float]) -> None:
+        self.rows.append({"step": step, **values})
+
+    def samples(self, step: int, clips: list[tuple[Path, str]], sheet: Path | None) -> None:
+        self.pictures.append((step, [prompt for _, prompt in clips], sheet is not None))
+
+    def flush(self) -> bool:
+        return self.safe
+
+    def close(self) -> None:
+        pass
 
 
 def add_rows(run_dir: Path, *steps: int, **values: float) -> None:
@@ -47,25 +65,19 @@ def add_rows(run_dir: Path, *steps: int, **values: float) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def steps_of(run: FakeRun) -> list[int]:
-    return [values["step"] for values in run.logged]
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    command = [sys.executable, "-c", code]
-    monkeypatch.setattr(tracking, "tracker_command", lambda cfg, run_dir: command)
+def steps_of(sink: FakeSink) -> list[int]:
+    return [int(row["step"]) for row in sink.rows]
 
 
 def test_no_tracker_starts_nothing(tmp_path: Path):
     tracker = start_tracker(TrackerConfig(kind="none"), tmp_path)
     tracker.finish()
-    assert isinstance(tracker, NullTracker)
-    assert not list(tmp_path.iterdir())
+    assert tracker.trackers == [] and not list(tmp_path.iterdir())
 
 
 def test_tail_gives_each_whole_line_once(tmp_path: Path):
     tail = Tail(tmp_path / "metrics.jsonl")
-    assert tail.rows() == []
+    assert list(tail.rows()) == []
     add_rows(tmp_path, 1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "ti')
@@ -73,94 +85,174 @@ def test_tail_gives_each_whole_line_once(tmp_path: Path):
         assert [row["step"] for row in tail.rows()] == [1]
         file.write('me": 0}\n')
     assert [row["step"] for row in tail.rows()] == [2]
-    assert tail.rows() == []
+    assert list(tail.rows()) == []
 
 
-def test_a_resumed_run_sends_no_row_twice(tmp_path: Path):
-    first = Feed(fake_run(), tmp_path)
-    add_rows(tmp_path, 1, 2, 3)
-    add_rows(tmp_path, 2, **{"val/loss": 0.5})
-    first.push()
-    first.save()
-    # Resuming from step 2 drops step 3 from the file and writes it again.
-    (tmp_path / "metrics.jsonl").unlink()
+def test_tail_reads_any_length_in_bounded_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tracking_feed, "BLOCK_BYTES", 64)  # less than a row, and than several
+    add_rows(tmp_path, *range(1, 40))
+    add_rows(tmp_path, 40, **{f"train/loss/term{i}": 0.1 for i in range(20)})
+    tail = Tail(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in tail.rows()] == list(range(1, 41))
+
+
+def test_tail_leaves_out_what_is_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    add_rows(tmp_path, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('\x00\x00garbage\n[]\n{"time": 1}\n')
+    add_rows(tmp_path, 2)
+    assert [row["step"] for row in Tail(tmp_path / "metrics.jsonl").rows()] == [1, 2]
+    assert capsys.readouterr().out.count("damaged") == 3
+
+
+def replaced(run_dir: Path, *steps: int) -> None:
+    """metrics.jsonl as a run that goes on from an earlier step leaves it: another file under its name."""
+    path = run_dir / "metrics.jsonl"
+    path.rename(run_dir / "old")
+    add_rows(run_dir, *steps)
+
+
+def test_tail_notices_another_file_that_is_longer(tmp_path: Path):
+    add_rows(tmp_path, 1, 2)
+    tail = Tail(tmp_path / "metrics.jsonl")
+    assert len(list(tail.rows())) == 2
+    replaced(tmp_path, 1)
+    add_rows(tmp_path, 2, 3, 4, **{"train/loss": 0.123456789012345})
+    assert [row["step"] for row in tail.rows()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("back", [0, 1, 4])
+@pytest.mark.parametrize("restarted", [True, False])
+def test_going_on_from_an_earlier_step_loses_no_row_and_repeats_none(
+    back: int, restarted: bool, tmp_path: Path
+):
+    sink = FakeSink()
+    feed = Feed(sink, tmp_path)
     add_rows(tmp_path, 1, 2, 3, 4)
-    add_rows(tmp_path, 4, **{"val/loss": 0.4})
-    run = fake_run()
-    Feed(run, tmp_path).push()
-    assert steps_of(run) == [4, 4]
-    assert run.logged[1]["val/loss"] == 0.4
+    add_rows(tmp_path, 4, **{"val/loss": 0.5})
+    feed.push()
+    if restarted:
+        feed.save()
+        feed = Feed(sink, tmp_path)
+    replaced(tmp_path, *range(1, back + 1))
+    feed.push()
+    add_rows(tmp_path, *range(back + 1, 7))
+    add_rows(tmp_path, 4, **{"val/loss": 0.5})
+    add_rows(tmp_path, 6, **{"val/loss": 0.4})
+    feed.push()
+    assert [int(row["step"]) for row in sink.rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [int(row["step"]) for row in sink.rows if "val/loss" in row] == [4, 6]
 
 
 def test_rows_that_were_not_confirmed_are_sent_again(tmp_path: Path):
     add_rows(tmp_path, 1, 2)
-    Feed(fake_run(), tmp_path).push()  # killed before save()
-    run = fake_run()
-    Feed(run, tmp_path).push()
-    assert steps_of(run) == [1, 2]
+    Feed(FakeSink(), tmp_path).push()  # killed before save()
+    sink = FakeSink()
+    assert Feed(sink, tmp_path).push() == 2
+    assert steps_of(sink) == [1, 2]
+
+
+def test_rows_that_the_tracker_says_it_has_are_not(tmp_path: Path):
+    add_rows(tmp_path, 1, 2, 3)
+    sink = FakeSink(confirmed=2)
+    Feed(sink, tmp_path).push()
+    assert steps_of(sink) == [3]
+
+
+def test_what_is_safe_at_once_is_remembered_at_once(tmp_path: Path):
+    add_rows(tmp_path, 1, 2)
+    Feed(FakeSink(safe=True), tmp_path).push()  # killed right after
+    add_rows(tmp_path, 3)
+    sink = FakeSink(safe=True)
+    Feed(sink, tmp_path).push()
+    assert steps_of(sink) == [3]
+
+
+def sampled(run_dir: Path, step: int = 50) -> Path:
+    """A folder of samples that is whole but for its contact sheet."""
+    folder = run_dir / f"samples/step-{step:06d}"
+    folder.mkdir(parents=True)
+    encode_h264(np.zeros((3, 16, 16, 3), np.uint8), 8.0, folder / "000.mp4")
+    prompts = [{"prompt": "a red square", "file": "000.mp4", "seed": 0}]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    return folder
 
 
 def test_config_and_whole_samples_are_sent_once(tmp_path: Path):
-    run = fake_run()
-    feed = Feed(run, tmp_path)
+    sink = FakeSink()
+    feed = Feed(sink, tmp_path)
     (tmp_path / "config.yaml").write_text("seed: 3\n")
-    folder = tmp_path / "samples/step-000050"
-    folder.mkdir(parents=True)
-    (folder / "000.mp4").write_bytes(b"clip")
-    prompts = [{"prompt": "a red square", "file": "000.mp4", "seed": 0}]
-    (folder / "prompts.json").write_text(json.dumps(prompts))
+    folder = sampled(tmp_path)
     feed.push()
-    assert run.config == {"seed": 3}
-    assert run.logged == [], "the contact sheet is still to come"
+    assert sink.settings == {"seed": 3}
+    assert sink.pictures == [], "the contact sheet is still to come"
     contact_sheet([np.zeros((1, 8, 8, 3), np.uint8)], ["x"], folder / "contact_sheet.png")
     feed.push()
     feed.push(final=True)
-    assert steps_of(run) == [50]
-    assert {"samples/000", "samples/contact_sheet"} < set(run.logged[0])
+    assert sink.pictures == [(50, ["a red square"], True)]
 
 
-def test_a_hanging_tracker_is_killed_at_its_deadline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_damaged_folder_of_samples_does_not_keep_the_rows_back(tmp_path: Path):
+    sink = FakeSink()
+    (sampled(tmp_path) / "prompts.json").write_text("{")
+    add_rows(tmp_path, 1)
+    Feed(sink, tmp_path).push(final=True)
+    assert steps_of(sink) == [1] and sink.pictures == []
+
+
+def test_the_run_id_stays_until_a_new_run_is_wanted(tmp_path: Path):
+    first = tracking.run_id(tmp_path)
+    assert tracking.run_id(tmp_path) == first
+    assert tracking.run_id(tmp_path, new=True) != first
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kinds": ["mlflow"]}, "--kind mlflow"),
+        ({"mode": "later"}, "--mode later"),
+        ({}, "metrics.jsonl"),
+    ],
+)
+def test_replay_of_what_cannot_be_is_a_sentence(options: dict[str, Any], said: str, tmp_path: Path):
+    if options:
+        add_rows(tmp_path, 1)
+    with pytest.raises(UserError, match=said):
+        replay(tmp_path, **options)
+
+
+def events_of(run_dir: Path) -> list[Any]:
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    files = sorted((run_dir / "tensorboard").iterdir())
+    return [e for path in files for e in loader.RawEventFileLoader(str(path)).Load()]
+
+
+def test_tensorboard_gets_scalars_and_moving_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    stand_in(monkeypatch, "import time; time.sleep(600)")
-    tracker = start_tracker(WANDB, tmp_path)
-    began = time.monotonic()
-    tracker.finish(timeout=0.5)
-    assert time.monotonic() - began < 3
-    time.sleep(0.2)  # what the watching thread would say is said by now
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    assert "metrics.jsonl is complete" in said[0] and "--once" in said[0]
-    assert isinstance(tracker, tracking.ProcessTracker) and tracker._process is not None
-    assert tracker._process.poll() is not None
-    assert not (tmp_path / tracking.STOP_FILE).exists()
-
-
-def test_a_crashing_tracker_is_told_of_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    stand_in(monkeypatch, "raise SystemExit(7)")
-    tracker = start_tracker(WANDB, tmp_path)
-    said = ""
-    deadline = time.monotonic() + 10
-    while "exit code 7" not in said and time.monotonic() < deadline:
-        time.sleep(0.05)
-        said += capsys.readouterr().err
-    tracker.finish()
-    said += capsys.readouterr().err
-    assert said.count("exit code 7") == 1 and len(said.strip().splitlines()) == 1
-
-
-def test_a_tracker_that_cannot_start_does_not_stop_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(tracking, "tracker_command", lambda cfg, run_dir: ["/no/such/program"])
-    start_tracker(WANDB, tmp_path).finish()
-    assert "could not start" in capsys.readouterr().err
-
-
-def test_the_run_id_stays(tmp_path: Path):
-    assert tracking._run_id(tmp_path) == tracking._run_id(tmp_path)
+    messages = pytest.importorskip("tensorboard.compat.proto.event_pb2")
+    (tmp_path / "config.yaml").write_text("seed: 3\ntracker: {kind: tensorboard}\n")
+    add_rows(tmp_path, 1, 2)
+    folder = sampled(tmp_path)
+    contact_sheet([np.zeros((1, 8, 8, 3), np.uint8)], ["x"], folder / "contact_sheet.png")
+    assert cli_run(["track", "replay", str(tmp_path)]) == 0
+    add_rows(tmp_path, 3)
+    assert cli_run(["track", "replay", str(tmp_path)]) == 0
+    assert cli_run(["track", "replay", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "tensorboard: 2 rows sent",
+        "tensorboard: 1 rows sent",
+        "tensorboard: has every row already",
+    ]
+    events = [messages.Event.FromString(raw) for raw in events_of(tmp_path)]
+    values = [(event.step, value) for event in events for value in event.summary.value]
+    losses = [(step, value.simple_value) for step, value in values if value.tag == "train/loss"]
+    assert losses == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    pictures = {value.tag: value for step, value in values if step == 50}
+    assert set(pictures) == {"samples/000", "samples/contact_sheet"}
+    with Image.open(io.BytesIO(pictures["samples/000"].image.encoded_image_string)) as gif:
+        assert gif.format == "GIF" and gif.size == (16, 16)
+    assert pictures["samples/000"].metadata.summary_description == "a red square"
 
 
 @pytest.fixture
@@ -181,11 +273,26 @@ def test_offline_wandb_gets_every_row(tmp_path: Path, capsys: pytest.CaptureFixt
     add_rows(run_dir, 1, 2, 3)
     tracker = start_tracker(WANDB, run_dir)
     add_rows(run_dir, 4)
-    tracker.finish(timeout=60)
-    assert "wandb sync" in capsys.readouterr().err
+    tracker.finish_seconds = 60
+    tracker.finish()
+    assert "sora track replay" in capsys.readouterr().err
     (log,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
     assert (run_dir / "wandb_run_id").read_text() in log.name
     assert logged_steps(log) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_network")
+def test_an_offline_run_goes_on_as_the_same_run(tmp_path: Path):
+    pytest.importorskip("wandb")
+    for steps in ([1, 2, 3], [3, 4]):
+        add_rows(tmp_path, *steps)
+        tracker = start_tracker(WANDB, tmp_path)
+        tracker.finish_seconds = 60
+        tracker.finish()
+    logs = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert [log.name for log in logs] == [f"run-{tracking.run_id(tmp_path)}.wandb"] * 2
+    assert [logged_steps(log) for log in logs] == [[1, 2, 3], [4]]
 
 
 def logged_steps(log: Path) -> list[int]:
@@ -205,9 +312,8 @@ def logged_steps(log: Path) -> list[int]:
     return steps
 
 
-@pytest.mark.usefixtures("no_network")
 def test_the_tracker_ends_after_its_parent(tmp_path: Path):
-    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     add_rows(run_dir, 1)
@@ -215,11 +321,19 @@ def test_the_tracker_ends_after_its_parent(tmp_path: Path):
     code = (
         "import os, sys; from pathlib import Path; from sora_train.config.run import TrackerConfig;"
         "from sora_train.tracking import start_tracker;"
-        "start_tracker(TrackerConfig(kind='wandb', mode='offline'), Path(sys.argv[1])); os._exit(0)"
+        "start_tracker(TrackerConfig(kind='tensorboard'), Path(sys.argv[1])); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", code, str(run_dir)], check=True, timeout=60)
-    state = run_dir / tracking.STATE_FILE
-    deadline = time.monotonic() + 60
-    while not state.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert json.loads(state.read_text())["last_step"] == {"train/loss": 1}
+    # Its lock is free once it has ended.
+    wait_for((run_dir / "trackers/tensorboard.lock").exists, 60)
+    with (run_dir / "trackers/tensorboard.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    state = json.loads((run_dir / "trackers/tensorboard.json").read_text())
+    assert state["last_step"] == {"train/loss": 1}
+
+
+def wait_for(there: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

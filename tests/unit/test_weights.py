@@ -9,24 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
-from sora_train import stored_weights
-from sora_train.api import load
-from sora_train.checkpoint import find
-from sora_train.cli import run
+from sora_train import cli, stored_weights, weights_out
+from sora_train.api import Model, load
+from sora_train.checkpoint import find, save_streamed
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.diffusion.draws import draw_noise
 from sora_train.errors import UserError
 from sora_train.initialise import refuse_imported
 from sora_train.models.dit import VideoDiT
-from sora_train.sampling import ClipShape
+from sora_train.models.vae import VideoVAE
+from sora_train.sampling import ClipShape, sample_latents
 from sora_train.trainer import Trainer
 from sora_train.weights_in import import_pipeline
 from sora_train.weights_out import export_pipeline, fps_offset
 
 SHAPE = ClipShape(5, 32, 32, 8.0)
+PROMPT = "a red circle moves left"
 TINY = [
     "experiment=parity_tiny", "text.padding=wan", "data.shapes_clips=8", "data.shapes_val_clips=2",
     "validation.every=0", "sample.every=0", "train.steps=2", "objective.solver=euler",
@@ -35,7 +37,7 @@ TINY = [
 
 
 def trained(folder: Path, *more: str) -> Path:
-    """A run of two steps; its weights are stirred, so that nothing is at its first value of zero."""
+    """A run of a few steps; its weights are stirred, so that nothing is at its first value of zero."""
     cfg: Config = compose([*TINY, f"run.dir={folder}", *more]).config
 
     class Stirred(Trainer):
@@ -53,15 +55,15 @@ def trained(folder: Path, *more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("source") / "run")
+    steps = ["optim=adamw", "optim.lr=2e-3", "train.steps=8"]
+    return trained(tmp_path_factory.mktemp("source") / "run", *steps)
 
 
 @pytest.fixture(scope="module")
 def pipeline(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "pipeline"
     # Files of at most 100 kB, so that there are several.
-    said = export_pipeline(source, out, fps=None, max_shard_bytes=100_000)
-    assert "left out mask_proj" in said or "mask_proj" not in said
+    export_pipeline(source, out, fps=None, max_shard_bytes=100_000)
     return out
 
 
@@ -145,29 +147,82 @@ def test_added_extras_change_nothing(pipeline: Path, tmp_path: Path):
     assert not model.mask_proj.weight.any() and not model.fps_proj.weight.any()
 
 
-@pytest.mark.parametrize("steps", [4])
-def test_diffusers_samples_the_same_video(source: Path, pipeline: Path, steps: int):
+def otherwise(run: Path, to: Path, **changes: object) -> Path:
+    """A copy of the run whose newest checkpoint has another spec."""
+    shutil.copytree(run, to)
+    at = find(to).path
+    state = json.loads((at / "state.json").read_text())
+    state["spec"] |= changes
+    (at / "state.json").write_text(json.dumps(state))
+    files = json.loads((at / "MANIFEST.json").read_text())
+    text = (at / "state.json").read_bytes()
+    entry = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    files["files"]["state.json"] = entry
+    (at / "MANIFEST.json").write_text(json.dumps(files))
+    return to
+
+
+UNIPC = {"solver": "unipc", "time_grid": "unipc", "time_rounding": "truncate"}
+STEPS, GUIDANCE = 6, 3.0
+
+
+@pytest.fixture(scope="module", params=["euler", "unipc"])
+def both_sampled(
+    request: pytest.FixtureRequest,
+    source: Path,
+    pipeline: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Model, torch.Tensor, torch.Tensor, np.ndarray]:
+    """Our model, and one clip of it as diffusers' pipeline samples it: noise, latents, pixels in [0, 1]."""
     pytest.importorskip("accelerate")
     from diffusers import WanPipeline
 
-    ours = load(source)
-    prompts = ["a red circle moves left"]
+    run, folder = source, pipeline
+    if request.param == "unipc":
+        made = tmp_path_factory.mktemp("unipc")
+        run, folder = otherwise(source, made / "run", **UNIPC), made / "pipeline"
+        assert "differs" not in export_pipeline(run, folder)
+    ours = load(run)
+    assert ours.spec.solver == request.param and ours.spec.shift == 3.0
     latent_shape = ours.vae.latent_shape(SHAPE.frames, SHAPE.height, SHAPE.width)
     noise = draw_noise(5, "sample", [(0, 0)], latent_shape)
-    mine = ours.sample(
-        prompts, size=(32, 32), frames=5, fps=8.0, steps=steps, guidance_scale=3.0, seed=5
-    )[0]
-    wan = WanPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
+    wan = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    assert ("UniPC" in type(wan.scheduler).__name__) == (request.param == "unipc")
     wan.set_progress_bar_config(disable=True)
-    theirs = wan(
-        prompt=prompts[0], negative_prompt="", height=32, width=32, num_frames=5,
-        num_inference_steps=steps, guidance_scale=3.0, latents=noise, output_type="np",
-        max_sequence_length=ours.cfg.text.max_length,
-    ).frames[0]  # fmt: skip
-    mine = np.asarray(mine, np.float64) / 255
-    # Ours are rounded to whole steps of 1/255.
-    assert np.abs(mine - theirs).max() <= 1e-3 + 0.5 / 255
-    assert theirs.std() > 0.01, "a picture without contrast would agree with anything"
+
+    def theirs(output_type: str):
+        return wan(
+            prompt=PROMPT, negative_prompt="", height=SHAPE.height, width=SHAPE.width,
+            num_frames=SHAPE.frames, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+            latents=noise, output_type=output_type, max_sequence_length=ours.cfg.text.max_length,
+        ).frames  # fmt: skip
+
+    return ours, noise, theirs("latent"), theirs("np")[0]
+
+
+def test_diffusers_samples_the_same_video(both_sampled):
+    """Nothing rounded, float32: the latents differ by 2e-6 at most and the pixels by 1e-6, Euler and UniPC."""
+    ours, noise, latents, pixels = both_sampled
+    spec = ours.spec.replace(num_steps=STEPS, guidance_scale=GUIDANCE)
+    mine = sample_latents(ours.model, spec, [PROMPT], noise, SHAPE.fps)
+    decoded = ours.vae.decode(mine)[0].permute(1, 2, 3, 0).clamp(-1, 1) / 2 + 0.5
+    torch.testing.assert_close(mine, latents, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(decoded.numpy(), pixels, atol=1e-4, rtol=0)
+    # What would agree with anything: a picture without contrast, guidance or a solver without effect.
+    assert pixels.std() > 0.01
+    for change in ({"guidance_scale": 1.0}, {"time_grid": "even"}, {"shift": 1.0}):
+        other = sample_latents(ours.model, spec.replace(**change), [PROMPT], noise, SHAPE.fps)
+        assert (other - latents).abs().max() > 1e-2, change
+
+
+def test_clips_are_that_video_in_whole_steps_of_colour(both_sampled):
+    ours, _, _, pixels = both_sampled
+    size = (SHAPE.width, SHAPE.height)
+    mine = ours.sample(
+        [PROMPT], size=size, frames=SHAPE.frames, fps=SHAPE.fps, steps=STEPS,
+        guidance_scale=GUIDANCE, seed=5,
+    )[0]  # fmt: skip
+    assert np.abs(mine / 255 - pixels).max() <= 0.5 / 255 + 1e-4
 
 
 def test_a_rate_is_folded_exactly():
@@ -244,24 +299,142 @@ def test_missing_files_and_full_folders_are_told(pipeline: Path, source: Path, t
             write()
 
 
-def test_what_the_pipeline_has_no_place_for_is_refused(tmp_path: Path):
-    masked = trained(tmp_path / "masked", "text.padding=masked", "train.steps=1")
-    with pytest.raises(UserError, match="text.padding=masked cannot be exported"):
-        export_pipeline(masked, tmp_path / "out")
-    told = trained(tmp_path / "told", "model.fps_embed=true", "train.steps=1")
-    with pytest.raises(UserError, match=r"fps_proj.*--fps 8"):
-        export_pipeline(told, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"text_padding": "masked"}, r"text\.padding=masked .* train with text\.padding=wan"),
+        (
+            {"cond_mode": "concat"},
+            r"objective\.cond_mode=concat .* export a run of cond_mode=replace",
+        ),
+        (
+            {"conditioning": [["t2v", 0.0], ["i2v", 0.5], ["extend", 0.5]]},
+            r"objective\.conditioning .* but i2v, extend through mask_proj; sample with `sora sample --op`",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_the_pipeline_has_no_place_for_is_refused(
+    source: Path, tmp_path: Path, changes: dict[str, object], said: str
+):
+    run = otherwise(source, tmp_path / "run", **changes)
+    with pytest.raises(UserError, match=said):
+        export_pipeline(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert "folded fps_proj at 12" in export_pipeline(told, tmp_path / "out", fps=12.0)
+
+
+def test_other_conditioning_is_said_to_stay_here(source: Path, tmp_path: Path):
+    said = export_pipeline(source, tmp_path / "out")
+    assert "left out mask_proj" in said
+    assert "text to video alone; i2v stay with `sora sample --op`" in said
+
+
+def test_a_model_that_is_told_the_frame_rate_needs_one(pipeline: Path, tmp_path: Path):
+    told, out = tmp_path / "told", tmp_path / "out"
+    import_pipeline(pipeline, told, SHAPE, fps_embed=True)
+    with pytest.raises(UserError, match=r"fps_proj.*--fps 8"):
+        export_pipeline(told, out)
+    assert not out.exists()
+    assert "folded fps_proj at 12" in export_pipeline(told, out, fps=12.0)
+
+
+def with_vae(run: Path, to: Path, folder: Path, **changes: object) -> Path:
+    """A copy of the run that names the VAE of a folder."""
+    otherwise(run, to, **changes)
+    values = yaml.safe_load((to / "config.yaml").read_text())
+    values["vae"] |= {"path": str(folder), "arch": {}}
+    (to / "config.yaml").write_text(yaml.safe_dump(values))
+    return to
+
+
+def test_another_vae_is_refused_before_a_weight_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    monkeypatch.setattr(weights_out, "_write_transformer", None)
+    sizes = {"block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 4}
+    AutoencoderKLHunyuanVideo(latent_channels=4, **sizes).save_pretrained(tmp_path / "vae")
+    replaced = with_vae(source, tmp_path / "replaced", tmp_path / "vae")
+    with pytest.raises(UserError, match=r"vae\.path='.*/vae' no longer holds .*; restore it"):
+        export_pipeline(replaced, tmp_path / "out")
+    digest = VideoVAE.load(tmp_path / "vae").digest()
+    trained_so = with_vae(source, tmp_path / "run", tmp_path / "vae", vae_digest=digest)
+    with pytest.raises(
+        UserError, match=r"vae\.path='.*/vae' is an AutoencoderKLHunyuanVideo.*or train"
+    ):
+        export_pipeline(trained_so, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vae_of_other_channels_does_not_go_with_the_transformer(pipeline: Path, tmp_path: Path):
+    folder = tmp_path / "p"
+    shutil.copytree(pipeline, folder)
+    config = json.loads((folder / "vae/config.json").read_text())
+    arch = {key: value for key, value in config.items() if not key.startswith("_")}
+    wider = {"z_dim": arch["z_dim"] + 4, "latents_mean": None, "latents_std": None}
+    VideoVAE({**{k: v for k, v in arch.items() if k not in wider}, "z_dim": wider["z_dim"]}).save(
+        folder / "vae"
+    )
+    said = rf"takes {arch['z_dim']} channels .* of {folder}/vae have {wider['z_dim']}; what can be"
+    with pytest.raises(UserError, match=said):
+        import_pipeline(folder, tmp_path / "run", SHAPE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_transformer_alone_takes_the_rest_from_a_pipeline(pipeline: Path, tmp_path: Path):
+    alone, run = tmp_path / "tuned", tmp_path / "run"
+    shutil.copytree(pipeline / "transformer", alone)
+    with pytest.raises(UserError, match=f"{alone} is a transformer alone; .* --base Wan"):
+        import_pipeline(alone, run, SHAPE)
+    with pytest.raises(UserError, match=r"--base .* holds no model_index\.json"):
+        import_pipeline(alone, run, SHAPE, base=tmp_path)
+    with pytest.raises(UserError, match=r"--base .* is a whole pipeline; leave it out, or give"):
+        import_pipeline(pipeline, run, SHAPE, base=pipeline)
+    with pytest.raises(UserError, match=r"no model_index\.json and no config\.json"):
+        import_pipeline(pipeline / "scheduler", run, SHAPE, base=pipeline)
+    assert not run.exists()
+    back = ["ckpt", "import", str(alone), "--base", str(pipeline), "--out", str(run)]
+    assert cli.run([*back, "--size", "32x32", "--frames", "5", "--fps", "8"]) == 0
+    imported = load(run)
+    assert imported.spec.shift == 3.0 and find(run).state()["imported_from"] == str(alone)
+    found = imported.model.transformer.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in weights_of(alone).items())
+
+
+def anonymous_megabytes() -> float:
+    """Memory of this process that is no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux does")
+def test_memory_does_not_grow_with_the_weights_imported(tmp_path: Path):
+    """96 MB of weights, written twice; what is held at a time is one of them (2 MB) and small things."""
+    shapes = {f"w{i:02d}": (1024, 512) for i in range(48)}
+    (tmp_path / "t").mkdir()
+    file = tmp_path / "t" / stored_weights.WEIGHTS
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
+    stored = stored_weights.StoredWeights(tmp_path / "t")
+    seen = []
+
+    def read(key: str) -> torch.Tensor:
+        seen.append(anonymous_megabytes())
+        return stored.read(key.rpartition(".")[2])
+
+    named = {f"{part}.{name}": shape for part in ("model", "ema") for name, shape in shapes.items()}
+    save_streamed(tmp_path / "checkpoints", 0, named, read, {})
+    stored.close()
+    assert len(seen) == 96 and max(seen) - seen[0] < 24
 
 
 def test_the_commands(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert run(["ckpt", "export", str(source), "--out", str(tmp_path / "p")]) == 0
+    assert cli.run(["ckpt", "export", str(source), "--out", str(tmp_path / "p")]) == 0
     back = ["ckpt", "import", str(tmp_path / "p"), "--out", str(tmp_path / "r")]
-    assert run([*back, "--size", "32x32", "--frames", "5", "--fps", "8"]) == 0
+    assert cli.run([*back, "--size", "32x32", "--frames", "5", "--fps", "8"]) == 0
     assert "matched" in capsys.readouterr().out
     with pytest.raises(UserError, match="--from torch is not known"):
-        run([*back, "--from", "torch"])
+        cli.run([*back, "--from", "torch"])
 
 
 def test_two_transformers_and_training_in_an_imported_folder_are_refused(
@@ -283,17 +456,8 @@ def test_two_transformers_and_training_in_an_imported_folder_are_refused(
 
 def test_what_samples_otherwise_is_said(source: Path, tmp_path: Path):
     assert "differs" not in export_pipeline(source, tmp_path / "same")
-    other = tmp_path / "other"
-    shutil.copytree(source, other)
-    at = find(other).path
-    state = json.loads((at / "state.json").read_text())
-    state["spec"] |= {"time_grid": "even", "shift_rule": "frame", "guidance_rescale": 0.5}
-    (at / "state.json").write_text(json.dumps(state))
-    files = json.loads((at / "MANIFEST.json").read_text())
-    text = (at / "state.json").read_bytes()
-    entry = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    files["files"]["state.json"] = entry
-    (at / "MANIFEST.json").write_text(json.dumps(files))
+    changes = {"time_grid": "even", "shift_rule": "frame", "guidance_rescale": 0.5}
+    other = otherwise(source, tmp_path / "other", **changes)
     said = export_pipeline(other, tmp_path / "out")
     for word in ("time_grid=even", "shift_rule=frame", "objective.guidance_rescale"):
         assert word in said and word in (tmp_path / "out" / "README.md").read_text()

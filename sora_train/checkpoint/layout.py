@@ -1,0 +1,119 @@
+"""What lies where in a folder of checkpoints, and which of them are whole.
+
+step-000500/       model.* optim.* ema.* in DCP's format
+                   state.json     step, samples seen, config, diffusion spec, versions
+                   MANIFEST.json  every file with its size and SHA-256, written last
+step-000500.tmp/   being written, or torn
+step-000500.old/   the one that a second save of the same step replaces, for the moment of two renames
+latest             the name of the newest one
+rehearsal/         the rehearsal before step 1, removed again
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sora_train.errors import UserError
+
+STATE, MANIFEST, LATEST, REHEARSAL = "state.json", "MANIFEST.json", "latest", "rehearsal"
+TEMPORARY, REPLACED = ".tmp", ".old"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+
+    def state(self) -> dict[str, Any]:
+        return json.loads((self.path / STATE).read_text())
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder name, None for any other name."""
+    digits = name.removeprefix("step-")
+    return int(digits) if name.startswith("step-") and digits.isdigit() else None
+
+
+def complete(path: Path) -> bool:
+    """Whether the manifest is there and every file it lists has the size it says."""
+    return not why_incomplete(path)
+
+
+def why_incomplete(path: Path) -> str:
+    """What a checkpoint's folder lacks, or an empty string."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        return f"{path} has no {MANIFEST}"
+    try:
+        files = json.loads(manifest.read_text())["files"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        return f"{manifest} is damaged"
+    for name, entry in files.items():
+        if not (path / name).is_file():
+            return f"{path / name} is missing"
+        size = (path / name).stat().st_size
+        if size != entry["size"]:
+            return f"{path / name} has {size} bytes instead of {entry['size']}"
+    return ""
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Complete checkpoints, oldest first; a torn one is not listed."""
+    found: dict[int, Path] = {}
+    for path in folder.glob("step-*"):
+        step = step_of(path.name.removesuffix(REPLACED))
+        if step is None or not complete(path):
+            continue
+        if step not in found or found[step].name.endswith(REPLACED):
+            found[step] = path
+    return [Checkpoint(path, step) for step, path in sorted(found.items())]
+
+
+def find(run_dir: Path, step: int | None = None) -> Checkpoint:
+    """The newest complete checkpoint of a run, or the one of `step`.
+
+    Raises:
+        UserError: the folder is no run, or has no such checkpoint.
+    """
+    found = list_checkpoints(run_dir / "checkpoints")
+    if not found:
+        raise UserError(
+            f"{run_dir} holds no complete checkpoint; give a run folder that `sora train` has written"
+        )
+    if step is None:
+        return found[-1]
+    for checkpoint in found:
+        if checkpoint.step == step:
+            return checkpoint
+    steps = ", ".join(str(checkpoint.step) for checkpoint in found)
+    raise UserError(f"{run_dir} has no checkpoint of step {step}; it has {steps}")
+
+
+def recover(folder: Path) -> None:
+    """Undo what a save left that was killed between two renames, and remove a rehearsal; one process calls this.
+
+    Raises UserError where the folder cannot be written.
+    """
+    try:
+        for old in folder.glob(f"step-*{REPLACED}"):
+            final = old.with_name(old.name.removesuffix(REPLACED))
+            if not complete(final) and complete(old):
+                if final.exists():
+                    shutil.rmtree(final)
+                old.replace(final)
+            else:
+                shutil.rmtree(old)
+        if (folder / REHEARSAL).exists():
+            shutil.rmtree(folder / REHEARSAL)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror}; give yourself the permission or choose another run.dir"
+        ) from error

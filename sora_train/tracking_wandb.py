@@ -1,0 +1,85 @@
+"""Sends a run to W&B: own step, the run's own id, offline into the run folder where there is no key."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from sora_train.errors import UserError
+from sora_train.tracking import run_id
+
+
+class WandbSink:
+    """A W&B run. W&B's process confirms nothing before it has finished, so nothing is safe before `close`.
+
+    mode: `auto` is $WANDB_MODE if set, else online with a W&B key and offline without.
+    """
+
+    def __init__(self, run_dir: Path, *, project: str, mode: str, new_run: bool = False):
+        wandb = self._wandb = _import_wandb()
+        mode = _mode(wandb, mode)
+        identity = run_id(run_dir, new=new_run)
+        self.name = f"wandb-{mode}-{identity}"
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=run_dir.name,
+                id=identity,
+                resume="allow",
+                mode=mode,
+                dir=str(run_dir),
+                settings=wandb.Settings(console="off", silent=True, disable_git=True),
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"W&B cannot be reached in mode={mode}: {reason}; log in with `wandb login`, or set "
+                "tracker.mode=offline and send the run later with `sora track replay`"
+            ) from error
+        # Rows may come late and samples after them, so the step is a number of ours, not W&B's count.
+        self._run.define_metric("step", summary="max")
+        self._run.define_metric("*", step_metric="step")
+
+    def confirmed_step(self) -> int:
+        """What W&B's server holds of a run that goes on online; rows reach it in order."""
+        step = self._run.summary.get("step")
+        if isinstance(step, dict):
+            step = step.get("max")
+        return -1 if step is None else int(step)
+
+    def config(self, values: dict[str, Any]) -> None:
+        self._run.config.update(values, allow_val_change=True)
+
+    def row(self, step: int, wall_time: float, values: dict[str, float]) -> None:
+        self._run.log({"step": step, "time": wall_time, **values})
+
+    def samples(self, step: int, clips: list[tuple[Path, str]], sheet: Path | None) -> None:
+        media: dict[str, Any] = {
+            f"samples/{number:03d}": self._wandb.Video(str(clip), caption=prompt, format="mp4")
+            for number, (clip, prompt) in enumerate(clips)
+        }
+        if sheet is not None:
+            media["samples/contact_sheet"] = self._wandb.Image(str(sheet))
+        self._run.log({"step": step, **media})
+
+    def flush(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "tracker=wandb needs the package wandb, which is not installed: "
+            "run `pip install sora_train[wandb]` or set tracker=none."
+        ) from error
+    return wandb
+
+
+def _mode(wandb: Any, mode: str) -> str:
+    if mode != "auto":
+        return mode
+    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")

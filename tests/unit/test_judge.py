@@ -1,0 +1,201 @@
+"""Laws of the judge of steps: it draws nothing, one outlier does not move it, and its state is all it knows."""
+
+import json
+import math
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from sora_train.config import LossHealthConfig
+from sora_train.loss_health import Judge
+from sora_train.metrics import MetricsFile
+from sora_train.report_charts import charts, skipped_steps
+
+BAD = st.sampled_from([math.nan, math.inf, -math.inf])
+VALUES = st.floats(1e-6, 1e6)
+CURVES = st.lists(st.tuples(VALUES, VALUES), min_size=3, max_size=40)
+SMALL = LossHealthConfig(warmup=5, window=12, spike_sigma=6.0, grad_norm_sigma=6.0)
+
+
+def follow(judge: Judge, curve: list[tuple[float, float]]) -> list[str]:
+    """Judge and count each step; the reasons."""
+    reasons = []
+    for loss, norm in curve:
+        verdict = judge.verdict(loss, norm)
+        if verdict.bad:
+            judge.skip(1)
+        else:
+            judge.accept(loss, norm)
+        reasons.append(verdict.reason)
+    return reasons
+
+
+@given(CURVES)
+def test_during_warm_up_no_spike_is_judged(curve: list[tuple[float, float]]) -> None:
+    judge = Judge(LossHealthConfig(warmup=len(curve), window=50))
+    assert follow(judge, curve) == [""] * len(curve)
+
+
+@given(CURVES, BAD, st.booleans(), st.integers(0, 40))
+def test_what_is_not_finite_is_always_bad(
+    curve: list[tuple[float, float]], bad: float, in_loss: bool, at: int
+) -> None:
+    """In warm-up and after it, with spikes looked for or not; and nothing of it enters the statistic."""
+    for cfg in (SMALL, LossHealthConfig(spike_sigma=0.0, grad_norm_sigma=0.0)):
+        judge, clean = Judge(cfg), Judge(cfg)
+        follow(judge, curve[:at])
+        follow(clean, curve[:at])
+        verdict = judge.verdict(*((bad, 1.0) if in_loss else (1.0, bad)))
+        assert verdict.reason == "non_finite"
+        judge.skip(1)
+        assert follow(judge, curve[at:]) == follow(clean, curve[at:])
+
+
+@given(CURVES, st.floats(-20, 20), st.floats(-20, 20))
+def test_other_units_change_no_verdict(
+    curve: list[tuple[float, float]], loss_power: float, norm_power: float
+) -> None:
+    """Powers of two scale exactly; their logarithms do so to the last digits, which the limits leave room for."""
+    a, b = 2.0 ** round(loss_power), 2.0 ** round(norm_power)
+    one, other = Judge(SMALL), Judge(SMALL)
+    for loss, norm in curve:
+        seen, scaled = one.verdict(loss, norm), other.verdict(a * loss, b * norm)
+        if math.isfinite(seen.loss_limit):
+            assert scaled.loss_limit == pytest.approx(a * seen.loss_limit, rel=1e-9)
+            assert scaled.grad_norm_limit == pytest.approx(b * seen.grad_norm_limit, rel=1e-9)
+        near = any(
+            math.isclose(value, limit, rel_tol=1e-9)
+            for value, limit in ((loss, seen.loss_limit), (norm, seen.grad_norm_limit))
+        )
+        assert near or seen.reason == scaled.reason
+        one.accept(loss, norm)
+        other.accept(a * loss, b * norm)
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=20, max_size=20), st.integers(0, 19), VALUES)
+def test_one_outlier_among_good_steps_hardly_moves_the_limit(
+    losses: list[float], at: int, outlier: float
+) -> None:
+    """However large it is: median and deviation each move at most to a neighbouring value of the good ones."""
+    cfg = LossHealthConfig(warmup=20, window=20, spike_sigma=6.0)
+    clean, spoiled = Judge(cfg), Judge(cfg)
+    for number, loss in enumerate(losses):
+        clean.accept(loss, 1.0)
+        spoiled.accept(outlier if number == at else loss, 1.0)
+    # All values lie within log(2) of 1, so a window of them can never allow more than this.
+    most = math.exp(math.log(2) + 6 * 1.4826 * 2 * math.log(2))
+    assert spoiled.verdict(1.0, 1.0).loss_limit <= most
+    assert clean.verdict(1.0, 1.0).loss_limit <= most
+
+
+@settings(max_examples=50)
+@given(CURVES, st.integers(0, 40))
+def test_a_judge_that_was_stored_judges_as_one_that_was_not(
+    curve: list[tuple[float, float]], at: int
+) -> None:
+    straight, broken = Judge(SMALL), Judge(SMALL)
+    expected = follow(straight, curve)
+    found = follow(broken, curve[:at])
+    resumed = Judge(SMALL)
+    resumed.load(json.loads(json.dumps(broken.state())))
+    assert found + follow(resumed, curve[at:]) == expected
+    assert resumed.state() == straight.state()
+
+
+def test_the_limit_is_the_medians_by_hand() -> None:
+    judge = Judge(LossHealthConfig(warmup=3, window=5, spike_sigma=4.0, grad_norm_sigma=0.0))
+    for loss in (1e9, 1.0, 2.0, 4.0, 8.0, 16.0):  # the first has left the window
+        judge.accept(loss, loss)
+    verdict = judge.verdict(1.0, 1e30)
+    # log2: 0 1 2 3 4, median 2, deviations 2 1 0 1 2, their median 1.
+    assert verdict.loss_limit == pytest.approx(2 ** (2 + 4 * 1.4826))
+    assert verdict.grad_norm_limit == math.inf and not verdict.bad
+
+
+def test_a_flat_curve_is_not_judged_by_its_last_digits() -> None:
+    judge = Judge(SMALL)
+    for _ in range(20):
+        judge.accept(1.0, 1.0)
+    assert not judge.verdict(1.5, 1.5).bad
+    assert judge.verdict(2.0, 1.0).reason == "loss_spike"
+    assert judge.verdict(1.0, 2.0).reason == "grad_norm_spike"
+
+
+def test_gaussian_deviations_are_deviations() -> None:
+    """1.4826 makes sigma mean what it says for values that are normal."""
+    judge = Judge(LossHealthConfig(warmup=1000, window=1000, spike_sigma=4.0))
+    quantiles = NormalDist(0.0, 0.5).quantiles(n=1001)
+    for value in np.random.default_rng(0).permutation(quantiles):
+        judge.accept(math.exp(value), 1.0)
+    assert math.log(judge.verdict(1.0, 1.0).loss_limit) == pytest.approx(4 * 0.5, rel=0.01)
+
+
+def test_a_loss_of_zero_or_less_is_taken_and_not_judged() -> None:
+    judge = Judge(SMALL)
+    for loss in (0.0, -1.0) * 10:
+        assert not judge.verdict(loss, 1.0).bad
+        judge.accept(loss, 1.0)
+    assert judge.verdict(1e9, 1.0).loss_limit == math.inf
+    assert judge.verdict(-1.0, 1e9).reason == "grad_norm_spike"
+
+
+def test_skips_in_a_row_exhaust_and_a_good_step_forgives() -> None:
+    judge = Judge(LossHealthConfig(max_skips=2))
+    judge.skip(3)
+    assert not judge.exhausted
+    judge.accept(1.0, 1.0)
+    judge.skip(3)
+    assert not judge.exhausted and judge.tally.skipped == 2
+    judge.skip(4)
+    assert judge.exhausted
+    assert judge.metrics() == {"train/skipped": 3, "train/rollbacks": 0, "train/lost_clips": 10}
+
+
+def test_a_shorter_window_keeps_the_newest_steps() -> None:
+    judge = Judge(SMALL)
+    for loss in range(1, 13):
+        judge.accept(float(loss), 1.0)
+    short = Judge(LossHealthConfig(window=3, warmup=3))
+    short.load(judge.state())
+    assert short.state()["losses"] == [math.log(loss) for loss in (10, 11, 12)]
+
+
+def test_a_sigma_that_would_skip_ordinary_steps_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"loss_health\.grad_norm_sigma=1 would skip"):
+        LossHealthConfig(grad_norm_sigma=1.0)
+    assert LossHealthConfig(spike_sigma=0.0)
+
+
+def test_rows_taken_back_are_gone_and_what_is_not_finite_is_left_out(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
+    for step in range(1, 6):
+        file.write(step, {"a": math.nan if step == 2 else float(step), "b": math.inf})
+    file.go_back(3)
+    file.write(4, {"a": 40.0})
+    file.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [(row["step"], row.get("a")) for row in found] == [(1, 1), (2, None), (3, 3), (4, 40)]
+
+
+def test_skipped_steps_are_marked_in_the_chart_and_not_drawn() -> None:
+    def row(step: int, loss: float, skipped: float, rollbacks: float = 0.0) -> dict[str, float]:
+        return {"step": step, "train/loss": loss, "train/skipped": skipped, "train/rollbacks": rollbacks}  # fmt: skip
+
+    rows = [row(1, 1, 0), row(2, 900, 1), row(3, 1, 1), row(4, 1.1, 3, 1), row(5, 800, 4, 1)]
+    assert skipped_steps(rows) == [2, 5], "not step 4, the first after a roll-back"
+    (title, svg), *_ = charts(rows)
+    assert title == "Training loss"
+    assert [f"step {step} was skipped" in svg for step in range(1, 6)] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert "900" not in svg
