@@ -1,8 +1,9 @@
 """Run as a process of its own by test_faults: every rank of every cell is a fork of it, so that torch is imported once.
 
-Arguments: a folder, the rendered clips of another run, then one JSON object a cell: name, world,
-overrides, and the plans of what the ranks do to themselves, one an attempt; after them come undisturbed
-attempts until all ranks end with 0. What became of each attempt is appended to FOLDER/found.jsonl.
+Arguments: a folder, the rendered clips of another run, then one JSON object a cell: name, world (or one
+an attempt, `worlds`), overrides, and the plans of what the ranks do to themselves, one an attempt; after
+them come undisturbed attempts until all ranks end with 0. What became of each is appended to
+FOLDER/found.jsonl.
 """
 
 import json
@@ -31,8 +32,10 @@ def main() -> None:
         for number in range(MOST_ATTEMPTS):
             plan = plans[number] if number < len(plans) else None
             environ = cell.get("environ", [])[number : number + 1] or [{}]
+            worlds = cell.get("worlds", [])
+            world = worlds[number] if number < len(worlds) else cell["world"]
             found = chaos.attempt(
-                cell["world"], overrides, Path(folder) / f"{cell['name']}-{number}.log", plan,
+                world, overrides, Path(folder) / f"{cell['name']}-{number}.log", plan,
                 hung_seconds=90.0, environ=environ[0],
             )  # fmt: skip
             report = run_dir / "health" / "hang.txt"
