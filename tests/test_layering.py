@@ -7,6 +7,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,11 @@ def allowed(layer: str) -> set[str] | None:
     return TOP[layer]
 
 
+@cache
+def imported(path: Path) -> tuple[tuple[str, ...], ...]:
+    return tuple(imports(parsed(path)))
+
+
 def imports(tree: ast.AST) -> Iterator[tuple[str, ...]]:
     """Dotted names of all imports, those for type checkers alone left out."""
     for node in ast.iter_child_nodes(tree):
@@ -172,6 +178,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, ...]]:
             yield from imports(node)
 
 
+@cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -184,39 +191,39 @@ def named(path: Path) -> str:
 def test_no_import_goes_upwards(path: Path):
     layer = layer_of(path)
     may = allowed(layer)
-    used = {name[1] for name in imports(parsed(path)) if name[0] == "sora_train" and len(name) > 1}
+    used = {name[1] for name in imported(path) if name[0] == "sora_train" and len(name) > 1}
     upwards = set() if may is None else used - may - {layer} - {"__version__"}
     assert not upwards, f"{named(path)} is in layer '{layer}' and may not import {sorted(upwards)}"
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "diffusion").glob("*.py")), ids=named)
 def test_diffusion_knows_torch_only(path: Path):
-    outside = {name[0] for name in imports(parsed(path))} - sys.stdlib_module_names
+    outside = {name[0] for name in imported(path)} - sys.stdlib_module_names
     assert outside <= TORCH_ONLY | {"sora_train"}
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "shapes").glob("*.py")), ids=named)
 def test_shapes_know_numpy_only(path: Path):
-    outside = {name[0] for name in imports(parsed(path))} - sys.stdlib_module_names
+    outside = {name[0] for name in imported(path)} - sys.stdlib_module_names
     assert outside <= {"numpy", "sora_train"}
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=named)
 def test_models_do_not_know_they_are_distributed(path: Path):
-    assert not [name for name in imports(parsed(path)) if name[:2] == ("torch", "distributed")]
+    assert not [name for name in imported(path) if name[:2] == ("torch", "distributed")]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=named)
 def test_nothing_imports_data_prep_but_the_command(path: Path):
     if layer_of(path) not in ("data_prep", "commands"):
-        assert not [name for name in imports(parsed(path)) if name[0] == "data_prep"]
+        assert not [name for name in imported(path) if name[0] == "data_prep"]
 
 
 def test_an_optional_package_is_imported_in_one_file_and_lazily():
     users: dict[str, list[str]] = {}
     for path in SOURCES:
         tree = parsed(path)
-        for name in imports(tree):
+        for name in imported(path):
             if name[0] in OPTIONAL:
                 users.setdefault(name[0], []).append(named(path))
         eager = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -8,6 +8,7 @@ the rows that every step read and the weights must be those of the straight run,
 """
 
 import argparse
+import faulthandler
 import hashlib
 import json
 import os
@@ -203,6 +204,7 @@ def start(
             output = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            faulthandler.enable()
             if world > 1:
                 names = {
                     "RANK": rank,
@@ -220,7 +222,13 @@ def start(
     return pids
 
 
-def wait(pids: list[int], log: Path, began: float, hung_seconds: float = HUNG_SECONDS) -> Attempt:
+def wait(
+    pids: list[int],
+    log: Path,
+    began: float,
+    hung_seconds: float = HUNG_SECONDS,
+    others_seconds: float = OTHERS_SECONDS,
+) -> Attempt:
     """Until all ranks have ended; those that do not are killed, and the attempt counts as hung."""
     codes: dict[int, int] = {}
     hung, failed = False, 0.0
@@ -232,15 +240,22 @@ def wait(pids: list[int], log: Path, began: float, hung_seconds: float = HUNG_SE
                     codes[pid] = os.waitstatus_to_exitcode(status)
         now = time.monotonic()
         failed = failed or (now if any(codes.values()) else 0.0)
-        alone = failed and now - failed > OTHERS_SECONDS
+        alone = failed and now - failed > others_seconds
         if not hung and (alone or now - began > hung_seconds):
             hung = True
-            for pid in pids:
-                if pid not in codes:
-                    os.kill(pid, signal.SIGKILL)
+            _end([pid for pid in pids if pid not in codes])
         time.sleep(0.02)
     said = [Path(f"{log}.{rank}").read_text(errors="replace") for rank in range(len(pids))]
     return Attempt([codes[pid] for pid in pids], time.monotonic() - began, said, hung)
+
+
+def _end(pids: list[int]) -> None:
+    """Kill processes that hang, once their logs show where they do; one that is stopped cannot say."""
+    for number, pause in ((signal.SIGABRT, 2.0), (signal.SIGKILL, 0.0)):
+        for pid in pids:
+            # One that has ended since is a zombie until it is waited for, so its number is still its own.
+            os.kill(pid, number)
+        time.sleep(pause)
 
 
 def attempt(
@@ -319,6 +334,9 @@ def disturb(
         tally.attempts += 1
         tally.kills += bool(killed) and any(code == -signal.SIGKILL for code in found.codes)
         tally.hangs += found.hung
+        if found.hung:
+            for rank, said in enumerate(found.said):
+                Path(f"{log}.{rank}.hung-{tally.attempts}").write_text(said)
         after = newest(run_dir)
         tally.lost_commits += after < before
         before = after

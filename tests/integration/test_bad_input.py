@@ -67,7 +67,7 @@ def process(*arguments: str, **environment: str) -> tuple[int, str]:
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "SORA_DEBUG": "0", **environment},
     )
     return found.returncode, found.stderr

@@ -123,7 +123,7 @@ def test_parts_share_the_work_and_a_merge_writes(
     assert_same_shards(tmp_path / "out", encoded)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_ranks_share_the_work(encoded: Path, clips: tuple[str, str], tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -136,7 +136,7 @@ def test_ranks_share_the_work(encoded: Path, clips: tuple[str, str], tmp_path: P
         )
         for rank in "01"
     ]  # fmt: skip
-    said = [rank.communicate(timeout=250)[0] for rank in ranks]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     assert_same_shards(tmp_path / "out", encoded)
     shares = re.findall(r"encoding train clips (\d+)/\1 ", said[0])

@@ -36,7 +36,7 @@ def main() -> None:
             world = worlds[number] if number < len(worlds) else cell["world"]
             found = chaos.attempt(
                 world, overrides, Path(folder) / f"{cell['name']}-{number}.log", plan,
-                hung_seconds=90.0, environ=environ[0],
+                hung_seconds=240.0, environ=environ[0], others_seconds=cell.get("others_seconds", 60.0),
             )  # fmt: skip
             report = run_dir / "health" / "hang.txt"
             row = {"cell": cell["name"], "newest": chaos.newest(run_dir), **asdict(found)}

@@ -27,7 +27,7 @@ from sora_train.checkpoint.saver import Saver
 from sora_train.config.run import CheckpointConfig
 from sora_train.distributed import ControlPlane, World
 
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=90)
 
 
 def tensors_of(value: float) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_two_ranks_follow_one_process(parity_config: Callable, tmp_path: Path) -> None:
     """Three micro-batches on two ranks, so that one slot is idle, with the adaptive weight."""
     cell = [*ADVERSARY, *PLAIN_SGD, "vae_objective.disc_lr=0.02", "train.micro_batches=3"]
@@ -60,7 +60,7 @@ def test_two_ranks_follow_one_process(parity_config: Callable, tmp_path: Path) -
         [sys.executable, *launch, str(tmp_path), json.dumps(cell)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=300,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]

@@ -55,7 +55,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     return train(compose(["experiment=parity_tiny", f"run.dir={run_dir}", *PLAIN_SGD]).config)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_two_ranks_follow_one_process(
     one: list[dict[str, float]], parity_config: Callable, tmp_path: Path
 ) -> None:
@@ -77,7 +77,7 @@ def test_two_ranks_follow_one_process(
         [*command, str(tmp_path), *map(json.dumps, cells)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=300,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]

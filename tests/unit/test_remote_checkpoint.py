@@ -126,7 +126,7 @@ def test_a_bucket_that_vanishes_while_saving(tmp_path: Path, server: S3Server, h
     saver.save(2, tensors_of(2.0), {})
     saver._thread.join()
     error = saver.poll()
-    assert isinstance(error, Fault) and time.monotonic() - began < 15
+    assert isinstance(error, Fault) and time.monotonic() - began < 60
     assert "checkpoint.remote=s3://bucket/runs/mine cannot upload step-000002/" in str(error)
     assert "\n" not in str(error)
     with pytest.raises(Fault):

@@ -323,7 +323,7 @@ def test_the_tracker_ends_after_its_parent(tmp_path: Path):
         "from sora_train.tracking import start_tracker;"
         "start_tracker(TrackerConfig(kind='tensorboard'), Path(sys.argv[1])); os._exit(0)"
     )
-    subprocess.run([sys.executable, "-c", code, str(run_dir)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(run_dir)], check=True, timeout=300)
     # Its lock is free once it has ended.
     wait_for((run_dir / "trackers/tensorboard.lock").exists, 60)
     with (run_dir / "trackers/tensorboard.lock").open() as lock:

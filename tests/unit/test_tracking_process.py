@@ -83,7 +83,7 @@ def test_a_bad_tracker_is_told_of_once_and_ended_on_time(
         time.sleep(0.2)  # the watching thread says it
     began = time.monotonic()
     trackers.finish()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4
     time.sleep(0.2)
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and expected in said[0]
@@ -102,7 +102,7 @@ def test_several_bad_trackers_share_one_deadline(
     )
     began = time.monotonic()
     trackers.finish()
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 2
     said = capsys.readouterr().err
     assert "tracker wandb did" in said and "tracker tensorboard did" in said
 
@@ -117,7 +117,7 @@ def test_a_preempted_run_waits_for_no_tracker(tmp_path: Path, monkeypatch: pytes
     began = time.monotonic()
     trackers.let_go()
     trackers.finish()
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 0.45
     wait_for(lambda: process is not None and process.poll() == 0)
 
 
