@@ -8,10 +8,13 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sora_train.errors import Fault, UserError
 
 TIMEOUT = timedelta(minutes=10)
+MEETING = timedelta(minutes=5)
+"""How long ranks wait for each other where a group is made."""
 
 Built = TypeVar("Built")
 
@@ -42,10 +45,16 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start(wanted_device: str, threads: int, timeout: timedelta = TIMEOUT) -> World:
+def start(
+    wanted_device: str, threads: int, timeout: timedelta = TIMEOUT, meeting: timedelta = MEETING
+) -> World:
     """Join the process group described by torchrun's environment, or make one of a single rank.
 
-    Tensors on a GPU travel over NCCL, the control plane over gloo: both live in one group.
+    Tensors on a GPU travel over NCCL, the control plane over gloo: both live in one group. `timeout` is
+    that of its collectives.
+
+    Raises:
+        Fault: not all ranks came within `meeting`.
     """
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -62,8 +71,35 @@ def start(wanted_device: str, threads: int, timeout: timedelta = TIMEOUT) -> Wor
         if size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            _meet(backend, meeting)
+            set_timeout(timeout)
     return World(rank, size, local_rank, ranks_per_node, device, owns_group)
+
+
+def _meet(backend: str, meeting: timedelta) -> None:
+    """Make the default group of all ranks. Raises Fault, with those that are missing, when its time is over."""
+    arrived, store, size = "", None, int(os.environ["WORLD_SIZE"])
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=meeting)))
+        store.set(f"arrived/{rank}", "")
+        store.wait([f"arrived/{other}" for other in range(size)], meeting)
+        arrived = "; all had arrived, so one has failed since"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=meeting)
+    except dist.DistError as error:
+        if store is not None and not arrived:
+            missing = [str(other) for other in range(size) if not store.check([f"arrived/{other}"])]
+            arrived = f"; missing: rank(s) {', '.join(missing)}"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise Fault(
+            f"the {size} ranks of this job did not meet at {address} within health.meeting_seconds="
+            f"{meeting.total_seconds():g}{arrived} ({' '.join(str(error).split())[:160]}); look at the logs of those "
+            "that are missing, and whether every node reaches that address"
+        ) from error
+
+
+def set_timeout(timeout: timedelta, group: dist.ProcessGroup | None = None) -> None:
+    """How long the collectives of a group may take, from now on."""
+    _set_pg_timeout(timeout, group)
 
 
 def stop(world: World) -> None:
@@ -92,7 +128,10 @@ class ControlPlane:
 
     def __init__(self, world: World, timeout: timedelta = TIMEOUT):
         self.world = world
-        self.group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
+        self.group = None
+        if world.size > 1:
+            self.group = dist.new_group(backend="gloo", timeout=MEETING)
+            set_timeout(timeout, self.group)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum each value over all ranks, in float64."""

@@ -9,6 +9,7 @@ the stage that is not finished.
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,9 @@ def train_stages(cfg: Config, compose: Compose, trainer_cls: "type[Trainer]") ->
     # One process group for all of them: a job may join its rendezvous only once.
     record_collectives(cfg.run.dir)
     wait = longest_wait(cfg.health)
-    world = distributed.start(cfg.run.device, cfg.run.threads, wait)
+    world = distributed.start(
+        cfg.run.device, cfg.run.threads, wait, timedelta(seconds=cfg.health.meeting_seconds)
+    )
     control = distributed.ControlPlane(world, wait)
     try:
         for number, run in enumerate(runs):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ class Trainer:
         self.cfg = cfg
         record_collectives(cfg.run.dir)
         wait = longest_wait(cfg.health)
-        self.world = distributed.start(cfg.run.device, cfg.run.threads, wait)
+        meeting = timedelta(seconds=cfg.health.meeting_seconds)
+        self.world = distributed.start(cfg.run.device, cfg.run.threads, wait, meeting)
         deterministic = cfg.run.deterministic is True or (
             cfg.run.deterministic == "auto" and self.world.device.type == "cpu"
         )

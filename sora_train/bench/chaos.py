@@ -40,6 +40,8 @@ from sora_train.trainer import Callback, Trainer
 SMALL_RUN = (
     "experiment=parity_tiny", "optim=adamw", "optim.warmup_steps=2", "train.steps=40", "checkpoint.every=4",
     "validation.every=5", "sample.every=8", "sample.prompts=[a red circle]", "objective.num_steps=2",
+    # Without a launcher, one that is killed before the ranks have met leaves the others waiting for it.
+    "health.meeting_seconds=20",
 )  # fmt: skip
 # They tell of the time it took, not of what was computed.
 UNTIMED = re.compile(r"time|train/(step_seconds|data_wait|tokens_per_second)|health/.*")

@@ -6,6 +6,8 @@ from sora_train.config.base import Section
 
 
 class HealthConfig(Section):
+    meeting_seconds: float = Field(300.0, gt=0)
+    """Longest time that ranks wait for each other at the start; then those that are missing are named."""
     init_seconds: float = Field(3600.0, gt=0)
     """Longest time to build the model and the data, encoded clips included."""
     step_seconds: float = Field(600.0, gt=0)
