@@ -108,7 +108,7 @@ def joining(trainer: "Trainer") -> dict[str, str]:
 
 def busy_ranks(trainer: "Trainer") -> str:
     """How much of the ranks' time the step's micro-batches fill, and what nearby world sizes would."""
-    micro_batches, ranks = trainer.cfg.train.micro_batches, trainer.world.size
+    micro_batches, ranks = trainer.cfg.train.micro_batches, trainer.world.dp_size
     tape = trainer.data.part(trainer.data_step)
     steps = max(1, min(64, tape.per_epoch // micro_batches))
     costs = row_costs(
@@ -162,7 +162,7 @@ def mean_step(trainer: "Trainer") -> tuple[float, float]:
 
 def state_bytes(trainer: "Trainer") -> float:
     """float32 weights, gradients, two moments and the averages, over the ranks that share them."""
-    shards = trainer.world.size // trainer.cfg.parallel.dp_replicate
+    shards = trainer.world.size // trainer.degrees.dp_replicate
     copies = (4 if trainer.cfg.optim.name == "adamw" else 2) + len(trainer.ema.shadows)
     return trainer.params * 4 * copies / shards
 

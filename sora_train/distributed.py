@@ -30,10 +30,27 @@ class World:
     device: torch.device
     owns_group: bool = True
     """Whether `start` made the process group; one that was there before is left to whoever made it."""
+    cp: int = 1
+    """Neighbouring ranks that work on one micro-batch together, each on a part of its tokens."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def cp_rank(self) -> int:
+        """This rank among those that share its micro-batches; 0 speaks for them where things are counted."""
+        return self.rank % self.cp
+
+    @property
+    def dp_rank(self) -> int:
+        """The number of the group that this rank shares its micro-batches with: which samples it reads."""
+        return self.rank // self.cp
+
+    @property
+    def dp_size(self) -> int:
+        """Into how many parts a step's samples are divided."""
+        return self.size // self.cp
 
 
 def pick_device(wanted: str, local_rank: int = 0) -> torch.device:

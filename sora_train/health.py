@@ -125,6 +125,8 @@ class Health:
     ) -> list[float]:
         """Sums over all ranks of `values`, and of the flags that go with them.
 
+        Of ranks that share their micro-batches, and so hold the same values, the first one's count.
+
         `error` is what kept this rank from its part: then all ranks raise, this one what it met. `slots`
         is how many micro-batches this rank holds, the same on every rank. A signal or a time limit that
         any rank has seen is taken note of in `leaving`.
@@ -140,7 +142,8 @@ class Health:
                 float(self.step),
                 float(slots),
             ]
-            *sums, failed, signalled, late, steps, held = self.control.sum([*values, *flags])
+            mine = values if self.control.world.cp_rank == 0 else [0.0] * len(values)
+            *sums, failed, signalled, late, steps, held = self.control.sum([*mine, *flags])
         if error is not None:
             raise error
         if failed:

@@ -98,7 +98,8 @@ def explain(error: BaseException, work: Work, cfg: Config, world: World) -> Faul
     return Fault(
         f"out of memory in {work.doing} of step {work.step} on rank {world.rank} of {world.size}: {clips} clip(s) "
         f"of bucket {bucket.name} ({clips * work.tokens:,} tokens), dp_replicate={cfg.parallel.dp_replicate} "
-        f"dp_shard={cfg.parallel.dp_shard} data.micro_batch={cfg.data.micro_batch}; {held}; {remedy(cfg)}{where}"
+        f"dp_shard={cfg.parallel.dp_shard} ulysses={cfg.parallel.ulysses} "
+        f"ring={cfg.parallel.ring} data.micro_batch={cfg.data.micro_batch}; {held}; {remedy(cfg)}{where}"
     )
 
 

@@ -19,7 +19,7 @@ from sora_train import checkpoint as checkpoints
 from sora_train import distributed
 from sora_train.api import attending_here, shipped_config
 from sora_train.checkpoint import Checkpoint
-from sora_train.config import Config
+from sora_train.config import Config, ParallelConfig
 from sora_train.data.decode import is_digest_of
 from sora_train.data.manifest import Manifest
 from sora_train.data.remote import is_remote
@@ -231,7 +231,7 @@ def _on_one_machine(cfg: Config, run: Path) -> Config:
     trace in the run's caches."""
     changes: dict[str, Any] = {
         "run": cfg.run.model_copy(update={"dir": str(run)}),
-        "parallel": cfg.parallel.model_copy(update={"dp_replicate": 1, "dp_shard": -1}),
+        "parallel": ParallelConfig(param_dtype=cfg.parallel.param_dtype),
         "data": cfg.data.model_copy(update={"prefetch": 0}),
         "elastic": cfg.elastic.model_copy(update={"min_efficiency": 0.0}),
         "dry_run": True,

@@ -34,8 +34,8 @@ from sora_train.models.vae import VideoVAE
 from sora_train.objectives import Objective, Term, TextToVideoObjective, VaeObjective
 from sora_train.optim import build_optimizer, lr_at
 from sora_train.out_of_memory import Work, explained, record_allocations
-from sora_train.parallel.engine import Engine, FsdpEngine, check_kernels
-from sora_train.parallel.mesh import resolve_degrees
+from sora_train.parallel.engine import Engine, build_engine, check_kernels
+from sora_train.parallel.mesh import check_degrees, resolve_degrees
 from sora_train.probe import measure_probe
 from sora_train.progress import Progress
 from sora_train.resume import allowed_changes, require_same_spec, restore, starting_point
@@ -92,9 +92,10 @@ class Trainer:
         torch.use_deterministic_algorithms(deterministic)
         # Filling every fresh tensor with NaN is a hunt for bugs, not determinism, and costs a tenth of a small step.
         torch.utils.deterministic.fill_uninitialized_memory = False
-        resolve_degrees(
-            cfg.parallel, self.world.size
-        )  # a wrong one is told before any clip is read
+        # Wrong ones are told before any clip is read.
+        self.degrees = resolve_degrees(cfg.parallel, self.world.size)
+        check_degrees(cfg, self.degrees)
+        self.world = replace(self.world, cp=self.degrees.cp)
         check_kernels(cfg, self.world.device)
         self.control = ControlPlane(self.world, wait)
         self.folder = self.control.together(lambda: RunFolder(cfg, is_main=self.world.is_main))
@@ -148,7 +149,7 @@ class Trainer:
         self.data = self.build_data(model)
         self.cfg = cfg = self.data.with_steps(cfg)
         self.objective = self.build_objective()
-        self.engine = FsdpEngine(
+        self.engine = build_engine(
             model, cfg, self.world, lambda named: build_optimizer(named, cfg.optim)
         )
         if isinstance(source, checkpoints.Checkpoint) and cfg.init.optimizer:
@@ -249,7 +250,7 @@ class Trainer:
         *totals, waited = self.health.exchange(
             [*mine, self.data.take_wait_seconds()], error or self.saver.poll(), slots=len(batches)
         )
-        return dict(zip(names, totals, strict=True)), waited / self.world.size
+        return dict(zip(names, totals, strict=True)), waited / self.world.dp_size
 
     def measure(
         self,
@@ -283,7 +284,7 @@ class Trainer:
             "train/loss": sum(losses.values()),
             **{f"train/loss/{name}": value for name, value in losses.items()},
             # A mean of equal numbers, so that whatever is decided by it is decided alike.
-            "train/grad_norm": norms / self.world.size,
+            "train/grad_norm": norms / self.world.dp_size,
             "train/lr": lr_at(self.step, self.cfg.train.steps, self.cfg.optim),
             "train/tokens_per_second": tokens,
             "train/clips": clips,

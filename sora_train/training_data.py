@@ -82,7 +82,7 @@ class TrainingData:
             UserError: no such source, no caption, no clip that fits a bucket, too many dropped, or
                 a world size that would leave too many ranks idle.
         """
-        require_efficiency(cfg.train.micro_batches, world.size, cfg.elastic.min_efficiency)
+        require_efficiency(cfg.train.micro_batches, world.dp_size, cfg.elastic.min_efficiency)
         stocks = Stock.listed(state) if state else []
         sources = open_together(cfg, world, control, folder.path, stocks)
         train = sources.train
@@ -100,7 +100,7 @@ class TrainingData:
         caches = open_caches(cfg, vae_digest, model, folder.path / "cache", world)
         loader = Loader(
             train, tape, cfg.buckets, data_as_read(cfg),
-            seed=cfg.seed, micro_batches=cfg.train.micro_batches, rank=world.rank, world_size=world.size,
+            seed=cfg.seed, micro_batches=cfg.train.micro_batches, rank=world.dp_rank, world_size=world.dp_size,
             vae_digest=vae_digest, vae_dtype=cfg.vae.dtype, cache=caches.latents, texts=caches.texts,
             run_dir=folder.path, reasons=assignment.reasons,
         )  # fmt: skip

@@ -158,10 +158,10 @@ def shares(clips: list[Clip], world: World) -> Iterator[tuple[list[Clip], bool]]
     that has no clips left goes along with some that count elsewhere.
     """
     for group in same_shape(clips):
-        size = min(BATCH, -(-len(group) // world.size))
+        size = min(BATCH, -(-len(group) // world.dp_size))
         batches = [group[start : start + size] for start in range(0, len(group), size)]
-        for row in range(0, len(batches), world.size):
-            mine = row + world.rank
+        for row in range(0, len(batches), world.dp_size):
+            mine = row + world.dp_rank
             yield (batches[mine], True) if mine < len(batches) else (batches[0], False)
 
 

@@ -26,7 +26,7 @@ from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import read_geometry
 from sora_train.objectives import FlowBatch
 from sora_train.optim import build_optimizer
-from sora_train.parallel.engine import FsdpEngine
+from sora_train.parallel.engine import build_engine
 from sora_train.training_plan import bucket_table, token_counter
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
@@ -139,7 +139,7 @@ def measure_lengths(cfg: Config, lengths: Sequence[int], repeats: int) -> dict[i
     world = distributed.start(cfg.run.device, cfg.run.threads)
     try:
         model = TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
-        engine = FsdpEngine(model, cfg, world, lambda named: build_optimizer(named, cfg.optim))
+        engine = build_engine(model, cfg, world, lambda named: build_optimizer(named, cfg.optim))
         found = {}
         for length in lengths:
             batch = clip_of(cfg, length, world.device)

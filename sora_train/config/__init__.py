@@ -9,6 +9,7 @@ from sora_train.config.data import BucketClass, BucketsConfig, DataConfig, MixCo
 from sora_train.config.health import HealthConfig
 from sora_train.config.loss_health import LossHealthConfig
 from sora_train.config.model import ModelConfig, TextConfig, VaeConfig
+from sora_train.config.parallel import ParallelConfig
 from sora_train.config.run import (
     CheckpointConfig,
     ConditioningConfig,
@@ -18,7 +19,6 @@ from sora_train.config.run import (
     LossConfig,
     ObjectiveConfig,
     OptimConfig,
-    ParallelConfig,
     ResumeConfig,
     RunConfig,
     SampleConfig,

@@ -162,15 +162,6 @@ class EmaConfig(Section):
         return self
 
 
-class ParallelConfig(Section):
-    dp_replicate: int = Field(1, ge=1)
-    """Replicas of the sharded model (HSDP)."""
-    dp_shard: int = -1
-    """Ranks each weight is split over; -1: what the other degrees leave."""
-    param_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Precision in which weights reach compute; `auto`: bfloat16 on GPU, float32 on CPU. Masters are always float32."""
-
-
 class CheckpointConfig(Section):
     every: int = Field(500, ge=0)
     """Steps between checkpoints; 0: only the last step."""

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 from sora_train.config.model import ModelConfig, TextConfig
-from sora_train.config.run import ParallelConfig
+from sora_train.config.parallel import ParallelConfig
 
 COMPUTE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 MASTER = 4
@@ -171,7 +171,7 @@ def fixed_bytes(
     encoder = text_parameters(text)
     trained = transformer + (encoder if text.trainable else 0)
     shards = max(1, parallel.dp_shard)
-    ranks = parallel.dp_replicate * parallel.dp_shard if parallel.dp_shard > 0 else 1
+    ranks = max(1, parallel.dp_replicate) * shards
     total = trained * MASTER * (2 + moments + averages) / shards
     if not text.trainable:
         total += encoder * MASTER

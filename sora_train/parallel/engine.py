@@ -28,7 +28,8 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add this micro-batch's gradients; `last` marks the step's last one, where ranks meet.
 
-        `loss` is this rank's sum divided by the step's true total weight, so gradients are summed.
+        `loss` is the micro-batch's sum divided by the step's true total weight, so gradients are summed; the
+        ranks that share its tokens all give the same.
         """
 
     def gradient_norm(self) -> float:
@@ -59,6 +60,7 @@ class FsdpEngine:
         self.grad_clip = cfg.optim.grad_clip
         self.param_dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
         self.mesh = build_mesh(cfg.parallel, world)
+        self.cp = world.cp
         self.compile = resolve_compile(cfg.model.compile, world.device)
         self._recompiles = compile_blocks(model, self.compile)
         self.model = apply_fsdp(model.to(world.device), self.mesh, self.param_dtype)
@@ -70,7 +72,8 @@ class FsdpEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
-        loss.backward()
+        # Ranks that share a micro-batch's tokens each hold its whole loss.
+        (loss / self.cp if self.cp > 1 else loss).backward()
 
     def gradient_norm(self) -> float:
         # Squares are summed over the axis that shards, not over replicas, which hold the same ones.
@@ -78,7 +81,7 @@ class FsdpEngine:
             self.shards[name].grad = None if parameter.grad is None else local(parameter.grad)
             parameter.grad = None
         square = torch.stack(torch._foreach_norm(self._grads())).square().sum()
-        dist.all_reduce(square, group=self.mesh.get_group("dp_shard"))
+        dist.all_reduce(square, group=self.mesh.get_group("fsdp"))
         return float(square.sqrt())
 
     def step(self, lr: float, norm: float) -> None:
@@ -139,6 +142,13 @@ def placed_as(part: Tensor, parameter: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def build_engine(
+    model: nn.Module, cfg: Config, world: World, build_optimizer: OptimizerBuilder
+) -> Engine:
+    """The engine that `parallel.engine` names."""
+    return FsdpEngine(model, cfg, world, build_optimizer)
 
 
 def resolve_param_dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -1,30 +1,98 @@
 """Degrees of parallelism -> a DeviceMesh with named axes."""
 
+import math
+from dataclasses import dataclass
+
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sora_train.config import ParallelConfig
+from sora_train.config import Config, ParallelConfig
 from sora_train.distributed import World
 from sora_train.errors import ConfigError
 
 
-def resolve_degrees(cfg: ParallelConfig, world_size: int) -> tuple[int, int]:
-    """(dp_replicate, dp_shard) with -1 filled in.
+@dataclass(frozen=True)
+class Degrees:
+    """How many ranks each axis has; their product is the world.
+
+    Ranks are numbered with `ulysses` fastest, then `ring`, `dp_shard`, `dp_replicate`: those that talk most
+    are neighbours, on one node where that can be.
+    """
+
+    dp_replicate: int
+    dp_shard: int
+    ulysses: int
+    ring: int
+
+    @property
+    def cp(self) -> int:
+        """Ranks that share the tokens of one micro-batch."""
+        return self.ulysses * self.ring
+
+    def __str__(self) -> str:
+        named = ("dp_replicate", "dp_shard", "ulysses", "ring")
+        return " x ".join(f"parallel.{name} {getattr(self, name)}" for name in named)
+
+
+def resolve_degrees(cfg: ParallelConfig, world_size: int) -> Degrees:
+    """The degrees with -1 filled in.
 
     Raises:
-        ConfigError: the product of the degrees is not the number of ranks.
+        ConfigError: their product is not the number of ranks, or two of them are to be what is left.
     """
-    shard = cfg.dp_shard if cfg.dp_shard != -1 else max(1, world_size // cfg.dp_replicate)
-    if cfg.dp_replicate * shard != world_size:
+    asked = {
+        "dp_replicate": cfg.dp_replicate,
+        "dp_shard": cfg.dp_shard,
+        "ulysses": cfg.ulysses,
+        "ring": cfg.ring,
+    }
+    left = [name for name, degree in asked.items() if degree == -1]
+    if len(left) > 1:
         raise ConfigError(
-            f"parallel degrees do not fill the job: parallel.dp_replicate {cfg.dp_replicate} x "
-            f"parallel.dp_shard {shard} = {cfg.dp_replicate * shard}, but {world_size} rank(s) are "
-            f"running; set parallel.dp_shard=-1 or start {cfg.dp_replicate * shard} ranks"
+            "parallel.dp_replicate=-1 and parallel.dp_shard=-1 leave both to be what the other leaves; set one of them"
         )
-    return cfg.dp_replicate, shard
+    fixed = math.prod(degree for degree in asked.values() if degree != -1)
+    if left:
+        asked[left[0]] = max(1, world_size // fixed) if fixed else 1
+    found = Degrees(**asked)
+    product = math.prod(asked.values())
+    if product != world_size:
+        raise ConfigError(
+            f"parallel degrees do not fill the job: {found} = {product}, but {world_size} rank(s) are running; "
+            f"{_remedy(asked, world_size)}"
+        )
+    return found
+
+
+def _remedy(asked: dict[str, int], world_size: int) -> str:
+    product = math.prod(asked.values())
+    start = f"start {product} ranks" if product else "leave no degree at 0"
+    others = product // asked["dp_shard"] if asked["dp_shard"] else 0
+    if others and world_size % others == 0:
+        return f"set parallel.dp_shard=-1 or {start}"
+    return f"choose degrees whose product is {world_size} or {start}"
+
+
+def check_degrees(cfg: Config, degrees: Degrees) -> None:
+    """Raises ConfigError if what is trained cannot be divided so."""
+    if degrees.cp > 1 and cfg.task != "text_to_video":
+        raise ConfigError(
+            f"parallel.ulysses={degrees.ulysses} and parallel.ring={degrees.ring} divide the tokens of a transformer, "
+            f"and task={cfg.task} trains none; set both to 1"
+        )
+    if cfg.model.num_heads % degrees.ulysses:
+        fitting = [n for n in range(1, cfg.model.num_heads + 1) if cfg.model.num_heads % n == 0]
+        raise ConfigError(
+            f"parallel.ulysses={degrees.ulysses} does not divide model.num_heads={cfg.model.num_heads}; degrees that "
+            f"do: {', '.join(map(str, fitting))}, and parallel.ring takes any"
+        )
 
 
 def build_mesh(cfg: ParallelConfig, world: World) -> DeviceMesh:
-    """Axes `dp_replicate`, `dp_shard`. One rank is the single process; (N, 1) is DDP."""
+    """Axes `dp_replicate` and `fsdp`, over which weights are split: dp_shard and context parallelism together.
+
+    One rank is the single process; (N, 1) is DDP. Without replicas the mesh has the axis `fsdp` alone.
+    """
     degrees = resolve_degrees(cfg, world.size)
-    mesh = init_device_mesh(world.device.type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
-    return mesh if degrees[0] > 1 else mesh["dp_shard"]
+    shape = (degrees.dp_replicate, degrees.dp_shard * degrees.cp)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("dp_replicate", "fsdp"))
+    return mesh if degrees.dp_replicate > 1 else mesh["fsdp"]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from sora_train.config import ParallelConfig
 from sora_train.config.model import ModelConfig, TextConfig
-from sora_train.config.run import ParallelConfig
 from sora_train.diffusion.flow import velocity_loss
 from sora_train.models.memory import (
     Clip,

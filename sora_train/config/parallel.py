@@ -1,0 +1,22 @@
+"""The parallel section: which engine, and how the ranks divide weights, samples and tokens."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from sora_train.config.base import Section
+
+
+class ParallelConfig(Section):
+    engine: Literal["fsdp", "zero1", "zero2", "zero3"] = "fsdp"
+    """`fsdp`: FSDP2, which is also one process, DDP and HSDP; `zero1`, `zero2`, `zero3`: DeepSpeed's stages."""
+    dp_replicate: int = Field(1, ge=-1)
+    """Replicas of the sharded model (HSDP; with dp_shard=1 DDP); -1: what the other degrees leave."""
+    dp_shard: int = Field(-1, ge=-1)
+    """Ranks each weight is split over, times those of context parallelism; -1: what the other degrees leave."""
+    ulysses: int = Field(1, ge=1)
+    """Ranks that share a clip's tokens and exchange them for heads around attention; divides model.num_heads."""
+    ring: int = Field(1, ge=1)
+    """Ranks, or groups of `ulysses` ranks, that share a clip's tokens and pass keys and values round."""
+    param_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Precision in which weights reach compute; `auto`: bfloat16 on GPU, float32 on CPU. Masters are always float32."""
