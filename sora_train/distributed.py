@@ -32,6 +32,8 @@ class World:
     """Whether `start` made the process group; one that was there before is left to whoever made it."""
     cp: int = 1
     """Neighbouring ranks that work on one micro-batch together, each on a part of its tokens."""
+    timeout: timedelta = TIMEOUT
+    """How long a collective of this job may take."""
 
     @property
     def is_main(self) -> bool:
@@ -90,7 +92,7 @@ def start(
         else:
             _meet(backend, meeting)
             set_timeout(timeout)
-    return World(rank, size, local_rank, ranks_per_node, device, owns_group)
+    return World(rank, size, local_rank, ranks_per_node, device, owns_group, timeout=timeout)
 
 
 def _meet(backend: str, meeting: timedelta) -> None:
