@@ -78,6 +78,7 @@ BELOW_THE_TRAINER = {
     "data_report_plan",
     "data_trace",
     "data_verify",
+    "debug_mode",
     "encoding",
     "evaluate",
     "finish",
