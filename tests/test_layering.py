@@ -89,6 +89,7 @@ BELOW_THE_TRAINER = {
     "resume",
     "rollback",
     "sample_folder",
+    "shared_batches",
     "spikes",
     "training_data",
     "training_plan",

@@ -19,11 +19,12 @@ from torch import nn
 
 from sora_train.bench import chaos
 from sora_train.config.compose import compose
-from sora_train.data.sample import ClipBatch
+from sora_train.data.sample import Clip, ClipBatch, Failure
 from sora_train.errors import run_command
 from sora_train.objectives import FlowBatch, Objective, TextToVideoObjective
 from sora_train.parallel import agreement
 from sora_train.trainer import Trainer
+from sora_train.training_data import TrainingData
 
 STRAYS_AT = 1
 """The step, counted from 0, at which rank 1 does so."""
@@ -47,6 +48,28 @@ class Astray(Trainer):
         if self.world.rank == 1 and self.cell in kinds:
             model.transformer.blocks.__class__ = kinds[self.cell]
         return model
+
+    def build_data(self, model: nn.Module) -> TrainingData:
+        data = super().build_data(model)
+        if self.cell == "shared":
+            assert data.filler is not None and data.filler.texts is not None
+            store, put, wait = data.filler.store, data.filler.texts.put, data.loader._wait
+
+            def stored(clips: Sequence[Clip]) -> list[Clip]:
+                say(f"encodes {clips[0].row}")
+                return store(clips)
+
+            def kept(caption: str, *embedding: Any) -> bool:
+                say(f"embeds {caption!r}")
+                return put(caption, *embedding)
+
+            def waited(row: int, future: Any) -> Clip | Failure:
+                found = wait(row, future)
+                lost = self.strays and row == data.rows_at(STRAYS_AT)[0]
+                return Failure(row, "timeout", "its disk is slow") if lost else found
+
+            data.filler.store, data.filler.texts.put, data.loader._wait = stored, kept, waited
+        return data
 
     def build_objective(self) -> Objective:
         if self.world.rank == 1 and self.cell == "vae":

@@ -31,6 +31,13 @@ CELLS: dict[str, list[str]] = {
     "vae": LIVE,
     "batch": [*LIVE, "parallel.ring=2"],
     "noise": [*LIVE, "parallel.ring=2"],
+    "shared": [
+        *LIVE,
+        "parallel.ring=2",
+        "data.cache=auto",
+        "text.trainable=false",
+        "data.max_drop_fraction=0.1",
+    ],
 }
 
 
@@ -138,3 +145,19 @@ def test_a_rank_that_does_not_come_is_told_and_the_run_goes_on_when_it_does(
     assert len(rows[0]) == 3
     for off, on in zip(*rows, strict=True):
         assert off["train/loss"] == on["train/loss"], "comparing changes no number"
+
+
+def test_ranks_that_share_clips_encode_each_once_and_lose_the_same(
+    folder: Path, found: dict[str, dict[str, Any]]
+):
+    """In debug mode, so that they compare what each is given. Without `read_together` rank 1 has a clip less."""
+    attempt = found["shared"]
+    assert attempt["codes"] == [0, 0], attempt["said"]
+    rows = read_metrics(folder / "shared" / "metrics.jsonl")
+    assert [row["train/dropped"] for row in rows] == [0.0, 1.0, 1.0]
+    lines = (folder / "shared" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reason"] for line in lines] == ["timeout"]
+    for pattern, least in ((r"encodes (\d+) at", 20), (r"embeds (.*) at", 8)):
+        of_ranks = [re.findall(pattern, said) for said in attempt["said"]]
+        made = [name for names in of_ranks for name in names]
+        assert len(set(made)) == len(made) >= least and all(of_ranks), of_ranks
