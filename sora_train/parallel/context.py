@@ -41,9 +41,7 @@ def neighbours(world_size: int, degrees: Degrees) -> dict[str, list[list[int]]]:
     starts = range(0, world_size, cp)
     return {
         "whole": [list(range(start, start + cp)) for start in starts],
-        "ulysses": [
-            list(range(first, first + ulysses)) for first in range(0, world_size, ulysses)
-        ],
+        "ulysses": [list(range(first, first + ulysses)) for first in range(0, world_size, ulysses)],
         "ring": [
             list(range(start + place, start + cp, ulysses))
             for start in starts
@@ -205,5 +203,3 @@ def apply_context_parallel(model: nn.Module, degrees: Degrees, world: World) -> 
     for block in transformer.blocks:
         block.attn1.core = ContextAttention(block.attn1.core, cut)
         block.attn2.core = CaptionAttention(block.attn2.core)
-
-

@@ -71,11 +71,15 @@ def inputs(clip: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Ten
     }
 
 
-def backward(model: VideoDiT, clip: tuple[int, int, int, int], dtype: torch.dtype, share: int) -> Tensor:
+def backward(
+    model: VideoDiT, clip: tuple[int, int, int, int], dtype: torch.dtype, share: int
+) -> Tensor:
     """Velocity, and the gradients of a loss of it, of which this rank takes 1 / share."""
     model.zero_grad()
     batch = inputs(clip, dtype)
-    v = model(batch["latents_BCTHW"], batch["t_BT"], batch["captions_BSE"], batch["caption_mask_BS"])
+    v = model(
+        batch["latents_BCTHW"], batch["t_BT"], batch["captions_BSE"], batch["caption_mask_BS"]
+    )
     loss = (v * random(*v.shape, seed=4).to(v.dtype)).sum() + v.square().sum()
     (loss / share).backward()
     return v.detach()
@@ -113,7 +117,9 @@ def check_adjoint(function: Callable[..., tuple[Tensor, ...]], mine: list[Tensor
 
     def objective(inputs: list[Tensor]) -> Tensor:
         outputs = function(*inputs)
-        return sum((y * random(*y.shape, seed=100 + 10 * rank + i)).sum() for i, y in enumerate(outputs))
+        return sum(
+            (y * random(*y.shape, seed=100 + 10 * rank + i)).sum() for i, y in enumerate(outputs)
+        )
 
     grads = torch.autograd.grad(objective(mine), mine)
     off = 0.0
@@ -131,7 +137,9 @@ def check_adjoint(function: Callable[..., tuple[Tensor, ...]], mine: list[Tensor
                     dist.all_reduce(total)
                     ends.append(float(total))
                 if rank == rank_moved:
-                    off = max(off, abs((ends[0] - ends[1]) / 2e-5 - float(grads[number].view(-1)[place])))
+                    off = max(
+                        off, abs((ends[0] - ends[1]) / 2e-5 - float(grads[number].view(-1)[place]))
+                    )
     return worst(off)
 
 
