@@ -47,8 +47,9 @@ SMALL_RUN = (
 UNTIMED = re.compile(r"time|train/(step_seconds|data_wait|tokens_per_second)|health/.*")
 # Beyond this an attempt counts as hung.
 HUNG_SECONDS = 180.0
-# So does one whose other ranks go on for so long after the first has failed.
-OTHERS_SECONDS = 30.0
+# So does one whose other ranks go on for so long after the first has failed: longer than ranks wait to meet,
+# and connecting may take up to twice as long as that.
+OTHERS_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
