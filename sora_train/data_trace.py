@@ -56,6 +56,8 @@ class Trace:
     tape: Splice
     tokens: dict[str, int]
     micro_batches: int
+    cp: int = 1
+    """Neighbouring ranks that share their micro-batches."""
 
     @classmethod
     def open(cls, cfg: Config) -> "Trace":
@@ -73,15 +75,25 @@ class Trace:
         memory = memory_cap(cfg, geometry, tokens_of)
         _, tape, _ = plan(cfg, sources, table, tokens_of, cost_model(cfg), memory=memory)
         tokens = {spec.bucket.name: tokens_of(spec.bucket) for spec in table}
-        return cls(tape, tokens, cfg.train.micro_batches)
+        cp = cfg.parallel.ulysses * cfg.parallel.ring
+        return cls(tape, tokens, cfg.train.micro_batches, cp)
+
+    def parts(self, request: TraceRequest) -> int:
+        """Into how many parts the ranks divide a step. Raises UserError where they do not fit the degrees."""
+        if request.world % self.cp:
+            raise UserError(
+                f"world={request.world} is not a multiple of the {self.cp} ranks that share their clips "
+                "(parallel.ulysses x parallel.ring); give one"
+            )
+        return request.world // self.cp
 
     def rows(self, request: TraceRequest) -> Iterator[dict[str, object]]:
         """One row a micro-batch, by step, then by row of the step, then by rank.
 
-        `micro` counts the rank's own micro-batches of the step, `samples` are rows of the manifest,
-        `tokens` and `cost` those of the whole micro-batch. A slot left over has no samples.
+        `rank` is the first of those that share it, `micro` counts their micro-batches of the step, `samples` are
+        rows of the manifest, `tokens` and `cost` those of the whole micro-batch. A slot left over has no samples.
         """
-        world = request.world
+        world = self.parts(request)
         for step in range(request.first, request.last):
             shares = [
                 rows_for_rank(self.tape, step, self.micro_batches, r, world) for r in range(world)
@@ -93,7 +105,7 @@ class Trace:
                     name = entry.bucket.name if entry else idle
                     yield {
                         "step": step,
-                        "rank": rank,
+                        "rank": rank * self.cp,
                         "micro": micro,
                         "bucket": name,
                         "samples": list(entry.rows) if entry else [],
@@ -104,14 +116,14 @@ class Trace:
     def summary(self, request: TraceRequest) -> str:
         """Imbalance and idle slots of the steps asked for, in a sentence."""
         costs = row_costs(
-            self.tape, self.micro_batches, request.world,
+            self.tape, self.micro_batches, self.parts(request),
             first_step=request.first, steps=request.last - request.first,
         )  # fmt: skip
         waits = imbalance(costs)
         return (
             f"steps {request.first}:{request.last} on {request.world} rank(s), {len(costs)} rows of micro-batches: "
             f"(max - mean) / max of predicted cost is {waits.max():.2%} at most and {waits.mean():.2%} on average, "
-            f"{slot_efficiency(self.micro_batches, request.world):.0%} of the slots hold a micro-batch"
+            f"{slot_efficiency(self.micro_batches, self.parts(request)):.0%} of the slots hold a micro-batch"
         )
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -112,6 +112,18 @@ class ControlPlane:
     def __init__(self, world: World, timeout: timedelta = TIMEOUT):
         self.world = world
         self.group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
+        first = world.dp_rank * world.cp
+        self.peers = (
+            dist.new_group(
+                list(range(first, first + world.cp)),
+                timeout,
+                "gloo",
+                use_local_synchronization=True,
+            )
+            if world.cp > 1
+            else None
+        )
+        """The ranks that share this one's micro-batches; None where there is no other."""
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum each value over all ranks, in float64."""
@@ -140,6 +152,14 @@ class ControlPlane:
             return [value]
         found: list[object] = [None] * self.world.size
         dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def gather_from_peers(self, value: object) -> list[Any]:
+        """The values of the ranks that share this one's micro-batches, in the order of their `cp_rank`."""
+        if self.peers is None:
+            return [value]
+        found: list[Any] = [None] * self.world.cp
+        dist.all_gather_object(found, value, group=self.peers)
         return found
 
     def broadcast(self, value: object) -> object:

@@ -126,6 +126,10 @@ class CacheFiller:
             self.texts.put(caption, found, _stored_as(embedding.dtype))
         return found
 
+    def lacks(self, clip: Clip) -> bool:
+        """Whether anything is to be encoded of a clip, or looked for anew."""
+        return clip.latents is None or (self.texts is not None and clip.text is None)
+
     def filled(self, batch: ClipBatch) -> ClipBatch:
         """A micro-batch, its clips that are not stored yet encoded one by one and stored."""
         clips = [self.with_text(self.with_latents(clip)) for clip in batch.clips]

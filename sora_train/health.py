@@ -38,6 +38,7 @@ class Health:
         control: ControlPlane,
         run_dir: Path,
         children: Callable[[], str] = lambda: "",
+        place_of: Callable[[int], str] = lambda rank: "",
     ):
         self.cfg, self.control = cfg, control
         self.step = 0
@@ -55,7 +56,9 @@ class Health:
         if world.is_main:
             watchdog.clear(run_dir)
         control.barrier()
-        self.watchdog = Watchdog(run_dir, world.rank, world.size, cfg.heartbeat_seconds, children)
+        self.watchdog = Watchdog(
+            run_dir, world.rank, world.size, cfg.heartbeat_seconds, children, place_of
+        )
         self.watchdog.start()
 
     # -- phases -------------------------------------------------------------------------------

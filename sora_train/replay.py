@@ -296,8 +296,9 @@ def draw_step(
     """Draw this rank's part of step `step` (counted from 1) into RUN/spikes/step-N, from what is at hand.
 
     Nothing is decoded again and no rank waits for another: every rank that calls it writes files of its
-    own. A picture that cannot be drawn is told of and does not stop the run. After a roll-back the same
-    step trains other data, so its folder then names the step of the tape too.
+    own, of those that share their clips the first one. A picture that cannot be drawn is told of and does
+    not stop the run. After a roll-back the same step trains other data, so its folder then names the step
+    of the tape too.
 
     Args:
         terms: those of each micro-batch, as the step's forwards gave them; empty: without losses.
@@ -305,6 +306,8 @@ def draw_step(
         why: what went wrong, for the title.
     """
     rank = trainer.world.rank
+    if trainer.world.cp_rank:
+        return []
     moved = "" if trainer.data_step + 1 == step else f"-tape-{trainer.data_step + 1:06d}"
     out = trainer.folder.path / "spikes" / f"step-{step:06d}{moved}"
     places = [(rank, slot) for slot in range(len(batches))]

@@ -61,12 +61,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run's files say about a step, before anything is built."""
+    """What the run's files say about a step, before anything is built. Each `cp` neighbours of its ranks shared
+    their clips."""
 
     cfg: Config
     row: dict[str, float]
     tape_step: int
     ranks: int
+    cp: int
     weights: Checkpoint | None
     newest: Checkpoint | None
 
@@ -90,12 +92,13 @@ def replay(request: Request, trainer_cls: type[Trainer] = Trainer) -> str:
 
 def _replay(request: Request, plan: Plan, trainer_cls: type[Trainer], world: World) -> str:
     torch.use_deterministic_algorithms(world.device.type == "cpu")
-    rank, ranks = (0, 1) if request.rank is None else (request.rank, plan.ranks)
+    parts = plan.ranks // plan.cp
+    rank, ranks = (0, 1) if request.rank is None else (request.rank // plan.cp, parts)
     trainer, model = rebuilt(request, plan, trainer_cls, World(rank, ranks, 0, 1, world.device))
     try:
         batches = _read(trainer, plan.tape_step)
         entries = range(rank, rank + ranks * len(batches), ranks)
-        places = [(entry % plan.ranks, entry // plan.ranks) for entry in entries]
+        places = [(entry % parts * plan.cp, entry // parts) for entry in entries]
         terms: list[dict[str, Term]] = []
         totals: dict[str, float] = {}
         if model is not None:
@@ -175,11 +178,18 @@ def look(request: Request) -> Plan:
             f"--rank {request.rank}: step {step} was trained on {ranks} rank(s), 0 to {ranks - 1}; give one of them, "
             "or --of RANKS to deal it out otherwise"
         )
+    cp = cfg.parallel.ulysses * cfg.parallel.ring
+    if (ranks or cp) % cp:
+        raise UserError(
+            f"--of {ranks}: each {cp} ranks of the run share their clips (parallel.ulysses={cfg.parallel.ulysses}, "
+            f"parallel.ring={cfg.parallel.ring}); give a multiple of {cp}"
+        )
     return Plan(
         _on_one_machine(cfg, run),
         rows.get(step, {}),
         _tape_step(step, rows),
-        ranks or 1,
+        ranks or cp,
+        cp,
         _weights(request, cfg, found) if request.loss else None,
         found[-1] if found else None,
     )

@@ -19,6 +19,7 @@ from sora_train.card import print_card
 from sora_train.checkpointing import make_saver, measure_space, prepare, record
 from sora_train.config import Config
 from sora_train.data.sample import ClipBatch
+from sora_train.debug_mode import start_debug
 from sora_train.distributed import ControlPlane, World
 from sora_train.ema import Ema
 from sora_train.ema_snapshots import snapshots_every, write_snapshot
@@ -109,7 +110,13 @@ class Trainer:
         self.probe: dict[str, Any] | None = None
         self.started = time.monotonic()
         record_allocations(cfg, self.world)
-        self.health = Health(cfg.health, self.control, self.folder.path, self.decoder_stacks)
+        self.health = Health(
+            cfg.health,
+            self.control,
+            self.folder.path,
+            self.decoder_stacks,
+            self.degrees.place_of,
+        )
         try:
             with self.health.building():
                 self.saver = make_saver(cfg, self.folder, self.control)
@@ -153,6 +160,7 @@ class Trainer:
         self.engine = build_engine(
             model, cfg, self.world, lambda named: build_optimizer(named, cfg.optim)
         )
+        self.debug = start_debug(self)
         if isinstance(source, checkpoints.Checkpoint) and cfg.init.optimizer:
             take_moments(source, self.engine.optimizer_state())
         self.ema = Ema(self.engine.model, cfg.ema.decay, cfg.ema.more, cfg.ema.post_hoc)
@@ -217,7 +225,7 @@ class Trainer:
         totals, waited = self.announce(batches, weights, error)
         parts: list[Parts] = []
         with self.health.phase("compute", rows_of(batches)):
-            for i, batch in enumerate(batches):
+            for i, batch in enumerate(self.debug.watched(batches) if self.debug else batches):
                 with explained(self.work(batch, "forward and backward"), self.cfg, self.world):
                     terms = self.objective.terms(self.engine.model, batch)
                     scaled = [term.sum / max(totals[name], 1.0) for name, term in terms.items()]

@@ -25,6 +25,7 @@ from sora_train.encoding import CacheFiller, fill_cache, open_caches, open_fille
 from sora_train.errors import Fault, Preempted
 from sora_train.models.vae import VideoVAE
 from sora_train.objectives import to_pixels
+from sora_train.shared_batches import read_together
 from sora_train.training_plan import (
     assigned,
     bucket_table,
@@ -59,6 +60,8 @@ class TrainingData:
     micro_batches: int
     filler: CacheFiller | None = None
     """Encodes what the cache lacks, where there is one."""
+    control: ControlPlane | None = None
+    """Through which ranks that read the same micro-batches agree; None where there are none."""
     _waited: float = field(default=0.0, repr=False)
 
     @classmethod
@@ -102,7 +105,7 @@ class TrainingData:
             train, tape, cfg.buckets, data_as_read(cfg),
             seed=cfg.seed, micro_batches=cfg.train.micro_batches, rank=world.dp_rank, world_size=world.dp_size,
             vae_digest=vae_digest, vae_dtype=cfg.vae.dtype, cache=caches.latents, texts=caches.texts,
-            run_dir=folder.path, reasons=assignment.reasons,
+            run_dir=folder.path, reasons=assignment.reasons, speaks=world.cp_rank == 0,
         )  # fmt: skip
         filler = open_filler(cfg, loader, vae, world.device, caches)
         if filler is not None and cfg.data.cache == "latents":
@@ -120,15 +123,27 @@ class TrainingData:
             val_clips = [filler.with_text(clip) for clip in val_clips]
         return cls(
             train, table, assignment, sources, tape, loader, tokens_of, val_clips, cfg.train.micro_batches,
-            filler,
+            filler, control if world.cp > 1 else None,
         )  # fmt: skip
 
     def step(self, step: int) -> list[ClipBatch]:
         """This rank's micro-batches of optimizer step `step` (0-based)."""
         before = self.loader.wait_seconds
-        batches = self.loader.step(step)
+        batches = self._read(step)
         self._waited += self.loader.wait_seconds - before
-        return batches if self.filler is None else [self.filler.filled(batch) for batch in batches]
+        return batches
+
+    def _read(self, step: int) -> list[ClipBatch]:
+        loader, filler = self.loader, self.filler
+        if self.control is not None:
+            return read_together(
+                lambda: loader.step(step),
+                lambda failure: loader.record(step, failure, on_disk=loader.speaks),
+                filler,
+                self.control,
+            )
+        batches = loader.step(step)
+        return batches if filler is None else [filler.filled(batch) for batch in batches]
 
     def rows_at(self, step: int) -> list[int]:
         """The rows that this rank reads in a step."""

@@ -60,11 +60,14 @@ class Watchdog:
         size: int,
         heartbeat_seconds: float,
         children: Callable[[], str] = lambda: "",
+        place_of: Callable[[int], str] = lambda rank: "",
     ):
         self.folder = run_dir / FOLDER
         self.rank, self.size = rank, size
         self.children = children
         """What the decode processes are doing, as text."""
+        self.place_of = place_of
+        """A rank's place in the mesh, in words."""
         self._heartbeat_seconds = heartbeat_seconds
         self._glance_seconds = POLL_SECONDS if size <= SMALL_JOB else heartbeat_seconds
         self._host = socket.gethostname()
@@ -155,7 +158,8 @@ class Watchdog:
         told = read_json(self._path("failed"))
         if told is not None and told["rank"] != self.rank and beat.phase != "idle":
             print(
-                f"error: rank {told['rank']} failed in phase `{told['phase']}` of step {told['step']}: "
+                f"error: rank {told['rank']} failed in phase `{told['phase']}` of step {told['step']}"
+                f"{in_mesh(self.place_of(told['rank']), ' (at {})')}: "
                 f"{told['error']}; rank {self.rank} stops with it",
                 file=sys.stderr,
                 flush=True,
@@ -202,8 +206,9 @@ class Watchdog:
             time.sleep(POLL_SECONDS / 2)
             answered = {r for r in range(self.size) if self._stacks_of(r)}
         beats = [read_json(self.folder / f"rank-{rank:05d}.json") for rank in range(self.size)]
-        said = verdict(beat, beats, answered, self.folder / "hang.txt")
-        parts = [said, "", *(line_of(rank, found) for rank, found in enumerate(beats))]
+        said = verdict(beat, beats, answered, self.folder / "hang.txt", self.place_of)
+        lines = (line_of(rank, found, self.place_of(rank)) for rank, found in enumerate(beats))
+        parts = [said, "", *lines]
         for rank in sorted(answered):
             parts += ["", f"--- stacks of rank {rank}", self._stacks_of(rank)]
         temporary = self.folder / "hang.tmp"
@@ -226,7 +231,11 @@ def clear(run_dir: Path) -> None:
 
 
 def verdict(
-    late: Beat, beats: list[dict[str, Any] | None], answered: set[int], report: Path
+    late: Beat,
+    beats: list[dict[str, Any] | None],
+    answered: set[int],
+    report: Path,
+    place_of: Callable[[int], str] = lambda rank: "",
 ) -> str:
     """Which rank the others wait for: one that does not answer, else the one that is furthest behind."""
     silent = [rank for rank in range(len(beats)) if rank not in answered]
@@ -246,7 +255,8 @@ def verdict(
     found = beats[rank] or {}
     place = (
         f"phase `{found.get('phase', 'unknown')}` of step {found.get('step', 'unknown')} "
-        f"(host {found.get('host', 'unknown')}, process {found.get('pid', 'unknown')})"
+        f"(host {found.get('host', 'unknown')}, process {found.get('pid', 'unknown')}"
+        f"{in_mesh(place_of(rank))})"
     )
     samples = found.get("samples") or []
     rows = f", at rows {', '.join(map(str, samples[:8]))}" if samples else ""
@@ -256,12 +266,17 @@ def verdict(
     )
 
 
-def line_of(rank: int, found: dict[str, Any] | None) -> str:
+def in_mesh(place: str, form: str = ", {}") -> str:
+    """A place in the mesh as a part of a sentence; nothing where the mesh has but one."""
+    return form.format(place) if place else ""
+
+
+def line_of(rank: int, found: dict[str, Any] | None, place: str = "") -> str:
     if found is None:
-        return f"rank {rank}: has never written a heartbeat"
+        return f"rank {rank}: has never written a heartbeat{in_mesh(place)}"
     return (
         f"rank {rank}: step {found['step']}, phase {found['phase']} for {found['time'] - found['since']:.0f} s, "
-        f"host {found['host']}, process {found['pid']}, rows {found['samples'][:8]}"
+        f"host {found['host']}, process {found['pid']}{in_mesh(place)}, rows {found['samples'][:8]}"
     )
 
 

@@ -20,3 +20,6 @@ class ParallelConfig(Section):
     """Ranks, or groups of `ulysses` ranks, that share a clip's tokens and pass keys and values round."""
     param_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Precision in which weights reach compute; `auto`: bfloat16 on GPU, float32 on CPU. Masters are always float32."""
+    debug_every: int = Field(0, ge=0)
+    """Steps between two in which ranks compare what they do while they do it, block by block: calls, clips, draws,
+    weights (docs/debugging.md); 1: every step; 0: never, at no cost."""

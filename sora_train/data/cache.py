@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -176,6 +177,9 @@ class TextCache:
 
 
 def _partial(path: Path) -> Path:
-    """A temporary name of this thread's own beside a path, whose folder is made."""
+    """A temporary name of this call's own beside a path, whose folder is made.
+
+    Ranks on two machines may write the same entry at once; in containers even their process ids are alike.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

@@ -55,9 +55,10 @@ class Loader:
     `cache` the stored latents are delivered where they are, windows and crops are those of epoch 0
     in every epoch, and `vae_digest` and `vae_dtype` say whose latents they are; `texts` are the caption
     embeddings stored beside them. `reasons` are those of
-    `buckets.assign` (default: the manifest's); with `run_dir` failures are recorded there. Raises
-    UserError where too many clips are unusable, the decoder cannot read them, a package is missing
-    that reads their storage, or no clip has a caption that is weighted.
+    `buckets.assign` (default: the manifest's); with `run_dir` failures are recorded there, those of
+    micro-batches that other ranks read as well by the one that `speaks` for them. Raises UserError
+    where too many clips are unusable, the decoder cannot read them, a package is missing that reads
+    their storage, or no clip has a caption that is weighted.
     """
 
     def __init__(
@@ -77,12 +78,13 @@ class Loader:
         texts: TextCache | None = None,
         run_dir: Path | str | None = None,
         reasons: np.ndarray | None = None,
+        speaks: bool = True,
     ):
         self.manifest, self.tape = manifest, tape
         self._fps = buckets_cfg.fps
         self._cfg = data_cfg
         self._seed, self._micro_batches = seed, micro_batches
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self.speaks = rank, world_size, speaks
         self._vae_digest, self._vae_dtype = vae_digest, vae_dtype
         self._cache, self._texts = cache, texts
         self.drawn = data_cfg.latents == "sample"
@@ -201,7 +203,7 @@ class Loader:
             found = self.quarantine.failure(row, step) or self._wait(row, future)
             if isinstance(found, Failure):
                 failures.append(found)
-                self._record(step, found)
+                self.record(step, found, on_disk=self.speaks)
             else:
                 clips.append(found)
         return ClipBatch(entry, clips, failures, float(len(clips)))
@@ -269,7 +271,7 @@ class Loader:
             found = self.quarantine.failure(row, 0) or self._wait(row, future)
             if isinstance(found, Failure):
                 failures.append(found)
-                self._record(0, found)
+                self.record(0, found)
             else:
                 clips.append(found)
         return clips, failures
@@ -466,13 +468,14 @@ class Loader:
                 return found
             future = found
 
-    def _record(self, step: int, failure: Failure) -> None:
+    def record(self, step: int, failure: Failure, *, on_disk: bool = True) -> None:
+        """From `step` on the clip is not trained. Raises Fault where too many are lost."""
         where = {
             "shard": str(self.manifest.shard[failure.row]),
             "key": str(self.manifest.key[failure.row]),
             "backend": self._backend,
         }
-        self.quarantine.add(step, failure, **where)
+        self.quarantine.add(step, failure, on_disk=on_disk, **where)
 
     def close(self) -> None:
         """End the decode processes; nothing more can be read."""

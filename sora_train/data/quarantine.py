@@ -63,8 +63,9 @@ class Quarantine:
             return None
         return Failure(row, str(line["reason"]), str(line["detail"]))
 
-    def add(self, step: int, failure: Failure, **where: object) -> None:
-        """Record a failure, with what helps to find the clip (shard, key, backend)."""
+    def add(self, step: int, failure: Failure, *, on_disk: bool = True, **where: object) -> None:
+        """Record a failure, with what helps to find the clip (shard, key, backend); of processes that read the same
+        clip, one does so `on_disk`."""
         self.refresh()
         if self.failure(failure.row, step):
             return
@@ -76,7 +77,8 @@ class Quarantine:
             "detail": failure.detail,
         }
         self._entries[failure.row] = line
-        self._append([line])
+        if on_disk:
+            self._append([line])
         self._check()
 
     def detach(self) -> None:

@@ -28,6 +28,20 @@ class Degrees:
         """Ranks that share the tokens of one micro-batch."""
         return self.ulysses * self.ring
 
+    @property
+    def shards(self) -> int:
+        """Neighbouring ranks over which one replica's weights are split."""
+        return self.dp_shard * self.cp
+
+    def place_of(self, rank: int) -> str:
+        """Where a rank stands on the axes that have more than one place: `dp_shard 1, ulysses 0`."""
+        found = {}
+        for name in ("ulysses", "ring", "dp_shard", "dp_replicate"):
+            rank, found[name] = divmod(rank, getattr(self, name))
+        return ", ".join(
+            f"{name} {found[name]}" for name in reversed(found) if getattr(self, name) > 1
+        )
+
     def __str__(self) -> str:
         named = ("dp_replicate", "dp_shard", "ulysses", "ring")
         return " x ".join(f"parallel.{name} {getattr(self, name)}" for name in named)

@@ -18,8 +18,9 @@ from sora_train.errors import EXIT_REQUEUE, Fault, Preempted
 from sora_train.health import FIRST_STEPS, Health
 from sora_train.metrics import read_metrics
 from sora_train.notices import Notices, listening
+from sora_train.parallel.mesh import Degrees
 from sora_train.trainer import Trainer
-from sora_train.watchdog import Beat, verdict
+from sora_train.watchdog import Beat, line_of, verdict
 
 
 class WithAnother(ControlPlane):
@@ -182,6 +183,16 @@ def test_the_rank_that_is_waited_for_is_named(
     found = verdict(late, beats, answered, tmp_path / "hang.txt")
     assert found.startswith("no progress for 30 s in phase `exchange` of step 5: ")
     assert re.search(said, found), found
+
+
+def test_a_rank_is_told_with_its_place_in_the_mesh(tmp_path: Path):
+    late, beats = Beat(0, "h", 1, 5, "exchange", 9, 0.0, 30.0, []), [beat(0, 5, 9), beat(1, 5, 8)]
+    place_of = Degrees(dp_replicate=1, dp_shard=2, ulysses=1, ring=1).place_of
+    found = verdict(late, beats, {0, 1}, tmp_path / "hang.txt", place_of)
+    assert "rank 1 in phase `exchange` of step 5 (host h, process 1, dp_shard 1) is the" in found
+    assert "process 1, dp_shard 1, rows" in line_of(1, beats[1], place_of(1))
+    assert line_of(1, None, place_of(1)).endswith("a heartbeat, dp_shard 1")
+    assert line_of(1, None, "").endswith("a heartbeat")
 
 
 def test_what_an_earlier_attempt_left_is_cleared_but_for_its_report(tmp_path: Path):

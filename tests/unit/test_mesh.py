@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sora_train.config import Config, ModelConfig, ParallelConfig
 from sora_train.distributed import World
 from sora_train.errors import ConfigError
-from sora_train.parallel.mesh import check_degrees, resolve_degrees
+from sora_train.parallel.mesh import Degrees, check_degrees, resolve_degrees
 
 SMALL = st.integers(1, 6)
 
@@ -22,6 +22,14 @@ def test_what_is_left_is_filled_in(
     world = math.prod(asked.values())
     found = resolve_degrees(ParallelConfig(**(asked | ({left: -1} if left else {}))), world)
     assert {name: getattr(found, name) for name in asked} == asked and found.cp == ulysses * ring
+
+
+def test_places_count_ulysses_fastest_and_only_on_axes_that_have_several():
+    degrees = Degrees(dp_replicate=2, dp_shard=3, ulysses=2, ring=1)
+    assert degrees.place_of(0) == "dp_replicate 0, dp_shard 0, ulysses 0"
+    assert degrees.place_of(3) == "dp_replicate 0, dp_shard 1, ulysses 1"
+    assert degrees.place_of(10) == "dp_replicate 1, dp_shard 2, ulysses 0"
+    assert Degrees(1, 1, 1, 1).place_of(0) == ""
 
 
 @pytest.mark.parametrize(
