@@ -99,7 +99,7 @@ class Trainer:
         self.world = replace(self.world, cp=self.degrees.cp)
         check_kernels(cfg, self.world.device)
         self.control = ControlPlane(self.world, wait)
-        self.peers = Peers(self.control)
+        self.peers = Peers(self.control, self.degrees)
         self.folder = self.control.together(lambda: RunFolder(cfg, is_main=self.world.is_main))
         self.step = self.data_step = self.samples_seen = self.dropped = self.captions_cut = 0
         self.judge = Judge(cfg.loss_health)

@@ -36,11 +36,15 @@ class ContextGroups:
 
 
 def neighbours(world_size: int, degrees: Degrees) -> dict[str, list[list[int]]]:
-    """The ranks of every group, of all ranks: `ulysses` runs fastest, then `ring`."""
+    """The ranks of every group, of all ranks: `ulysses` runs fastest, then `ring`; where one of them is 1 the whole
+    stands for the other."""
     ulysses, cp = degrees.ulysses, degrees.cp
     starts = range(0, world_size, cp)
+    whole = [list(range(start, start + cp)) for start in starts]
+    if 1 in (ulysses, degrees.ring):
+        return {"whole": whole}
     return {
-        "whole": [list(range(start, start + cp)) for start in starts],
+        "whole": whole,
         "ulysses": [list(range(first, first + ulysses)) for first in range(0, world_size, ulysses)],
         "ring": [
             list(range(start + place, start + cp, ulysses))
@@ -66,8 +70,10 @@ def context_groups(degrees: Degrees, world: World) -> ContextGroups:
             made = dist.new_group(ranks, timeout=world.timeout)
             if world.rank in ranks:
                 found[name] = made
-    _MADE.append((default, degrees, ContextGroups(**found)))
-    return _MADE[-1][2]
+    whole = found["whole"]
+    groups = ContextGroups(whole, found.get("ulysses", whole), found.get("ring", whole))
+    _MADE.append((default, degrees, groups))
+    return groups
 
 
 class TokenCut:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sora_train.distributed import ControlPlane
 from sora_train.errors import Fault
 from sora_train.parallel.collectives import gather
+from sora_train.parallel.context import context_groups
+from sora_train.parallel.mesh import Degrees
 
 Item = TypeVar("Item")
 
@@ -18,18 +19,13 @@ class Peers:
     """The ranks of this one's context-parallel group as a `Spread`; alone where `world.cp` is 1.
 
     Item i is worked on by rank i modulo `parts`, and all ranks leave with the same bits. Every rank of
-    the job makes one at once.
+    the job makes one at once, since process groups are made.
     """
 
-    def __init__(self, control: ControlPlane):
+    def __init__(self, control: ControlPlane, degrees: Degrees):
         self.control, world = control, control.world
         self.parts, self.rank, self.device = world.cp, world.cp_rank, world.device
-        self._group: Any = None
-        if world.cp > 1:
-            for first in range(0, world.size, world.cp):
-                ranks = list(range(first, first + world.cp))
-                made = dist.new_group(ranks, timeout=world.timeout)
-                self._group = made if world.rank in ranks else self._group
+        self._group: Any = context_groups(degrees, world).whole if self.parts > 1 else None
 
     def __call__(self, items: Sequence[Item], work: Callable[[Item], Tensor]) -> list[Tensor]:
         """Raises what the work raised here, or Fault where it failed on another rank."""

@@ -193,9 +193,9 @@ def check_collectives(world: World, degrees: Degrees) -> dict[str, float]:
     return found
 
 
-def check_spread(world: World) -> dict[str, float]:
+def check_spread(world: World, degrees: Degrees) -> dict[str, float]:
     """Work dealt out over ranks: what comes back, how much each did, and what becomes of a failure."""
-    peers = Peers(ControlPlane(world))
+    peers = Peers(ControlPlane(world), degrees)
     calls: list[int] = []
 
     def work(item: int) -> Tensor:
@@ -249,7 +249,8 @@ def train(folder: Path, cell: dict[str, Any]) -> None:
 
 def measure(folder: Path, world: World) -> None:
     """Everything but whole runs, into FOLDER/found-WORLD.json."""
-    found: dict[str, dict[str, float]] = {"spread": check_spread(world)}
+    degrees = Degrees(1, 1, *LAYOUTS[world.size][0])
+    found: dict[str, dict[str, float]] = {"spread": check_spread(world, degrees)}
     for ulysses, ring in LAYOUTS[world.size]:
         degrees, name = Degrees(1, 1, ulysses, ring), f"ulysses {ulysses} x ring {ring}"
         found[f"float64, {name}"] = compare_models(world, degrees, torch.float64, CLIPS)

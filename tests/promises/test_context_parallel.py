@@ -10,14 +10,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+from sora_train import spikes
 from sora_train.config.compose import compose
+from sora_train.data.sample import Clip
+from sora_train.distributed import World
 from sora_train.errors import ConfigError
+from sora_train.loss_health import Verdict
 from sora_train.metrics import read_metrics
 from sora_train.parallel.context import neighbours, segments
 from sora_train.parallel.mesh import Degrees, check_degrees
+from sora_train.validate import shares
 
 WORKER = Path(__file__).with_name("context_worker.py")
 EXACT = 1e-13
@@ -163,6 +171,7 @@ def test_what_cannot_be_cut_is_refused(
 
 def test_groups_of_ranks() -> None:
     """`ulysses` fastest, then `ring`; every rank in one group of each kind."""
+    assert neighbours(4, Degrees(1, 2, 1, 2)) == {"whole": [[0, 1], [2, 3]]}
     found = neighbours(12, Degrees(1, 2, 2, 3))
     assert found["ulysses"] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
     assert found["ring"] == [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9, 11]]
@@ -173,3 +182,25 @@ def test_groups_of_ranks() -> None:
 def test_segments_cover_a_frame(tokens: int, ranks: int) -> None:
     found = segments(tokens, ranks)
     assert sum(found) == tokens and len(found) == ranks and max(found) - min(found) <= 1
+
+
+def test_ranks_of_one_clip_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation on the ranks of one clip goes through the same batches, of which one rank's count; so does the
+    record of a spike."""
+    clips = [Clip(row, 0, np.zeros((1, 8, 8, 3), np.uint8), None, 1.0, "", "") for row in range(5)]
+    worlds = [World(rank, 4, rank, 4, torch.device("cpu"), cp=2) for rank in range(4)]
+    taken = [[([c.row for c in batch], n) for batch, n in shares(clips, world)] for world in worlds]
+    assert [rows for rows, _ in taken[0]] == [rows for rows, _ in taken[1]]
+    assert sorted(row for rank in taken for rows, counted in rank if counted for row in rows) == [
+        *range(5)
+    ]
+
+    monkeypatch.setattr(spikes, "gather", lambda control, mine: ["a", "a", "b", "b"])
+    trainer = SimpleNamespace(
+        cfg=SimpleNamespace(loss_health=SimpleNamespace(draw=False), seed=0), world=worlds[0], control=None, step=6,
+        data_step=6, judge=SimpleNamespace(tally=SimpleNamespace(rollbacks=0)), folder=SimpleNamespace(path=tmp_path),
+    )  # fmt: skip
+    verdict = Verdict(loss=1.0, grad_norm=1.0, loss_limit=1.0, grad_norm_limit=1.0, reason="loss_spike")
+    spikes.record_spike(trainer, verdict, [], [], {})
+    ranks = json.loads((tmp_path / "spikes" / "step-000007.json").read_text())["ranks"]
+    assert ranks == [{"rank": 0, "micro_batches": "a"}, {"rank": 2, "micro_batches": "b"}]
