@@ -61,9 +61,7 @@ class FsdpEngine:
         self.grad_clip = cfg.optim.grad_clip
         self.param_dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
         self.mesh = build_mesh(cfg.parallel, world)
-        degrees = resolve_degrees(cfg.parallel, world.size)
-        self.cp = degrees.cp
-        apply_context_parallel(model, degrees, world)
+        self.cp = world.cp
         self.compile = resolve_compile(cfg.model.compile, world.device)
         self._recompiles = compile_blocks(model, self.compile)
         self.model = apply_fsdp(model.to(world.device), self.mesh, self.param_dtype)
@@ -153,6 +151,7 @@ def build_engine(
     model: nn.Module, cfg: Config, world: World, build_optimizer: OptimizerBuilder
 ) -> Engine:
     """The engine that `parallel.engine` names."""
+    apply_context_parallel(model, resolve_degrees(cfg.parallel, world.size), world)
     return FsdpEngine(model, cfg, world, build_optimizer)
 
 
