@@ -49,6 +49,7 @@ def run_table(trainer: "Trainer") -> Table:
         "an epoch": f"{part.clips_per_epoch:,} clips, {part.per_epoch / data.micro_batches:.1f} steps; "
         f"the run is {data.epoch_at(cfg.train.steps):.1f} epochs",
         "ranks at work": busy_ranks(trainer),
+        **shared_clips(trainer),
         **{
             f"clips{name}": f"{found['used']:,} used + {found['dropped']:,} dropped + {found['failed']:,} "
             f"failed before = {found['total']:,}"
@@ -85,6 +86,16 @@ def compiled(wanted: str, device: torch.device) -> str:
     mode = resolve_compile(wanted, device)
     said = "no" if mode == "off" else f"every block, {mode}"
     return f"{said} (chosen by auto)" if wanted == "auto" else said
+
+
+def shared_clips(trainer: "Trainer") -> dict[str, str]:
+    """Over how many ranks a clip's tokens are cut, where they are."""
+    degrees = trainer.degrees
+    if degrees.cp == 1:
+        return {}
+    return {
+        "a clip": f"its tokens are cut over {degrees.cp} ranks, ulysses {degrees.ulysses} x ring {degrees.ring}"
+    }
 
 
 def accounts(trainer: "Trainer") -> dict[str, dict[str, int]]:

@@ -14,9 +14,9 @@ class ParallelConfig(Section):
     """Replicas of the sharded model (HSDP; with dp_shard=1 DDP); -1: what the other degrees leave."""
     dp_shard: int = Field(-1, ge=-1)
     """Ranks each weight is split over, times those of context parallelism; -1: what the other degrees leave."""
-    ulysses: int = Field(1, ge=1)
+    ulysses: int = Field(1, ge=1, le=60)
     """Ranks that share a clip's tokens and exchange them for heads around attention; divides model.num_heads."""
-    ring: int = Field(1, ge=1)
+    ring: int = Field(1, ge=1, le=60)
     """Ranks, or groups of `ulysses` ranks, that share a clip's tokens and pass keys and values round."""
     param_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Precision in which weights reach compute; `auto`: bfloat16 on GPU, float32 on CPU. Masters are always float32."""

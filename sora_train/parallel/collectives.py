@@ -69,7 +69,7 @@ def gather_tokens(x: Tensor, sizes: Sequence[int], group: Any) -> Tensor:
 
 def group_named(name: str) -> Any:
     """The process group of this name: operators take no objects."""
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    return dist.distributed_c10d._resolve_process_group(name)
 
 
 @torch.library.custom_op("sora::tokens_to_heads", mutates_args=())

@@ -76,7 +76,8 @@ class Recompiles:
     def _class_of(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return type(value)
-        return tuple(value.shape) if self.mode == "static" else tuple(n == 1 for n in value.shape)
+        # A rank whose tokens are cut may hold none.
+        return tuple(value.shape if self.mode == "static" else (min(n, 2) for n in value.shape))
 
 
 def compile_blocks(model: nn.Module, mode: str) -> Recompiles | None:
@@ -94,6 +95,9 @@ def compile_blocks(model: nn.Module, mode: str) -> Recompiles | None:
     torch._dynamo.config.accumulated_recompile_limit = max(1024, 4 * MAX_GRAPHS[mode])
     # Else two clips of two frames would compile for batches as large as their number of frames only.
     torch.fx.experimental._config.use_duck_shape = False
+    # Else tokens that are cut over ranks, whose lengths stand as sizes of a module's tensors (context.py), would
+    # compile for each clip size. Parameters stay constants.
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
     recompiles = Recompiles(mode)
     compiled: dict[type, Callable[..., Any]] = {}
     for block in sharding_units(model):

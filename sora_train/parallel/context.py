@@ -36,11 +36,15 @@ class ContextGroups:
 
 
 def neighbours(world_size: int, degrees: Degrees) -> dict[str, list[list[int]]]:
-    """The ranks of every group, of all ranks: `ulysses` runs fastest, then `ring`."""
+    """The ranks of every group, of all ranks: `ulysses` runs fastest, then `ring`; where one of them is 1 the whole
+    stands for the other."""
     ulysses, cp = degrees.ulysses, degrees.cp
     starts = range(0, world_size, cp)
+    whole = [list(range(start, start + cp)) for start in starts]
+    if 1 in (ulysses, degrees.ring):
+        return {"whole": whole}
     return {
-        "whole": [list(range(start, start + cp)) for start in starts],
+        "whole": whole,
         "ulysses": [list(range(first, first + ulysses)) for first in range(0, world_size, ulysses)],
         "ring": [
             list(range(start + place, start + cp, ulysses))
@@ -66,8 +70,10 @@ def context_groups(degrees: Degrees, world: World) -> ContextGroups:
             made = dist.new_group(ranks, timeout=world.timeout)
             if world.rank in ranks:
                 found[name] = made
-    _MADE.append((default, degrees, ContextGroups(**found)))
-    return _MADE[-1][2]
+    whole = found["whole"]
+    groups = ContextGroups(whole, found.get("ulysses", whole), found.get("ring", whole))
+    _MADE.append((default, degrees, groups))
+    return groups
 
 
 class TokenCut:
@@ -156,13 +162,13 @@ class ContextAttention(nn.Module):
             # One exchange for all three.
             together = torch.cat([q, k, v])
             q, k, v = tokens_to_heads(together, lengths, self.rank, self.ulysses_name).chunk(3)
-        if self.ring > 1:
-            y = ring_attention(q, k, v, self.cut.ring.shape[1:], self.ring_name)
-        else:
-            y = self.core(q, k, v)
+        y: Tensor = self._over_groups(q, k, v) if self.ring > 1 else self.core(q, k, v)
         if self.ulysses > 1:
             y = heads_to_tokens(y.contiguous(), lengths, self.rank, self.ulysses_name)
         return y
+
+    def _over_groups(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ring_attention(q, k, v, self.cut.ring.shape[1:], self.ring_name)
 
 
 class CaptionAttention(nn.Module):

@@ -62,7 +62,6 @@ class FsdpEngine:
         self.param_dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
         self.mesh = build_mesh(cfg.parallel, world)
         self.cp = world.cp
-        apply_context_parallel(model, resolve_degrees(cfg.parallel, world.size), world)
         self.compile = resolve_compile(cfg.model.compile, world.device)
         self._recompiles = compile_blocks(model, self.compile)
         self.model = apply_fsdp(model.to(world.device), self.mesh, self.param_dtype)
@@ -82,7 +81,9 @@ class FsdpEngine:
         for name, parameter in self.model.named_parameters():
             self.shards[name].grad = None if parameter.grad is None else local(parameter.grad)
             parameter.grad = None
-        square = torch.stack(torch._foreach_norm(self._grads())).square().sum()
+        # Of float64 in float64, or layouts would differ by the order of float32 sums alone.
+        dtype = torch.float64 if self.param_dtype == torch.float64 else None
+        square = torch.stack(torch._foreach_norm(self._grads(), 2, dtype)).square().sum()
         dist.all_reduce(square, group=self.mesh.get_group("fsdp"))
         return float(square.sqrt())
 
@@ -150,6 +151,7 @@ def build_engine(
     model: nn.Module, cfg: Config, world: World, build_optimizer: OptimizerBuilder
 ) -> Engine:
     """The engine that `parallel.engine` names."""
+    apply_context_parallel(model, resolve_degrees(cfg.parallel, world.size), world)
     return FsdpEngine(model, cfg, world, build_optimizer)
 
 

@@ -24,9 +24,6 @@ from sora_train.models.attention_gemm import MAX_SCORES, work_dtype
 from sora_train.models.layers import at_least_fp32
 from sora_train.parallel.collectives import group_named
 
-GIVE_NO_LSE = ("cudnn", "varlen", "flash2", "flash3", "flash4")
-"""Values of model.attention that a ring cannot use: merging takes each block's log-sum-exp."""
-
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], group: str) -> Tensor:
     """softmax(Q K^T / sqrt(K)) V over the keys of all ranks, in the dtype of v.
