@@ -29,6 +29,8 @@ class World:
     """Whether `start` made the process group; one that was there before is left to whoever made it."""
     cp: int = 1
     """Neighbouring ranks that work on one micro-batch together, each on a part of its tokens."""
+    timeout: timedelta = TIMEOUT
+    """How long a collective of this job may take."""
 
     @property
     def is_main(self) -> bool:
@@ -80,7 +82,7 @@ def start(wanted_device: str, threads: int, timeout: timedelta = TIMEOUT) -> Wor
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=timeout)
-    return World(rank, size, local_rank, ranks_per_node, device, owns_group)
+    return World(rank, size, local_rank, ranks_per_node, device, owns_group, timeout=timeout)
 
 
 def stop(world: World) -> None:

@@ -34,6 +34,7 @@ from sora_train.diffusion.given import (
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.lpips import Lpips
+from sora_train.models.spread import ALONE, Spread
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
 from sora_train.posterior import draw_latents, encode_posterior
@@ -112,11 +113,20 @@ def stored_text(clips: list[Clip], prompts: list[str]) -> tuple[Tensor | None, .
 class TextToVideoObjective(Objective):
     """Rectified flow on the latents of captioned clips."""
 
-    def __init__(self, cfg: Config, spec: DiffusionSpec, vae: VideoVAE, device: torch.device):
+    def __init__(
+        self,
+        cfg: Config,
+        spec: DiffusionSpec,
+        vae: VideoVAE,
+        device: torch.device,
+        spread: Spread = ALONE,
+    ):
+        """`spread` deals out what the frozen networks have to do among those who hold the same clips."""
         self.cfg = cfg
         self.spec = spec
         self.vae = vae
         self.device = device
+        self.spread = spread
 
     def weights(self, batch: ClipBatch) -> dict[str, float]:
         """Good clips, or with `loss.reduce=per_token` their video tokens that are not given."""
@@ -173,6 +183,7 @@ class TextToVideoObjective(Objective):
             condition=shown.condition,
             t_cond_B=drawn.t_cond_B.to(x.device),
             time_weight_B=self.spec.loss_weight(drawn.t_B).to(x.device),
+            spread=self.spread,
         )
 
     def draws(self, batch: ClipBatch) -> "Draws":
@@ -228,14 +239,16 @@ class TextToVideoObjective(Objective):
         mask_BT = frame_masks(kinds, x.shape[2], draws)
         shown = zip(clips, kinds, mask_BT, x, strict=True)
         if self.spec.cond_mode == "concat":
-            condition = torch.cat([self.condition_of(*one[:3]) for one in shown])
+            condition = torch.cat(self.spread(list(shown), lambda one: self.condition_of(*one[:3])))
             return Shown(x, mask_BT.to(x.device), None, condition)
         if all(kind in HEAD_KINDS for kind in kinds):
             return Shown(x, mask_BT.to(x.device), None, None)
-        given = torch.cat(
-            [x_1[None] if kind in HEAD_KINDS else self.given_of(clip, kind, mask_T)
-             for clip, kind, mask_T, x_1 in shown]
-        )  # fmt: skip
+        rows = list(shown)
+        apart = [row for row, kind in enumerate(kinds) if kind not in HEAD_KINDS]
+        made = self.spread(apart, lambda row: self.given_of(*rows[row][:3]))
+        given = x.clone()
+        for row, one in zip(apart, made, strict=True):
+            given[row] = one[0]
         return Shown(x, mask_BT.to(x.device), given, None)
 
     @torch.no_grad()
@@ -269,7 +282,13 @@ class TextToVideoObjective(Objective):
     def latents(self, clips: list[Clip], kinds: list[str], drawn: bool = False) -> Tensor:
         """Normalised latents (B, C, T, H, W) of clips as their kinds play them."""
         latents_of = self.drawn_latents_of if drawn else self.latents_of
-        return torch.cat([latents_of(*pair) for pair in zip(clips, kinds, strict=True)])
+        pairs = list(zip(clips, kinds, strict=True))
+        # What is stored is at hand everywhere; to encode is work.
+        work = [row for row, (clip, kind) in enumerate(pairs) if clip.latents is None or kind == "loop"]
+        made = dict(zip(work, self.spread(work, lambda row: latents_of(*pairs[row])), strict=True))
+        return torch.cat(
+            [made[row] if row in made else latents_of(*pair) for row, pair in enumerate(pairs)]
+        )
 
     @torch.no_grad()
     def latents_of(self, clip: Clip, kind: str = "t2v") -> Tensor:
@@ -357,11 +376,13 @@ class FlowBatch:
     """Noise level of each clip's given frames; None: 0."""
     time_weight_B: Tensor | None = None
     """Factor on each clip's loss; None: 1."""
+    spread: Spread = ALONE
+    """Who encodes the captions."""
 
     def predict(self, model: nn.Module) -> Tensor:
         """The model's velocity (B, C, T, H, W)."""
         assert isinstance(model, TextToVideo)
-        text = model.embed(self.prompts, self.text or [None] * len(self.prompts))
+        text = model.embed(self.prompts, self.text or [None] * len(self.prompts), self.spread)
         if self.condition is not None:
             t_BT = self.t_B[:, None].expand_as(self.mask_BT)
             z = torch.cat([interpolate(self.x, self.noise, t_BT), self.condition], dim=1)

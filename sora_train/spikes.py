@@ -36,10 +36,12 @@ def record_spike(
     mine = [micro_batch(trainer, batch, terms) for batch, terms in zip(batches, parts, strict=True)]
     if trainer.cfg.loss_health.draw:
         draw_step(trainer, trainer.step + 1, batches, parts, totals, why=verdict.sentence())
-    found = gather(trainer.control, mine)
+    # Ranks that share a micro-batch hold the same clips: the first of them speaks for all.
+    found = gather(trainer.control, mine)[:: trainer.world.cp]
     if not trainer.world.is_main:
         return
     step, rollbacks = trainer.step + 1, trainer.judge.tally.rollbacks
+    ranks = range(0, trainer.world.size, trainer.world.cp)
     report = {
         "step": step,
         "data_step": trainer.data_step,
@@ -50,7 +52,7 @@ def record_spike(
             name: finite(getattr(verdict, name))
             for name in ("loss", "grad_norm", "loss_limit", "grad_norm_limit")
         },
-        "ranks": [{"rank": rank, "micro_batches": held} for rank, held in enumerate(found)],
+        "ranks": [{"rank": rank, "micro_batches": held} for rank, held in zip(ranks, found, strict=True)],
     }
     folder = trainer.folder.path / "spikes"
     folder.mkdir(exist_ok=True)

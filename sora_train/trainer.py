@@ -36,6 +36,7 @@ from sora_train.optim import build_optimizer, lr_at
 from sora_train.out_of_memory import Work, explained, record_allocations
 from sora_train.parallel.engine import Engine, build_engine, check_kernels
 from sora_train.parallel.mesh import check_degrees, resolve_degrees
+from sora_train.parallel.peers import Peers
 from sora_train.probe import measure_probe
 from sora_train.progress import Progress
 from sora_train.resume import allowed_changes, require_same_spec, restore, starting_point
@@ -57,6 +58,7 @@ class Trainer:
     # fixed by the config
     cfg: Config
     world: World
+    peers: Peers
     control: ControlPlane
     health: Health
     folder: RunFolder
@@ -97,6 +99,7 @@ class Trainer:
         self.world = replace(self.world, cp=self.degrees.cp)
         check_kernels(cfg, self.world.device)
         self.control = ControlPlane(self.world, wait)
+        self.peers = Peers(self.control)
         self.folder = self.control.together(lambda: RunFolder(cfg, is_main=self.world.is_main))
         self.step = self.data_step = self.samples_seen = self.dropped = self.captions_cut = 0
         self.judge = Judge(cfg.loss_health)
@@ -176,7 +179,9 @@ class Trainer:
         if self.cfg.task == "vae":
             return VaeObjective(self.cfg, self.world.device)
         assert self.spec is not None, "a text-to-video model has a diffusion spec"
-        return TextToVideoObjective(self.cfg, self.spec, self.vae, self.world.device)
+        return TextToVideoObjective(
+            self.cfg, self.spec, self.vae, self.world.device, self.peers
+        )
 
     def build_data(self, model: nn.Module) -> TrainingData:
         return TrainingData.build(

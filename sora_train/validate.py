@@ -93,6 +93,7 @@ def losses(
             text=stored_text(batch, prompts),
             given=shown.given,
             condition=shown.condition,
+            spread=objective.spread,
         )
         sums.append(float(flow.loss_sum(model)))
     return sums
@@ -152,7 +153,7 @@ def bucket_of(clip: Clip, objective: TextToVideoObjective) -> Bucket:
 
 
 def shares(clips: list[Clip], world: World) -> Iterator[tuple[list[Clip], bool]]:
-    """This rank's batches, each of one shape, and whether they count.
+    """This rank's batches, each of one shape, and whether they count: of ranks that share them the first one's.
 
     A sharded model gathers its weights in every forward, so all ranks make as many of them: one
     that has no clips left goes along with some that count elsewhere.
@@ -162,7 +163,8 @@ def shares(clips: list[Clip], world: World) -> Iterator[tuple[list[Clip], bool]]
         batches = [group[start : start + size] for start in range(0, len(group), size)]
         for row in range(0, len(batches), world.dp_size):
             mine = row + world.dp_rank
-            yield (batches[mine], True) if mine < len(batches) else (batches[0], False)
+            counted = mine < len(batches) and world.cp_rank == 0
+            yield batches[mine if mine < len(batches) else 0], counted
 
 
 @torch.no_grad()

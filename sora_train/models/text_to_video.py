@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sora_train.config.model import ModelConfig, TextConfig
 from sora_train.errors import ConfigError
 from sora_train.models.dit import VideoDiT
+from sora_train.models.spread import ALONE, Spread
 from sora_train.models.text import TextEncoder
 from sora_train.models.text_stored import build_text_encoder
 
@@ -79,27 +80,29 @@ class TextToVideo(nn.Module):
             latents_BCTHW, t_BT, captions, mask_BS, mask_BT=mask_BT, fps_B=fps_B
         )
 
-    def tokenize(self, prompts: Sequence[str]) -> Text:
+    def tokenize(self, prompts: Sequence[str], spread: Spread = ALONE) -> Text:
         """Captions as `forward` takes them, on the model's device.
 
         Byte ids for a trainable encoder, which runs inside `forward`; for a frozen one, whose
-        result never changes, the embeddings themselves.
+        result never changes, the embeddings themselves, by way of `spread` where others help.
         """
         device = self.transformer.proj_out.weight.device
         if self.text_encoder is not None:
             ids_BS, mask_BS = self.text_encoder.tokenize(prompts)
             return ids_BS.to(device), mask_BS.to(device)
         with torch.no_grad():
-            return self.frozen_encoder.to(device).encode(prompts)
+            return self.frozen_encoder.to(device).encode(prompts, spread)
 
-    def embed(self, prompts: Sequence[str], stored: Sequence[Tensor | None]) -> Text:
+    def embed(
+        self, prompts: Sequence[str], stored: Sequence[Tensor | None], spread: Spread = ALONE
+    ) -> Text:
         """`tokenize`, with embeddings (L, E) that are known already in place of their prompts.
 
         They are the frozen encoder's of the caption's own tokens; without a frozen encoder they are
         not looked at.
         """
         if self.text_encoder is not None or all(known is None for known in stored):
-            return self.tokenize(prompts)
+            return self.tokenize(prompts, spread)
         encoder, device = self.frozen_encoder, self.transformer.proj_out.weight.device
         # Every batch drops some captions, and the null caption is always the same.
         stored = [
@@ -109,7 +112,7 @@ class TextToVideo(nn.Module):
         rest = [prompt for prompt, known in zip(prompts, stored, strict=True) if known is None]
         encoded: list[Tensor] = []
         if rest:
-            captions_BSE, mask_BS = self.tokenize(rest)
+            captions_BSE, mask_BS = self.tokenize(rest, spread)
             encoded = [
                 own if mask_BS is None else own[mask_BS[row]]
                 for row, own in enumerate(captions_BSE)

@@ -13,7 +13,8 @@ from sora_train.config import Config
 from sora_train.distributed import World
 from sora_train.models.attention_backends import check_attention
 from sora_train.parallel.compile import check_compiler, compile_blocks, resolve_compile
-from sora_train.parallel.mesh import build_mesh
+from sora_train.parallel.context import apply_context_parallel
+from sora_train.parallel.mesh import build_mesh, resolve_degrees
 from sora_train.parallel.parallelize import apply_fsdp
 
 OptimizerBuilder = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
@@ -61,6 +62,7 @@ class FsdpEngine:
         self.param_dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
         self.mesh = build_mesh(cfg.parallel, world)
         self.cp = world.cp
+        apply_context_parallel(model, resolve_degrees(cfg.parallel, world.size), world)
         self.compile = resolve_compile(cfg.model.compile, world.device)
         self._recompiles = compile_blocks(model, self.compile)
         self.model = apply_fsdp(model.to(world.device), self.mesh, self.param_dtype)
