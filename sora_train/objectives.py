@@ -284,7 +284,9 @@ class TextToVideoObjective(Objective):
         latents_of = self.drawn_latents_of if drawn else self.latents_of
         pairs = list(zip(clips, kinds, strict=True))
         # What is stored is at hand everywhere; to encode is work.
-        work = [row for row, (clip, kind) in enumerate(pairs) if clip.latents is None or kind == "loop"]
+        work = [
+            row for row, (clip, kind) in enumerate(pairs) if clip.latents is None or kind == "loop"
+        ]
         made = dict(zip(work, self.spread(work, lambda row: latents_of(*pairs[row])), strict=True))
         return torch.cat(
             [made[row] if row in made else latents_of(*pair) for row, pair in enumerate(pairs)]

@@ -52,7 +52,9 @@ def record_spike(
             name: finite(getattr(verdict, name))
             for name in ("loss", "grad_norm", "loss_limit", "grad_norm_limit")
         },
-        "ranks": [{"rank": rank, "micro_batches": held} for rank, held in zip(ranks, found, strict=True)],
+        "ranks": [
+            {"rank": rank, "micro_batches": held} for rank, held in zip(ranks, found, strict=True)
+        ],
     }
     folder = trainer.folder.path / "spikes"
     folder.mkdir(exist_ok=True)

@@ -179,9 +179,7 @@ class Trainer:
         if self.cfg.task == "vae":
             return VaeObjective(self.cfg, self.world.device)
         assert self.spec is not None, "a text-to-video model has a diffusion spec"
-        return TextToVideoObjective(
-            self.cfg, self.spec, self.vae, self.world.device, self.peers
-        )
+        return TextToVideoObjective(self.cfg, self.spec, self.vae, self.world.device, self.peers)
 
     def build_data(self, model: nn.Module) -> TrainingData:
         return TrainingData.build(

@@ -92,7 +92,9 @@ def heads_to_tokens(x_MLNK: Tensor, lengths: Sequence[int], rank: int, group: st
     """The way back, and the adjoint: (M, sum(lengths), N / U, K) to (M, lengths[rank], N, K)."""
     batch, _, share, width = x_MLNK.shape
     shapes = [(batch, lengths[rank], share, width)] * len(lengths)
-    return torch.cat(exchange(x_MLNK.split(list(lengths), dim=1), shapes, group_named(group)), dim=2)
+    return torch.cat(
+        exchange(x_MLNK.split(list(lengths), dim=1), shapes, group_named(group)), dim=2
+    )
 
 
 @tokens_to_heads.register_fake

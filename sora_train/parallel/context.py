@@ -41,9 +41,7 @@ def neighbours(world_size: int, degrees: Degrees) -> dict[str, list[list[int]]]:
     starts = range(0, world_size, cp)
     return {
         "whole": [list(range(start, start + cp)) for start in starts],
-        "ulysses": [
-            list(range(first, first + ulysses)) for first in range(0, world_size, ulysses)
-        ],
+        "ulysses": [list(range(first, first + ulysses)) for first in range(0, world_size, ulysses)],
         "ring": [
             list(range(start + place, start + cp, ulysses))
             for start in starts
@@ -158,13 +156,13 @@ class ContextAttention(nn.Module):
             # One exchange for all three.
             together = torch.cat([q, k, v])
             q, k, v = tokens_to_heads(together, lengths, self.rank, self.ulysses_name).chunk(3)
-        if self.ring > 1:
-            y = ring_attention(q, k, v, self.cut.ring.shape[1:], self.ring_name)
-        else:
-            y = self.core(q, k, v)
+        y: Tensor = self._over_groups(q, k, v) if self.ring > 1 else self.core(q, k, v)
         if self.ulysses > 1:
             y = heads_to_tokens(y.contiguous(), lengths, self.rank, self.ulysses_name)
         return y
+
+    def _over_groups(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ring_attention(q, k, v, self.cut.ring.shape[1:], self.ring_name)
 
 
 class CaptionAttention(nn.Module):
@@ -205,5 +203,3 @@ def apply_context_parallel(model: nn.Module, degrees: Degrees, world: World) -> 
     for block in transformer.blocks:
         block.attn1.core = ContextAttention(block.attn1.core, cut)
         block.attn2.core = CaptionAttention(block.attn2.core)
-
-

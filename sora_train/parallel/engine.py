@@ -82,7 +82,9 @@ class FsdpEngine:
         for name, parameter in self.model.named_parameters():
             self.shards[name].grad = None if parameter.grad is None else local(parameter.grad)
             parameter.grad = None
-        square = torch.stack(torch._foreach_norm(self._grads())).square().sum()
+        # Of float64 in float64, or layouts would differ by the order of float32 sums alone.
+        dtype = torch.float64 if self.param_dtype == torch.float64 else None
+        square = torch.stack(torch._foreach_norm(self._grads(), 2, dtype)).square().sum()
         dist.all_reduce(square, group=self.mesh.get_group("fsdp"))
         return float(square.sqrt())
 

@@ -2,12 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sora_train.config import Config, ParallelConfig
+from sora_train.config.model import Attention
 from sora_train.distributed import World
 from sora_train.errors import ConfigError
+
+GIVE_NO_LSE = ("cudnn", "varlen", "flash2", "flash3", "flash4")
+"""Values of model.attention that a ring cannot use: each part's log-sum-exp is needed to merge it with the others."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,18 @@ def check_degrees(cfg: Config, degrees: Degrees) -> None:
         raise ConfigError(
             f"parallel.ulysses={degrees.ulysses} does not divide model.num_heads={cfg.model.num_heads}; degrees that "
             f"do: {', '.join(map(str, fitting))}, and parallel.ring takes any"
+        )
+    check_ring(cfg, degrees)
+
+
+def check_ring(cfg: Config, degrees: Degrees) -> None:
+    """Raises ConfigError if the attention kernel cannot work on a part of the keys."""
+    if degrees.ring > 1 and cfg.model.attention in GIVE_NO_LSE:
+        fitting = [name for name in get_args(Attention) if name not in GIVE_NO_LSE]
+        raise ConfigError(
+            f"parallel.ring={degrees.ring} merges parts of attention by their log-sum-exp, and "
+            f"model.attention={cfg.model.attention} gives none; choose one of {', '.join(fitting)}, or use "
+            "parallel.ulysses, which takes any"
         )
 
 

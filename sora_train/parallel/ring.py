@@ -24,9 +24,6 @@ from sora_train.models.attention_gemm import MAX_SCORES, work_dtype
 from sora_train.models.layers import at_least_fp32
 from sora_train.parallel.collectives import group_named
 
-GIVE_NO_LSE = ("cudnn", "varlen", "flash2", "flash3", "flash4")
-"""Values of model.attention that a ring cannot use: merging takes each block's log-sum-exp."""
-
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], group: str) -> Tensor:
     """softmax(Q K^T / sqrt(K)) V over the keys of all ranks, in the dtype of v.
@@ -81,13 +78,15 @@ def _backward(
         block = coming.wait()
     dk, dv = arriving.wait()
     # Outputs of an operator share no memory.
-    return dq.transpose(1, 2).to(q.dtype).contiguous(), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+    return (
+        dq.transpose(1, 2).to(q.dtype).contiguous(),
+        dk.to(k.dtype, copy=True),
+        dv.to(v.dtype, copy=True),
+    )
 
 
 @_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], group: str
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], group: str) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
@@ -199,7 +198,9 @@ def block_backward(
         return _flash_backward(dout, q, k, v, out, lse)
     work = work_dtype(v)
     keys, values = k.to(work).contiguous(), v.to(work).contiguous()
-    dk, dv = (torch.zeros_like(at_least_fp32(x), memory_format=torch.contiguous_format) for x in (k, v))
+    dk, dv = (
+        torch.zeros_like(at_least_fp32(x), memory_format=torch.contiguous_format) for x in (k, v)
+    )
     dqs, scale = [], 1.0 / math.sqrt(q.shape[-1])
     for rows in _chunks(q, k):
         cotangent, query = dout[:, :, rows].to(work), q[:, :, rows]

@@ -1,27 +1,37 @@
-"""Run under torchrun by test_context_parallel: every measurement of one world size in one process group.
+"""Run as a process of its own by test_context_parallel: every rank of every world size is a fork of it, so that
+torch is imported once.
 
-Arguments: a folder, then one JSON list of overrides for each whole run of the trainer, which writes into
-FOLDER/run-N. What else is measured, each number the worst over all ranks, goes to FOLDER/found.json.
+Arguments: a folder; a JSON list of whole runs of the trainer (name, world, overrides), which write into
+FOLDER/NAME; the world sizes. What else is measured, each number the worst over all ranks, goes to
+FOLDER/found-WORLD.json, what the ranks say to FOLDER/log-WORLD.RANK.
 """
 
 import copy
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from sora_train.bench.chaos import import_everything
 from sora_train.config.compose import compose
 from sora_train.config.model import ModelConfig
-from sora_train.distributed import World
+from sora_train.distributed import ControlPlane, World
+from sora_train.errors import Fault
 from sora_train.models.dit import VideoDiT
+from sora_train.models.vae import VideoVAE
 from sora_train.parallel.collectives import gather_tokens, heads_to_tokens, tokens_to_heads
 from sora_train.parallel.context import apply_context_parallel, context_groups, segments
 from sora_train.parallel.mesh import Degrees
+from sora_train.parallel.peers import Peers
 from sora_train.parallel.ring import ring_attention
 from sora_train.trainer import Trainer
 
@@ -71,23 +81,36 @@ def inputs(clip: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Ten
     }
 
 
-def backward(model: VideoDiT, clip: tuple[int, int, int, int], dtype: torch.dtype, share: int) -> Tensor:
+def backward(
+    model: VideoDiT, clip: tuple[int, int, int, int], dtype: torch.dtype, share: int
+) -> Tensor:
     """Velocity, and the gradients of a loss of it, of which this rank takes 1 / share."""
     model.zero_grad()
     batch = inputs(clip, dtype)
-    v = model(batch["latents_BCTHW"], batch["t_BT"], batch["captions_BSE"], batch["caption_mask_BS"])
+    v = model(
+        batch["latents_BCTHW"], batch["t_BT"], batch["captions_BSE"], batch["caption_mask_BS"]
+    )
     loss = (v * random(*v.shape, seed=4).to(v.dtype)).sum() + v.square().sum()
     (loss / share).backward()
     return v.detach()
 
 
-def compare_models(world: World, degrees: Degrees, dtype: torch.dtype) -> dict[str, float]:
+def compare_models(
+    world: World,
+    degrees: Degrees,
+    dtype: torch.dtype,
+    clips: Sequence[tuple[int, int, int, int]],
+    *,
+    recomputed: bool = False,
+) -> dict[str, float]:
     """Velocity and summed gradients of every parameter against one process in the same precision."""
     found = {}
     plain = make_model(dtype)
     cut = copy.deepcopy(plain)
     apply_context_parallel(cut, degrees, world)
-    for clip in CLIPS:
+    for block in cut.blocks if recomputed else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for clip in clips:
         expected = backward(plain, clip, dtype, 1)
         v = backward(cut, clip, dtype, degrees.cp)
         name = "x".join(map(str, clip))
@@ -106,14 +129,18 @@ def compare_models(world: World, degrees: Degrees, dtype: torch.dtype) -> dict[s
     return found
 
 
-def check_adjoint(function: Callable[..., tuple[Tensor, ...]], mine: list[Tensor]) -> float:
+def check_adjoint(
+    function: Callable[..., tuple[Tensor, ...]], mine: list[Tensor], how: tuple[Any, ...]
+) -> float:
     """Gradients against central differences, where the objective is a sum over the outputs of ALL ranks."""
     rank = dist.get_rank()
     mine = [x.requires_grad_() for x in mine]
 
     def objective(inputs: list[Tensor]) -> Tensor:
-        outputs = function(*inputs)
-        return sum((y * random(*y.shape, seed=100 + 10 * rank + i)).sum() for i, y in enumerate(outputs))
+        outputs = function(*inputs, *how)
+        return sum(
+            (y * random(*y.shape, seed=100 + 10 * rank + i)).sum() for i, y in enumerate(outputs)
+        )
 
     grads = torch.autograd.grad(objective(mine), mine)
     off = 0.0
@@ -121,7 +148,7 @@ def check_adjoint(function: Callable[..., tuple[Tensor, ...]], mine: list[Tensor
         for number in range(len(mine)):
             size = torch.tensor([mine[number].numel()])
             dist.broadcast(size, rank_moved)
-            for place in range(0, int(size), max(1, int(size) // 7)):
+            for place in range(0, int(size), max(1, int(size) // 3)):
                 ends = []
                 for step in (1e-5, -1e-5):
                     moved = [x.detach().clone() for x in mine]
@@ -131,7 +158,9 @@ def check_adjoint(function: Callable[..., tuple[Tensor, ...]], mine: list[Tensor
                     dist.all_reduce(total)
                     ends.append(float(total))
                 if rank == rank_moved:
-                    off = max(off, abs((ends[0] - ends[1]) / 2e-5 - float(grads[number].view(-1)[place])))
+                    off = max(
+                        off, abs((ends[0] - ends[1]) / 2e-5 - float(grads[number].view(-1)[place]))
+                    )
     return worst(off)
 
 
@@ -143,45 +172,123 @@ def check_collectives(world: World, degrees: Degrees) -> dict[str, float]:
         own = sizes[dist.get_rank(groups.whole)]
         x = random(2, 3, own, 2, seed=7 + world.rank)
         found[f"gather {tokens}"] = check_adjoint(
-            lambda x, sizes=sizes: (gather_tokens(x, sizes, groups.whole),), [x]
+            lambda x, *how: (gather_tokens(x, *how),), [x], (sizes, groups.whole)
         )
         if degrees.ulysses == degrees.cp:
-            name = groups.whole.group_name
+            how = (sizes, world.rank, groups.whole.group_name)
             x = random(2, own, 4, 3, seed=7 + world.rank)
             found[f"to heads {tokens}"] = check_adjoint(
-                lambda x, sizes=sizes: (tokens_to_heads(x, sizes, world.rank, name),), [x]
+                lambda x, *how: (tokens_to_heads(x, *how),), [x], how
             )
             y = random(2, tokens, 4 // degrees.cp, 3, seed=7 + world.rank)
             found[f"to tokens {tokens}"] = check_adjoint(
-                lambda y, sizes=sizes: (heads_to_tokens(y, sizes, world.rank, name),), [y]
+                lambda y, *how: (heads_to_tokens(y, *how),), [y], how
             )
         if degrees.ring == degrees.cp:
-            name = groups.ring.group_name
+            how = (sizes, groups.ring.group_name)
             qkv = [random(2, own, 2, 4, seed=10 * i + world.rank) for i in range(3)]
             found[f"ring {tokens}"] = check_adjoint(
-                lambda q, k, v, sizes=sizes: (ring_attention(q, k, v, sizes, name),), qkv
+                lambda q, k, v, *how: (ring_attention(q, k, v, *how),), qkv, how
             )
     return found
 
 
-def main() -> None:
-    folder, *runs = sys.argv[1:]
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank, size = dist.get_rank(), dist.get_world_size()
-    torch.set_num_threads(1)
-    found: dict[str, dict[str, float]] = {}
-    for ulysses, ring in (LAYOUTS[size] if "x" not in folder else []):
+def check_spread(world: World) -> dict[str, float]:
+    """Work dealt out over ranks: what comes back, how much each did, and what becomes of a failure."""
+    peers = Peers(ControlPlane(world))
+    calls: list[int] = []
+
+    def work(item: int) -> Tensor:
+        calls.append(item)
+        dtype = (torch.float32, torch.bfloat16, torch.float64)[item % 3]
+        return random(item, 2, seed=item, dtype=torch.float32).to(dtype)
+
+    found = {}
+    for count in (1, 3, 7):
+        calls.clear()
+        results = peers(range(count), work)
+        wrong = sum(not torch.equal(result, work(item)) for item, result in enumerate(results))
+        found[f"wrong of {count}"] = worst(float(wrong))
+        found[f"most calls for {count}"] = worst(float(len(calls) - count))
+
+    def fail(item: int) -> Tensor:
+        if item == 1:
+            raise ValueError("item 1 is bad")
+        return work(item)
+
+    try:
+        peers(range(3), fail)
+    except (ValueError, Fault) as error:
+        own = isinstance(error, ValueError)
+        told = str(error).startswith("item 1" if own else "rank 1,") and own == (world.rank == 1)
+        found["failures told wrongly"] = worst(float(not told))
+    return found
+
+
+def train(folder: Path, cell: dict[str, Any]) -> None:
+    """A whole run of the trainer, and how many clips each rank has encoded in it."""
+    calls = []
+    encode = VideoVAE.encode
+
+    def counted(vae: VideoVAE, pixels: Tensor) -> Tensor:
+        calls.append(len(pixels))
+        return encode(vae, pixels)
+
+    run_dir = folder / cell["name"]
+    trainer = Trainer(
+        compose(["experiment=parity_tiny", f"run.dir={run_dir}", *cell["overrides"]]).config
+    )
+    VideoVAE.encode = counted
+    try:
+        trainer.train()
+    finally:
+        VideoVAE.encode = encode
+    rank = os.environ.get("RANK", "0")
+    (run_dir / f"encoded-{rank}.json").write_text(json.dumps(sum(calls)))
+
+
+def measure(folder: Path, world: World) -> None:
+    """Everything but whole runs, into FOLDER/found-WORLD.json."""
+    found: dict[str, dict[str, float]] = {"spread": check_spread(world)}
+    for ulysses, ring in LAYOUTS[world.size]:
         degrees, name = Degrees(1, 1, ulysses, ring), f"ulysses {ulysses} x ring {ring}"
-        world = World(rank, size, rank, size, torch.device("cpu"), cp=size)
-        found[f"float64, {name}"] = compare_models(world, degrees, torch.float64)
-        found[f"bfloat16, {name}"] = compare_models(world, degrees, torch.bfloat16)
+        found[f"float64, {name}"] = compare_models(world, degrees, torch.float64, CLIPS)
+        found[f"recomputed, {name}"] = compare_models(
+            world, degrees, torch.float64, CLIPS[:1], recomputed=True
+        )
+        found[f"bfloat16, {name}"] = compare_models(world, degrees, torch.bfloat16, CLIPS[:1])
         found[f"adjoints, {name}"] = check_collectives(world, degrees)
-    if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found, indent=1))
-    for number, cell in enumerate(runs):
-        overrides = [f"run.dir={folder}/run-{number}", *json.loads(cell)]
-        Trainer(compose(["experiment=parity_tiny", *overrides]).config).train()
-    dist.destroy_process_group()
+    if world.is_main:
+        (folder / f"found-{world.size}.json").write_text(json.dumps(found, indent=1))
+
+
+def run_rank(rank: int, size: int, folder: Path, cells: list[dict[str, Any]]) -> None:
+    """One rank of a job: a fork of the process that has imported everything."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    with (folder / f"log-{size}.{rank}").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if size > 1:
+        store = dist.FileStore(str(folder / f"store-{size}"), size)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120)
+        )
+        measure(folder, World(rank, size, rank, size, torch.device("cpu"), cp=size))
+    for cell in cells:
+        train(folder, cell)
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    folder, cells = Path(sys.argv[1]), json.loads(sys.argv[2])
+    import_everything()
+    for size in map(int, sys.argv[3].split(",")):
+        own = [cell for cell in cells if cell["world"] == size]
+        torch.multiprocessing.start_processes(
+            run_rank, (size, folder, own), nprocs=size, start_method="fork"
+        )
 
 
 if __name__ == "__main__":
