@@ -40,7 +40,8 @@ def read_together(
         return [(batch.failures, lacking(batch, filler)) for batch in batches]
 
     told = together(look, control)
-    shared, lost = [], {}
+    shared: list[ClipBatch] = []
+    lost: dict[int, Failure] = {}
     for number, batch in enumerate(batches):
         failed = {failure.row: failure for of_rank in told for failure in of_rank[number][0]}
         lost |= {row: failed[row] for row in failed.keys() - {f.row for f in batch.failures}}

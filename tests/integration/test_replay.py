@@ -88,6 +88,23 @@ def test_ranks_share_what_one_process_trains(run: Path, tmp_path: Path):
     assert [s["loss"] for s in alone] == pytest.approx([s["loss"] for s in mine], abs=1e-6)
 
 
+def test_ranks_that_shared_their_clips_are_replayed_with_them(run: Path, tmp_path: Path):
+    shared = tmp_path / "shared"
+    shutil.copytree(run, shared)
+    for path in [shared / "config.yaml", *(shared / "configs").glob("*.yaml")]:
+        path.write_text(path.read_text().replace("  ring: 1\n", "  ring: 2\n"))
+    wholly, halves = (
+        [replayed(folder, 3, tmp_path / "out", rank=rank, ranks=of, loss=False)["samples"] for rank in range(of)]
+        for folder, of in ((run, 2), (shared, 4))
+    )  # fmt: skip
+    rows = [[sample["row"] for sample in samples] for samples in halves]
+    assert rows[0] == rows[1] == [sample["row"] for sample in wholly[0]]
+    assert rows[2] == rows[3] == [sample["row"] for sample in wholly[1]]
+    assert {sample["rank"] for samples in halves for sample in samples} == {0, 2}
+    with pytest.raises(UserError, match="--of 3: each 2 ranks .* give a multiple of 2"):
+        replay(Request(shared, 3, rank=0, ranks=3))
+
+
 def test_other_weights_are_said_to_be_other(run: Path, tmp_path: Path):
     said = replay(Request(run, 4, out=tmp_path, checkpoint=1))
     found = facts(tmp_path)

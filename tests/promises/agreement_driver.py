@@ -1,5 +1,6 @@
 """Run as a process of its own by test_agreement: both ranks of every cell are forks of it, so that torch is imported
-once. In each cell rank 1 goes astray in a way of its own at step 2.
+once. In each cell rank 1 goes astray in a way of its own at step 2; in `batch` it fails on a clip there, which
+both then leave out, and goes astray at step 3.
 
 Arguments: a folder, the rendered clips of another run, then one JSON object a cell: its name and overrides. How each
 ended is appended to FOLDER/found.jsonl.
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sora_train import trainer
 from sora_train.bench import chaos
+from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import Clip, ClipBatch, Failure
 from sora_train.errors import run_command
@@ -37,6 +40,8 @@ class Astray(Trainer):
     """Does on rank 1 what its cell is named after."""
 
     cell = ""
+    config: Config
+    """Composed once for both ranks."""
 
     @property
     def strays(self) -> bool:
@@ -51,7 +56,7 @@ class Astray(Trainer):
 
     def build_data(self, model: nn.Module) -> TrainingData:
         data = super().build_data(model)
-        if self.cell == "shared":
+        if self.cell == "batch":
             assert data.filler is not None and data.filler.texts is not None
             store, put, wait = data.filler.store, data.filler.texts.put, data.loader._wait
 
@@ -82,7 +87,7 @@ class Astray(Trainer):
 
     def read(self) -> tuple[list[ClipBatch], list[dict[str, float]], Exception | None]:
         batches, weights, error = super().read()
-        if self.strays and self.cell == "batch":
+        if self.cell == "batch" and self.world.rank == 1 and self.step == STRAYS_AT + 1:
             say("strays")
             batches[1] = replace(batches[1], clips=batches[1].clips[::-1])
         return batches, weights, error
@@ -151,7 +156,7 @@ def say(word: str) -> None:
 def train_once(overrides: Sequence[str], plan: Any) -> int:
     def work() -> None:
         try:
-            Astray(compose(list(overrides)).config).train()
+            Astray(Astray.config).train()
         finally:
             say("ends")
 
@@ -160,6 +165,8 @@ def train_once(overrides: Sequence[str], plan: Any) -> int:
 
 def main() -> None:
     agreement.PATIENCE_SECONDS = 1.0
+    # Scores, pictures and tables are of no interest here, and take as long as the three steps.
+    trainer.finish = trainer.print_card = lambda trainer: None
     chaos.import_everything()
     chaos.train_once = train_once
     folder, data, *cells = sys.argv[1:]
@@ -169,6 +176,7 @@ def main() -> None:
         shutil.copytree(data, run_dir / "data")
         Astray.cell = cell["name"]
         overrides = [*SMALL, *cell["overrides"], f"run.dir={run_dir}"]
+        Astray.config = compose(overrides).config
         log = Path(folder) / f"{cell['name']}.log"
         found = chaos.attempt(2, overrides, log, hung_seconds=40.0)
         with (Path(folder) / "found.jsonl").open("a") as file:

@@ -1,8 +1,13 @@
 """Promise 6 with `parallel.debug_every`: a rank that does something else than the others is named with block and
 clips within seconds, before they would wait for it for ever.
 
-One process imports torch and forks both ranks of every cell. Without the comparison the cells `order` and `short`
-hang until the deadline, and the others end with 0.
+One process imports torch and forks both ranks of every cell. Without the comparison `short` hangs, and the others end
+with 0, since nothing else notices.
+
+Tried, and caught by the cells in brackets: hooks behind the engine's own (short: hangs in a gather), the model's
+backward not watched (short), comparing at the beginning of steps alone (short: aborts in a gather), only in the first
+step (noise, replica); by the unit tests: circles that leave a rank out or take one too many, journals that compare
+their clips, an end that counts as agreement.
 """
 
 import json
@@ -29,9 +34,8 @@ CELLS: dict[str, list[str]] = {
     "short": LIVE,
     "replica": ["parallel.debug_every=3", "parallel.dp_replicate=2", "parallel.dp_shard=1"],
     "vae": LIVE,
-    "batch": [*LIVE, "parallel.ring=2"],
     "noise": [*LIVE, "parallel.ring=2"],
-    "shared": [
+    "batch": [
         *LIVE,
         "parallel.ring=2",
         "data.cache=auto",
@@ -92,8 +96,8 @@ def seconds_until_told(attempt: dict[str, Any]) -> float:
         ),
         (
             "batch",
-            r"tokens are not given the same: rank 0 \(ring 0\): \w{16} for (pixels|latents|caption|fps) of row \d+ in "
-            r"micro-batch 1 of step 2 \[rows .*; rank 1 \(ring 1\): \w{16} for \w+ of row \d+ in micro-batch 1",
+            r"tokens are not given the same: rank 0 \(ring 0\): \w{16} for latents of row \d+ in "
+            r"micro-batch 1 of step 3 \[rows .*; rank 1 \(ring 1\): \w{16} for latents of row \d+ in micro-batch 1",
         ),
         (
             "noise",
@@ -150,14 +154,13 @@ def test_a_rank_that_does_not_come_is_told_and_the_run_goes_on_when_it_does(
 def test_ranks_that_share_clips_encode_each_once_and_lose_the_same(
     folder: Path, found: dict[str, dict[str, Any]]
 ):
-    """In debug mode, so that they compare what each is given. Without `read_together` rank 1 has a clip less."""
-    attempt = found["shared"]
-    assert attempt["codes"] == [0, 0], attempt["said"]
-    rows = read_metrics(folder / "shared" / "metrics.jsonl")
-    assert [row["train/dropped"] for row in rows] == [0.0, 1.0, 1.0]
-    lines = (folder / "shared" / "quarantine.jsonl").read_text().splitlines()
+    """They compare what each is given: without `read_together` rank 1 has a clip less in step 2."""
+    attempt = found["batch"]
+    rows = read_metrics(folder / "batch" / "metrics.jsonl")
+    assert [row["train/dropped"] for row in rows] == [0.0, 1.0]
+    lines = (folder / "batch" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["reason"] for line in lines] == ["timeout"]
-    for pattern, least in ((r"encodes (\d+) at", 20), (r"embeds (.*) at", 8)):
+    for pattern, least in ((r"encodes (\d+) at", 16), (r"embeds (.*) at", 8)):
         of_ranks = [re.findall(pattern, said) for said in attempt["said"]]
         made = [name for names in of_ranks for name in names]
         assert len(set(made)) == len(made) >= least and all(of_ranks), of_ranks

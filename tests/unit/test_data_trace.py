@@ -16,10 +16,11 @@ from sora_train.training_plan import cost_model
 RUN = ["experiment=parity_tiny", "train.micro_batches=5", "data.shapes_clips=24"]
 
 
-def traced(folder: Path, world: int) -> list[dict]:
+def traced(folder: Path, world: int, *overrides: str) -> list[dict]:
     out = folder / f"{world}.jsonl"
     printed = data_trace(
-        [*RUN, f"run.dir={folder}/run", "steps=2:6", f"world={world}", f"out={out}"], None
+        [*RUN, f"run.dir={folder}/run", "steps=2:6", f"world={world}", f"out={out}", *overrides],
+        None,
     )
     assert "(max - mean) / max" in printed
     return [json.loads(line) for line in out.read_text().splitlines()]
@@ -33,6 +34,14 @@ def test_any_world_size_traces_the_same_samples(tmp_path: Path):
     idle = [row for row in three if not row["samples"]]
     assert len(idle) == 4 and all(row["tokens"] == row["cost"] == 0 for row in idle)
     assert {(row["rank"], row["micro"]) for row in three} == set(np.ndindex(3, 2))
+
+
+def test_ranks_that_share_their_clips_are_told_once(tmp_path: Path):
+    three = traced(tmp_path, 3)
+    shared = traced(tmp_path, 6, "parallel.ulysses=2")
+    assert [row | {"rank": row["rank"] * 2} for row in three] == shared
+    with pytest.raises(UserError, match="world=3 is not a multiple of the 2 ranks"):
+        traced(tmp_path, 3, "parallel.ulysses=2")
 
 
 def test_without_a_file_the_rows_are_printed(tmp_path: Path):
