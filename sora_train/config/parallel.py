@@ -20,3 +20,11 @@ class ParallelConfig(Section):
     """Ranks, or groups of `ulysses` ranks, that share a clip's tokens and pass keys and values round."""
     param_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Precision in which weights reach compute; `auto`: bfloat16 on GPU, float32 on CPU. Masters are always float32."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state and the float32 masters in host memory and update there: slower, and far less memory
+    on the device."""
+    offload_params: bool = False
+    """Keep the sharded weights in host memory as well and bring each layer to the device when it computes; `zero3`."""
+    deepspeed_json: str = ""
+    """A DeepSpeed configuration file merged into ours, for the engines `zero1`, `zero2` and `zero3`: sizes of buckets,
+    prefetching and the like (docs/engines.md). What contradicts another key here is refused."""
