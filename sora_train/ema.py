@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sora_train.ema_profiles import power_decay
-from sora_train.errors import Fault
-from sora_train.parallel.engine import local, placed_as
+from sora_train.errors import Fault, Preempted
+from sora_train.parallel.engine import Weights, local, placed_as
 
 Decay = Callable[[int], float]
 """From the 0-based step to what is kept of the average in its update: no other state, so a resumed run has it."""
@@ -47,11 +47,14 @@ class Ema:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Weights,
         decay: float,
         more: Sequence[float] = (),
         post_hoc: Sequence[float] = (),
+        changed: Callable[[], None] = lambda: None,
     ):
+        """`changed` is called, on all ranks, when the weights were exchanged in place."""
+        self._changed = changed
         self.decays: dict[str, Decay] = {"": ramped(decay)}
         self.decays |= {tag_of(value): ramped(value) for value in more}
         self.decays |= {tag_of(value, "s"): power(value) for value in post_hoc}
@@ -68,7 +71,7 @@ class Ema:
         return self.shadows[""]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: Weights, step: int) -> None:
         """Fold in the weights after optimizer step `step` (0-based); not to be called of a step that was skipped."""
         self._require_own_weights("updated")
         parameters = dict(model.named_parameters())
@@ -81,7 +84,7 @@ class Ema:
             torch._foreach_lerp_(shadows, weights, 1.0 - decay(step))
 
     @torch.no_grad()
-    def begin_with(self, model: nn.Module, names: set[str]) -> None:
+    def begin_with(self, model: Weights, names: set[str]) -> None:
         """Set averages to the weights as they are: those of these names in a checkpoint (`ema.*`, `ema_<tag>.*`)."""
         for name, parameter in model.named_parameters():
             for tag, shadows in self.shadows.items():
@@ -104,7 +107,7 @@ class Ema:
         }
 
     @contextmanager
-    def swapped_in(self, model: nn.Module, tag: str = "") -> Iterator[None]:
+    def swapped_in(self, model: Weights, tag: str = "") -> Iterator[None]:
         """Inside the block the model computes with an average; afterwards with its own weights again.
 
         Weights and shadows of one precision change places, without memory for a second copy; otherwise
@@ -116,11 +119,22 @@ class Ema:
         try:
             for name, parameter in model.named_parameters():
                 undo.append(_swap_in(local(parameter.detach()), local(self.shadows[tag][name])))
+            self._changed()
             yield
-        finally:
-            for back in reversed(undo):
-                back()
-            self._in_use = False
+        except BaseException as error:
+            self._put_back(undo)
+            # All ranks leave together and then save; one that fails on its own must not wait for the others.
+            if isinstance(error, Preempted):
+                self._changed()
+            raise
+        else:
+            self._put_back(undo)
+            self._changed()
+
+    def _put_back(self, undo: list[Callable[[], None]]) -> None:
+        for back in reversed(undo):
+            back()
+        self._in_use = False
 
     def _require_own_weights(self, what: str) -> None:
         if self._in_use:

@@ -24,7 +24,7 @@ def finish(trainer: "Trainer") -> None:
     trainer.write_samples()
     oracle = None
     if trainer.cfg.sample.oracle_prompts and isinstance(trainer.engine.model, TextToVideo):
-        with trainer.ema.swapped_in(trainer.engine.model):
+        with trainer.averaged():
             oracle = oracle_scores(trainer)
     if trainer.cfg.task == "vae":
         export_vae(trainer)
@@ -130,5 +130,5 @@ def export_vae(trainer: "Trainer") -> None:
     """Write the averaged VAE, with its latent statistics measured, in the diffusers layout."""
     from sora_train.vae_export import export
 
-    with trainer.ema.swapped_in(trainer.engine.model):
+    with trainer.averaged():
         export(trainer)

@@ -41,7 +41,7 @@ def measure_probe(trainer: "Trainer") -> dict[str, Any] | None:
     model.eval()
     try:
         loss = _loss(trainer, clips)
-        with trainer.ema.swapped_in(model):
+        with trainer.averaged():
             averaged = _loss(trainer, clips)
     finally:
         model.train()

@@ -297,7 +297,8 @@ def _load(trainer: "Trainer", found: Checkpoint) -> None:
         trainer.control,
         verified=True,
     )
-    trainer.ema.begin_with(trainer.engine.model, let_go)
+    trainer.engine.weights_changed()
+    trainer.ema.begin_with(trainer.engine.weights, let_go)
     if let_go and trainer.world.is_main:
         Console(stderr=True).print(
             f"{len(let_go)} tensors begin anew, which {found.path} lacks: {', '.join(sorted(let_go)[:5])}"

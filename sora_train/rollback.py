@@ -63,6 +63,7 @@ def roll_back(trainer: "Trainer") -> None:
             discard_abandoned(trainer.folder.path)
         trainer.control.barrier()
         checkpoints.load(found, trainer.tensors(), trainer.control)
+        trainer.engine.weights_changed()
         trainer.restore(state)
     # What that checkpoint still asked for was done when it was written.
     trainer.owed = []

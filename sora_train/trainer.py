@@ -6,7 +6,7 @@ To make it your own, subclass it and override `build_model`, `build_objective`, 
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
@@ -35,7 +35,7 @@ from sora_train.models.vae import VideoVAE
 from sora_train.objectives import Objective, Term, TextToVideoObjective, VaeObjective
 from sora_train.optim import build_optimizer, lr_at
 from sora_train.out_of_memory import Work, explained, record_allocations
-from sora_train.parallel.engine import Engine, build_engine, check_kernels
+from sora_train.parallel.engine import Engine, build_engine, check_engine, check_kernels
 from sora_train.parallel.mesh import check_degrees, resolve_degrees
 from sora_train.parallel.peers import Peers
 from sora_train.probe import measure_probe
@@ -99,6 +99,7 @@ class Trainer:
         self.degrees = resolve_degrees(cfg.parallel, self.world.size)
         check_degrees(cfg, self.degrees)
         self.world = replace(self.world, cp=self.degrees.cp)
+        check_engine(cfg, self.degrees, self.world.device)
         check_kernels(cfg, self.world.device)
         self.control = ControlPlane(self.world, wait)
         self.peers = Peers(self.control, self.degrees)
@@ -165,7 +166,13 @@ class Trainer:
         self.debug = start_debug(self)
         if isinstance(source, checkpoints.Checkpoint) and cfg.init.optimizer:
             take_moments(source, self.engine.optimizer_state())
-        self.ema = Ema(self.engine.model, cfg.ema.decay, cfg.ema.more, cfg.ema.post_hoc)
+        self.ema = Ema(
+            self.engine.weights,
+            cfg.ema.decay,
+            cfg.ema.more,
+            cfg.ema.post_hoc,
+            self.engine.weights_changed,
+        )
         if self.start:
             restore(self, self.start, changed)
 
@@ -328,7 +335,7 @@ class Trainer:
         with explained(self.work(batches[-1], "the update"), self.cfg, self.world):
             row |= self.objective.step()
             self.engine.step(row["train/lr"], grad_norm)
-        self.ema.update(self.engine.model, self.step)
+        self.ema.update(self.engine.weights, self.step)
         self.judge.accept(verdict.loss, verdict.grad_norm)
         self.samples_seen += int(clips)
 
@@ -449,12 +456,12 @@ class Trainer:
         try:
             with self.health.phase("validation"):
                 if isinstance(self.objective, VaeObjective):
-                    with self.ema.swapped_in(model):
+                    with self.averaged():
                         return validation_psnr(model, self.objective, clips, heed)
                 assert isinstance(self.objective, TextToVideoObjective)
                 times, kinds = self.cfg.validation.times, validated_kinds(self.cfg)
                 how = (model, self.objective, clips, times)
-                with self.ema.swapped_in(model):
+                with self.averaged():
                     row = validation_loss(*how, kinds, self.control, heed)
                 if row and self.cfg.validation.live:
                     live = validation_loss(*how, kinds[:1], self.control, heed)
@@ -463,11 +470,15 @@ class Trainer:
         finally:
             model.train()
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside the block the model computes with the averaged weights."""
+        return self.ema.swapped_in(self.engine.weights)
+
     def write_samples(self) -> None:
         """Sample clips of the averaged weights into the run folder."""
         if self.cfg.sample.every == 0 or self.cfg.task == "vae":
             return
-        with self.health.phase("samples"), self.ema.swapped_in(self.engine.model):
+        with self.health.phase("samples"), self.averaged():
             write_samples(self)
 
     def state(self) -> dict[str, Any]:
@@ -541,6 +552,8 @@ class Trainer:
                 self.saver.close()
             if hasattr(self, "data"):
                 self.data.close()
+            if hasattr(self, "engine"):
+                self.engine.close()
         self.health.stop()
         self.folder.close()
         distributed.stop(self.world)

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from sora_train.models.vae import VideoVAE
 from sora_train.objectives import to_pixels
+from sora_train.parallel.engine import full
 
 if TYPE_CHECKING:
     from sora_train.trainer import Trainer
@@ -21,14 +21,24 @@ def export(trainer: "Trainer") -> None:
 
     Stored in float16: half the size, and far finer than what the weights are known to.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(trainer.engine.model, options=options)
+    weights = whole_weights(trainer)
     if not trainer.world.is_main:
         return
     vae = VideoVAE.from_config(trainer.cfg.vae)
     vae.load_state_dict(weights)
     vae.set_latent_stats(*vae.measure_latent_stats(pixel_batches(trainer)))
     vae.save(trainer.folder.path / FOLDER, dtype=torch.float16)
+
+
+def whole_weights(trainer: "Trainer") -> dict[str, torch.Tensor]:
+    """Parameters, gathered one at a time, and buffers by name, on the CPU; a collective."""
+    model = trainer.engine.model
+    found = {
+        name: value.cpu() for name, value in model.named_buffers() if name in model.state_dict()
+    }
+    for name, value in trainer.engine.model_state().items():
+        found[name] = full(value).cpu()
+    return found
 
 
 def pixel_batches(trainer: "Trainer") -> Iterator[torch.Tensor]:

@@ -25,6 +25,7 @@ from sora_train.checkpoint.layout import TEMPORARY, Checkpoint, name_of
 from sora_train.checkpoint.points import reach
 from sora_train.distributed import ControlPlane
 from sora_train.errors import Fault
+from sora_train.flat_shard import piece
 
 
 def save(
@@ -145,7 +146,7 @@ class _ReadWhenWritten(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         value = self.read(index.fqn)
         if not len(self.memory):
-            return value
+            return piece(self.state_dict[index.fqn], value, index)
         shared = torch.from_numpy(self.memory[: value.numel()]).view(value.shape)
         return shared.copy_(value)
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from sora_train.checkpoint.layout import Checkpoint
 from sora_train.distributed import ControlPlane
 from sora_train.errors import Fault
+from sora_train.flat_shard import FlatShard, piece
 
 
 class Staging:
@@ -98,12 +99,12 @@ class _IntoBuffers(DefaultLoadPlanner):
         self.buffers = buffers
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.buffers[index.fqn]
+        return piece(self.state_dict[index.fqn], self.buffers[index.fqn], index)
 
 
 def part_of(tensor: Tensor) -> Tensor:
     """This rank's part, sharing memory with the tensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor | FlatShard) else tensor).detach()
 
 
 def _buffer(part: Tensor) -> Tensor:

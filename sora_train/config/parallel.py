@@ -23,3 +23,11 @@ class ParallelConfig(Section):
     debug_every: int = Field(0, ge=0)
     """Steps between two in which ranks compare what they do while they do it, block by block: calls, clips, draws,
     weights (docs/debugging.md); 1: every step; 0: never, at no cost."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state and the float32 masters in host memory and update there: slower, and far less memory
+    on the device."""
+    offload_params: bool = False
+    """Keep the sharded weights in host memory as well and bring each layer to the device when it computes; `zero3`."""
+    deepspeed_json: str = ""
+    """A DeepSpeed configuration file merged into ours, for the engines `zero1`, `zero2` and `zero3`: sizes of buckets,
+    prefetching and the like (docs/engines.md). What contradicts another key here is refused."""

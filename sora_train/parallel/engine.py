@@ -1,6 +1,8 @@
-"""The engine: what turns a loss into a step. One protocol; FSDP2 serves one process, DDP, FSDP and HSDP."""
+"""The engine: what turns a loss into a step. One protocol; FSDP2 serves one process, DDP, FSDP and HSDP.
 
-from collections.abc import Callable
+DeepSpeed's ZeRO is in sora_train/parallel/deepspeed.py."""
+
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -11,20 +13,33 @@ from torch.distributed.tensor import DTensor
 
 from sora_train.config import Config
 from sora_train.distributed import World
+from sora_train.errors import ConfigError, Fault
+from sora_train.flat_shard import FlatShard
 from sora_train.models.attention_backends import check_attention
 from sora_train.parallel.compile import check_compiler, compile_blocks, resolve_compile
 from sora_train.parallel.context import apply_context_parallel
-from sora_train.parallel.mesh import build_mesh, resolve_degrees
+from sora_train.parallel.deepspeed import ZeroEngine, require_deepspeed
+from sora_train.parallel.deepspeed_json import check_zero
+from sora_train.parallel.mesh import Degrees, build_mesh, resolve_degrees
 from sora_train.parallel.parallelize import apply_fsdp
 
 OptimizerBuilder = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 """From parameters by name to the optimizer of them."""
 
 
+class Weights(Protocol):
+    """Master weights by name: a module, or what an engine has whose module holds them in another form."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
 class Engine(Protocol):
     """What the Trainer asks of an engine. Parameters and moments are named, never numbered."""
 
     model: nn.Module
+    """What computes."""
+    weights: Weights
+    """What is averaged."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add this micro-batch's gradients; `last` marks the step's last one, where ranks meet.
@@ -46,10 +61,16 @@ class Engine(Protocol):
         """Graphs this rank has compiled needlessly so far; None where nothing is compiled."""
 
     def model_state(self) -> dict[str, Tensor]:
-        """Parameter name -> float32 master weight, sharded as it lies."""
+        """Parameter name -> float32 master weight, sharded as it lies, in place loadable."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """`<parameter name>.<exp_avg|exp_avg_sq|step>` -> tensor, in place loadable."""
+
+    def weights_changed(self) -> None:
+        """Compute with the tensors of `model_state` as they are now, after they were filled; on all ranks."""
+
+    def close(self) -> None:
+        """Let go of what would outlive the engine."""
 
 
 class FsdpEngine:
@@ -65,6 +86,7 @@ class FsdpEngine:
         self.compile = resolve_compile(cfg.model.compile, world.device)
         self._recompiles = compile_blocks(model, self.compile)
         self.model = apply_fsdp(model.to(world.device), self.mesh, self.param_dtype)
+        self.weights: Weights = self.model
         # The optimizer works on this rank's own parts as plain tensors: they share the parameters' memory,
         # and an elementwise update needs no DTensor, whose dispatch cost a fifth of a small model's step.
         self.shards = {name: local_parameter(p) for name, p in self.model.named_parameters()}
@@ -118,6 +140,12 @@ class FsdpEngine:
                 state[f"{name}.{key}"] = placed_as(moments[key], parameter)
         return state
 
+    def weights_changed(self) -> None:
+        """Masters are what is gathered to compute with."""
+
+    def close(self) -> None:
+        """Nothing outlives it."""
+
     def _moments(self, shard: nn.Parameter) -> dict[str, Tensor]:
         """AdamW's state of one parameter; made before its first step so that it can be loaded into."""
         state = self.optimizer.state[shard]
@@ -135,6 +163,8 @@ def local_parameter(parameter: nn.Parameter) -> nn.Parameter:
 
 def placed_as(part: Tensor, parameter: Tensor) -> Tensor:
     """This rank's part of a tensor that is sharded as `parameter` is, sharing memory with the part."""
+    if isinstance(parameter, FlatShard):
+        return parameter.placed(part)
     if not isinstance(parameter, DTensor):
         return part
     return DTensor.from_local(
@@ -150,9 +180,48 @@ def placed_as(part: Tensor, parameter: Tensor) -> Tensor:
 def build_engine(
     model: nn.Module, cfg: Config, world: World, build_optimizer: OptimizerBuilder
 ) -> Engine:
-    """The engine that `parallel.engine` names."""
+    """The engine that `parallel.engine` names.
+
+    Raises Fault where an optimizer keeps state in less than float32.
+    """
     apply_context_parallel(model, resolve_degrees(cfg.parallel, world.size), world)
-    return FsdpEngine(model, cfg, world, build_optimizer)
+    if cfg.parallel.engine == "fsdp":
+        engine: Engine = FsdpEngine(model, cfg, world, build_optimizer)
+    else:
+        dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
+        engine = ZeroEngine(model, cfg, world, build_optimizer, dtype)
+    require_precise(engine)
+    return engine
+
+
+def require_precise(engine: Engine) -> None:
+    """Raises Fault naming the first master or moment that is kept in less than float32."""
+    for what, state in (("weight", engine.model_state()), ("state", engine.optimizer_state())):
+        for name, tensor in state.items():
+            if torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:
+                raise Fault(
+                    f"the optimizer's {what} of {name} is kept in {tensor.dtype}, where small updates are lost; "
+                    "masters and moments are float32, so build the model and its optimizer in that"
+                )
+
+
+def check_engine(cfg: Config, degrees: Degrees, device: torch.device) -> None:
+    """Raises ConfigError where the engine cannot do what is asked, or its package is missing."""
+    parallel = cfg.parallel
+    if parallel.engine != "fsdp":
+        require_deepspeed(parallel.engine)
+        check_zero(cfg, degrees, resolve_param_dtype(parallel.param_dtype, device))
+        return
+    if parallel.offload_params:
+        raise ConfigError(
+            "parallel.offload_params=true and parallel.engine=fsdp, which keeps weights on the device; set "
+            "parallel.engine=zero3, the one that can"
+        )
+    if parallel.deepspeed_json:
+        raise ConfigError(
+            f"parallel.deepspeed_json={parallel.deepspeed_json} is DeepSpeed's, and parallel.engine=fsdp is not; leave "
+            "it empty, or set parallel.engine=zero1, zero2 or zero3"
+        )
 
 
 def resolve_param_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -171,9 +240,11 @@ def check_kernels(cfg: Config, device: torch.device) -> None:
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor on every rank (a collective when it is sharded)."""
+    if isinstance(tensor, FlatShard):
+        return tensor.full()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing memory with it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor | FlatShard) else tensor
