@@ -33,7 +33,7 @@ BFLOAT16 = 0.03
 """Largest difference over the largest value: some roundings of 2^-8 each."""
 SAME = [
     "parallel.param_dtype=float64", "optim=sgd", "optim.lr=0.05", "optim.grad_clip=0", "optim.warmup_steps=0",
-    "train.steps=3",
+    "train.steps=3", "sample.every=2",
 ]  # fmt: skip
 FROZEN = [*SAME, "text.trainable=false"]
 RUNS = [
@@ -130,6 +130,8 @@ def test_runs_on_two_ranks_are_runs_on_one(two: Path) -> None:
     """Whole runs. A trainable text encoder computes parts in float32 whatever is asked for, so that the order
     of sums shows."""
     require_same_run(two / "ulysses-2", two / "one", 1e-10)
+    samples = [two / name / "samples" / "step-000002" / "000.mp4" for name in ("ulysses-2", "one")]
+    assert samples[0].read_bytes() == samples[1].read_bytes()
     require_same_run(two / "ring-2-text", two / "one-text", 5e-9)
 
 
@@ -200,7 +202,9 @@ def test_ranks_of_one_clip_count_once(tmp_path: Path, monkeypatch: pytest.Monkey
         cfg=SimpleNamespace(loss_health=SimpleNamespace(draw=False), seed=0), world=worlds[0], control=None, step=6,
         data_step=6, judge=SimpleNamespace(tally=SimpleNamespace(rollbacks=0)), folder=SimpleNamespace(path=tmp_path),
     )  # fmt: skip
-    verdict = Verdict(loss=1.0, grad_norm=1.0, loss_limit=1.0, grad_norm_limit=1.0, reason="loss_spike")
+    verdict = Verdict(
+        loss=1.0, grad_norm=1.0, loss_limit=1.0, grad_norm_limit=1.0, reason="loss_spike"
+    )
     spikes.record_spike(trainer, verdict, [], [], {})
     ranks = json.loads((tmp_path / "spikes" / "step-000007.json").read_text())["ranks"]
     assert ranks == [{"rank": 0, "micro_batches": "a"}, {"rank": 2, "micro_batches": "b"}]
