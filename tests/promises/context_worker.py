@@ -2,8 +2,9 @@
 torch is imported once.
 
 Arguments: a folder; a JSON list of whole runs of the trainer (name, world, overrides), which write into
-FOLDER/NAME; the world sizes. What else is measured, each number the worst over all ranks, goes to
-FOLDER/found-WORLD.json, what the ranks say to FOLDER/log-WORLD.RANK.
+FOLDER/NAME; the world sizes; `compiled` to look at that alone, into FOLDER/compiled.json. What else is
+measured, each number the worst over all ranks, goes to FOLDER/found-WORLD.json, what the ranks say to
+FOLDER/log-WORLD.RANK.
 """
 
 import copy
@@ -29,6 +30,7 @@ from sora_train.errors import Fault
 from sora_train.models.dit import VideoDiT
 from sora_train.models.vae import VideoVAE
 from sora_train.parallel.collectives import gather_tokens, heads_to_tokens, tokens_to_heads
+from sora_train.parallel.compile import compile_blocks, graphs_compiled
 from sora_train.parallel.context import apply_context_parallel, context_groups, segments
 from sora_train.parallel.mesh import Degrees
 from sora_train.parallel.peers import Peers
@@ -100,16 +102,14 @@ def compare_models(
     degrees: Degrees,
     dtype: torch.dtype,
     clips: Sequence[tuple[int, int, int, int]],
-    *,
-    recomputed: bool = False,
+    prepare: Callable[[VideoDiT], object] = lambda model: None,
 ) -> dict[str, float]:
     """Velocity and summed gradients of every parameter against one process in the same precision."""
     found = {}
     plain = make_model(dtype)
     cut = copy.deepcopy(plain)
     apply_context_parallel(cut, degrees, world)
-    for block in cut.blocks if recomputed else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    prepare(cut)
     for clip in clips:
         expected = backward(plain, clip, dtype, 1)
         v = backward(cut, clip, dtype, degrees.cp)
@@ -127,6 +127,31 @@ def compare_models(
         dist.broadcast(same, 0)
         found[f"equal on all ranks {name}"] = worst(float((same != v).sum()))
     return found
+
+
+def recompute(model: VideoDiT) -> None:
+    """Forget what the blocks compute, and compute it again in backward."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def measure_compiled(folder: Path, world: World) -> None:
+    """The blocks traced as one graph, without the C++ compiler, whose work is the same with one rank."""
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    found = {}
+    for ulysses, ring in LAYOUTS[world.size]:
+        degrees, before, counts = Degrees(1, 1, ulysses, ring), graphs_compiled(), []
+        numbers = compare_models(
+            world,
+            degrees,
+            torch.float64,
+            [CLIPS[0], (2, 4, 1, 17), (2, 5, 3, 5)],
+            lambda model, counts=counts: counts.append(compile_blocks(model, "dynamic")),
+        )
+        numbers["graphs"], numbers["needless"] = graphs_compiled() - before, counts[0].count
+        found[f"ulysses {ulysses} x ring {ring}"] = numbers
+    if world.is_main:
+        (folder / "compiled.json").write_text(json.dumps(found, indent=1))
 
 
 def check_adjoint(
@@ -255,7 +280,7 @@ def measure(folder: Path, world: World) -> None:
         degrees, name = Degrees(1, 1, ulysses, ring), f"ulysses {ulysses} x ring {ring}"
         found[f"float64, {name}"] = compare_models(world, degrees, torch.float64, CLIPS)
         found[f"recomputed, {name}"] = compare_models(
-            world, degrees, torch.float64, CLIPS[:1], recomputed=True
+            world, degrees, torch.float64, CLIPS[:1], recompute
         )
         found[f"bfloat16, {name}"] = compare_models(world, degrees, torch.bfloat16, CLIPS[:1])
         found[f"adjoints, {name}"] = check_collectives(world, degrees)
@@ -263,7 +288,9 @@ def measure(folder: Path, world: World) -> None:
         (folder / f"found-{world.size}.json").write_text(json.dumps(found, indent=1))
 
 
-def run_rank(rank: int, size: int, folder: Path, cells: list[dict[str, Any]]) -> None:
+def run_rank(
+    rank: int, size: int, folder: Path, cells: list[dict[str, Any]], *, compiled: bool
+) -> None:
     """One rank of a job: a fork of the process that has imported everything."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in names.items()})
@@ -275,7 +302,8 @@ def run_rank(rank: int, size: int, folder: Path, cells: list[dict[str, Any]]) ->
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120)
         )
-        measure(folder, World(rank, size, rank, size, torch.device("cpu"), cp=size))
+        look = measure_compiled if compiled else measure
+        look(folder, World(rank, size, rank, size, torch.device("cpu"), cp=size))
     for cell in cells:
         train(folder, cell)
     if size > 1:
@@ -288,7 +316,10 @@ def main() -> None:
     for size in map(int, sys.argv[3].split(",")):
         own = [cell for cell in cells if cell["world"] == size]
         torch.multiprocessing.start_processes(
-            run_rank, (size, folder, own), nprocs=size, start_method="fork"
+            partial(run_rank, compiled="compiled" in sys.argv),
+            (size, folder, own),
+            nprocs=size,
+            start_method="fork",
         )
 
 

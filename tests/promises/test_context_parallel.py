@@ -55,11 +55,11 @@ COMPARED = (
 )
 
 
-def launch(folder: Path, *worlds: int) -> Path:
+def launch(folder: Path, *worlds: int, more: tuple[str, ...] = ()) -> Path:
     cells = [
         {"name": name, "world": world, "overrides": overrides}
         for name, world, overrides in RUNS
-        if world in worlds
+        if world in worlds and not more
     ]
     command = [
         sys.executable,
@@ -67,6 +67,7 @@ def launch(folder: Path, *worlds: int) -> Path:
         str(folder),
         json.dumps(cells),
         ",".join(map(str, worlds)),
+        *more,
     ]
     run = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
     said = "\n".join(file.read_text()[-1500:] for file in sorted(folder.glob("log-*")))
@@ -154,6 +155,16 @@ def test_four_ranks_are_one_process(two: Path, four: Path) -> None:
     require_spread(found["spread"], 4)
     for name in ("fsdp-2-ulysses-2", "replicas-2-ring-2", "ulysses-2-ring-2"):
         require_same_run(four / name, two / "one", 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_blocks_compile_as_one_graph(tmp_path: Path) -> None:
+    """For all sizes of clips, exchanges included: those inside a block are steps of its graph."""
+    found = json.loads((launch(tmp_path, 2, more=("compiled",)) / "compiled.json").read_text())
+    for layout, numbers in found.items():
+        assert (numbers.pop("graphs"), numbers.pop("needless")) == (1, 0), layout
+        assert max(numbers.values()) <= EXACT, layout
 
 
 @pytest.mark.parametrize(
