@@ -88,6 +88,8 @@ class ZeroEngine:
             param_dtype,
             pin_memory=world.device.type == "cuda",
         )
+        # Said of every gather of ZeRO-3, wherever the model is called.
+        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
         with quiet():
             self.engine = initialised(model, build_optimizer(parameters), told, world)
         self.model = model
@@ -280,8 +282,6 @@ def initialised(
             f"DeepSpeed was imported for {chosen} in this process already, and run.device is {world.device.type}; "
             "start a process of its own"
         )
-    # Said by every gather of its ZeRO-3.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
     # Else a CPU's all-reduce is compiled with the machine's C++ compiler, which takes minutes and leaves files.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
