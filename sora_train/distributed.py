@@ -12,6 +12,8 @@ import torch.distributed as dist
 from sora_train.errors import Fault, UserError
 
 TIMEOUT = timedelta(minutes=10)
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where the settings of PyTorch's allocator are: its name since 2.9, and the one before."""
 
 Built = TypeVar("Built")
 
@@ -64,6 +66,7 @@ def start(wanted_device: str, threads: int, timeout: timedelta = TIMEOUT) -> Wor
 
     Tensors on a GPU travel over NCCL, the control plane over gloo: both live in one group.
     """
+    grow_segments()
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -81,6 +84,18 @@ def start(wanted_device: str, threads: int, timeout: timedelta = TIMEOUT) -> Wor
         else:
             dist.init_process_group(backend, timeout=timeout)
     return World(rank, size, local_rank, ranks_per_node, device, owns_group)
+
+
+def grow_segments() -> None:
+    """Let the GPU's allocator grow its segments, which clips of many sizes would break into pieces, unless the
+    environment says otherwise; before CUDA is initialised."""
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def allocator() -> str:
+    """The allocator's settings, as the environment has them."""
+    return " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ)
 
 
 def stop(world: World) -> None:

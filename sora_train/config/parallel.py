@@ -1,6 +1,6 @@
 """The parallel section: which engine, and how the ranks divide weights, samples and tokens."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,3 +20,17 @@ class ParallelConfig(Section):
     """Ranks, or groups of `ulysses` ranks, that share a clip's tokens and pass keys and values round."""
     param_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Precision in which weights reach compute; `auto`: bfloat16 on GPU, float32 on CPU. Masters are always float32."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What blocks forget and compute again in backward: nothing, all but their input, or all but `checkpoint_keep`."""
+    checkpoint_every: int = Field(1, ge=1)
+    """Every k-th block is checkpointed, the first one among them; the others keep everything."""
+    checkpoint_keep: Annotated[
+        tuple[Literal["attention", "matmul"], ...], Field(strict=False)
+    ] = ("attention", "matmul")
+    """Results that `activation_checkpointing=selective` keeps: those of attention cores, of matrix products."""
+    offload_activations: bool = False
+    """Keep what blocks save for backward in the host's memory, of a checkpointed block its input; fetched a block ahead."""
+    mlp_chunks: int = Field(1, ge=1)
+    """Parts that a block's MLP takes its tokens in; its inner width is then never held for all of them at once."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's moments in the host's memory and step there: slower, and 8 bytes less for each weight."""
