@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a GPU can tell in under 10 minutes: `bash benchmarks/gpu_suite.sh [OUT]`.
+# Everything a GPU can tell in about 10 minutes: `bash benchmarks/gpu_suite.sh [OUT]`.
 #
 # Parts are independent: one that fails or runs out of its time does not stop the next, and what a
 # part found is on disk the moment it ends. OUT (default benchmarks/results) gets a log a part, what
@@ -65,12 +65,20 @@ if [ "$toy" = 1 ]; then
 fi
 part train_256px 180 "${sora[@]}" bench train "${train[@]}" "${steps[@]}" --out "$out/train_256px"
 
-# 2. The tests that need a GPU; pytest's exit code 5 says that there are none yet.
+# 2. What each memory option saves and costs, and the longest clip that trains with it.
+memory=(model=wan_1_3b --tokens 16384 --repeats 3 --longest --device cuda)
+if [ "$toy" = 1 ]; then
+  memory=(--tokens 64 --caption 16 --repeats 1 --longest --budget-mib 40 --dtype float32
+    --device cpu model.num_layers=2)
+fi
+part memory 240 "${sora[@]}" bench memory "${memory[@]}" --out "$out/memory"
+
+# 3. The tests that need a GPU; pytest's exit code 5 says that there are none yet.
 # shellcheck disable=SC2016
 part gpu_tests 200 bash -c '"$0" -m pytest -q -p no:cacheprovider tests/gpu; code=$?
   [ "$code" -eq 5 ] || exit "$code"' "$PYTHON"
 
-# 3. The quickstart, a short form of it: the whole way from rendered files to scored samples.
+# 4. The quickstart, a short form of it: the whole way from rendered files to scored samples.
 quickstart=(train.steps=200 run.device=cuda sample.every=100)
 if [ "$toy" = 1 ]; then
   quickstart=(train.steps=2 run.device=cpu vae=tiny_random data.shapes_clips=24

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sora_train.data.plan import nearby_efficiencies, row_costs, slot_efficiency
+from sora_train.distributed import allocator
 from sora_train.model_sizes import flops_per_token
 from sora_train.models.attention_backends import describe
 from sora_train.models.text_to_video import TextToVideo
@@ -58,6 +59,7 @@ def run_table(trainer: "Trainer") -> Table:
         **joining(trainer),
         "held-out clips": str(len(data.val_clips)),
         **model_rows(trainer, tokens / max(clips, 1)),
+        **memory_rows(trainer),
         "memory of weights and optimizer": f"{state_bytes(trainer) / 2**20:,.0f} MiB a rank",
         "checkpoints": trainer.space.row(),
         "expected time": f"about {duration(left * step_seconds(trainer))} for {left} steps",
@@ -65,6 +67,29 @@ def run_table(trainer: "Trainer") -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def memory_rows(trainer: "Trainer") -> dict[str, str]:
+    """The memory options that are on, and on a GPU the allocator's settings; docs/memory.md."""
+    wanted = trainer.cfg.parallel
+    kept = " and ".join(wanted.checkpoint_keep) or "nothing"
+    every = f" of every {wanted.checkpoint_every} blocks" if wanted.checkpoint_every > 1 else ""
+    said = {
+        "none": "",
+        "full": f"blocks computed again in backward{every}",
+        "selective": f"blocks computed again in backward{every} but for {kept}",
+    }[wanted.activation_checkpointing]
+    options = [
+        said,
+        "activations on the host" if wanted.offload_activations else "",
+        f"MLPs in {wanted.mlp_chunks} parts" if wanted.mlp_chunks > 1 else "",
+        "moments on the host" if wanted.offload_optimizer else "",
+    ]
+    told = ", ".join(option for option in options if option)
+    rows = {"memory saved by": told} if told else {}
+    if trainer.world.device.type == "cuda":
+        rows["allocator"] = allocator()
+    return rows
 
 
 def model_rows(trainer: "Trainer", tokens: float) -> dict[str, str]:
@@ -172,9 +197,11 @@ def mean_step(trainer: "Trainer") -> tuple[float, float]:
 
 
 def state_bytes(trainer: "Trainer") -> float:
-    """float32 weights, gradients, two moments and the averages, over the ranks that share them."""
+    """float32 weights, gradients, two moments (unless they are on the host) and the averages, over the ranks that
+    share them."""
     shards = trainer.world.size // trainer.degrees.dp_replicate
-    copies = (4 if trainer.cfg.optim.name == "adamw" else 2) + len(trainer.ema.shadows)
+    moments = trainer.cfg.optim.name == "adamw" and not trainer.cfg.parallel.offload_optimizer
+    copies = (4 if moments else 2) + len(trainer.ema.shadows)
     return trainer.params * 4 * copies / shards
 
 

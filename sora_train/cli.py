@@ -412,6 +412,22 @@ def bench_model(arguments: Overrides = None) -> int:
     return bench(list(arguments or []))
 
 
+@bench_app.command("memory", context_settings=OVERRIDES)
+def bench_memory(arguments: Overrides = None) -> int:
+    """Measure what each memory option saves and costs: bytes, seconds, and with --longest how long a clip fits.
+
+    Overrides are those of the section model; --tokens N the clip's length, --options "full;offload" which ones,
+    --budget-mib M the memory that --longest may count on a CPU, --out DIR where the results go.
+
+    \b
+    sora bench memory --tokens 512 --device cpu
+    sora bench memory model=wan_1_3b --tokens 16384 --longest --device cuda
+    """
+    from sora_train.commands import bench_memory as bench
+
+    return bench(list(arguments or []))
+
+
 @bench_app.command("ckpt", context_settings=OVERRIDES)
 def bench_ckpt(arguments: Overrides = None) -> int:
     """Save one state at once and behind the training, in turns: how long the training waits for each.

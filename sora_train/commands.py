@@ -344,6 +344,13 @@ def bench_model(overrides: list[str]) -> int:
     return main(overrides)
 
 
+def bench_memory(overrides: list[str]) -> int:
+    """Run the benchmark of the memory options; returns the exit code."""
+    from sora_train.bench.memory import main
+
+    return main(overrides)
+
+
 def bench_ckpt(arguments: list[str]) -> int:
     """Run the benchmark of saving; returns the exit code."""
     from sora_train.bench.ckpt import main

@@ -15,6 +15,8 @@ from sora_train.errors import Fault, UserError
 TIMEOUT = timedelta(minutes=10)
 MEETING = timedelta(minutes=5)
 """How long ranks wait for each other where a group is made."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where the settings of PyTorch's allocator are: its name since 2.9, and the one before."""
 
 Built = TypeVar("Built")
 
@@ -75,6 +77,7 @@ def start(
     Raises:
         Fault: not all ranks came within `meeting`.
     """
+    grow_segments()
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -119,6 +122,18 @@ def _meet(backend: str, meeting: timedelta) -> None:
 def set_timeout(timeout: timedelta, group: dist.ProcessGroup | None = None) -> None:
     """How long the collectives of a group may take, from now on."""
     _set_pg_timeout(timeout, group)
+
+
+def grow_segments() -> None:
+    """Let the GPU's allocator grow its segments, which clips of many sizes would break into pieces, unless the
+    environment says otherwise; before CUDA is initialised."""
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def allocator() -> str:
+    """The allocator's settings, as the environment has them."""
+    return " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ)
 
 
 def stop(world: World) -> None:

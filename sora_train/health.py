@@ -95,6 +95,7 @@ class Health:
             return max(cfg.step_seconds, cfg.step_factor * statistics.median(self._steps))
         limits = {
             "init": cfg.init_seconds,
+            "compile": cfg.compile_seconds,
             "validation": cfg.validation_seconds,
             "samples": cfg.sample_seconds,
             "finish": cfg.sample_seconds,
@@ -226,6 +227,7 @@ def longest_wait(cfg: HealthConfig) -> timedelta:
     """How long a collective may take: a little longer than any phase, so that the watchdog speaks first."""
     phases = (
         cfg.init_seconds,
+        cfg.compile_seconds,
         cfg.step_seconds,
         cfg.validation_seconds,
         cfg.sample_seconds,

@@ -11,14 +11,23 @@ from torch import Tensor, nn
 from sora_train import checkpoint as checkpoints
 from sora_train.config import Config
 from sora_train.errors import UserError
+from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
 
+PREFIX = {"ema": "ema.", "live": "model."}
+"""What names of tensors begin with in a checkpoint, by `init.weights`."""
 
-def start_from(cfg: Config, model: nn.Module, vae: VideoVAE, found: checkpoints.Checkpoint) -> None:
-    """Fill the model's parameters with those of `init.run`, strictly by name and shape.
 
-    Raises UserError where that is no run, its model is another, or it was trained on another VAE's latents.
-    """
+def empty_model(cfg: Config) -> TextToVideo:
+    """The stock model without memory for what is trained; the frozen text encoder is whole."""
+    return TextToVideo(cfg.model, cfg.text, seed=cfg.seed, empty=True)
+
+
+def require_fitting(
+    cfg: Config, model: nn.Module, vae: VideoVAE, found: checkpoints.Checkpoint
+) -> None:
+    """Raises UserError where `init.run` is no run, its model is another by name and shape, or it was trained on
+    another VAE's latents."""
     state = found.state()
     if state["task"] != cfg.task:
         raise UserError(f"init.run={cfg.init.run} trained a {state['task']}, this run a {cfg.task}")
@@ -27,8 +36,15 @@ def start_from(cfg: Config, model: nn.Module, vae: VideoVAE, found: checkpoints.
             f"init.run={cfg.init.run} was trained on the latents of another VAE than vae.path={cfg.vae.path!r}; give "
             "the vae section of that run's config.yaml"
         )
-    prefix = {"ema": "ema.", "live": "model."}[cfg.init.weights]
-    tensors = {f"{prefix}{name}": value.detach() for name, value in model.named_parameters()}
+    prefix = PREFIX[cfg.init.weights]
+    tensors = {f"{prefix}{name}": value for name, value in model.named_parameters()}
+    checkpoints.require_part(found, tensors, prefix)
+
+
+def take_weights(cfg: Config, found: checkpoints.Checkpoint, parameters: dict[str, Tensor]) -> None:
+    """Fill parameters, by name and sharded as they lie, with those of `init.run`."""
+    prefix = PREFIX[cfg.init.weights]
+    tensors = {f"{prefix}{name}": value for name, value in parameters.items()}
     checkpoints.load_part(found, tensors, prefix)
 
 

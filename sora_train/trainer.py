@@ -27,7 +27,14 @@ from sora_train.ema_snapshots import snapshots_every, write_snapshot
 from sora_train.errors import Preempted
 from sora_train.finish import finish
 from sora_train.health import Health, longest_wait, record_collectives
-from sora_train.initialise import refuse_imported, source_of, start_from, take_moments
+from sora_train.initialise import (
+    empty_model,
+    refuse_imported,
+    require_fitting,
+    source_of,
+    take_moments,
+    take_weights,
+)
 from sora_train.loss_health import Judge
 from sora_train.metrics import MetricsFile
 from sora_train.models.text_to_video import TextToVideo
@@ -36,6 +43,7 @@ from sora_train.objectives import Objective, Term, TextToVideoObjective, VaeObje
 from sora_train.optim import build_optimizer, lr_at
 from sora_train.out_of_memory import Work, explained, record_allocations
 from sora_train.parallel.engine import Engine, build_engine, check_engine, check_kernels
+from sora_train.parallel.materialise import fill
 from sora_train.parallel.mesh import check_degrees, resolve_degrees
 from sora_train.parallel.peers import Peers
 from sora_train.probe import measure_probe
@@ -49,6 +57,7 @@ from sora_train.spikes import record_spike
 from sora_train.tracking import start_tracker
 from sora_train.training_data import TrainingData
 from sora_train.validate import validated_kinds, validation_loss, validation_psnr
+from sora_train.warm_up import warm_up
 
 Parts = dict[str, Term]
 """The terms of one micro-batch, without what a backward pass would need."""
@@ -139,7 +148,10 @@ class Trainer:
         changed = allowed_changes(cfg, self.start.state) if self.start else []
         self.folder.record(cfg, self.world.size, self.start.forked_from if self.start else "")
 
-        model = self.build_model()
+        # Where the stock model is trained, no rank ever holds all of it.
+        stock = type(self).build_model is Trainer.build_model
+        empty = stock and cfg.task == "text_to_video" and cfg.parallel.engine == "fsdp"
+        model = empty_model(cfg) if empty else self.build_model()
         self.vae = (
             model
             if isinstance(model, VideoVAE)
@@ -153,7 +165,7 @@ class Trainer:
             # Another run may be writing there: what rank 0 sees holds for all.
             source = self.control.broadcast(self.control.together(lambda: source_of(cfg)))
             assert isinstance(source, checkpoints.Checkpoint)
-            start_from(cfg, model, self.vae, source)
+            require_fitting(cfg, model, self.vae, source)
         self.spec = build_spec(cfg, self.vae, model)
         if self.start:
             require_same_spec(self.spec.to_dict() if self.spec else None, self.start)
@@ -164,8 +176,13 @@ class Trainer:
             model, cfg, self.world, lambda named: build_optimizer(named, cfg.optim)
         )
         self.debug = start_debug(self)
-        if isinstance(source, checkpoints.Checkpoint) and cfg.init.optimizer:
-            take_moments(source, self.engine.optimizer_state())
+        if isinstance(source, checkpoints.Checkpoint):
+            take_weights(cfg, source, self.engine.model_state())
+            self.engine.weights_changed()
+            if cfg.init.optimizer:
+                take_moments(source, self.engine.optimizer_state())
+        elif empty and isinstance(self.engine.model, TextToVideo):
+            fill(self.engine.model, self.engine.model.initial_values(cfg.seed))
         self.ema = Ema(
             self.engine.weights,
             cfg.ema.decay,
@@ -208,6 +225,8 @@ class Trainer:
             return self.close()
         with self.running(), self.progress() as progress:
             prepare(self)
+            if self.engine.recompiles() is not None:
+                warm_up(self)
             while self.step < self.cfg.train.steps or self.owed:
                 if not self.owed:
                     self.row = self.train_step()

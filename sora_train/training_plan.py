@@ -233,7 +233,9 @@ def memory_cap(
     def of_clip(bucket: Bucket) -> float:
         frames = vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
         clip = sizes_in_memory.Clip(tokens_of(bucket), frames, cfg.text.max_length)
-        return sizes_in_memory.clip_bytes(cfg.model, cfg.text, clip, w, cfg.run.device)
+        return sizes_in_memory.clip_bytes(
+            cfg.model, cfg.text, clip, w, cfg.run.device, cfg.parallel
+        )
 
     fixed = sizes_in_memory.fixed_bytes(
         cfg.model, cfg.text, cfg.parallel,

@@ -97,6 +97,7 @@ BELOW_THE_TRAINER = {
     "training_plan",
     "training_sources",
     "vae_export",
+    "warm_up",
 }
 """Parts of the trainer in files of their own: they may import each other and all lower layers."""
 

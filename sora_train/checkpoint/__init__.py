@@ -15,7 +15,7 @@ from sora_train.checkpoint.layout import (
     list_checkpoints,
     why_incomplete,
 )
-from sora_train.checkpoint.reading import damaged, load, load_part, verify
+from sora_train.checkpoint.reading import damaged, load, load_part, require_part, verify
 from sora_train.checkpoint.retention import prune
 from sora_train.checkpoint.saving import canonical, save, save_streamed, state_versions
 
@@ -32,6 +32,7 @@ __all__ = [
     "load",
     "load_part",
     "prune",
+    "require_part",
     "save",
     "save_streamed",
     "state_versions",

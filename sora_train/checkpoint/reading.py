@@ -5,6 +5,7 @@ Strict both ways, since DCP itself ignores keys nobody asked for.
 
 import json
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -49,14 +50,19 @@ def load(
 def load_part(checkpoint: Checkpoint, tensors: dict[str, Tensor], prefix: str) -> None:
     """Fill `tensors`, which are all there is under `prefix` (`model.`, `ema.`), in one process; as strict as `load`."""
     verify(checkpoint)
+    require_part(checkpoint, tensors, prefix)
     reader = FileSystemReader(checkpoint.path)
-    stored = reader.read_metadata().state_dict_metadata
-    part = {name: entry for name, entry in stored.items() if name.startswith(prefix)}
-    require_same(checkpoint, part, tensors)
     with warnings.catch_warnings():
         # Said of every load in a process without a group, which is what is meant here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
+
+
+def require_part(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Raises UserError unless `tensors` are, by name and shape, all there is under `prefix`."""
+    stored = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    part = {name: entry for name, entry in stored.items() if name.startswith(prefix)}
+    require_same(checkpoint, part, tensors)
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -82,7 +88,9 @@ def _damage(why: str) -> Fault:
     return Fault(f"{why}, remove this checkpoint to go on from the one before")
 
 
-def require_same(checkpoint: Checkpoint, stored: dict[str, Any], wanted: dict[str, Tensor]) -> None:
+def require_same(
+    checkpoint: Checkpoint, stored: dict[str, Any], wanted: Mapping[str, Tensor]
+) -> None:
     """Raises UserError unless names and shapes are the same on both sides."""
     missing = sorted(set(wanted) - set(stored))
     surplus = sorted(set(stored) - set(wanted))

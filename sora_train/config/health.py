@@ -10,6 +10,8 @@ class HealthConfig(Section):
     """Longest time that ranks wait for each other at the start; then those that are missing are named."""
     init_seconds: float = Field(3600.0, gt=0)
     """Longest time to build the model and the data, encoded clips included."""
+    compile_seconds: float = Field(3600.0, gt=0)
+    """Longest time to compile for one size of clip before the first step, with `model.compile`."""
     step_seconds: float = Field(600.0, gt=0)
     """Longest time that any part of a step may take, whatever `health.step_factor` says; the first steps, which
     compile and warm caches, have `health.init_seconds`."""

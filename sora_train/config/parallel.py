@@ -1,6 +1,6 @@
 """The parallel section: which engine, and how the ranks divide weights, samples and tokens."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -31,3 +31,16 @@ class ParallelConfig(Section):
     deepspeed_json: str = ""
     """A DeepSpeed configuration file merged into ours, for the engines `zero1`, `zero2` and `zero3`: sizes of buckets,
     prefetching and the like (docs/engines.md). What contradicts another key here is refused."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What blocks forget and compute again in backward: nothing, all but their input, or all but `checkpoint_keep`."""
+    checkpoint_every: int = Field(1, ge=1)
+    """Every k-th block is checkpointed, the first one among them; the others keep everything."""
+    checkpoint_keep: Annotated[tuple[Literal["attention", "matmul"], ...], Field(strict=False)] = (
+        "attention",
+        "matmul",
+    )
+    """Results that `activation_checkpointing=selective` keeps: those of attention cores, of matrix products."""
+    offload_activations: bool = False
+    """Keep what blocks save for backward in the host's memory, of a checkpointed block its input; fetched a block ahead."""
+    mlp_chunks: int = Field(1, ge=1)
+    """Parts that a block's MLP takes its tokens in; its inner width is then never held for all of them at once."""

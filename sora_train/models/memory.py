@@ -93,6 +93,40 @@ def block_bytes(
     return float(total)
 
 
+def kept_bytes(
+    cfg: ModelConfig,
+    parallel: ParallelConfig,
+    clip: Clip,
+    w: int,
+    *,
+    scores_kept: bool = False,
+    core_wide: bool = False,
+) -> float:
+    """Bytes that all blocks together keep on the device for one clip, with the memory options of `parallel`.
+
+    An MLP in parts keeps its input instead of its inner width. A checkpointed block keeps its input (D f a
+    token) and, where it is selective, the results of its products ((7 D + F) w a token, 2 D w a caption
+    token) and of its attention cores (2 D w a token and their statistics). Of what is offloaded two blocks
+    are on the device, the one at work and the one that is fetched; what a selective checkpoint keeps is not
+    offloaded.
+    """
+    f, d = max(MASTER, w), cfg.dim
+    whole = block_bytes(cfg, clip, w, scores_kept=scores_kept, core_wide=core_wide)
+    if parallel.mlp_chunks > 1:
+        whole -= clip.tokens * (2 * cfg.ffn_dim * w - d * (f - w))
+    mode, layers = parallel.activation_checkpointing, cfg.num_layers
+    short = -(-layers // parallel.checkpoint_every) if mode != "none" else 0
+    entry, results, product = float(clip.tokens * d * f), 0.0, f if core_wide else w
+    if mode == "selective" and "matmul" in parallel.checkpoint_keep:
+        results += (clip.tokens * (7 * d + cfg.ffn_dim) + clip.caption * 2 * d) * product
+    if mode == "selective" and "attention" in parallel.checkpoint_keep and not scores_kept:
+        results += clip.tokens * 2 * (d * product + cfg.num_heads * f)
+    if parallel.offload_activations:
+        blocks = min(2, layers) * (entry if short == layers else whole)
+        return blocks + short * results
+    return (layers - short) * whole + short * (entry + results)
+
+
 def ends_bytes(cfg: ModelConfig, clip: Clip, w: int) -> float:
     """Bytes saved outside the blocks: patches, the last norm, the loss, time and text embeddings."""
     f, d, patch = max(MASTER, w), cfg.dim, cfg.in_channels * math.prod(cfg.patch_size)
@@ -130,22 +164,38 @@ def saved_bytes(
     *,
     scores_kept: bool = False,
     core_wide: bool = False,
+    parallel: ParallelConfig | None = None,
 ) -> float:
     """Bytes that the forward pass of one clip saves for its backward pass, parameters left out."""
-    blocks = model.num_layers * block_bytes(
-        model, clip, w, scores_kept=scores_kept, core_wide=core_wide
+    blocks = kept_bytes(
+        model,
+        parallel or ParallelConfig(),
+        clip,
+        w,
+        scores_kept=scores_kept,
+        core_wide=core_wide,
     )
     encoder = text_bytes(text, clip.caption, w) if text.trainable else 0.0
     return blocks + ends_bytes(model, clip, w) + encoder
 
 
-def clip_bytes(model: ModelConfig, text: TextConfig, clip: Clip, w: int, device: str) -> float:
-    """Bytes that one more clip in a micro-batch takes: what is saved, and one block's gradients."""
+def clip_bytes(
+    model: ModelConfig,
+    text: TextConfig,
+    clip: Clip,
+    w: int,
+    device: str,
+    parallel: ParallelConfig | None = None,
+) -> float:
+    """Bytes that one more clip in a micro-batch takes: what is saved, one block's gradients, and where blocks are
+    checkpointed, what one of them computes again."""
+    parallel = parallel or ParallelConfig()
     kept = model.attention == "math"
     # The cores that a CPU takes for bfloat16 compute in float32 there unless it multiplies bfloat16.
     wide = device == "cpu" and model.attention in ("auto", "gemm")
-    saved = saved_bytes(model, text, clip, w, scores_kept=kept, core_wide=wide)
-    return saved + block_bytes(model, clip, w, scores_kept=kept, core_wide=wide)
+    saved = saved_bytes(model, text, clip, w, scores_kept=kept, core_wide=wide, parallel=parallel)
+    block = block_bytes(model, clip, w, scores_kept=kept, core_wide=wide)
+    return saved + block * (1 if parallel.activation_checkpointing == "none" else 2)
 
 
 def fixed_bytes(
@@ -172,7 +222,8 @@ def fixed_bytes(
     trained = transformer + (encoder if text.trainable else 0)
     shards = max(1, parallel.dp_shard)
     ranks = max(1, parallel.dp_replicate) * shards
-    total = trained * MASTER * (2 + moments + averages) / shards
+    on_device = 2 + averages + (0 if parallel.offload_optimizer else moments)
+    total = trained * MASTER * on_device / shards
     if not text.trainable:
         total += encoder * MASTER
     total += precise_bytes(model, w)

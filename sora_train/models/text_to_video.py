@@ -5,6 +5,7 @@ E caption width.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ tokens."""
 class TextToVideo(nn.Module):
     """`transformer` and, with `text.trainable`, `text_encoder`: sharded, averaged, saved as one."""
 
-    def __init__(self, model: ModelConfig, text: TextConfig, *, seed: int = 0):
-        """Every weight is drawn from `seed` and its own name.
+    def __init__(self, model: ModelConfig, text: TextConfig, *, seed: int = 0, empty: bool = False):
+        """Every weight is drawn from `seed` and its own name. An `empty` model has no memory for the
+        weights that are trained: whoever places them fills them with `initial_values`.
 
         Raises:
             ConfigError: caption embeddings would have two widths.
@@ -36,15 +38,20 @@ class TextToVideo(nn.Module):
                 f"model.text_dim is {model.text_dim} but text.d_model is {text.d_model}; "
                 "captions have one width, so make them equal"
             )
-        self.transformer = VideoDiT(model)
-        encoder = build_text_encoder(text)
+        with torch.device("meta") if empty else nullcontext():
+            self.transformer = VideoDiT(model)
+        with torch.device("meta") if empty and text.trainable else nullcontext():
+            encoder = build_text_encoder(text)
         self.text_encoder = encoder if text.trainable else None
         # In a tuple it is no sub-module: a frozen encoder is neither sharded, averaged nor saved.
         self._frozen: tuple[TextEncoder, ...] = () if text.trainable else (encoder,)
         # What a frozen encoder makes of the empty caption, once it was asked.
         self._null: tuple[Tensor, ...] = ()
         self.text_padding = text.padding
-        self.init_weights(seed)
+        if not empty:
+            self.init_weights(seed)
+        for frozen in self._frozen if empty else ():
+            frozen.init_weights(seed)
 
     def forward(
         self,

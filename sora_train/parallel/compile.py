@@ -66,8 +66,8 @@ class Recompiles:
         self.count = 0
         self._met: set[Any] = set()
 
-    def called(self, kind: type, inputs: tuple[Any, ...], graphs: int) -> None:
-        """A block of this kind ran on these inputs, for which so many graphs were compiled."""
+    def called(self, kind: object, inputs: tuple[Any, ...], graphs: int) -> None:
+        """A block of this kind, named by its forward, ran on these inputs, for which so many graphs were compiled."""
         sizes = tuple(map(self._class_of, inputs))
         key = (kind, torch.is_grad_enabled(), sizes)
         self.count += max(0, graphs - (key not in self._met))
@@ -99,19 +99,22 @@ def compile_blocks(model: nn.Module, mode: str) -> Recompiles | None:
     # compile for each clip size. Parameters stay constants.
     torch._dynamo.config.force_nn_module_property_static_shapes = False
     recompiles = Recompiles(mode)
-    compiled: dict[type, Callable[..., Any]] = {}
+    compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
     for block in sharding_units(model):
-        kind = type(block)
-        if kind not in compiled:
-            compiled[kind] = torch.compile(kind.forward, fullgraph=True, dynamic=mode == "dynamic")
+        # A checkpointed block has a forward of its own, and all of those have the same.
+        plain = block.forward.__func__
+        if plain not in compiled:
+            compiled[plain] = torch.compile(plain, fullgraph=True, dynamic=mode == "dynamic")
         # The instance's own forward: hooks of engines around it stay outside the graph.
-        block.forward = types.MethodType(_counted(compiled[kind], recompiles), block)
+        block.forward = types.MethodType(_counted(plain, compiled[plain], recompiles), block)
     return recompiles
 
 
-def _counted(compiled: Callable[..., Any], recompiles: Recompiles) -> Callable[..., Any]:
-    """`compiled`, its graphs counted and its failures told. Its tokens are never a view: those of the first block
-    are one and the others' are not, which would make two graphs of one."""
+def _counted(
+    plain: Callable[..., Any], compiled: Callable[..., Any], recompiles: Recompiles
+) -> Callable[..., Any]:
+    """`compiled` of the function `plain`, its graphs counted and its failures told. Its tokens are never a view:
+    those of the first block are one and the others' are not, which would make two graphs of one."""
 
     def forward(block: nn.Module, x: Tensor, *rest: Any) -> Any:
         before = graphs_compiled()
@@ -128,7 +131,7 @@ def _counted(compiled: Callable[..., Any], recompiles: Recompiles) -> Callable[.
                 f"model.compile={recompiles.mode} cannot compile {type(block).__name__} as one graph: "
                 f"{str(error).splitlines()[0]}; set model.compile=off or change the block"
             ) from error
-        recompiles.called(type(block), (x, *rest), graphs_compiled() - before)
+        recompiles.called(plain, (x, *rest), graphs_compiled() - before)
         return found
 
     return forward

@@ -23,7 +23,7 @@ from sora_train.config import Config
 from sora_train.distributed import World
 from sora_train.errors import ConfigError, Fault
 from sora_train.flat_shard import FlatShard
-from sora_train.parallel.compile import compile_blocks, resolve_compile
+from sora_train.parallel.activations import prepare_blocks
 from sora_train.parallel.deepspeed_json import STAGES, deepspeed_config
 from sora_train.parallel.mesh import resolve_degrees
 
@@ -77,7 +77,7 @@ class ZeroEngine:
         self.loss_scale = world.size / world.cp
         # ZeRO-3 gathers weights inside a block, which is no one graph then.
         wanted = "off" if self.stage == 3 else cfg.model.compile
-        self._recompiles = compile_blocks(model, resolve_compile(wanted, world.device))
+        self._recompiles, _ = prepare_blocks(model, cfg, world.device, wanted)
         require_trainable(cfg.parallel.engine, model)
         parameters = dict(model.named_parameters())
         # DeepSpeed makes masters of the weights as they compute, which would lose what bfloat16 cannot hold.

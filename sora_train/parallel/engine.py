@@ -16,10 +16,13 @@ from sora_train.distributed import World
 from sora_train.errors import ConfigError, Fault
 from sora_train.flat_shard import FlatShard
 from sora_train.models.attention_backends import check_attention
-from sora_train.parallel.compile import check_compiler, compile_blocks, resolve_compile
+from sora_train.parallel.activations import prepare_blocks
+from sora_train.parallel.compile import check_compiler, resolve_compile
 from sora_train.parallel.context import apply_context_parallel
 from sora_train.parallel.deepspeed import ZeroEngine, require_deepspeed
 from sora_train.parallel.deepspeed_json import check_zero
+from sora_train.parallel.host_optimizer import HostCopies, placed_on_host
+from sora_train.parallel.materialise import materialise
 from sora_train.parallel.mesh import Degrees, build_mesh, resolve_degrees
 from sora_train.parallel.parallelize import apply_fsdp
 
@@ -84,13 +87,19 @@ class FsdpEngine:
         self.mesh = build_mesh(cfg.parallel, world)
         self.cp = world.cp
         self.compile = resolve_compile(cfg.model.compile, world.device)
-        self._recompiles = compile_blocks(model, self.compile)
-        self.model = apply_fsdp(model.to(world.device), self.mesh, self.param_dtype)
+        self._recompiles, _ = prepare_blocks(model, cfg, world.device)
+        empty = any(p.is_meta for p in model.parameters())
+        placed = model if empty else model.to(world.device)
+        self.model = apply_fsdp(placed, self.mesh, self.param_dtype)
+        if empty:
+            materialise(self.model, world.device)
         self.weights: Weights = self.model
         # The optimizer works on this rank's own parts as plain tensors: they share the parameters' memory,
         # and an elementwise update needs no DTensor, whose dispatch cost a fifth of a small model's step.
         self.shards = {name: local_parameter(p) for name, p in self.model.named_parameters()}
-        self.optimizer: torch.optim.Optimizer = build_optimizer(self.shards)
+        self.on_host = HostCopies(self.shards) if cfg.parallel.offload_optimizer else None
+        stepped = self.on_host.copies if self.on_host else self.shards
+        self.optimizer: torch.optim.Optimizer = build_optimizer(stepped)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.model, FSDPModule):
@@ -114,11 +123,15 @@ class FsdpEngine:
             torch._foreach_mul_(self._grads(), self.grad_clip / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self.optimizer.step()
+        if self.on_host:
+            self.on_host.step(self.optimizer)
+        else:
+            self.optimizer.step()
         self.skip()
 
     def skip(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for shard in self.shards.values():
+            shard.grad = None
 
     def recompiles(self) -> int | None:
         return None if self._recompiles is None else self._recompiles.count
@@ -133,11 +146,13 @@ class FsdpEngine:
         if not isinstance(self.optimizer, torch.optim.AdamW):
             return {}
         state: dict[str, Tensor] = {}
+        stepped = self.on_host.copies if self.on_host else self.shards
+        placed = placed_on_host if self.on_host else placed_as
         for name, parameter in self.model.named_parameters():
-            moments = self._moments(self.shards[name])
+            moments = self._moments(stepped[name])
             state[f"{name}.step"] = moments["step"]
             for key in ("exp_avg", "exp_avg_sq"):
-                state[f"{name}.{key}"] = placed_as(moments[key], parameter)
+                state[f"{name}.{key}"] = placed(moments[key], parameter)
         return state
 
     def weights_changed(self) -> None:

@@ -12,6 +12,8 @@ from sora_train.metrics import read_metrics
 from sora_train.models.attention import AttentionCore
 from sora_train.models.attention_backends import BACKENDS, missing
 from sora_train.models.dit import VideoDiT
+from sora_train.parallel.activations import checkpoint_blocks
+from sora_train.parallel.offload import offload_blocks
 from sora_train.trainer import Trainer
 
 pytestmark = [
@@ -63,6 +65,79 @@ def test_attention_kernels_and_gradients_are_near_the_definition(
     expected = torch.autograd.grad(wanted.square().sum(), exactly)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double().cpu(), b, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 509])
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_no_kernel_reads_what_was_never_written(backend: str, length: int) -> None:
+    """Whatever memory a kernel is given was NaN before, at lengths around its tiles."""
+    cuda = torch.device("cuda")
+    reason = missing(backend, cuda, torch.bfloat16)
+    if reason:
+        pytest.skip(f"model.attention={backend}, {reason}")
+    draws = torch.Generator().manual_seed(length)
+    inputs = [
+        torch.randn(2, n, 3, 128, generator=draws).to(cuda, torch.bfloat16).requires_grad_()
+        for n in (length, length, length)
+    ]
+    exactly = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    poison()
+    found = AttentionCore(backend)(*inputs)
+    poison()
+    got = torch.autograd.grad(found.float().square().sum(), inputs)
+    wanted = AttentionCore("math")(*exactly)
+    expected = torch.autograd.grad(wanted.square().sum(), exactly)
+    for a, b in zip((found, *got), (wanted, *expected), strict=True):
+        assert not a.isnan().any()
+        torch.testing.assert_close(a.double().cpu(), b, rtol=5e-2, atol=5e-2)
+
+
+def poison() -> None:
+    """Leave NaN in the memory that the allocator hands out next, in blocks of all sizes."""
+    blocks = [
+        torch.full((1 << power,), float("nan"), device="cuda")
+        for power in range(7, 24)
+        for _ in range(4)
+    ]
+    torch.cuda.synchronize()
+    del blocks
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_memory_options_give_the_gradients_of_keeping_everything(mode: str, offload: bool) -> None:
+    """Copies run on a stream of their own here; a graph is used twice, so that memory is used again."""
+    sizes = dict(num_layers=6, num_heads=4, head_dim=64, ffn_dim=1024, text_dim=32)
+    draws = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 16, 3, 32, 32, generator=draws).cuda()
+    t, captions = torch.rand(2, 3, generator=draws).cuda(), torch.randn(2, 9, 32, generator=draws)
+    found = []
+    for saving in (False, True):
+        model = VideoDiT(ModelConfig(**sizes, attention="math"))
+        model.init_weights(0)
+        torch.nn.init.normal_(
+            model.proj_out.weight, std=0.02, generator=torch.Generator().manual_seed(1)
+        )
+        model = model.cuda()
+        if saving:
+            checkpoint_blocks(model, mode)
+            if offload:
+                offload_blocks(model)
+        for _ in range(3):
+            model.zero_grad(set_to_none=True)
+            model(latents, t, captions.cuda()).square().sum().backward()
+        found.append([p.grad.cpu() for p in model.parameters() if p.grad is not None])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_moments_on_the_host_train_alike(parity_config: Callable) -> None:
+    plain = ["run.device=cuda", "parallel.param_dtype=float32", "optim=adamw"]
+    beside = parity_config(*plain, name="beside")
+    host = parity_config(*plain, "parallel.offload_optimizer=true", name="host")
+    Trainer(beside).train()
+    Trainer(host).train()
+    assert losses(host.run.dir) == pytest.approx(losses(beside.run.dir), rel=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "gemm"])

@@ -80,7 +80,9 @@ def forward_backward(
     return found
 
 
-def steps_of(engine: Engine, cfg: Config, world: World, steps: int) -> Iterator[tuple[float, float]]:
+def steps_of(
+    engine: Engine, cfg: Config, world: World, steps: int
+) -> Iterator[tuple[float, float]]:
     for step in range(steps):
         if step == SKIPPED:
             forward_backward(engine, cfg, world, 100, scale=1e4)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from deepspeed_worker import LONG, run_cell
 
 from sora_train import distributed
@@ -107,13 +106,17 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 def apart(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
     """The norm of the difference over that of the values, over all tensors together."""
     assert some.keys() == others.keys()
-    square = sum(float((some[name].double() - value).square().sum()) for name, value in others.items())
+    square = sum(
+        float((some[name].double() - value).square().sum()) for name, value in others.items()
+    )
     return (square / sum(float(value.double().square().sum()) for value in others.values())) ** 0.5
 
 
 def assert_same(cell: dict[str, Any], reference: dict[str, Any], tolerance: float = 2e-6) -> None:
     assert len(cell["curve"]) == len(reference["curve"]) > 0
-    for step, (found, expected) in enumerate(zip(cell["curve"], reference["curve"], strict=True), 1):
+    for step, (found, expected) in enumerate(
+        zip(cell["curve"], reference["curve"], strict=True), 1
+    ):
         assert found == pytest.approx(expected, rel=tolerance), f"loss and norm of step {step}"
     assert apart(cell["weights"], reference["weights"]) < tolerance
     if reference["moments"]:
@@ -192,7 +195,10 @@ def test_a_run_moves_between_engines(parity_config: Callable, tmp_path: Path) ->
     launch(LAYOUT_WORKER, tmp_path / "two", cells)
     Trainer(parity_config(*every, f"resume.run={before}@5", name="last")).train()
     expected = rows(tmp_path / "straight")
-    for run_dir in [*(tmp_path / "two" / f"cell-{i}" for i in range(len(engines))), tmp_path / "last"]:
+    for run_dir in [
+        *(tmp_path / "two" / f"cell-{i}" for i in range(len(engines))),
+        tmp_path / "last",
+    ]:
         found = rows(run_dir)
         assert len(found) == len(expected) == 6
         for step, (row, reference) in enumerate(zip(found, expected, strict=True), 1):

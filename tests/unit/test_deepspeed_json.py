@@ -60,7 +60,9 @@ def test_a_missing_package_is_told_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deepspeed, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"zero2 needs DeepSpeed: pip install 'sora_train\[deepspeed\]'"):
+    with pytest.raises(
+        ConfigError, match=r"zero2 needs DeepSpeed: pip install 'sora_train\[deepspeed\]'"
+    ):
         Trainer(config("parallel=zero2", f"run.dir={tmp_path / 'run'}"))
     assert not (tmp_path / "run").exists()
 

@@ -30,7 +30,10 @@ def test_boxes_fill_the_run_and_nothing_else(shape: tuple[int, ...], data: st.Da
         place = tuple(slice(a, a + n) for a, n in zip(chunk.offsets, chunk.sizes, strict=True))
         assert bool((found[place] == -1).all())
         mine = shard.__get_tensor_shard__(item.index)
-        assert not mine.numel() or mine.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+        assert (
+            not mine.numel()
+            or mine.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+        )
         found[place] = mine
     expected = torch.full((values,), -1)
     expected[start:stop] = part
@@ -49,7 +52,11 @@ def test_a_whole_checkpoint_is_loaded_into_any_runs(tmp_path: Path) -> None:
         dcp.save({"a": whole}, checkpoint_id=tmp_path / "whole", no_dist=True)
         for start, stop in ((0, 60), (7, 53), (13, 14), (60, 60)):
             part = torch.zeros(stop - start)
-            dcp.load({"a": FlatShard(part, whole.shape, start)}, checkpoint_id=tmp_path / "whole", no_dist=True)
+            dcp.load(
+                {"a": FlatShard(part, whole.shape, start)},
+                checkpoint_id=tmp_path / "whole",
+                no_dist=True,
+            )
             assert torch.equal(part, whole.flatten()[start:stop])
         run = FlatShard(whole.flatten().clone(), whole.shape, 0)
         dcp.save({"a": run}, checkpoint_id=tmp_path / "runs", no_dist=True)

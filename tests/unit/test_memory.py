@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sora_train.config import ParallelConfig
+from sora_train.bench.memory import LiveBytes
+from sora_train.config import Config, ParallelConfig
 from sora_train.config.model import ModelConfig, TextConfig
 from sora_train.diffusion.flow import velocity_loss
 from sora_train.models.memory import (
@@ -15,12 +16,14 @@ from sora_train.models.memory import (
     clip_bytes,
     compute_bytes,
     fixed_bytes,
+    kept_bytes,
     precise_bytes,
     saved_bytes,
     text_parameters,
     transformer_parameters,
 )
 from sora_train.models.text_to_video import TextToVideo
+from sora_train.parallel.activations import prepare_blocks
 
 WITHIN = 0.08
 """Share by which the model may miss the measured bytes."""
@@ -95,6 +98,41 @@ def test_saved_bytes_follow_the_sizes_of_the_model(sizes: dict):
     assert predicted == pytest.approx(measured_bytes(model, TEXT, 32, torch.float32), rel=WITHIN)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "full", "checkpoint_every": 2},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "selective", "checkpoint_keep": ("attention",)},
+        {"activation_checkpointing": "selective", "mlp_chunks": 4},
+        {"mlp_chunks": 4},
+    ],
+    ids=str,
+)
+def test_what_is_kept_with_memory_options_is_what_is_alive_after_a_forward_pass(options: dict):
+    model, parallel = model_config(num_layers=4, attention="sdpa"), ParallelConfig(**options)
+    cfg = Config().model_copy(update={"model": model, "parallel": parallel})
+    net = TextToVideo(model, TEXT.model_copy(update={"trainable": False}))
+    prepare_blocks(net, cfg, torch.device("cpu"))
+    x, captions = torch.randn(1, 16, 3, 64, 8), net.tokenize(["x" * (TEXT.max_length - 1)])
+    with LiveBytes() as live:
+        v = net(x, torch.full((1, 3), 0.5), captions, fps_B=torch.full((1,), 8.0))
+        velocity_loss(v, x, torch.randn_like(x), torch.ones(1, 3))
+    text = TEXT.model_copy(update={"trainable": False})
+    predicted = saved_bytes(model, text, clip_of(64), 4, parallel=parallel)
+    assert predicted == pytest.approx(live.now, rel=0.12), predicted / live.now
+
+
+def test_offloading_counts_two_blocks_and_moments_on_the_host_count_nothing():
+    model, clip = model_config(num_layers=8), clip_of(64)
+    offload = ParallelConfig(offload_activations=True)
+    per_block = kept_bytes(model, ParallelConfig(), clip, 4) / 8
+    assert kept_bytes(model, offload, clip, 4) == pytest.approx(2 * per_block)
+    assert fixed(offload_optimizer=True) == pytest.approx(fixed(moments=0))
+
+
 def test_activations_are_linear_in_tokens_but_for_kept_scores():
     model = model_config()
     for kept in (False, True):
@@ -149,7 +187,7 @@ def fixed(
     w: int = 4,
     moments: int = 2,
     micro_batches: int = 1,
-    **parallel: int,
+    **parallel: object,
 ) -> float:
     return fixed_bytes(
         model_config(num_layers=8), text, ParallelConfig(**parallel),
