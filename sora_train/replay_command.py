@@ -27,7 +27,7 @@ from sora_train.data.sample import ClipBatch
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.distributed import ControlPlane, World
 from sora_train.errors import UserError
-from sora_train.initialise import source_of, start_from
+from sora_train.initialise import require_fitting, source_of, take_weights
 from sora_train.metrics import read_metrics
 from sora_train.models.vae import VideoVAE
 from sora_train.objectives import Term
@@ -294,7 +294,11 @@ def _fill(model: nn.Module, plan: Plan, vae: VideoVAE) -> None:
         tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
         checkpoints.load_part(plan.weights, tensors, "model.")
     elif plan.cfg.init.run:
-        start_from(plan.cfg, model, vae, source_of(plan.cfg))
+        found = source_of(plan.cfg)
+        require_fitting(plan.cfg, model, vae, found)
+        take_weights(
+            plan.cfg, found, {name: value.detach() for name, value in model.named_parameters()}
+        )
 
 
 def _computing(model: nn.Module, cfg: Config, world: World) -> nn.Module:

@@ -24,8 +24,8 @@ class ParallelConfig(Section):
     """Steps between two in which ranks compare what they do while they do it, block by block: calls, clips, draws,
     weights (docs/debugging.md); 1: every step; 0: never, at no cost."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state and the float32 masters in host memory and update there: slower, and far less memory
-    on the device."""
+    """Keep the optimizer's moments in the host's memory and step there, with ZeRO the float32 masters too: slower, and
+    8 or 12 bytes less on the device for each weight."""
     offload_params: bool = False
     """Keep the sharded weights in host memory as well and bring each layer to the device when it computes; `zero3`."""
     deepspeed_json: str = ""
@@ -41,6 +41,7 @@ class ParallelConfig(Section):
     )
     """Results that `activation_checkpointing=selective` keeps: those of attention cores, of matrix products."""
     offload_activations: bool = False
-    """Keep what blocks save for backward in the host's memory, of a checkpointed block its input; fetched a block ahead."""
+    """Keep what blocks save for backward in the host's memory, of a checkpointed block its input; fetched a block
+    ahead."""
     mlp_chunks: int = Field(1, ge=1)
     """Parts that a block's MLP takes its tokens in; its inner width is then never held for all of them at once."""

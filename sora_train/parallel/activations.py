@@ -50,7 +50,9 @@ def prepare_blocks(
 ) -> tuple[Recompiles | None, Offloader | None]:
     """Give every block of `model` the memory options and compilation of the config, in place, before it is sharded.
 
-    `compile` stands for `model.compile` where an engine cannot do what that says. Returns the count of needless graphs where blocks are compiled, and what holds activations on the host
+    `compile` stands for `model.compile` where an engine cannot do what that says.
+
+    Returns the count of needless graphs where blocks are compiled, and what holds activations on the host
     where they are offloaded.
     """
     wanted = cfg.parallel

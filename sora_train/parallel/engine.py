@@ -41,8 +41,10 @@ class Engine(Protocol):
 
     model: nn.Module
     """What computes."""
-    weights: Weights
-    """What is averaged."""
+
+    @property
+    def weights(self) -> Weights:
+        """What is averaged."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add this micro-batch's gradients; `last` marks the step's last one, where ranks meet.
