@@ -192,7 +192,8 @@ class ZeroEngine:
     def close(self) -> None:
         with quiet():
             self.engine.destroy()
-            if self.world.owns_group:
+            # A process alone makes a group anew for each run; that of a launcher is there to the end.
+            if self.world.owns_group and self.world.size == 1:
                 forget_groups()
 
     def _moments(self, flat: Tensor) -> dict[str, Tensor]:
@@ -265,6 +266,8 @@ def initialised(
     """DeepSpeed's engine around `model`, on the process group that is there."""
     # Read at import; without it DeepSpeed guesses from what is installed.
     os.environ["DS_ACCELERATOR"] = world.device.type
+    # It asks for what a launcher sets; a single process has none.
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.config import DeepSpeedConfig

@@ -114,15 +114,14 @@ def run_cell(overrides: list[str], world: World, steps: int = 5) -> dict[str, An
 
 def main() -> None:
     out, *cells = sys.argv[1:]
-    found = []
+    found, world = [], distributed.start("cpu", 1)
     for cell in cells:
         overrides = json.loads(cell)
-        # Every cell in a process group of its own: the package must not go on with one that is gone.
-        world = distributed.start("cpu", 1)
         found.append(run_cell(overrides, world, 50 if LONG in overrides else 5))
-        distributed.stop(world)
     if world.is_main:
         torch.save(found, out)
+    dist.barrier()
+    distributed.stop(world)
 
 
 if __name__ == "__main__":
