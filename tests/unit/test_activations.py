@@ -152,6 +152,7 @@ def test_every_second_block_holds_what_lies_between():
     assert sizes[1] < sizes[2] < sizes[3] < held(build())
 
 
+@pytest.mark.slow
 def test_compiled_checkpoints_share_one_graph(monkeypatch: pytest.MonkeyPatch):
     """Traced with their guards and run as they are: code generation would take minutes."""
     compile_ = torch.compile
