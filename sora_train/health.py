@@ -95,6 +95,7 @@ class Health:
             return max(cfg.step_seconds, cfg.step_factor * statistics.median(self._steps))
         limits = {
             "init": cfg.init_seconds,
+            "self-test": cfg.init_seconds,
             "validation": cfg.validation_seconds,
             "samples": cfg.sample_seconds,
             "finish": cfg.sample_seconds,

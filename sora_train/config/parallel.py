@@ -31,3 +31,6 @@ class ParallelConfig(Section):
     deepspeed_json: str = ""
     """A DeepSpeed configuration file merged into ours, for the engines `zero1`, `zero2` and `zero3`: sizes of buckets,
     prefetching and the like (docs/engines.md). What contradicts another key here is refused."""
+    self_test: bool = True
+    """At the start of a run on several ranks, take one step of a tiny model in this layout and compare it with one
+    process: loss, gradient norm, gradients. It takes about a second; a difference ends the run."""
