@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from sora_train.ckpt_command import TOOLS
+from sora_train.doctor_command import doctor_app
 from sora_train.errors import UserError, run_command
 from sora_train.sample_command import sample
 
@@ -31,7 +32,6 @@ data_app = typer.Typer(help="Look at a source of clips the way training sees it.
 ckpt_app = typer.Typer(help="Look at the checkpoints of a run, and make other things of them.")
 config_app = typer.Typer(help="Values, where they come from, and what they mean.")
 bench_app = typer.Typer(help="Measure; every number goes with its machine and commit.")
-doctor_app = typer.Typer(help="Whether this machine trains the same numbers in every layout.")
 track_app = typer.Typer(help="Send the metrics and samples of a run to trackers.")
 for name, group in {
     "track": track_app,
@@ -115,7 +115,6 @@ app.command()(sample)
 @config_app.callback()
 @bench_app.callback()
 @track_app.callback()
-@doctor_app.callback()
 def _group() -> None:
     """Keeps a group a group even while it has a single command."""
 
@@ -225,46 +224,6 @@ def data_verify(arguments: Overrides = None, config_dir: ConfigDir = None) -> in
     text, same = verify(list(arguments or []), config_dir)
     print(text)
     return 0 if same else 1
-
-
-@doctor_app.command("parallel", context_settings=OVERRIDES)
-def doctor_parallel(arguments: Overrides = None, config_dir: ConfigDir = None) -> None:
-    """Take one step of a tiny model in a run's layout and compare it with one process; under torchrun or alone.
-
-    \b
-    sora doctor parallel experiment=quickstart
-    torchrun --nproc-per-node=4 -m sora_train doctor parallel parallel.dp_shard=2 parallel.ulysses=2
-    """
-    from sora_train.doctor.one_layout import check_layout
-
-    said = check_layout(list(arguments or []), config_dir)
-    if said:
-        print(said)
-
-
-@doctor_app.command("parity")
-def doctor_parity(
-    layouts: Annotated[str, typer.Option(help="Layouts, by comma; all where none is named.")] = "",
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto, float64, float32 or bfloat16; auto: float64, float32 for ZeRO."),
-    ] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,
-) -> int:
-    """Train a tiny model in every layout and compare losses, norms, weights and bytes sent; exit 1 where they differ.
-
-    \b
-    sora doctor parity
-    sora doctor parity --layouts "fsdp x2,ring 2" --dtype bfloat16
-    sora doctor parity --out docs/parity.md
-    """
-    from sora_train.doctor.parity import parity
-
-    names = [name.strip() for name in layouts.split(",") if name.strip()]
-    told = ["sora doctor parity", *([f'--layouts "{layouts}"'] if layouts else [])]
-    told += [f"--dtype {dtype}"] if dtype != "auto" else []
-    told += [f"--out {out}"] if out else []
-    return 0 if parity(names, dtype, out, command=" ".join(told)) else 1
 
 
 for name, tool in TOOLS.items():

@@ -113,6 +113,7 @@ TOP = {
     "cli": None,
     "commands": None,
     "doctor": None,
+    "doctor_command": None,
     "project": None,
     "replay_command": None,
     "sample_command": None,

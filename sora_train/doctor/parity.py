@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sora_train.doctor.layouts import (
+    ACCUMULATIONS,
     COMMON,
     OPTIMIZERS,
     STEPS,
@@ -199,31 +200,54 @@ def compare_chain(folder: Path) -> Result:
     return Result(CHAIN_NAME, "resumed, adamw", "float32", *numbers, weights, {}, {})
 
 
-def parity(
-    layouts: Sequence[str] = (), dtype: str = "auto", out: Path | None = None,
-    say: Callable[[object], None] | None = None, command: str = "",
-) -> bool:  # fmt: skip
+@dataclass(frozen=True)
+class Wanted:
+    """Which part of the matrix; everything unless told otherwise."""
+
+    layouts: tuple[str, ...] = ()
+    accumulations: tuple[str, ...] = tuple(map(str, ACCUMULATIONS))
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    dtype: str = "auto"
+
+    def cells(self) -> list[Cell]:
+        """Raises UserError naming what there is not, and what there is."""
+        if self.dtype not in ("auto", *TOLERANCE):
+            raise UserError(f"--dtype={self.dtype} is none of {', '.join(('auto', *TOLERANCE))}")
+        for name in self.optimizers:
+            if name not in OPTIMIZERS:
+                raise UserError(f"--optimizers has no '{name}'; there are: {', '.join(OPTIMIZERS)}")
+        for count in self.accumulations:
+            if not count.isdecimal() or count == "0":
+                raise UserError(
+                    f"--accumulations has '{count}', which is no number of micro-batches"
+                )
+        layouts = [
+            layout
+            for layout in chosen(self.layouts)
+            if layout.world > 1 and not (layout.zero and self.dtype == "float64")
+        ]
+        if not layouts:
+            raise UserError(
+                "nothing is left to compare: 'single' is what the others are compared with, and ZeRO keeps float32 "
+                "masters, so it has no --dtype=float64"
+            )
+        return matrix(layouts, self.dtype, [int(n) for n in self.accumulations], self.optimizers)
+
+
+def parity(wanted: Wanted, out: Path | None = None, command: str = "") -> bool:
     """Run the matrix, print its table, write it to `out`; returns whether everything agrees.
 
     Raises:
-        UserError: a layout or dtype that there is not.
+        UserError: a layout, optimizer or dtype that there is not.
     """
-    known = ("auto", *TOLERANCE)
-    if dtype not in known:
-        raise UserError(f"--dtype={dtype} is none of {', '.join(known)}")
-    wanted = [layout for layout in chosen(layouts) if not (layout.zero and dtype == "float64")]
-    if not wanted:
-        raise UserError(
-            "--dtype=float64: ZeRO keeps float32 masters; choose FSDP2 layouts or --dtype=auto"
-        )
-    cells = matrix(wanted, dtype)
-    chain = not layouts
+    cells = wanted.cells()
+    chain = not wanted.layouts and wanted.dtype in ("auto", "float32")
     with tempfile.TemporaryDirectory(prefix="sora-parity-") as made:
         folder = Path(made)
         run(folder, launches(with_references(cells), chain=chain))
-        results = [compare(folder, cell) for cell in cells if cell.layout.world > 1]
+        results = [compare(folder, cell) for cell in cells]
         results += [compare_chain(folder)] if chain else []
-    (say or Console(width=200).print)(table(results))
+    Console(width=200).print(table(results))
     if out is not None:
         from sora_train.run_folder import write_atomically
 

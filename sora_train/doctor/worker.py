@@ -10,7 +10,10 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections import Counter
 from contextlib import nullcontext
 from datetime import timedelta
@@ -133,7 +136,15 @@ def share_clips(folder: Path, own: Path) -> None:
             shutil.copytree(made, own / "data")
 
 
+def end_with(parent: int) -> None:
+    """Kill this session's processes when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
 def main() -> None:
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     plan = json.loads(Path(sys.argv[1]).read_text())
     import_everything()
     cells = [cell for launch in plan["launches"] for cell in launch["cells"]]

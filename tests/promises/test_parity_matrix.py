@@ -13,10 +13,10 @@ import pytest
 
 from sora_train.doctor.layouts import LAYOUTS, Cell, chosen, matrix, with_references
 from sora_train.doctor.parity import (
+    Wanted,
     compare,
     compare_chain,
     launches,
-    parity,
     run,
     told,
     weights_apart,
@@ -95,10 +95,16 @@ def test_each_break_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not {name: result for name, result in seen.items() if result.agrees}
 
 
-def test_what_there_is_not_is_told() -> None:
-    with pytest.raises(UserError, match="fsdp x2"):
-        parity(["fsdp x3"])
-    with pytest.raises(UserError, match="bfloat16"):
-        parity(["fsdp x2"], "float16")
-    with pytest.raises(UserError, match="float32 masters"):
-        parity(["zero2 x2"], "float64")
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (Wanted(layouts=("fsdp x3",)), "fsdp x2"),
+        (Wanted(optimizers=("lion",)), "adamw"),
+        (Wanted(accumulations=("0",)), "micro-batches"),
+        (Wanted(dtype="float16"), "bfloat16"),
+        (Wanted(layouts=("zero2 x2",), dtype="float64"), "float32 masters"),
+    ],
+)
+def test_what_there_is_not_is_told(wanted: Wanted, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        wanted.cells()
