@@ -60,6 +60,7 @@ def run_table(trainer: "Trainer") -> Table:
         "held-out clips": str(len(data.val_clips)),
         **model_rows(trainer, tokens / max(clips, 1)),
         **memory_rows(trainer),
+        **({"self-test": str(trainer.self_tested)} if trainer.self_tested else {}),
         "memory of weights and optimizer": f"{state_bytes(trainer) / 2**20:,.0f} MiB a rank",
         "checkpoints": trainer.space.row(),
         "expected time": f"about {duration(left * step_seconds(trainer))} for {left} steps",

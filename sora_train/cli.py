@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from sora_train.ckpt_command import TOOLS
+from sora_train.doctor_command import doctor_app
 from sora_train.errors import UserError, run_command
 from sora_train.sample_command import sample
 
@@ -39,6 +40,7 @@ for name, group in {
     "ckpt": ckpt_app,
     "config": config_app,
     "bench": bench_app,
+    "doctor": doctor_app,
 }.items():
     app.add_typer(group, name=name)
 

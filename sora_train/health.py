@@ -96,6 +96,7 @@ class Health:
         limits = {
             "init": cfg.init_seconds,
             "compile": cfg.compile_seconds,
+            "self-test": cfg.init_seconds,
             "validation": cfg.validation_seconds,
             "samples": cfg.sample_seconds,
             "finish": cfg.sample_seconds,

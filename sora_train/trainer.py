@@ -52,6 +52,7 @@ from sora_train.resume import allowed_changes, require_same_spec, restore, start
 from sora_train.rollback import roll_back, take_up
 from sora_train.run_folder import RunFolder
 from sora_train.sample_folder import sample_shape, write_samples
+from sora_train.self_test import Agreed, self_test
 from sora_train.specification import build_spec
 from sora_train.spikes import record_spike
 from sora_train.tracking import start_tracker
@@ -131,6 +132,7 @@ class Trainer:
         )
         try:
             with self.health.building():
+                self.self_tested = self.test_layout()
                 self.saver = make_saver(cfg, self.folder, self.control)
                 self.build()
                 self.space = measure_space(self)
@@ -138,6 +140,13 @@ class Trainer:
             # Whoever starts again in this process finds no lock, no decode process and no group left.
             self.close()
             raise
+
+    def test_layout(self) -> Agreed | None:
+        """One step of a tiny model in this layout against one process; None where there is nothing to compare."""
+        if self.world.size == 1 or not self.cfg.parallel.self_test:
+            return None
+        with self.health.phase("self-test"):
+            return self_test(self.cfg, self.world, self.control)
 
     def build(self) -> None:
         """Make the parts, and bring them to where the run folder stands."""

@@ -45,3 +45,6 @@ class ParallelConfig(Section):
     ahead."""
     mlp_chunks: int = Field(1, ge=1)
     """Parts that a block's MLP takes its tokens in; its inner width is then never held for all of them at once."""
+    self_test: bool = True
+    """At the start of a run on several ranks, take one step of a tiny model in this layout and compare it with one
+    process: loss, gradient norm, gradients. It takes about a second; a difference ends the run."""

@@ -76,6 +76,11 @@ def context_groups(degrees: Degrees, world: World) -> ContextGroups:
     return groups
 
 
+def known_groups() -> list[Any]:
+    """Groups that are kept for the job's next model."""
+    return [group for *_, made in _MADE for group in (made.whole, made.ulysses, made.ring)]
+
+
 class TokenCut:
     """How the tokens of the clips at hand are cut: set where they enter, asked wherever they are exchanged.
 

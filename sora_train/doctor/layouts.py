@@ -1,0 +1,131 @@
+"""The cells of the parity matrix: layouts x accumulation x optimizer, and what each is compared with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sora_train.errors import UserError
+
+STEPS = 5
+ACCUMULATIONS = (1, 3)
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "sgd": ("optim=sgd", "optim.lr=0.05", "optim.grad_clip=0", "optim.warmup_steps=0"),
+    # Clipping at 0.1 acts in every step; the norms are some tenths.
+    "adamw": ("optim=adamw", "optim.lr=1e-3", "optim.grad_clip=0.1", "optim.warmup_steps=2", "optim.eps=1e-4"),
+}  # fmt: skip
+"""Plain SGD without clipping, since AdamW and clipping both hide a wrong gradient scale; and both with it."""
+COMMON = (
+    "experiment=parity_tiny", f"train.steps={STEPS}", "validation.every=0", "checkpoint.every=0",
+    "parallel.self_test=false",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to divide the work over ranks."""
+
+    name: str
+    world: int
+    overrides: tuple[str, ...] = ()
+    cp: int = 1
+
+    @property
+    def zero(self) -> bool:
+        return self.name.startswith("zero")
+
+    def dtype(self, wanted: str) -> str:
+        """`auto`: float64, or float32 for ZeRO, whose masters are float32."""
+        if wanted != "auto":
+            return wanted
+        return "float32" if self.zero else "float64"
+
+
+def _fsdp(*overrides: str) -> tuple[str, ...]:
+    return tuple(f"parallel.{override}" for override in overrides)
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("single", 1),
+        Layout("ddp x2", 2, _fsdp("dp_replicate=2")),
+        Layout("fsdp x2", 2, _fsdp("dp_shard=2")),
+        Layout("hsdp 2x2", 4, _fsdp("dp_replicate=2", "dp_shard=2")),
+        Layout("zero1 x2", 2, _fsdp("engine=zero1")),
+        Layout("zero2 x2", 2, _fsdp("engine=zero2")),
+        Layout("zero3 x2", 2, _fsdp("engine=zero3")),
+        Layout("ulysses 2", 2, _fsdp("ulysses=2"), 2),
+        Layout("ring 2", 2, _fsdp("ring=2"), 2),
+        Layout("ulysses 2 x ring 2", 4, _fsdp("ulysses=2", "ring=2"), 4),
+        Layout("fsdp x2 x ulysses 2", 4, _fsdp("dp_shard=2", "ulysses=2"), 2),
+        Layout("zero2 x2 x ulysses 2", 4, _fsdp("engine=zero2", "dp_shard=2", "ulysses=2"), 2),
+    )
+}
+
+TOLERANCE = {"float64": 1e-10, "float32": 2e-6, "bfloat16": 5e-2}
+"""Largest relative difference of losses, norms and parameters, by the dtype of compute."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a layout, micro-batches of each rank in a step, an optimizer, a dtype of compute."""
+
+    layout: Layout
+    accumulation: int
+    optimizer: str
+    dtype: str
+    idle: int = 0
+    """Slots without a micro-batch, in every step."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, on all ranks together."""
+        return self.accumulation * self.layout.world // self.layout.cp - self.idle
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout.name}, {self.micro_batches} micro-batches, {self.optimizer}, {self.dtype}"
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace(" ", "_").replace(",", "")
+
+    @property
+    def reference(self) -> "Cell":
+        """The same micro-batches in one process."""
+        return Cell(LAYOUTS["single"], self.micro_batches, self.optimizer, self.dtype)
+
+    @property
+    def overrides(self) -> list[str]:
+        return [
+            *COMMON, *OPTIMIZERS[self.optimizer], *self.layout.overrides,
+            f"train.micro_batches={self.micro_batches}", f"parallel.param_dtype={self.dtype}",
+        ]  # fmt: skip
+
+
+def chosen(names: Sequence[str]) -> list[Layout]:
+    """Layouts by name; all where none is named. Raises UserError naming those there are."""
+    unknown = [name for name in names if name not in LAYOUTS]
+    if unknown:
+        raise UserError(f"--layouts has no '{unknown[0]}'; there are: {', '.join(LAYOUTS)}")
+    return [LAYOUTS[name] for name in names] if names else list(LAYOUTS.values())
+
+
+def matrix(
+    layouts: Sequence[Layout],
+    dtype: str = "auto",
+    accumulations: Sequence[int] = ACCUMULATIONS,
+    optimizers: Sequence[str] = tuple(OPTIMIZERS),
+) -> list[Cell]:
+    """The cells of these layouts; `references` are what they are compared with."""
+    return [
+        Cell(layout, accumulation, optimizer, layout.dtype(dtype))
+        for layout in layouts
+        for accumulation in accumulations
+        for optimizer in optimizers
+    ]
+
+
+def with_references(cells: Sequence[Cell]) -> list[Cell]:
+    """These and all that they are compared with, each once, one process first."""
+    found = dict.fromkeys([*(cell.reference for cell in cells), *cells])
+    return sorted(found, key=lambda cell: cell.layout.world)

@@ -1,0 +1,69 @@
+"""The commands of `sora doctor`: whether this machine trains the same numbers in every layout."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+doctor_app = typer.Typer(help="Whether this machine trains the same numbers in every layout.")
+
+
+@doctor_app.callback()
+def _group() -> None:
+    """Keeps it a group whatever it holds."""
+
+
+@doctor_app.command("parallel", context_settings=OVERRIDES)
+def parallel(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    config_dir: Annotated[
+        Path | None, typer.Option(help="A folder with config groups and experiments of your own.")
+    ] = None,
+) -> None:
+    """Take one step of a tiny model in a run's layout and compare it with one process; under torchrun or alone.
+
+    \b
+    sora doctor parallel experiment=quickstart
+    torchrun --nproc-per-node=4 -m sora_train doctor parallel parallel.dp_shard=2 parallel.ulysses=2
+    """
+    from sora_train.doctor.one_layout import check_layout
+
+    said = check_layout(list(arguments or []), config_dir)
+    if said:
+        print(said)
+
+
+@doctor_app.command("parity")
+def parity(
+    layouts: Annotated[str, typer.Option(help="Layouts, by comma; all where none is named.")] = "",
+    accumulations: Annotated[
+        str, typer.Option(help="Micro-batches of each rank in a step, by comma.")
+    ] = "1,3",
+    optimizers: Annotated[str, typer.Option(help="sgd, adamw or both.")] = "sgd,adamw",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto, float64, float32 or bfloat16; auto: float64, float32 for ZeRO."),
+    ] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,
+) -> int:
+    """Train a tiny model in every layout and compare losses, norms, weights and bytes sent; exit 1 where they differ.
+
+    \b
+    sora doctor parity
+    sora doctor parity --layouts "fsdp x2,ring 2" --dtype bfloat16
+    sora doctor parity --out docs/parity.md
+    """
+    from sora_train.doctor.parity import Wanted, parity
+
+    named = {"layouts": layouts, "accumulations": accumulations, "optimizers": optimizers}
+    usual = {"layouts": "", "accumulations": "1,3", "optimizers": "sgd,adamw"}
+    told = [f'--{name} "{value}"' for name, value in named.items() if value != usual[name]]
+    told += [f"--dtype {dtype}"] if dtype != "auto" else []
+    told += [f"--out {out}"] if out else []
+    lists = {
+        name: tuple(part.strip() for part in value.split(",") if part.strip())
+        for name, value in named.items()
+    }
+    wanted = Wanted(**lists, dtype=dtype)
+    return 0 if parity(wanted, out, command=" ".join(["sora doctor parity", *told])) else 1
