@@ -47,6 +47,13 @@ class Agreed:
         )
 
 
+def check_at_start(cfg: Config, world: World, control: ControlPlane) -> Agreed | None:
+    """What a run does at its start: the self-test, unless it is off or there is only one process."""
+    if world.size == 1 or not cfg.parallel.self_test:
+        return None
+    return self_test(cfg, world, control)
+
+
 def self_test(cfg: Config, world: World, control: ControlPlane) -> Agreed:
     """Take the step; a collective of all ranks. Nothing of it stays: no draw, no group, no weight.
 

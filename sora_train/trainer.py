@@ -19,7 +19,7 @@ from sora_train import distributed
 from sora_train.card import print_card
 from sora_train.checkpointing import make_saver, measure_space, prepare, record
 from sora_train.config import Config
-from sora_train.data.sample import ClipBatch
+from sora_train.data.sample import ClipBatch, rows_of
 from sora_train.debug_mode import start_debug
 from sora_train.distributed import ControlPlane, World
 from sora_train.ema import Ema
@@ -52,7 +52,7 @@ from sora_train.resume import allowed_changes, require_same_spec, restore, start
 from sora_train.rollback import roll_back, take_up
 from sora_train.run_folder import RunFolder
 from sora_train.sample_folder import sample_shape, write_samples
-from sora_train.self_test import Agreed, self_test
+from sora_train.self_test import check_at_start
 from sora_train.specification import build_spec
 from sora_train.spikes import record_spike
 from sora_train.tracking import start_tracker
@@ -132,7 +132,8 @@ class Trainer:
         )
         try:
             with self.health.building():
-                self.self_tested = self.test_layout()
+                with self.health.phase("self-test"):
+                    self.self_tested = check_at_start(cfg, self.world, self.control)
                 self.saver = make_saver(cfg, self.folder, self.control)
                 self.build()
                 self.space = measure_space(self)
@@ -140,13 +141,6 @@ class Trainer:
             # Whoever starts again in this process finds no lock, no decode process and no group left.
             self.close()
             raise
-
-    def test_layout(self) -> Agreed | None:
-        """One step of a tiny model in this layout against one process; None where there is nothing to compare."""
-        if self.world.size == 1 or not self.cfg.parallel.self_test:
-            return None
-        with self.health.phase("self-test"):
-            return self_test(self.cfg, self.world, self.control)
 
     def build(self) -> None:
         """Make the parts, and bring them to where the run folder stands."""
@@ -589,11 +583,6 @@ class Trainer:
 
 def detached(terms: dict[str, Term]) -> Parts:
     return {name: replace(term, sum=term.sum.detach()) for name, term in terms.items()}
-
-
-def rows_of(batches: list[ClipBatch]) -> list[int]:
-    """The rows of the manifest in micro-batches."""
-    return [row for batch in batches for row in batch.micro_batch.rows]
 
 
 def headline(row: dict[str, float]) -> dict[str, float | str]:

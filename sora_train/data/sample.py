@@ -76,3 +76,8 @@ class ClipBatch:
     clips: list[Clip]
     failures: list[Failure]
     weight: float
+
+
+def rows_of(batches: list[ClipBatch]) -> list[int]:
+    """The rows of the manifest in micro-batches."""
+    return [row for batch in batches for row in batch.micro_batch.rows]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sora_train import distributed
+from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.distributed import ControlPlane
 from sora_train.health import longest_wait
@@ -20,7 +21,7 @@ def check_layout(overrides: Sequence[str], config_dir: Path | None = None) -> st
         ConfigError: the degrees do not fit the ranks or the model.
         Fault: the layout does not compute what one process does.
     """
-    cfg = compose(overrides, config_dir=config_dir).config
+    cfg: Config = compose(overrides, config_dir=config_dir).config
     world = distributed.start(cfg.run.device, cfg.run.threads, longest_wait(cfg.health))
     try:
         degrees = resolve_degrees(cfg.parallel, world.size)

@@ -183,10 +183,10 @@ def compare(folder: Path, cell: Cell, place: str = "") -> Result:
     """A cell against its reference; `place` where it did not run in its own folder."""
     own, one = folder / (place or cell.folder), folder / cell.reference.folder
     found, expected = (json.loads((place / "found.json").read_text()) for place in (own, one))
+    loss, norm = (apart(found["rows"], expected["rows"], key) for key in NUMBERS)
     return Result(
-        cell.layout.name, f"{cell.accumulation} x {cell.optimizer}", cell.dtype,
-        *(apart(found["rows"], expected["rows"], key) for key in NUMBERS), weights_apart(own, one),
-        found["counted"], found["expected"],
+        cell.layout.name, f"{cell.accumulation} x {cell.optimizer}", cell.dtype, loss, norm,
+        weights_apart(own, one), found["counted"], found["expected"],
     )  # fmt: skip
 
 
@@ -195,9 +195,9 @@ def compare_chain(folder: Path) -> Result:
     rows: list[dict] = []
     for part in range(len(CHAIN)):
         rows += json.loads((folder / "chain" / f"found-{part}.json").read_text())["rows"]
-    numbers = (apart(rows, straight, key) for key in NUMBERS)
+    loss, norm = (apart(rows, straight, key) for key in NUMBERS)
     weights = weights_apart(folder / "chain", folder / "straight")
-    return Result(CHAIN_NAME, "resumed, adamw", "float32", *numbers, weights, {}, {})
+    return Result(CHAIN_NAME, "resumed, adamw", "float32", loss, norm, weights, {}, {})
 
 
 @dataclass(frozen=True)

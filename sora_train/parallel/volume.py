@@ -191,7 +191,7 @@ def context_volume(cfg: Config, degrees: Degrees, slot: Slot, size: int) -> Coun
         total["send"] += blocks * 2 * values * (2 * size * (ring - 1) + wide * ring)
     velocity = model.velocity_channels * math.prod(model.patch_size)
     total["all_to_all"] += 2 * cp * tokens * velocity * wide
-    return Counter({kind: value / cp for kind, value in total.items()})  # type: ignore[arg-type]
+    return Counter({kind: value / cp for kind, value in total.items()})
 
 
 def zero_volume(
