@@ -67,6 +67,14 @@ SHORT: dict[str, list[str]] = {
     "config explain": [],
     "config diff": [],
     "init": [],
+    "doctor parity": [
+        "--layouts",
+        "fsdp x2",
+        "--accumulations",
+        "1",
+        "--optimizers",
+        "sgd",
+    ],
 }
 """How each kind of `sora` command is cut short: what is appended to it. A command of no kind here is a failure."""
 
