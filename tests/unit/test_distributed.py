@@ -17,6 +17,13 @@ def a_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.fixture(autouse=True)
+def alone() -> None:
+    """A group that an earlier test of this process left behind would be joined, and nobody waited for."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_do_not_come_are_told_of(monkeypatch: pytest.MonkeyPatch, rank: int):
     port = a_port()
