@@ -119,6 +119,15 @@ def _meet(backend: str, meeting: timedelta) -> None:
         ) from error
 
 
+def set_determinism(wanted: bool | str, device: torch.device) -> None:
+    """Take kernels that give the same bits each time: always, never, or with `auto` on a CPU."""
+    torch.use_deterministic_algorithms(
+        wanted is True or (wanted == "auto" and device.type == "cpu")
+    )
+    # Filling every fresh tensor with NaN is a hunt for bugs, not determinism, and costs a tenth of a small step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def set_timeout(timeout: timedelta, group: dist.ProcessGroup | None = None) -> None:
     """How long the collectives of a group may take, from now on."""
     _set_pg_timeout(timeout, group)

@@ -99,21 +99,6 @@ class Trainer:
         wait = longest_wait(cfg.health)
         meeting = timedelta(seconds=cfg.health.meeting_seconds)
         self.world = distributed.start(cfg.run.device, cfg.run.threads, wait, meeting)
-        deterministic = cfg.run.deterministic is True or (
-            cfg.run.deterministic == "auto" and self.world.device.type == "cpu"
-        )
-        torch.use_deterministic_algorithms(deterministic)
-        # Filling every fresh tensor with NaN is a hunt for bugs, not determinism, and costs a tenth of a small step.
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        # Wrong ones are told before any clip is read.
-        self.degrees = resolve_degrees(cfg.parallel, self.world.size)
-        check_degrees(cfg, self.degrees)
-        self.world = replace(self.world, cp=self.degrees.cp)
-        check_engine(cfg, self.degrees, self.world.device)
-        check_kernels(cfg, self.world.device)
-        self.control = ControlPlane(self.world, wait)
-        self.peers = Peers(self.control, self.degrees)
-        self.folder = self.control.together(lambda: RunFolder(cfg, is_main=self.world.is_main))
         self.step = self.data_step = self.samples_seen = self.dropped = self.captions_cut = 0
         self.judge = Judge(cfg.loss_health)
         self.row, self.owed = {}, ["samples"]
@@ -122,25 +107,31 @@ class Trainer:
         self.called: list[Callback] = []
         self.probe: dict[str, Any] | None = None
         self.started = time.monotonic()
+        # Whoever starts again in this process finds no lock, no decode process and no group left.
+        with on_error(lambda: distributed.stop(self.world)):
+            distributed.set_determinism(cfg.run.deterministic, self.world.device)
+            self.meet(wait)
+        with on_error(self.close), self.health.building():
+            with self.health.phase("self-test"):
+                self.self_tested = check_at_start(cfg, self.world, self.control)
+            self.saver = make_saver(cfg, self.folder, self.control)
+            self.build()
+            self.space = measure_space(self)
+
+    def meet(self, wait: timedelta) -> None:
+        """This rank's place among all, and the control plane; what does not fit is told before any clip is read."""
+        cfg = self.cfg
+        self.degrees = resolve_degrees(cfg.parallel, self.world.size)
+        check_degrees(cfg, self.degrees)
+        self.world = replace(self.world, cp=self.degrees.cp)
+        check_engine(cfg, self.degrees, self.world.device)
+        check_kernels(cfg, self.world.device)
+        self.control = ControlPlane(self.world, wait)
+        self.peers = Peers(self.control, self.degrees)
+        self.folder = self.control.together(lambda: RunFolder(cfg, is_main=self.world.is_main))
         record_allocations(cfg, self.world)
-        self.health = Health(
-            cfg.health,
-            self.control,
-            self.folder.path,
-            self.decoder_stacks,
-            self.degrees.place_of,
-        )
-        try:
-            with self.health.building():
-                with self.health.phase("self-test"):
-                    self.self_tested = check_at_start(cfg, self.world, self.control)
-                self.saver = make_saver(cfg, self.folder, self.control)
-                self.build()
-                self.space = measure_space(self)
-        except BaseException:
-            # Whoever starts again in this process finds no lock, no decode process and no group left.
-            self.close()
-            raise
+        where = (self.folder.path, self.decoder_stacks, self.degrees.place_of)
+        self.health = Health(cfg.health, self.control, *where)
 
     def build(self) -> None:
         """Make the parts, and bring them to where the run folder stands."""
@@ -579,6 +570,16 @@ class Trainer:
         self.health.stop()
         self.folder.close()
         distributed.stop(self.world)
+
+
+@contextmanager
+def on_error(undo: Callable[[], None]) -> Iterator[None]:
+    """What fails inside the block fails after `undo`."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
 
 
 def detached(terms: dict[str, Term]) -> Parts:

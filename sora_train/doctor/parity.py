@@ -317,8 +317,8 @@ def document(results: Sequence[Result], command: str) -> str:
         + ", ".join(f"{value:g} in {name}" for name, value in TOLERANCE.items())
         + ". FSDP2's layouts are",
         "compared in float64, master weights too; ZeRO keeps float32 masters and is compared in float32.",
-        "In float64 the text encoder's norms are too; as transformers has them they square in float32 (sums that differ in",
-        "the 16th digit then differ in the 10th some steps later, in any layout).",
+        "In float64 the text encoder's norms are too; as transformers has them they square in float32, and what",
+        "differs in the 16th digit may differ in the 10th some steps later.",
         "The last row is one run that goes on in another layout every two steps, against a straight one.",
         "",
         "Bytes are counted in the third step and equal the formula (`sora_train/parallel/volume.py`) unless a cell",
