@@ -43,7 +43,9 @@ def parity(
     optimizers: Annotated[str, typer.Option(help="sgd, adamw or both.")] = "sgd,adamw",
     dtype: Annotated[
         str,
-        typer.Option(help="auto, float64, float32 or bfloat16; auto: float64, float32 for ZeRO."),
+        typer.Option(
+            help="auto, float64, float32 or bfloat16; auto: float64 (ZeRO: float32), and once bfloat16."
+        ),
     ] = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,
 ) -> int:

@@ -236,7 +236,11 @@ class Wanted:
                 "nothing is left to compare: 'single' is what the others are compared with, and ZeRO keeps float32 "
                 "masters, so it has no --dtype=float64"
             )
-        return matrix(layouts, self.dtype, [int(n) for n in self.accumulations], self.optimizers)
+        counts = [int(count) for count in self.accumulations]
+        cells = matrix(layouts, self.dtype, counts, self.optimizers)
+        if self.dtype == "auto":
+            cells += matrix(layouts, "bfloat16", counts[:1], self.optimizers[:1])
+        return cells
 
 
 def parity(wanted: Wanted, out: Path | None = None, command: str = "") -> bool:
@@ -317,6 +321,7 @@ def document(results: Sequence[Result], command: str) -> str:
         + ", ".join(f"{value:g} in {name}" for name, value in TOLERANCE.items())
         + ". FSDP2's layouts are",
         "compared in float64, master weights too; ZeRO keeps float32 masters and is compared in float32.",
+        "In bfloat16 layouts round other partial sums, which shows in small gradients first.",
         "In float64 the text encoder's norms are too; as transformers has them they square in float32, and what",
         "differs in the 16th digit may differ in the 10th some steps later.",
         "The last row is one run that goes on in another layout every two steps, against a straight one.",
