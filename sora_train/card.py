@@ -14,6 +14,7 @@ from sora_train.model_sizes import flops_per_token
 from sora_train.models.attention_backends import describe
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.parallel.compile import resolve_compile
+from sora_train.parallel.mesh import describe_layout
 
 if TYPE_CHECKING:
     from sora_train.trainer import Trainer
@@ -45,6 +46,7 @@ def run_table(trainer: "Trainer") -> Table:
     rows = {
         "trainable parameters": f"{trainer.params:,}",
         "device": f"{trainer.world.device}, {trainer.world.size} rank(s), {torch.get_num_threads()} thread(s)",
+        "layout": describe_layout(cfg.parallel.engine, trainer.degrees),
         "steps": f"{trainer.step} -> {cfg.train.steps}" + (" (resumed)" if trainer.step else ""),
         "a step": f"{cfg.train.micro_batches} micro-batch(es), {clips:.1f} clips, {tokens:,.0f} tokens on average",
         "an epoch": f"{part.clips_per_epoch:,} clips, {part.per_epoch / data.micro_batches:.1f} steps; "
@@ -74,17 +76,18 @@ def memory_rows(trainer: "Trainer") -> dict[str, str]:
     """The memory options that are on, and on a GPU the allocator's settings; docs/memory.md."""
     wanted = trainer.cfg.parallel
     kept = " and ".join(wanted.checkpoint_keep) or "nothing"
-    every = f" of every {wanted.checkpoint_every} blocks" if wanted.checkpoint_every > 1 else ""
+    which = f"one block in {wanted.checkpoint_every}" if wanted.checkpoint_every > 1 else "blocks"
     said = {
         "none": "",
-        "full": f"blocks computed again in backward{every}",
-        "selective": f"blocks computed again in backward{every} but for {kept}",
+        "full": f"{which} computed again in backward",
+        "selective": f"{which} computed again in backward but for {kept}",
     }[wanted.activation_checkpointing]
     options = [
         said,
         "activations on the host" if wanted.offload_activations else "",
         f"MLPs in {wanted.mlp_chunks} parts" if wanted.mlp_chunks > 1 else "",
         "moments on the host" if wanted.offload_optimizer else "",
+        "weights on the host" if wanted.offload_params else "",
     ]
     told = ", ".join(option for option in options if option)
     rows = {"memory saved by": told} if told else {}
@@ -104,7 +107,9 @@ def model_rows(trainer: "Trainer", tokens: float) -> dict[str, str]:
     return {
         "a token": f"{flops / 1e9:.3g} GFLOP forward and backward, in clips of {tokens:,.0f} tokens",
         "attention": describe(cfg.model, trainer.world.device, dtype, masked_captions=masked),
-        "compiled": compiled(cfg.model.compile, trainer.world.device),
+        "compiled": "no (zero3 gathers weights inside a block)"
+        if cfg.parallel.engine == "zero3"
+        else compiled(cfg.model.compile, trainer.world.device),
     }
 
 

@@ -20,7 +20,7 @@ from sora_train.errors import Fault
 from sora_train.models.dit import VideoDiT
 from sora_train.parallel.context import known_groups
 from sora_train.parallel.engine import build_engine, full, resolve_param_dtype
-from sora_train.parallel.mesh import Degrees, resolve_degrees
+from sora_train.parallel.mesh import Degrees, describe_layout, resolve_degrees
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Relative difference at most, by the dtype of compute; masters, and so gradients, are float32 in all three."""
@@ -70,7 +70,7 @@ def self_test(cfg: Config, world: World, control: ControlPlane) -> Agreed:
     apart = {name: distance(found[name], value) for name, value in expected.items()}
     ranks = control.gather(list(apart.values()))
     apart = dict(zip(apart, map(max, zip(*ranks, strict=True)), strict=True))
-    layout = described(cfg.parallel.engine, degrees)
+    layout = describe_layout(cfg.parallel.engine, degrees)
     limit = TOLERANCE[dtype]
     wrong = {name: value for name, value in apart.items() if not value <= limit}
     if wrong:
@@ -81,21 +81,6 @@ def self_test(cfg: Config, world: World, control: ControlPlane) -> Agreed:
             "parallel.engine, or try another version of torch"
         )
     return Agreed(layout, max(apart.values()), time.monotonic() - began)
-
-
-def described(engine: str, degrees: Degrees) -> str:
-    """`fsdp x2`, `hsdp 2x2, ulysses 2`, `zero2 x4`."""
-    shards, replicas = degrees.dp_shard, degrees.dp_replicate
-    cut = [
-        f"{name} {count}"
-        for name, count in (("ulysses", degrees.ulysses), ("ring", degrees.ring))
-        if count > 1
-    ]
-    if engine != "fsdp":
-        return " x ".join([f"{engine} x{shards}", *cut])
-    if replicas > 1:
-        return " x ".join([f"hsdp {replicas}x{shards}" if shards > 1 else f"ddp x{replicas}", *cut])
-    return " x ".join([f"fsdp x{shards}", *cut] if shards > 1 else cut or ["single"])
 
 
 def tiny_config(cfg: Config, degrees: Degrees) -> Config:

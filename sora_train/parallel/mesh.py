@@ -127,3 +127,18 @@ def build_mesh(cfg: ParallelConfig, world: World) -> DeviceMesh:
     shape = (degrees.dp_replicate, degrees.dp_shard * degrees.cp)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("dp_replicate", "fsdp"))
     return mesh if degrees.dp_replicate > 1 else mesh["fsdp"]
+
+
+def describe_layout(engine: str, degrees: Degrees) -> str:
+    """`fsdp x2`, `hsdp 2x2 x ulysses 2`, `zero2 x4`."""
+    shards, replicas = degrees.dp_shard, degrees.dp_replicate
+    cut = [
+        f"{name} {count}"
+        for name, count in (("ulysses", degrees.ulysses), ("ring", degrees.ring))
+        if count > 1
+    ]
+    if engine != "fsdp":
+        return " x ".join([f"{engine} x{shards}", *cut])
+    if replicas > 1:
+        return " x ".join([f"hsdp {replicas}x{shards}" if shards > 1 else f"ddp x{replicas}", *cut])
+    return " x ".join([f"fsdp x{shards}", *cut] if shards > 1 else cut or ["single"])
