@@ -32,8 +32,9 @@ from sora_train.metrics import read_metrics
 from sora_train.models.vae import VideoVAE
 from sora_train.objectives import Term
 from sora_train.parallel.engine import resolve_param_dtype
-from sora_train.parallel.mesh import build_mesh
+from sora_train.parallel.mesh import build_mesh, resolve_degrees
 from sora_train.parallel.parallelize import apply_fsdp
+from sora_train.parallel.peers import Peers
 from sora_train.replay import samples_of, table_of, write_replay
 from sora_train.run_folder import Part, parts_of
 from sora_train.specification import build_spec, spec_of
@@ -260,7 +261,9 @@ def rebuilt(
     state = plan.newest.state() if plan.newest else None
     trainer = trainer_cls.__new__(trainer_cls)
     trainer.world, trainer.state_before = world, state
-    trainer.control = ControlPlane(World(0, 1, 0, 1, world.device))
+    alone = World(0, 1, 0, 1, world.device)
+    trainer.control = ControlPlane(alone)
+    trainer.peers = Peers(trainer.control, resolve_degrees(ParallelConfig(), alone.size))
     trainer.folder = SimpleNamespace(path=request.run)  # type: ignore[assignment]
     cfg = cfg.model_copy(update={"model": attending_here(cfg.model, world.device)})
     trainer.cfg = cfg
