@@ -34,6 +34,10 @@ CELLS = {
     for engine in ("zero1", "zero2", "zero3")
     for kind, overrides in KINDS.items()
 }
+FAST = (
+    "zero1 sgd x 5 micro-batches", "zero2 adamw x 5 micro-batches", "zero3 sgd x 5 micro-batches",
+)  # fmt: skip
+"""A cell of each; the others are slow."""
 ADAMW_5 = KINDS["adamw x 5 micro-batches"]
 OFFLOADED = {
     "zero1 offloaded": ["parallel=zero1", "parallel.offload_optimizer=true", *ADAMW_5],
@@ -100,7 +104,13 @@ def one(world: distributed.World) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return run_cells(tmp_path_factory.mktemp("two"), CELLS)
+    return run_cells(tmp_path_factory.mktemp("two"), {name: CELLS[name] for name in FAST})
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    rest = {name: cell for name, cell in CELLS.items() if name not in FAST}
+    return run_cells(tmp_path_factory.mktemp("others"), rest)
 
 
 def apart(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
@@ -134,11 +144,20 @@ def assert_same(cell: dict[str, Any], reference: dict[str, Any], tolerance: floa
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", FAST)
 def test_numbers_of_one_process(
     two: dict[str, dict[str, Any]], one: dict[str, dict[str, Any]], name: str
 ) -> None:
     assert_same(two[name], one[name.split(" ", 1)[1]])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [name for name in CELLS if name not in FAST])
+def test_numbers_of_one_process_in_every_cell(
+    others: dict[str, dict[str, Any]], one: dict[str, dict[str, Any]], name: str
+) -> None:
+    assert_same(others[name], one[name.split(" ", 1)[1]])
 
 
 def test_the_comparison_can_fail(one: dict[str, dict[str, Any]]) -> None:
@@ -184,27 +203,27 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 @pytest.mark.timeout(400)
 def test_a_run_moves_between_engines(parity_config: Callable, tmp_path: Path) -> None:
-    """One process, FSDP, ZeRO-2, ZeRO-1 and ZeRO-3 on two ranks, one process: a step each, then the checkpoint.
+    """One process, ZeRO-2 and ZeRO-3 on two ranks, one process: a step each, then the checkpoint.
 
     Weights, moments and averages come from the engine before; the run's own probe compares as well.
     """
-    every = [*ADAMW, "train.steps=6", "checkpoint.every=1", "checkpoint.keep_last=9"]
+    every = [*ADAMW, "train.steps=4", "checkpoint.every=1", "checkpoint.keep_last=9"]
     every += ["validation.every=1", "resume.probe_tolerance=1e-5"]
     straight = parity_config(*every, name="straight")
     Trainer(straight).train()
-    engines, before = ("fsdp", "zero2", "zero1", "zero3"), tmp_path / "straight"
+    engines, before = ("zero2", "zero3"), tmp_path / "straight"
     cells = []
     for number, engine in enumerate(engines):
         cells.append([*every, f"parallel={engine}", f"resume.run={before}@{number + 1}"])
         before = tmp_path / "two" / f"cell-{number}"
     launch(LAYOUT_WORKER, tmp_path / "two", cells)
-    Trainer(parity_config(*every, f"resume.run={before}@5", name="last")).train()
+    Trainer(parity_config(*every, f"resume.run={before}@3", name="last")).train()
     expected = rows(tmp_path / "straight")
     for run_dir in [
         *(tmp_path / "two" / f"cell-{i}" for i in range(len(engines))),
         tmp_path / "last",
     ]:
         found = rows(run_dir)
-        assert len(found) == len(expected) == 6
+        assert len(found) == len(expected) == 4
         for step, (row, reference) in enumerate(zip(found, expected, strict=True), 1):
             assert row == pytest.approx(reference, rel=5e-6), f"{run_dir.name}, step {step}"

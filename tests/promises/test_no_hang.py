@@ -70,9 +70,10 @@ def test_past_the_limit_the_run_stops_and_says_why(spinning_trainer: Callable) -
     assert not (trainer.folder.path / "summary.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_rank_that_fails_takes_the_others_with_it(tmp_path: Path, finished_run: Path) -> None:
-    """Far sooner than the ten minutes a collective may take."""
+    """Under a launcher, far sooner than the ten minutes a collective may take; test_faults has it without."""
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run / "data", run_dir / "data")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -34,8 +34,6 @@ TRIMMED = [
     cell("fsdp x2", 2, "sgd", idle=1),
     cell("ulysses 2", 2, "sgd"),
     cell("ring 2", 2, "sgd"),
-    cell("zero2 x2", 1, "sgd"),
-    cell("fsdp x2 x ulysses 2", 1, "sgd"),
     cell("hsdp 2x2", 1, "adamw"),
 ]  # fmt: skip
 BREAKS = {
@@ -61,7 +59,8 @@ def require(folder: Path, cells: list[Cell]) -> None:
 
 @pytest.mark.timeout(600)
 def test_layouts_are_one_process(tmp_path: Path) -> None:
-    """The trimmed matrix: each kind of layout once, with a slot that has no micro-batch."""
+    """The trimmed matrix: each kind of FSDP2's layouts once, with a slot that has no micro-batch; test_deepspeed has
+    those of ZeRO, test_context_parallel those of both kinds together."""
     run(tmp_path, launches(with_references(TRIMMED), chain=False), progress=False)
     require(tmp_path, TRIMMED)
     # The comparison could not fail if every run ended with the same weights.
