@@ -23,6 +23,9 @@ class ParallelConfig(Section):
     debug_every: int = Field(0, ge=0)
     """Steps between two in which ranks compare what they do while they do it, block by block: calls, clips, draws,
     weights (docs/debugging.md); 1: every step; 0: never, at no cost."""
+    accumulate: Literal["whole", "sharded"] = "whole"
+    """Gradients of a rank's micro-batches of one step are added up `whole`, and reduced once: 4 bytes on every rank for
+    each weight of the model; or `sharded`: reduced after each, with as many times the traffic. `fsdp`."""
     offload_optimizer: bool = False
     """Keep the optimizer's moments in the host's memory and step there, with ZeRO the float32 masters too: slower, and
     8 or 12 bytes less on the device for each weight."""

@@ -9,8 +9,8 @@ from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.distributed import ControlPlane
 from sora_train.health import longest_wait
+from sora_train.parallel.degrees import check_degrees, resolve_degrees
 from sora_train.parallel.engine import check_engine, check_kernels
-from sora_train.parallel.mesh import check_degrees, resolve_degrees
 from sora_train.self_test import self_test
 
 

@@ -258,7 +258,7 @@ def parity(wanted: Wanted, out: Path | None = None, command: str = "") -> bool:
         results += [compare_chain(folder)] if chain else []
     Console(width=200).print(table(results))
     if out is not None:
-        from sora_train.run_folder import write_atomically
+        from sora_train.atomic import write_atomically
 
         write_atomically(out, document(results, command))
     return all(result.agrees and result.volume_agrees for result in results)

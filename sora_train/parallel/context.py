@@ -22,7 +22,7 @@ from sora_train.distributed import World
 from sora_train.errors import ConfigError
 from sora_train.models.dit import VideoDiT
 from sora_train.parallel.collectives import gather_tokens, heads_to_tokens, tokens_to_heads
-from sora_train.parallel.mesh import Degrees
+from sora_train.parallel.degrees import Degrees
 from sora_train.parallel.ring import ring_attention
 
 

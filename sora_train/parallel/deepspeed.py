@@ -20,12 +20,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sora_train.config import Config
-from sora_train.distributed import World
+from sora_train.distributed import World, set_timeout
 from sora_train.errors import ConfigError, Fault
 from sora_train.flat_shard import FlatShard
 from sora_train.parallel.activations import prepare_blocks
 from sora_train.parallel.deepspeed_json import STAGES, deepspeed_config
-from sora_train.parallel.mesh import resolve_degrees
+from sora_train.parallel.degrees import resolve_degrees
+from sora_train.parallel.parallelize import sharding_units
+
+LINEAR = nn.functional.linear
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,9 @@ class ZeroEngine:
             self.engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
 
     def gradient_norm(self) -> float:
+        if self.stage < 3 and zero_offloads(self.zero):
+            # Gradients may still be on their way to the host.
+            self.zero._wait_for_offload_copies()
         norms = torch.stack(torch._foreach_norm(self._gradients()))
         square = norms.square().sum().to(self.world.device)
         # Each rank holds its own run of every gradient.
@@ -192,6 +198,8 @@ class ZeroEngine:
     def close(self) -> None:
         with quiet():
             self.engine.destroy()
+            # ZeRO-3 puts another in its place for the whole process.
+            nn.functional.linear = LINEAR
             # A process alone makes a group anew for each run; that of a launcher is there to the end.
             if self.world.owns_group and self.world.size == 1:
                 forget_groups()
@@ -272,6 +280,11 @@ def initialised(
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+    from deepspeed.utils import groups, set_z3_leaf_module
+
+    for unit in sharding_units(model):
+        # ZeRO-3 gathers a block's weights before it and not inside, where a checkpoint would meet it.
+        set_z3_leaf_module(unit, True)
 
     class Engine(DeepSpeedEngine):
         """For ZeRO-1 in bfloat16 the original takes another optimizer, which lays its masters out otherwise."""
@@ -292,7 +305,7 @@ def initialised(
         auto_mpi_discovery=False,
         verbose=False,
     )
-    return Engine(
+    engine = Engine(
         args=None,
         model=model,
         optimizer=optimizer,
@@ -300,6 +313,8 @@ def initialised(
         config=told,
         config_class=DeepSpeedConfig(told),
     )
+    set_timeout(world.timeout, groups._clone_world_group())
+    return engine
 
 
 def forget_groups() -> None:

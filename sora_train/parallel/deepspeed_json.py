@@ -11,7 +11,7 @@ import torch
 
 from sora_train.config import Config
 from sora_train.errors import ConfigError
-from sora_train.parallel.mesh import Degrees
+from sora_train.parallel.degrees import Degrees
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 ZERO = "zero_optimization"
@@ -36,8 +36,6 @@ FREE = {
     "dump_state",
     "comms_logger",
     "flops_profiler",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
     f"{ZERO}.allgather_bucket_size",
     f"{ZERO}.allgather_partitions",
     f"{ZERO}.reduce_bucket_size",
@@ -75,10 +73,20 @@ def check_zero(cfg: Config, degrees: Degrees, param_dtype: torch.dtype) -> None:
             f"parallel.engine={engine} keeps its masters in float32, and parallel.param_dtype=float64 asks for more; "
             "set parallel.engine=fsdp, which computes in float64, or parallel.param_dtype=float32"
         )
+    if cfg.parallel.accumulate == "sharded" and engine == "zero1":
+        raise ConfigError(
+            "parallel.accumulate=sharded and parallel.engine=zero1, which reduces gradients once a step; set "
+            "parallel.engine=zero2, which reduces them after each micro-batch, or fsdp"
+        )
     if cfg.parallel.offload_params and engine != "zero3":
         raise ConfigError(
             f"parallel.offload_params=true and parallel.engine={engine}, which keeps weights whole on each device; set "
             "parallel.engine=zero3, the one that can"
+        )
+    if engine != "zero1" and cfg.task == "vae":
+        raise ConfigError(
+            f"parallel.engine={engine} adds up gradients of all ranks in the order in which they come, and those of "
+            "task=vae come in another order for an image than for a clip; set parallel.engine=fsdp or zero1"
         )
     if engine == "zero3" and cfg.model.compile not in ("off", "auto"):
         raise ConfigError(
@@ -104,6 +112,9 @@ def deepspeed_config(
     if cfg.parallel.engine != "zero3" and not cfg.parallel.offload_optimizer:
         # The norm is known before the step; DeepSpeed lets itself be told so here and not in the other cases.
         zero["compute_grad_norm"] = False
+    if cfg.parallel.engine == "zero3" and cfg.parallel.activation_checkpointing == "selective":
+        # DeepSpeed's own linear layer adds the bias in place, to a product that the checkpoint keeps without it.
+        zero["memory_efficient_linear"] = False
     if cfg.parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
     if cfg.parallel.offload_params:

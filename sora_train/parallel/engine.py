@@ -21,9 +21,10 @@ from sora_train.parallel.compile import check_compiler, resolve_compile
 from sora_train.parallel.context import apply_context_parallel
 from sora_train.parallel.deepspeed import ZeroEngine, require_deepspeed
 from sora_train.parallel.deepspeed_json import check_zero
+from sora_train.parallel.degrees import Degrees, resolve_degrees
 from sora_train.parallel.host_optimizer import HostCopies, placed_on_host
 from sora_train.parallel.materialise import materialise
-from sora_train.parallel.mesh import Degrees, build_mesh, resolve_degrees
+from sora_train.parallel.mesh import build_mesh
 from sora_train.parallel.parallelize import apply_fsdp
 
 OptimizerBuilder = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
@@ -88,6 +89,7 @@ class FsdpEngine:
         self.param_dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
         self.mesh = build_mesh(cfg.parallel, world)
         self.cp = world.cp
+        self.reduced_each = cfg.parallel.accumulate == "sharded"
         self.compile = resolve_compile(cfg.model.compile, world.device)
         self._recompiles, _ = prepare_blocks(model, cfg, world.device)
         empty = any(p.is_meta for p in model.parameters())
@@ -105,7 +107,9 @@ class FsdpEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
+            self.model.set_requires_gradient_sync(last or self.reduced_each)
+            # Over replicas once a step in any case: what is reduced there is as small as what is kept.
+            self.model.set_requires_all_reduce(last)
         # Ranks that share a micro-batch's tokens each hold its whole loss.
         (loss / self.cp if self.cp > 1 else loss).backward()
 

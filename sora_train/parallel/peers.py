@@ -10,7 +10,7 @@ from sora_train.distributed import ControlPlane
 from sora_train.errors import Fault
 from sora_train.parallel.collectives import gather
 from sora_train.parallel.context import context_groups
-from sora_train.parallel.mesh import Degrees
+from sora_train.parallel.degrees import Degrees
 
 Item = TypeVar("Item")
 

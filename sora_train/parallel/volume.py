@@ -8,7 +8,8 @@ while computing, r while reducing (at least float32), S ranks that share weights
 values of the weights with the first dimension of each filled up to a multiple of S:
 
     FSDP2        all-gather       R * 2 A n s            forward and backward, each unit once
-                 reduce-scatter   R * n r                after the last backward; both 0 where S = 1
+                 reduce-scatter   R * n r                after the last backward, times A where
+                                                         parallel.accumulate=sharded; both 0 where S = 1
                  all-reduce       R * n / S * r          over replicas; 0 where there are none
     ZeRO-1       all-reduce       R * N r                after the last backward; N values of weights, not filled up
     ZeRO-2       all-reduce       R * A N r              after every backward
@@ -35,7 +36,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_train.config import Config
-from sora_train.parallel.mesh import Degrees
+from sora_train.parallel.degrees import Degrees
 from sora_train.parallel.parallelize import sharding_units
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "reduce", "broadcast", "all_to_all", "send")
@@ -148,7 +149,7 @@ def expected_volume(
     """
     size, wide = param_dtype.itemsize, max(4, param_dtype.itemsize)
     if cfg.parallel.engine == "fsdp":
-        found = fsdp_volume(degrees, units, len(slots), size, wide)
+        found = fsdp_volume(cfg, degrees, units, len(slots), size, wide)
     else:
         found = zero_volume(cfg.parallel.engine, units, len(slots), size, wide)
     for slot in slots:
@@ -157,14 +158,20 @@ def expected_volume(
 
 
 def fsdp_volume(
-    degrees: Degrees, units: list[list[torch.Size]], slots: int, size: int, wide: int
+    cfg: Config,
+    degrees: Degrees,
+    units: list[list[torch.Size]],
+    slots: int,
+    size: int,
+    wide: int,
 ) -> Counter[str]:
     parts = degrees.shards
     padded = sum(filled(shape, parts) for unit in units for shape in unit)
     found: Counter[str] = Counter()
     if parts > 1:
         found["all_gather"] = 2 * slots * padded * size
-        found["reduce_scatter"] = padded * wide
+        reductions = slots if cfg.parallel.accumulate == "sharded" else 1
+        found["reduce_scatter"] = reductions * padded * wide
     if degrees.dp_replicate > 1:
         found["all_reduce"] = padded // parts * wide
     return found

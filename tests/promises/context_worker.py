@@ -32,7 +32,7 @@ from sora_train.models.vae import VideoVAE
 from sora_train.parallel.collectives import gather_tokens, heads_to_tokens, tokens_to_heads
 from sora_train.parallel.compile import compile_blocks, graphs_compiled
 from sora_train.parallel.context import apply_context_parallel, context_groups, segments
-from sora_train.parallel.mesh import Degrees
+from sora_train.parallel.degrees import Degrees
 from sora_train.parallel.peers import Peers
 from sora_train.parallel.ring import ring_attention
 from sora_train.trainer import Trainer

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sora_train import distributed
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.distributed import World
 from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.vae import VideoVAE
 from sora_train.optim import build_optimizer
+from sora_train.parallel.degrees import resolve_degrees
 from sora_train.parallel.engine import Engine, build_engine, check_engine, full
-from sora_train.parallel.mesh import resolve_degrees
 
 FRAMES = (3, 1, 2)
 """Latent frames of one micro-batch after the other: videos and images mixed."""
@@ -71,13 +72,23 @@ def forward_backward(
     found = 0.0
     for place, number in enumerate(slots):
         batch = batch_of(cfg, step, max(number, 0))
-        text = engine.model.tokenize(batch.prompts)
-        v = engine.model(batch.latents, batch.t, text, mask_BT=batch.mask)
         weight = batch.weight if number >= 0 else 0.0
-        loss = (v - batch.target).square().mean() * weight / total
+        loss = error_of(engine.model, batch) * weight / total
         engine.backward(loss * scale, last=place == len(slots) - 1)
         found += float(loss.detach())
     return found
+
+
+def error_of(model: nn.Module, batch: Batch) -> Tensor:
+    if isinstance(model, VideoVAE):
+        frames = 4 * batch.latents.shape[2] - 3
+        pixels = batch.latents.repeat_interleave(4, dim=2)[:, :3, :frames].repeat(1, 1, 1, 4, 4)
+        reconstruction, mean, log_variance = model(pixels)
+        spread = mean.square() + log_variance.exp() - log_variance
+        return (reconstruction - pixels).square().mean() + 0.1 * spread.mean()
+    text = model.tokenize(batch.prompts)
+    v = model(batch.latents, batch.t, text, mask_BT=batch.mask)
+    return (v - batch.target).square().mean()
 
 
 def steps_of(
@@ -98,7 +109,9 @@ def steps_of(
 def make(overrides: list[str], world: World) -> tuple[Engine, Config]:
     cfg = compose([*BASE, *overrides]).config
     check_engine(cfg, resolve_degrees(cfg.parallel, world.size), world.device)
-    model = TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
+    model: nn.Module = TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
+    if cfg.task == "vae":
+        model = VideoVAE.from_config(cfg.vae, trainable=True, seed=cfg.seed)
     return build_engine(model, cfg, world, lambda named: build_optimizer(named, cfg.optim)), cfg
 
 

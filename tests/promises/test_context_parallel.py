@@ -24,7 +24,7 @@ from sora_train.errors import ConfigError
 from sora_train.loss_health import Verdict
 from sora_train.metrics import read_metrics
 from sora_train.parallel.context import neighbours, segments
-from sora_train.parallel.mesh import Degrees, check_degrees
+from sora_train.parallel.degrees import Degrees, check_degrees
 from sora_train.validate import shares
 
 WORKER = Path(__file__).with_name("context_worker.py")

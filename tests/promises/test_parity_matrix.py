@@ -7,6 +7,7 @@ log-sum-exp in the merge; a slot without clips whose loss leaks in. `test_each_b
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,20 @@ def cell(layout: str, accumulation: int, optimizer: str, idle: int = 0) -> Cell:
     return Cell(found, accumulation, optimizer, found.dtype("auto"), idle)
 
 
+SHARDED = replace(
+    cell("hsdp 2x2", 2, "adamw"),
+    layout=replace(
+        LAYOUTS["hsdp 2x2"],
+        name="hsdp 2x2 accumulating shards",
+        overrides=(*LAYOUTS["hsdp 2x2"].overrides, "parallel.accumulate=sharded"),
+    ),
+)
 TRIMMED = [
     cell("ddp x2", 1, "sgd"),
     cell("fsdp x2", 2, "sgd", idle=1),
     cell("ulysses 2", 2, "sgd"),
     cell("ring 2", 2, "sgd"),
-    cell("hsdp 2x2", 1, "adamw"),
+    SHARDED,
 ]  # fmt: skip
 BREAKS = {
     "averaged_once_too_often": cell("fsdp x2", 1, "sgd"),

@@ -14,8 +14,8 @@ from sora_train.config.compose import compose
 from sora_train.errors import ConfigError, Fault
 from sora_train.parallel import deepspeed
 from sora_train.parallel.deepspeed_json import deepspeed_config
+from sora_train.parallel.degrees import resolve_degrees
 from sora_train.parallel.engine import check_engine, require_precise
-from sora_train.parallel.mesh import resolve_degrees
 from sora_train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -40,6 +40,9 @@ def check(*overrides: str, ranks: int = 2) -> None:
         (["parallel=fsdp", "parallel.offload_params=true"], "offload_params=true.*engine=fsdp.*engine=zero3"),
         (["parallel=fsdp", "parallel.deepspeed_json=ds.json"], "deepspeed_json=ds.json.*engine=fsdp.*zero1"),
         (["parallel=zero3", "model.compile=dynamic"], "zero3.*model.compile=dynamic.*zero1 or zero2"),
+        (["parallel=zero1", "parallel.accumulate=sharded"], "accumulate=sharded.*engine=zero1.*engine=zero2"),
+        (["parallel=zero2", "task=vae"], "engine=zero2.*task=vae.*image.*engine=fsdp or zero1"),
+        (["parallel=zero3", "task=vae"], "engine=zero3.*task=vae"),
         (["parallel=zero3", "parallel.deepspeed_json=nowhere.json"], "nowhere.json cannot be read: No such file"),
     ],
 )  # fmt: skip
@@ -93,6 +96,7 @@ ZERO3 = {"stage": 3}
          "offload_param.device=nvme, and parallel.offload_params=false"),
         ({"communication_data_type": "bf16"}, "communication_data_type=bf16 instead of fp32"),
         ({"zero_optimization": {"zero_hpz_partition_size": 4}}, "zero_hpz_partition_size=4; remove it"),
+        ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer=false instead of true"),
         ({"no_such_key": 1}, "no_such_key=1; remove it"),
     ],
 )  # fmt: skip
