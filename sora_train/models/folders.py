@@ -1,11 +1,9 @@
 """Where weights lie: a folder given by path, a part of a pipeline's folder, or a model of the hub."""
 
-import re
 from pathlib import Path
 
 from sora_train.errors import UserError
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+from sora_train.models import hub
 
 
 def weights_folder(key: str, path: str, part: str) -> Path:
@@ -20,7 +18,7 @@ def weights_folder(key: str, path: str, part: str) -> Path:
         UserError: no such folder, and the hub cannot be reached or has no such model.
     """
     folder = Path(path).expanduser()
-    if not folder.exists() and _HUB_ID.fullmatch(path):
+    if not folder.exists() and hub.HUB_ID.fullmatch(path):
         folder = _fetched(key, path, part)
     if not (folder / "config.json").is_file() and (folder / part / "config.json").is_file():
         return folder / part
@@ -29,15 +27,24 @@ def weights_folder(key: str, path: str, part: str) -> Path:
 
 def _fetched(key: str, name: str, part: str) -> Path:
     """The hub's files of one part of a model, in the hub's own cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = [f"{part}/*", "tokenizer/*"] if part == "text_encoder" else [f"{part}/*"]
+    named = hub.Named(key, name, part)
+    folder = hub.cached(named)
+    if folder is not None and not hub.absent(named):
+        return folder
+    told = f"{key}={name} is no folder here, and as a model of the hub"
+    if is_offline_mode():
+        raise UserError(
+            f"{told} it must be in the cache while HF_HUB_OFFLINE is set, and {hub.absent(named)}; run `sora fetch` "
+            "with the run's arguments where there is a network, or give a folder"
+        )
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=10))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        files = hub.listed(named)
+        return hub.fetch(named, files)
+    except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{key}={name} is no folder here, and as a model of the hub it cannot be had "
-            f"({reason}); fetch it where there is a network and give the folder"
+            f"{told} it cannot be had ({reason}); run `sora fetch` where there is a network, or give a folder"
         ) from error

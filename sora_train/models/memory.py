@@ -212,7 +212,7 @@ def fixed_bytes(
 
     float32 weights, gradients, `moments` and `averages` over the shards; the weights of the blocks at
     work, gathered in the compute precision, and the noise level's in float32; and whole gradients,
-    where a rank adds up several of the step's `micro_batches` before they are sharded.
+    where a rank adds up several of the step's `micro_batches` before they are sharded (`parallel.accumulate`).
 
     The shards are those of `parallel.dp_shard`; -1 counts as one rank that holds everything, as
     what is planned must not depend on the number of ranks.
@@ -232,6 +232,6 @@ def fixed_bytes(
     # One rank casts the model as one unit; several gather a block ahead of the one at work.
     at_work = trained if ranks == 1 else trained - (model.num_layers - 2) * block
     total += 2 * min(at_work, trained) * w  # weights, and their gradients before they are reduced
-    if micro_batches > ranks:
+    if micro_batches > ranks and parallel.accumulate == "whole":
         total += trained * max(MASTER, w)
     return total

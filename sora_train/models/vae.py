@@ -236,8 +236,14 @@ class VideoVAE(nn.Module):
         latents = mean
         if draw_noise is not None:
             latents = mean + (0.5 * log_variance).exp() * draw_noise(tuple(mean.shape[1:])).to(mean)
+        reconstruction = self._decode_unclamped(latents)
+        if torch.is_grad_enabled():
+            # An image passes no convolution over time, and sharded engines need gradients of the same weights on all
+            # ranks: there these are 0.
+            over_time = [p for name, p in self.named_parameters() if ".time_conv." in name]
+            reconstruction = reconstruction + 0.0 * sum(p.sum() for p in over_time)
         # Clones, since a sharding hook on a view is lost when somebody writes into it.
-        return self._decode_unclamped(latents).clone(), mean.clone(), log_variance.clone()
+        return reconstruction.clone(), mean.clone(), log_variance.clone()
 
     @torch.no_grad()
     def measure_latent_stats(self, batches: Iterable[Tensor]) -> tuple[list[float], list[float]]:

@@ -1,0 +1,119 @@
+"""The counter of live bytes, and the laws of the memory plan on fake tensors."""
+
+from dataclasses import asdict
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from sora_train.config import Config
+from sora_train.config.compose import compose
+from sora_train.data.sample import Bucket
+from sora_train.errors import ConfigError
+from sora_train.planning.memory import KINDS, MemoryPlan, memory_of
+from sora_train.planning.memory_count import Held
+
+MODEL = (
+    "experiment=parity_tiny", "model.num_heads=4", "model.head_dim=32", "model.ffn_dim=256",
+    "text.trainable=false", "optim=adamw", "parallel=fsdp", "train.micro_batches=1",
+)  # fmt: skip
+BUCKET = Bucket(9, 128, 128)
+
+
+@cache
+def plan(world: int, *overrides: str, layers: int = 3) -> MemoryPlan:
+    cfg: Config = compose([*MODEL, f"model.num_layers={layers}", *overrides]).config
+    return memory_of(cfg, world, BUCKET, 2, device="cpu")
+
+
+def test_counts_what_is_alive_and_what_was_at_the_height() -> None:
+    with Held() as held:
+        held.during("work")
+        a = torch.zeros(1000)
+        b = a + 1
+        view = b[:10]
+        assert held.total == 8000
+        del a, b
+        assert held.total == 4000
+        del view
+        assert held.total == 0
+    assert sum(held.peaks["work"].values()) == 8000
+
+
+def test_a_storage_that_is_emptied_and_filled_again_counts_as_it_is() -> None:
+    with Held() as held:
+        a = torch.zeros(1000)
+        a.untyped_storage().resize_(0)
+        assert held.total == 0
+        a.untyped_storage().resize_(4000)
+        assert held.total == 4000
+        del a
+        assert held.total == 0
+    assert torch.UntypedStorage.resize_.__name__ == "resize_"
+
+
+def test_kinds_are_told_apart_and_the_host_is_no_part_of_the_sum() -> None:
+    with Held() as held:
+        with held.making("weights"):
+            weight = nn.Linear(10, 10, bias=False).weight
+        moved = torch.zeros(50)
+        held.mark([moved], "host")
+        assert held.now["weights"] == 400
+        assert held.now["host"] == 200
+        assert held.total == 400
+    assert weight.numel() == 100
+
+
+def test_parts_sum_to_the_peak_and_states_are_the_closed_form() -> None:
+    found = plan(2)
+    assert sum(asdict(found)[kind] for kind in KINDS) == found.peak
+    from sora_train.models.dit import VideoDiT
+
+    with torch.device("meta"):
+        model = VideoDiT(compose([*MODEL, "model.num_layers=3"]).config.model)
+    # FSDP splits the first dimension, filled up to a multiple of the ranks.
+    shards = sum(4 * -(-p.shape[0] // 2) * p.numel() // p.shape[0] for p in model.parameters())
+    values = sum(1 for _ in model.parameters())
+    assert found.weights == shards
+    assert found.ema == shards
+    assert found.optimizer == 2 * shards + 4 * values
+    padded = plan(7)
+    assert padded.weights == sum(
+        4 * -(-p.shape[0] // 7) * p.numel() // p.shape[0] for p in model.parameters()
+    )
+
+
+@pytest.mark.slow
+def test_more_shards_hold_no_more() -> None:
+    peaks = [plan(world).peak for world in (2, 4, 8)]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+@pytest.mark.slow
+def test_checkpointing_and_context_parallelism_lower_activations() -> None:
+    none, selective, full = (
+        plan(2, f"parallel.activation_checkpointing={kind}").activations
+        for kind in ("none", "selective", "full")
+    )
+    assert full < selective < none
+    cut = [plan(4, f"parallel.ulysses={u}").activations for u in (1, 2, 4)]
+    assert cut[0] > cut[1] > cut[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_deep_models_are_counted_exactly_from_two_depths(
+    checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    option = f"parallel.activation_checkpointing={checkpointing}"
+    from_two = plan(2, option, layers=11)
+    monkeypatch.setattr("sora_train.planning.memory.DEPTHS", (11, 12))
+    cfg = compose([*MODEL, "model.num_layers=11", option]).config
+    assert memory_of(cfg, 2, BUCKET, 2, device="cpu") == from_two
+
+
+def test_a_task_without_tokens_is_refused() -> None:
+    cfg = compose(["experiment=tiny_vae"]).config
+    with pytest.raises(ConfigError, match="task=vae is not planned"):
+        memory_of(cfg, 1, BUCKET, 1)
