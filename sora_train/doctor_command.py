@@ -1,17 +1,59 @@
-"""The commands of `sora doctor`: whether this machine trains the same numbers in every layout."""
+"""The commands of `sora doctor`: whether these nodes are fit for a run, and train the same numbers in every layout."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-doctor_app = typer.Typer(help="Whether this machine trains the same numbers in every layout.")
+EXAMINE = "examine"
 
 
-@doctor_app.callback()
-def _group() -> None:
-    """Keeps it a group whatever it holds."""
+class Doctor(TyperGroup):
+    """Without a command of its own `sora doctor ...` is `sora doctor examine ...`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args = [EXAMINE, *args]
+        return super().parse_args(ctx, args)
+
+
+doctor_app = typer.Typer(
+    cls=Doctor,
+    help="Whether these nodes are fit for a run (`sora doctor`, alone or under torchrun), and train the same numbers "
+    "in every layout.",
+)
+
+
+@doctor_app.command(EXAMINE, context_settings=OVERRIDES)
+def examine(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE.yaml] [KEY=VALUE]...")
+    ] = None,
+    config_dir: Annotated[
+        Path | None, typer.Option(help="A folder with config groups and experiments of your own.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all findings to this file as well.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="What to call this node; default: its host name.")] = "",
+    seconds: Annotated[float, typer.Option(help="The whole takes no longer than this.")] = 110.0,
+    no_bandwidth: Annotated[
+        bool, typer.Option("--no-bandwidth", help="Without measuring what ranks exchange.")
+    ] = False,
+) -> int:
+    """Look at this machine, or under torchrun at all nodes, before a run: exit 1 where something would fail.
+
+    \b
+    sora doctor
+    sora doctor experiment=quickstart --json doctor.json
+    torchrun --nnodes 4 --nproc-per-node 8 ... -m sora_train doctor experiment=quickstart
+    """
+    from sora_train.doctor.start import start
+
+    rest = [*(arguments or []), *(["--config-dir", str(config_dir)] if config_dir else [])]
+    return start(rest, json_file, name, seconds, bandwidth=not no_bandwidth)
 
 
 @doctor_app.command("parallel", context_settings=OVERRIDES)
