@@ -18,6 +18,8 @@ from typing import Any
 from sora_train.metrics import read_metrics
 from sora_train.progress import duration
 from sora_train.report_charts import charts
+from sora_train.report_runtime import events_table, notes_of, panels
+from sora_train.run_events import Event, events
 
 EMBED_BYTES = 48 * 2**20  # videos beyond this total are linked: a browser has to open the file
 VIDEO_HEIGHT = 160  # CSS pixels
@@ -37,11 +39,13 @@ def write_report(run_dir: Path) -> Path:
     summary = _read_json(run_dir / "summary.json") or {}
     metrics_path = run_dir / "metrics.jsonl"
     rows = read_metrics(metrics_path) if metrics_path.exists() else []
+    found = events(run_dir)
     parts = [
         _header(run_dir, summary, rows),
         _oracle(summary.get("oracle")),
         _samples(run_dir),
-        _charts(rows),
+        _charts(rows, found),
+        events_table(found),
         _dropped(summary.get("dropped"), summary.get("failed_to_decode")),
         _next_steps(run_dir),
         _verbatim(run_dir / "config.yaml", "Configuration (resolved)"),
@@ -65,7 +69,9 @@ def _read_json(path: Path) -> Any:
 
 
 def _header(run_dir: Path, summary: dict[str, Any], rows: list[dict[str, float]]) -> str:
-    facts = {**_facts_from(rows), **{k: v for k, v in summary.items() if v is not None}}
+    last = {name: value for row in rows[-200:] for name, value in row.items()}
+    running = {"mfu": last.get("train/mfu"), "goodput": last.get("goodput/productive")}
+    facts = {**_facts_from(rows), **running, **{k: v for k, v in summary.items() if v is not None}}
     tiles = [
         ("steps", _number(facts.get("steps"), "{:,.0f}")),
         ("time", duration(facts["seconds"]) if "seconds" in facts else None),
@@ -77,6 +83,8 @@ def _header(run_dir: Path, summary: dict[str, Any], rows: list[dict[str, float]]
         ("steps skipped", _number(facts.get("skipped_steps") or None, "{:,.0f}")),
         ("roll-backs", _number(facts.get("rollbacks") or None, "{:,.0f}")),
         ("waiting for data", _number(facts.get("data_wait"), "{:.1%}")),
+        ("MFU", _number(facts.get("mfu"), "{:.1%}")),
+        ("goodput", _number(facts.get("goodput"), "{:.1%}")),
     ]
     cells = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{name}</span></div>'
@@ -140,14 +148,22 @@ def _oracle(oracle: dict[str, dict[str, float]] | None) -> str:
     )
 
 
-def _charts(rows: list[dict[str, float]]) -> str:
-    figures = "".join(
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
-        for title, svg in charts(rows)
-    )
-    if not figures:
+def _charts(rows: list[dict[str, float]], found: list[Event]) -> str:
+    if not rows:
         return '<h2>Curves</h2><p class="faint">No metrics were written.</p>'
-    return f'<h2>Curves</h2><div class="charts">{figures}</div>'
+    curves, running = _figures(charts(rows, notes_of(found))), _figures(panels(rows, found))
+    return "".join(
+        f'<h2>{title}</h2><div class="charts">{figures}</div>'
+        for title, figures in (("Curves", curves), ("How it ran", running))
+        if figures
+    )
+
+
+def _figures(drawn: list[tuple[str, str]]) -> str:
+    return "".join(
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
+        for title, svg in drawn
+    )
 
 
 def _sample_folders(run_dir: Path) -> list[tuple[int, Path]]:

@@ -6,7 +6,7 @@ own font.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -15,8 +15,9 @@ import numpy as np
 MAX_POINTS = 1500  # more are averaged in groups: a page of a million steps must still open
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 34
-LABEL_SPACE = 50  # right of the curves, when they carry labels
+LABEL_SPACE = 54  # right of the curves, when they carry labels
 LABEL_HEIGHT = 13
+LETTER = 7.2  # width of a letter of the labels
 FAINT = "#6a737d"
 GRID = "#ecece8"
 BLUE = "#1f6feb"
@@ -40,18 +41,18 @@ class Line:
     dashes: str = ""
 
 
-def charts(rows: list[Row]) -> list[tuple[str, str]]:
-    """(title, SVG element) of each chart that has data; rows as in metrics.jsonl."""
+def charts(rows: list[Row], notes: Mapping[float, str] | None = None) -> list[tuple[str, str]]:
+    """(title, SVG element) of each chart that has data; rows as in metrics.jsonl, `notes` by step on the loss."""
     drawn = (
-        ("Training loss", _loss(rows)),
+        ("Training loss", _loss(rows, notes)),
         ("Validation loss by noise level t (EMA weights)", _validation(rows)),
-        ("Reconstruction of held-out clips, PSNR in dB", _single(rows, "val/psnr", BLUE, _short)),
+        ("Reconstruction of held-out clips, PSNR in dB", _single(rows, "val/psnr", BLUE, short)),
         (
             "Distance of features, LPIPS x its weight",
-            _single(rows, "train/loss/lpips", BLUE, _short),
+            _single(rows, "train/loss/lpips", BLUE, short),
         ),
         ("Patches the discriminator tells rightly", _share(rows, "train/disc/accuracy")),
-        ("Video tokens a second", _single(rows, "train/tokens_per_second", BLUE, _short)),
+        ("Video tokens a second", _single(rows, "train/tokens_per_second", BLUE, short)),
         ("Share of the step spent waiting for data", _wait(rows)),
     )
     return [(title, svg) for title, svg in drawn if svg]
@@ -103,7 +104,7 @@ def skipped_steps(rows: list[Row]) -> list[float]:
     return found
 
 
-def _loss(rows: list[Row]) -> str:
+def _loss(rows: list[Row], notes: Mapping[float, str] | None = None) -> str:
     """The loss of the steps that were taken, and a mark for each that was skipped."""
     skipped = skipped_steps(rows)
     steps, values = series([row for row in rows if row["step"] not in set(skipped)], "train/loss")
@@ -116,7 +117,7 @@ def _loss(rows: list[Row]) -> str:
     # One early spike must not flatten the rest of the curve.
     low, high = float(values.min()), float(np.quantile(values, 0.995))
     pad = 0.06 * (high - low)
-    return plot(lines, (low - pad, high + pad), _plain, marks=skipped)
+    return plot(lines, (low - pad, high + pad), _plain, skipped, notes)
 
 
 def _validation(rows: list[Row]) -> str:
@@ -165,7 +166,7 @@ def _plain(value: float) -> str:
     return f"{value:.6g}"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.4g}{letter}"
@@ -177,9 +178,10 @@ def plot(
     limits: tuple[float, float],
     form: Callable[[float], str],
     marks: Sequence[float] = (),
+    notes: Mapping[float, str] | None = None,
 ) -> str:
     """An SVG element: `lines` over steps, values within `limits`, `form` writes the axis's numbers; `marks` are
-    steps that were skipped."""
+    steps that were skipped, `notes` what happened at others."""
     low, high = limits
     if high - low < 1e-9 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5
@@ -190,7 +192,8 @@ def plot(
         *marks, *(float(line.points[0].max()) for line in lines if len(line.points[0])), -math.inf
     )
     last = max(last, first + 1)
-    right = WIDTH - RIGHT - (LABEL_SPACE if any(line.label for line in lines) else 0)
+    longest = max((len(line.label) for line in lines), default=0)
+    right = WIDTH - RIGHT - (max(LABEL_SPACE, LETTER * longest) if longest else 0)
 
     def x(step: float) -> float:
         return LEFT + (step - first) / (last - first) * (right - LEFT)
@@ -204,6 +207,12 @@ def plot(
         f'<line x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="{ORANGE}" '
         f'stroke-dasharray="2 3"><title>step {step:g} was skipped</title></line>'
         for step in marks
+    ]
+    parts += [
+        f'<line x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="{FAINT}" '
+        f'stroke-dasharray="5 3"><title>{escape(text)}</title></line>'
+        for step, text in (notes or {}).items()
+        if first <= step <= last
     ]
     parts += [_polyline(line, x, y) for line in lines if len(line.points[0])]
     parts += _labels([line for line in lines if line.label and len(line.points[0])], y, right)
@@ -230,7 +239,7 @@ def histogram(values: np.ndarray, unit: str, bins: int = BINS) -> str:
     for value in ticks(0, top):
         if value == round(value):
             parts.append(f'<path d="M{LEFT} {y(value):.1f}H{right}" stroke="{GRID}"/>')
-            parts.append(_text(LEFT - 8, y(value) + 4, _short(value), "end"))
+            parts.append(text_at(LEFT - 8, y(value) + 4, short(value), "end"))
     for number in np.flatnonzero(counts):
         begin, end = x(edges[number]) + 0.5, x(edges[number + 1]) - 0.5
         at = min(y(counts[number]), bottom - 1.5)  # a single clip among millions is still seen
@@ -238,8 +247,8 @@ def histogram(values: np.ndarray, unit: str, bins: int = BINS) -> str:
             f'<path d="M{begin:.1f} {bottom}V{at:.1f}H{end:.1f}V{bottom}Z" fill="{BLUE}"/>'
         )
     parts.append(f'<path d="M{LEFT} {bottom}H{right}" stroke="#c9c9c4"/>')
-    parts += [_text(x(value), bottom + 17, _short(value), "middle") for value in ticks(low, high)]
-    parts.append(_text((LEFT + right) / 2, HEIGHT - 3, unit, "middle"))
+    parts += [text_at(x(value), bottom + 17, short(value), "middle") for value in ticks(low, high)]
+    parts.append(text_at((LEFT + right) / 2, HEIGHT - 3, unit, "middle"))
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-size="12">{"".join(parts)}</svg>'
 
 
@@ -255,13 +264,13 @@ def _grid(
     for value in ticks(*limits):
         at = y(value)
         yield f'<path d="M{LEFT} {at:.1f}H{right}" stroke="{GRID}"/>'
-        yield _text(LEFT - 8, at + 4, form(value), "end")
+        yield text_at(LEFT - 8, at + 4, form(value), "end")
     yield f'<path d="M{LEFT} {bottom}H{right}" stroke="#c9c9c4"/>'
     for step in ticks(*steps):
         if step == round(step):
             yield f'<path d="M{x(step):.1f} {bottom}v4" stroke="#c9c9c4"/>'
-            yield _text(x(step), bottom + 17, _short(step), "middle")
-    yield _text((LEFT + right) / 2, HEIGHT - 3, "step", "middle")
+            yield text_at(x(step), bottom + 17, short(step), "middle")
+    yield text_at((LEFT + right) / 2, HEIGHT - 3, "step", "middle")
 
 
 def _polyline(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
@@ -285,7 +294,7 @@ def _labels(lines: list[Line], y: Callable[[float], float], right: float) -> Ite
     ends = sorted(lines, key=lambda line: y(line.points[1][-1]))
     heights = spread([y(line.points[1][-1]) for line in ends], LABEL_HEIGHT, TOP, HEIGHT - BOTTOM)
     return [
-        _text(right + 6, at + 4, line.label, "start", line.colour)
+        text_at(right + 6, at + 4, line.label, "start", line.colour)
         for line, at in zip(ends, heights, strict=True)
     ]
 
@@ -302,5 +311,5 @@ def spread(places: list[float], gap: float, low: float, high: float) -> list[flo
     return moved
 
 
-def _text(x: float, y: float, text: str, anchor: str, colour: str = FAINT) -> str:
+def text_at(x: float, y: float, text: str, anchor: str, colour: str = FAINT) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'

@@ -36,6 +36,11 @@ def stop_file(run_dir: Path, kind: str) -> Path:
     return own_file(run_dir, f"{kind}.stop")
 
 
+def notice_file(run_dir: Path, kind: str) -> Path:
+    """A sentence of the feeding process that the run is to say aloud."""
+    return own_file(run_dir, f"{kind}.notice")
+
+
 def log_file(run_dir: Path, kind: str) -> Path:
     """What the feeding process has to say."""
     return own_file(run_dir, f"{kind}.log")
@@ -68,12 +73,14 @@ class ProcessTracker:
 
     def __init__(self, command: list[str], run_dir: Path, kind: str, later: str):
         self._stop_file, self._log = stop_file(run_dir, kind), log_file(run_dir, kind)
+        self._notice = notice_file(run_dir, kind)
         self._kind, self._later = kind, later
         self._said = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._log.parent.mkdir(exist_ok=True)
             self._stop_file.unlink(missing_ok=True)
+            self._notice.unlink(missing_ok=True)
             with self._log.open("ab") as log:
                 self._log_limit = log.tell() + MAX_LOG_BYTES
                 # Its own session: Ctrl-C at the terminal reaches the run alone, which then ends it.
@@ -95,20 +102,39 @@ class ProcessTracker:
             try:
                 code = self._process.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
+                self._say_notice()
                 if self._log_size() > self._log_limit:
                     self._say(f"was ended: it wrote {MAX_LOG_BYTES >> 20} MiB to {self._log}")
                     self._kill()
                     return
                 continue
+            self._say_notice()
             if code != 0:
-                self._say(f"stopped (exit code {code}, see {self._log})")
+                self._say(f"stopped (exit code {code}, see {self._log}{self._last_words()})")
             return
+
+    def _say_notice(self) -> None:
+        """Say what the process has to say to the people of the run, once."""
+        try:
+            text = self._notice.read_text()
+            self._notice.unlink()
+        except OSError:
+            return  # there is none
+        print(f"{text}; `{self._later}` sends it later.", file=sys.stderr, flush=True)
 
     def _log_size(self) -> int:
         try:
             return self._log.stat().st_size
         except OSError:
             return 0  # removed by hand: then it takes no room either
+
+    def _last_words(self) -> str:
+        """The last line of the log where it is an error of ours, as a part of a sentence."""
+        try:
+            lines = self._log.read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return f": {lines[-1][:300]}" if lines and "sora_train[" in lines[-1] else ""
 
     def _say(self, what: str) -> None:
         if self._said.acquire(blocking=False):  # once a run

@@ -23,11 +23,15 @@ from typing import IO, Any, Protocol
 import yaml
 
 from sora_train.errors import SoraError, UserError
+from sora_train.goodput import STARTS, starts
+from sora_train.run_events import Event, events
 from sora_train.tracking import POLL_SECONDS, own_file, stop_file
 
 KINDS = ("wandb", "tensorboard")
 MODES = ("auto", "online", "offline")
 BLOCK_BYTES = 1 << 20
+ALERTS = ("restart", "spike", "rollback", "stall", "failure")
+NEWS_SECONDS = 600.0
 GRACE_SECONDS = 10
 """How much longer than its run would wait this process may take to end; then the kernel ends it."""
 
@@ -49,6 +53,9 @@ class Sink(Protocol):
 
     def samples(self, step: int, clips: list[tuple[Path, str]], sheet: Path | None) -> None:
         """Clips with their prompts, and their contact sheet."""
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        """Something that somebody should look at."""
 
     def flush(self) -> bool:
         """Whether all that was given is now safe for good."""
@@ -103,8 +110,11 @@ class Feed:
     tracker itself says it has.
     """
 
-    def __init__(self, sink: Sink, run_dir: Path):
+    def __init__(self, sink: Sink, run_dir: Path, *, alerts: bool = True):
+        """`alerts`: tell of what happens to the run from now on; not for one that is long over."""
         self._sink = sink
+        self._alerts, self._began = alerts, time.time()
+        self._told: set[str] = set()
         self._run_dir = run_dir
         self._tail = Tail(run_dir / "metrics.jsonl")
         self._config_sent = ""
@@ -115,6 +125,7 @@ class Feed:
         if self._state_path.exists():
             state = json.loads(self._state_path.read_text())
             self._last_step, self._samples = state["last_step"], state["samples"]
+            self._told = set(state.get("alerts", ()))
 
     def push(self, *, final: bool = False) -> int:
         """Send everything that is new, and say how many rows; a samples folder once it is whole, or as it
@@ -125,6 +136,8 @@ class Feed:
         sent = sum(map(self._push_row, self._tail.rows()))
         for folder in folders:
             self._push_samples(folder)
+        if self._alerts:
+            self._push_alerts()
         if self._sink.flush():
             self.save()
         return sent
@@ -133,15 +146,40 @@ class Feed:
         """Remember what was sent; called only once the sink has all of it for good."""
         self._state_path.parent.mkdir(exist_ok=True)
         temporary = self._state_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"last_step": self._last_step, "samples": self._samples}))
+        told = {
+            "last_step": self._last_step,
+            "samples": self._samples,
+            "alerts": sorted(self._told),
+        }
+        temporary.write_text(json.dumps(told))
         os.replace(temporary, self._state_path)
 
     def _push_config(self) -> None:
         path = self._run_dir / "config.yaml"
-        text = path.read_text() if path.exists() else ""
+        known = self._run_dir / STARTS
+        config = path.read_text() if path.exists() else ""
+        # A start is written down after its config, and has the digest of its code.
+        text = config + (known.read_text() if known.exists() else "")
         if text != self._config_sent:
-            self._sink.config(yaml.safe_load(text) or {})
+            begun = starts(self._run_dir)
+            code = {"code": begun[-1].get("code", {})} if begun else {}
+            self._sink.config((yaml.safe_load(config) or {}) | code)
             self._config_sent = text
+
+    def _push_alerts(self) -> None:
+        """What has happened since the last push, one word for all events of a kind."""
+        new = [event for event in events(self._run_dir) if event.key not in self._told]
+        self._told |= {event.key for event in new}
+        for kind in ALERTS:
+            found = [event for event in new if event.kind == kind and self._is_news(event)]
+            if found:
+                more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+                title = f"{self._run_dir.name}: {kind}"
+                self._sink.alert(found[-1].step, title, f"{found[-1].text}{more}")
+
+    def _is_news(self, event: Event) -> bool:
+        """Whether it was not long ago, when another process may have told of it."""
+        return event.time == 0 or event.time > self._began - NEWS_SECONDS
 
     def _push_row(self, row: dict[str, Any]) -> bool:
         step = row["step"]
@@ -209,7 +247,7 @@ def follow(job: Job) -> int:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         threading.Thread(target=_end_with_run, args=(job, ending), daemon=True).start()
     sink = open_sink(job)
-    feed = Feed(sink, job.run_dir)
+    feed = Feed(sink, job.run_dir, alerts=job.parent is not None)
     sent = 0
     while True:
         # Read the sign before the last push: what was written before it is then sent.
@@ -229,7 +267,14 @@ def open_sink(job: Job) -> Sink:
     if job.kind == "wandb":
         from sora_train.tracking_wandb import WandbSink
 
-        return WandbSink(job.run_dir, project=job.project, mode=job.mode, new_run=job.new_run)
+        # A live run is recorded whatever W&B says; who sends one by hand wants to know.
+        return WandbSink(
+            job.run_dir,
+            project=job.project,
+            mode=job.mode,
+            new_run=job.new_run,
+            may_go_offline=job.parent is not None,
+        )
     from sora_train.tracking_tensorboard import TensorBoardSink
 
     return TensorBoardSink(job.run_dir)

@@ -33,12 +33,7 @@ class TensorBoardSink:
 
     def config(self, values: dict[str, Any]) -> None:
         text = "```\n" + json.dumps(values, indent=1) + "\n```"
-        value = self._summaries.Summary.Value(tag="config")
-        value.metadata.plugin_data.plugin_name = "text"
-        value.tensor.dtype = 7  # DT_STRING of TensorFlow's types.proto
-        value.tensor.tensor_shape.dim.add(size=1)
-        value.tensor.string_val.append(text.encode())
-        self._add(0, time.time(), [value])
+        self._add(0, time.time(), [self._text("config", text)])
 
     def row(self, step: int, wall_time: float, values: dict[str, float]) -> None:
         scalar = self._summaries.Summary.Value
@@ -61,12 +56,23 @@ class TensorBoardSink:
             pictures.append(picture)
         self._add(step, time.time(), pictures)
 
+    def alert(self, step: int, title: str, text: str) -> None:
+        self._add(step, time.time(), [self._text("events", f"**{title}** {text}")])
+
     def flush(self) -> bool:
         self._writer.flush()
         return True
 
     def close(self) -> None:
         self._writer.close()
+
+    def _text(self, tag: str, text: str) -> Any:
+        value = self._summaries.Summary.Value(tag=tag)
+        value.metadata.plugin_data.plugin_name = "text"
+        value.tensor.dtype = 7  # DT_STRING of TensorFlow's types.proto
+        value.tensor.tensor_shape.dim.add(size=1)
+        value.tensor.string_val.append(text.encode())
+        return value
 
     def _picture(self, tag: str, data: bytes, size: tuple[int, int], about: str) -> Any:
         image = self._summaries.Summary.Image(

@@ -4,8 +4,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sora_train.atomic import write_atomically
 from sora_train.errors import UserError
-from sora_train.tracking import run_id
+from sora_train.tracking import notice_file, run_id
+
+INIT_SECONDS = 30.0
+ALERT_SECONDS = 1
+"""Alerts of one title within this time are dropped by W&B; 0 would mean its default of a minute."""
 
 
 class WandbSink:
@@ -14,27 +19,35 @@ class WandbSink:
     mode: `auto` is $WANDB_MODE if set, else online with a W&B key and offline without.
     """
 
-    def __init__(self, run_dir: Path, *, project: str, mode: str, new_run: bool = False):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        project: str,
+        mode: str,
+        new_run: bool = False,
+        may_go_offline: bool = False,
+    ):
+        """With `may_go_offline` a key that W&B refuses, or a server that does not answer, is told of in the run's
+        notice file, and the run is kept offline. Raises UserError without it."""
         wandb = self._wandb = _import_wandb()
-        mode = _mode(wandb, mode)
         identity = run_id(run_dir, new=new_run)
-        self.name = f"wandb-{mode}-{identity}"
         try:
-            self._run = wandb.init(
-                project=project,
-                name=run_dir.name,
-                id=identity,
-                resume="allow",
-                mode=mode,
-                dir=str(run_dir),
-                settings=wandb.Settings(console="off", silent=True, disable_git=True),
-            )
+            mode, self._run = _start(wandb, mode, run_dir, project, identity)
         except wandb.Error as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"W&B cannot be reached in mode={mode}: {reason}; log in with `wandb login`, or set "
-                "tracker.mode=offline and send the run later with `sora track replay`"
-            ) from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            if not may_go_offline:
+                raise UserError(
+                    f"W&B cannot be used: {reason}; check the key (`wandb login --relogin`, $WANDB_API_KEY) and the "
+                    "address ($WANDB_BASE_URL), or use --mode offline"
+                ) from error
+            write_atomically(
+                notice_file(run_dir, "wandb"),
+                f"W&B cannot be used: {reason}; the run goes on and is kept offline in {run_dir / 'wandb'}: check the "
+                "key (`wandb login --relogin`, $WANDB_API_KEY) and the address ($WANDB_BASE_URL)",
+            )
+            mode, self._run = _start(wandb, "offline", run_dir, project, identity)
+        self.name = f"wandb-{mode}-{identity}"
         # Rows may come late and samples after them, so the step is a number of ours, not W&B's count.
         self._run.define_metric("step", summary="max")
         self._run.define_metric("*", step_metric="step")
@@ -61,11 +74,30 @@ class WandbSink:
             media["samples/contact_sheet"] = self._wandb.Image(str(sheet))
         self._run.log({"step": step, **media})
 
+    def alert(self, step: int, title: str, text: str) -> None:
+        self._run.alert(title, f"step {step}: {text}", level="WARN", wait_duration=ALERT_SECONDS)
+
     def flush(self) -> bool:
         return False
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _start(wandb: Any, mode: str, run_dir: Path, project: str, identity: str) -> tuple[str, Any]:
+    """The mode that `mode` comes to, and the run. Raises wandb.Error where W&B refuses or does not answer."""
+    mode = _mode(wandb, mode)
+    if mode == "online":
+        # Asks the server about the key, within seconds; `init` would try again for minutes.
+        wandb.login(prompt=False, verify=True)
+    settings = wandb.Settings(
+        console="off", silent=True, disable_git=True, init_timeout=INIT_SECONDS
+    )
+    run = wandb.init(
+        project=project, name=run_dir.name, id=identity, resume="allow", mode=mode,
+        dir=str(run_dir), settings=settings,
+    )  # fmt: skip
+    return mode, run
 
 
 def _import_wandb() -> Any:

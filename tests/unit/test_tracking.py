@@ -36,6 +36,7 @@ class FakeSink:
     def __init__(self, *, safe: bool = False, confirmed: int = -1) -> None:
         self.rows: list[dict[str, float]] = []
         self.pictures: list[tuple[int, list[str], bool]] = []
+        self.alerts: list[tuple[int, str, str]] = []
         self.settings: dict[str, Any] = {}
         self.safe, self.confirmed = safe, confirmed
 
@@ -50,6 +51,9 @@ class FakeSink:
 
     def samples(self, step: int, clips: list[tuple[Path, str]], sheet: Path | None) -> None:
         self.pictures.append((step, [prompt for _, prompt in clips], sheet is not None))
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        self.alerts.append((step, title, text))
 
     def flush(self) -> bool:
         return self.safe
