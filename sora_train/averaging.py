@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from sora_train import checkpoint as checkpoints
+from sora_train.atomic import write_atomically
 from sora_train.checkpoint import Checkpoint
 from sora_train.config.compose import load_yaml
 from sora_train.ema import prefix_of, tag_of
@@ -25,7 +26,6 @@ from sora_train.ema_profiles import WIDEST, Profile, solve
 from sora_train.ema_snapshots import FOLDER as SNAPSHOTS
 from sora_train.errors import UserError
 from sora_train.progress import Progress
-from sora_train.run_folder import write_atomically
 from sora_train.stored_tensors import LIVE, StoredTensors
 
 SHOWN = 10

@@ -14,7 +14,7 @@ from sora_train.model_sizes import flops_per_token
 from sora_train.models.attention_backends import describe
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.parallel.compile import resolve_compile
-from sora_train.parallel.mesh import describe_layout
+from sora_train.parallel.degrees import describe_layout
 
 if TYPE_CHECKING:
     from sora_train.trainer import Trainer

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sora_train.atomic import write_atomically
 from sora_train.config import Config
 from sora_train.data.plan import imbalance, row_costs, rows_for_rank, slot_efficiency
 from sora_train.data.splice import Splice
 from sora_train.errors import UserError
 from sora_train.models.vae import read_geometry
-from sora_train.run_folder import write_atomically
 from sora_train.training_plan import bucket_table, cost_model, memory_cap, plan, token_counter
 from sora_train.training_sources import open_sources
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from sora_train.atomic import write_atomically
 from sora_train.evaluate import oracle_scores
 from sora_train.metrics import read_metrics
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.report import write_report
-from sora_train.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from sora_train.trainer import Trainer

@@ -19,6 +19,7 @@ from sora_train import watchdog
 from sora_train.config.health import HealthConfig
 from sora_train.distributed import ControlPlane
 from sora_train.errors import Fault, Preempted
+from sora_train.gauges import Gauges, by_rank, over_ranks
 from sora_train.notices import Notices
 from sora_train.watchdog import Watchdog
 
@@ -44,6 +45,10 @@ class Health:
         self.step = 0
         self.seconds = dict.fromkeys(TIMED, 0.0)
         """What each part of a step has taken since the last report."""
+        self.spent: dict[str, float] = {}
+        """Seconds in each phase since the process began, by its name."""
+        self.gauges: Gauges | None = None
+        """What this rank's machine tells, to be reported with who is slow."""
         self.leaving = ""
         """Why all ranks leave after this step, an empty string while they do not."""
         self._run_dir = run_dir
@@ -76,8 +81,10 @@ class Health:
         try:
             yield
         finally:
+            seconds = time.monotonic() - began
+            self.spent[name] = self.spent.get(name, 0.0) + seconds
             if name in self.seconds:
-                self.seconds[name] += time.monotonic() - began
+                self.seconds[name] += seconds
             self._phases.pop()
             self._samples = kept
             self._enter()
@@ -126,11 +133,17 @@ class Health:
     # -- what all ranks agree on --------------------------------------------------------------
 
     def exchange(
-        self, values: Sequence[float], error: Exception | None = None, *, slots: int = 0
+        self,
+        values: Sequence[float],
+        error: Exception | None = None,
+        *,
+        slots: int = 0,
+        own: Sequence[float] = (),
     ) -> list[float]:
-        """Sums over all ranks of `values`, and of the flags that go with them.
+        """Sums over all ranks of `values`, of `own`, and of the flags that go with them.
 
-        Of ranks that share their micro-batches, and so hold the same values, the first one's count.
+        Of ranks that share their micro-batches, and so hold the same values, the first one's count; those of
+        `own` are each rank's.
 
         `error` is what kept this rank from its part: then all ranks raise, this one what it met. `slots`
         is how many micro-batches this rank holds, the same on every rank. A signal or a time limit that
@@ -148,7 +161,7 @@ class Health:
                 float(slots),
             ]
             mine = values if self.control.world.cp_rank == 0 else [0.0] * len(values)
-            *sums, failed, signalled, late, steps, held = self.control.sum([*mine, *flags])
+            *sums, failed, signalled, late, steps, held = self.control.sum([*mine, *own, *flags])
         if error is not None:
             raise error
         if failed:
@@ -197,7 +210,10 @@ class Health:
         steps, self._since = max(1, self._since), 0
         mine = [self.seconds[name] / steps for name in TIMED]
         self.seconds = dict.fromkeys(TIMED, 0.0)
-        ranks = self.control.gather(mine)
+        columns = self.gauges.take() if self.gauges else []
+        gathered = self.control.gather([*mine, *columns])
+        ranks = [found[: len(TIMED)] for found in gathered]
+        gauged = [found[len(TIMED) :] for found in gathered] if columns else []
         own = [sum(times) - times[TIMED.index("exchange")] for times in ranks]
         mean = sum(own) / len(own)
         slowest = max(range(len(own)), key=own.__getitem__)
@@ -206,12 +222,14 @@ class Health:
                 "step": step,
                 "slowest_rank": slowest,
                 **{name: [times[i] for times in ranks] for i, name in enumerate(TIMED)},
+                **by_rank(gauged),
             }
             with (self._run_dir / watchdog.FOLDER / "ranks.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
         return {
             "health/slowest_rank": float(slowest),
             "health/slowest_over_mean": own[slowest] / mean if mean else 1.0,
+            **over_ranks(gauged),
         }
 
     # -- the end ------------------------------------------------------------------------------

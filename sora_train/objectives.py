@@ -4,7 +4,7 @@ A term's weight is announced before the first forward of a step, so that the tru
 ranks and micro-batches is known before the first backward and the loss is scaled in one place.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,6 +41,15 @@ from sora_train.posterior import draw_latents, encode_posterior
 
 
 @dataclass(frozen=True)
+class Told:
+    """Of each clip of a term, in the order of `of_samples`: its noise level, kind of conditioning, and weight."""
+
+    times: Tensor
+    kinds: list[str]
+    weights: Tensor
+
+
+@dataclass(frozen=True)
 class Term:
     """A differentiable sum over samples and the number of samples (or what else) it is a sum of."""
 
@@ -48,6 +57,8 @@ class Term:
     weight: float
     of_samples: Tensor | None = None
     """Each clip's part of the sum, (B,), without gradient, where the objective tells it: what a replay shows."""
+    clips: Told | None = None
+    """What the losses of the clips are told apart by, where the objective tells it."""
 
 
 class Objective(Protocol):
@@ -147,12 +158,14 @@ class TextToVideoObjective(Objective):
         flow = self.flow_batch(batch)
         if self.cfg.loss.reduce == "per_sample":
             losses_B = flow.losses(model)
-            loss_sum = losses_B.sum()
+            loss_sum, weights_B = losses_B.sum(), torch.ones(len(losses_B))
         else:
             tokens = self.token_grid(batch)[1]
             losses_BT = flow.frame_losses(model)
             loss_sum, losses_B = losses_BT.sum() * tokens, losses_BT.sum(dim=1) * tokens
-        return {"velocity": Term(loss_sum * float(weight > 0), weight, losses_B.detach())}
+            weights_B = flow.counted_BT.sum(dim=1) * tokens
+        told = Told(flow.t_B, flow.kinds, weights_B) if flow.kinds else None
+        return {"velocity": Term(loss_sum * float(weight > 0), weight, losses_B.detach(), told)}
 
     def token_grid(self, batch: ClipBatch) -> tuple[int, int]:
         """Latent frames of the batch's clips, and video tokens of each frame."""
@@ -184,6 +197,7 @@ class TextToVideoObjective(Objective):
             t_cond_B=drawn.t_cond_B.to(x.device),
             time_weight_B=self.spec.loss_weight(drawn.t_B).to(x.device),
             spread=self.spread,
+            kinds=drawn.kinds,
         )
 
     def draws(self, batch: ClipBatch) -> "Draws":
@@ -380,6 +394,8 @@ class FlowBatch:
     """Factor on each clip's loss; None: 1."""
     spread: Spread = ALONE
     """Who encodes the captions."""
+    kinds: list[str] = field(default_factory=list)
+    """The kind of conditioning of each clip, where it is told."""
 
     def predict(self, model: nn.Module) -> Tensor:
         """The model's velocity (B, C, T, H, W)."""

@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sora_train.atomic import write_atomically
 from sora_train.contact_sheet import contact_sheet
 from sora_train.data.manifest import Manifest
 from sora_train.data.sample import Clip, ClipBatch
 from sora_train.errors import Fault
 from sora_train.models.vae import VideoVAE
 from sora_train.objectives import Objective, Term, TextToVideoObjective
-from sora_train.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from sora_train.trainer import Trainer

@@ -31,8 +31,9 @@ from sora_train.initialise import require_fitting, source_of, take_weights
 from sora_train.metrics import read_metrics
 from sora_train.models.vae import VideoVAE
 from sora_train.objectives import Term
+from sora_train.parallel.degrees import resolve_degrees
 from sora_train.parallel.engine import resolve_param_dtype
-from sora_train.parallel.mesh import build_mesh, resolve_degrees
+from sora_train.parallel.mesh import build_mesh
 from sora_train.parallel.parallelize import apply_fsdp
 from sora_train.parallel.peers import Peers
 from sora_train.replay import samples_of, table_of, write_replay

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch.distributed.checkpoint import FileSystemReader
 
 from sora_train import checkpoint as checkpoints
+from sora_train.atomic import write_atomically
 from sora_train.checkpoint import Checkpoint
 from sora_train.config import Config
 from sora_train.config.resumption import changes, differences, resume_class
@@ -26,7 +27,7 @@ from sora_train.errors import ConfigError, Fault, UserError
 from sora_train.metrics import read_metrics
 from sora_train.probe import require_same_probe
 from sora_train.rollback import discard_abandoned
-from sora_train.run_folder import CHANGES, RunFolder, write_atomically
+from sora_train.run_folder import CHANGES, RunFolder
 
 if TYPE_CHECKING:
     from sora_train.trainer import Trainer

@@ -70,6 +70,7 @@ def roll_back(trainer: "Trainer") -> None:
     trainer.saved = (trainer.step, trainer.owed)
     if trainer.metrics:
         trainer.metrics.go_back(done.to_step)
+        trainer.accounts.rolled_back(trainer.metrics)
     if trainer.world.is_main:
         print(said(done), flush=True)
 

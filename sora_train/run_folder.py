@@ -18,8 +18,9 @@ from typing import IO, Any
 import torch
 import yaml
 
+from sora_train.atomic import write_atomically
 from sora_train.config import Config
-from sora_train.errors import Fault, UserError
+from sora_train.errors import UserError
 
 CHANGES = "changes.jsonl"
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "av", "pyarrow")
@@ -143,20 +144,3 @@ def fingerprint(cfg: Config) -> dict[str, Any]:
         "machine": platform.machine(),
         "versions": versions,
     }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it.
-
-    Raises:
-        Fault: the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise Fault(
-            f"cannot write {path}: {error.strerror}; free space or choose another run.dir"
-        ) from error

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from sora_train.atomic import write_atomically
 from sora_train.contact_sheet import contact_sheet
 from sora_train.data.video_io import encode_h264
-from sora_train.run_folder import write_atomically
 from sora_train.sampling import ClipShape, sample_clips
 
 if TYPE_CHECKING:

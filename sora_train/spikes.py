@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from sora_train.atomic import write_atomically
 from sora_train.data.sample import ClipBatch
 from sora_train.distributed import ControlPlane
 from sora_train.loss_health import Verdict
 from sora_train.objectives import Term, TextToVideoObjective
 from sora_train.replay import draw_step
-from sora_train.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from sora_train.trainer import Trainer

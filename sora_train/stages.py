@@ -8,12 +8,11 @@ the stage that is not finished.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sora_train import checkpoint as checkpoints
 from sora_train.config import Config, StageConfig
 from sora_train.errors import ConfigError
 
@@ -59,6 +58,8 @@ def _hand_over(cfg: Config, number: int, stage: StageConfig) -> list[str]:
 
 def is_done(cfg: Config) -> bool:
     """Whether a stage has its last checkpoint, and the summary that is written after it."""
+    from sora_train import checkpoint as checkpoints
+
     summary = Path(cfg.run.dir) / "summary.json"
     if not summary.is_file():
         return False
@@ -67,20 +68,24 @@ def is_done(cfg: Config) -> bool:
     return bool(found) and found[-1].step == steps >= cfg.train.steps
 
 
-def train_stages(cfg: Config, compose: Compose, trainer_cls: "type[Trainer]") -> None:
-    """Train every stage that is not finished, in order, in this process.
+def compose_stages(cfg: Config, compose: Compose) -> tuple[Config, ...]:
+    """The configurations of all stages, checked before the first one trains.
 
     Raises:
         ConfigError: two stages of one name, or a stage that says what the chain does.
     """
+    names = [stage.name for stage in cfg.stages]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"stages have the names {', '.join(names)}; give each a name of its own")
+    return tuple(compose(overrides_of(cfg, number)) for number in range(len(names)))
+
+
+def train_stages(cfg: Config, runs: Sequence[Config], trainer_cls: "type[Trainer]") -> None:
+    """Train every stage that is not finished, in order, in this process."""
     from sora_train import distributed
     from sora_train.health import longest_wait, record_collectives
 
     names = [stage.name for stage in cfg.stages]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"stages have the names {', '.join(names)}; give each a name of its own")
-    # All stages are checked before the first one trains.
-    runs = [compose(overrides_of(cfg, number)) for number in range(len(names))]
     # One process group for all of them: a job may join its rendezvous only once.
     record_collectives(cfg.run.dir)
     wait = longest_wait(cfg.health)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sora_train import checkpoint as checkpoints
 from sora_train import distributed
+from sora_train.accounts import Accounts
 from sora_train.card import print_card
 from sora_train.checkpointing import make_saver, measure_space, prepare, record
 from sora_train.config import Config
@@ -42,9 +43,9 @@ from sora_train.models.vae import VideoVAE
 from sora_train.objectives import Objective, Term, TextToVideoObjective, VaeObjective
 from sora_train.optim import build_optimizer, lr_at
 from sora_train.out_of_memory import Work, explained, record_allocations
+from sora_train.parallel.degrees import check_degrees, resolve_degrees
 from sora_train.parallel.engine import Engine, build_engine, check_engine, check_kernels
 from sora_train.parallel.materialise import fill
-from sora_train.parallel.mesh import check_degrees, resolve_degrees
 from sora_train.parallel.peers import Peers
 from sora_train.probe import measure_probe
 from sora_train.progress import Progress
@@ -55,6 +56,7 @@ from sora_train.sample_folder import sample_shape, write_samples
 from sora_train.self_test import check_at_start
 from sora_train.specification import build_spec
 from sora_train.spikes import record_spike
+from sora_train.step_numbers import FAILURES
 from sora_train.tracking import start_tracker
 from sora_train.training_data import TrainingData
 from sora_train.validate import validated_kinds, validation_loss, validation_psnr
@@ -166,6 +168,7 @@ class Trainer:
         self.data = self.build_data(model)
         self.cfg = cfg = self.data.with_steps(cfg)
         self.objective = self.build_objective()
+        self.accounts = Accounts(self)
         self.engine = build_engine(
             model, cfg, self.world, lambda named: build_optimizer(named, cfg.optim)
         )
@@ -275,7 +278,7 @@ class Trainer:
     def announce(
         self, batches: list[ClipBatch], weights: list[dict[str, float]], error: Exception | None
     ) -> tuple[dict[str, float], float]:
-        """The step's one small exchange before any backward: each term's total weight, and the mean wait for data."""
+        """The step's one exchange before any backward: each term's total weight, and the mean wait for data."""
         names = list(weights[0])
         mine = [sum(weight[name] for weight in weights) for name in names]
         *totals, waited = self.health.exchange(
@@ -297,19 +300,18 @@ class Trainer:
                 sums[name] += float(term.sum)
         mine = [
             *sums.values(),
-            sum(batch.weight for batch in batches),
-            sum(batch.weight * self.data.tokens_of(batch.micro_batch.bucket) for batch in batches),
-            sum(len(batch.failures) for batch in batches),
+            *self.accounts.numbers.sums(batches, parts),
             self.take_captions_cut(),
-            self.engine.recompiles() or 0,
             grad_norm,
         ]
-        *term_sums, clips, tokens, failed, cut, recompiles, norms = self.health.exchange(mine)
+        own = [self.engine.recompiles() or 0]
+        *summed, cut, norms, recompiles = self.health.exchange(mine, own=own)
+        term_sums, numbers = summed[: len(sums)], summed[len(sums) :]
         losses = {
             name: total / max(totals[name], 1.0)
             for name, total in zip(sums, term_sums, strict=True)
         }
-        self.dropped += int(failed)
+        self.dropped += int(numbers[FAILURES])
         self.captions_cut += int(cut)
         return {
             "train/loss": sum(losses.values()),
@@ -317,8 +319,7 @@ class Trainer:
             # A mean of equal numbers, so that whatever is decided by it is decided alike.
             "train/grad_norm": norms / self.world.dp_size,
             "train/lr": lr_at(self.step, self.cfg.train.steps, self.cfg.optim),
-            "train/tokens_per_second": tokens,
-            "train/clips": clips,
+            **self.accounts.numbers.row(numbers),
             "train/data_step": float(self.data_step + 1),
             "train/epoch": self.data.epoch_at(self.data_step + 1),
             "train/dropped": float(self.dropped),
@@ -364,7 +365,7 @@ class Trainer:
             "train/samples_seen": float(self.samples_seen),
             "train/step_seconds": seconds,
             "train/data_wait": waited / seconds,
-            "train/tokens_per_second": row["train/tokens_per_second"] / seconds,
+            **self.accounts.step(row, seconds, waited, counts=not self.judge.tally.in_a_row),
         }
 
     # --- what the loop calls ---
@@ -410,6 +411,7 @@ class Trainer:
             callback(self, self.row)
         logged = self.step % self.cfg.train.log_every == 0 or "val/loss" in self.row
         if self.metrics and logged:
+            self.row |= self.accounts.row()
             self.metrics.write(self.step, self.row)
 
     @contextmanager
@@ -419,10 +421,12 @@ class Trainer:
         try:
             print_card(self)
             self.called = self.callbacks()
+            self.accounts.start()
             if self.world.is_main:
                 self.folder.record_part(self.cfg, self.step, self.world.size)
                 written = self.step - ("row" in self.owed)
                 self.metrics = MetricsFile(self.folder.metrics, resume_step=written)
+                self.accounts.start_goodput(self.folder.path, self.metrics)
                 tracker = start_tracker(self.cfg.tracker, self.folder.path)
             with self.health.phase("loop"):
                 yield
@@ -561,12 +565,9 @@ class Trainer:
 
     def close(self) -> None:
         with self.health.phase("closing"):
-            if hasattr(self, "saver"):
-                self.saver.close()
-            if hasattr(self, "data"):
-                self.data.close()
-            if hasattr(self, "engine"):
-                self.engine.close()
+            for part in ("accounts", "saver", "data", "engine"):
+                if hasattr(self, part):
+                    getattr(self, part).close()
         self.health.stop()
         self.folder.close()
         distributed.stop(self.world)

@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from sora_train import checkpoint as checkpoints
+from sora_train.atomic import write_atomically
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
@@ -24,7 +25,6 @@ from sora_train.models.dit import VideoDiT
 from sora_train.models.text_stored import build_text_encoder
 from sora_train.models.vae import VideoVAE
 from sora_train.models.wan_layout import model_values
-from sora_train.run_folder import write_atomically
 from sora_train.sampling import ClipShape
 from sora_train.specification import spec_of
 from sora_train.stored_weights import StoredWeights

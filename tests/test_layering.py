@@ -16,10 +16,11 @@ REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "sora_train"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(REPO / "data_prep").rglob("*.py")])
 
-ANYONE = {"errors", "keys"}
-"""Importable by every layer; they import nothing of ours."""
+ANYONE = {"atomic", "errors", "keys"}
+"""Importable by every layer; of ours they import each other at most."""
 
 MAY_IMPORT: dict[str, set[str]] = {
+    "atomic": {"errors"},
     "errors": set(),
     "keys": set(),
     "config": set(),
@@ -42,17 +43,30 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loss_health": {"config"},
     "out_of_memory": {"config", "data", "distributed"},
     "tracking": {"config"},
-    "tracking_feed": {"tracking", "tracking_tensorboard", "tracking_wandb"},
+    "tracking_feed": {
+        "goodput",
+        "run_events",
+        "tracking",
+        "tracking_tensorboard",
+        "tracking_wandb",
+    },
     "tracking_tensorboard": set(),
     "tracking_wandb": {"tracking"},
     "notices": set(),
     "watchdog": set(),
-    "health": {"config", "distributed", "notices", "watchdog"},
+    "device_peaks": set(),
+    "gauges": {"gauges_nvml"},
+    "gauges_nvml": set(),
+    "code_digest": set(),
+    "goodput": {"code_digest"},
+    "health": {"config", "distributed", "gauges", "notices", "watchdog"},
     "report_charts": set(),
+    "run_events": {"goodput"},
     "metrics_reference": {"metrics"},
     "model_sizes": {"config", "models"},
     "quality": set(),
     "run_folder": {"config", "distributed"},
+    "frozen": {"config"},
     "stored_weights": set(),
     "specification": {"config", "diffusion", "models"},
     "sampling": {"config", "diffusion", "models"},
@@ -73,6 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """The lower layers, each with all it may import."""
 
 BELOW_THE_TRAINER = {
+    "accounts",
     "card",
     "checkpointing",
     "data_encode",
@@ -88,12 +103,14 @@ BELOW_THE_TRAINER = {
     "probe",
     "replay",
     "report",
+    "report_runtime",
     "resume",
     "rollback",
     "sample_folder",
     "self_test",
     "shared_batches",
     "spikes",
+    "step_numbers",
     "training_data",
     "training_plan",
     "training_sources",
@@ -108,19 +125,30 @@ TOP = {
     "api": None,
     "averaging": None,
     "bench": None,
+    "bench_command": None,
     "checkpoint_diff": None,
     "checkpoint_tools": None,
     "ckpt_command": None,
     "cli": None,
     "commands": None,
+    "config_command": None,
+    "data_command": None,
     "doctor": None,
     "doctor_command": None,
+    "fetch_command": None,
+    "launch": None,
+    "launch_command": None,
+    "plan_command": None,
+    "planning": None,
     "project": None,
     "replay_command": None,
     "sample_command": None,
     "stages": None,
     "sweep": None,
     "train": None,
+    "watch": None,
+    "watch_command": None,
+    "watch_view": None,
     "weights_in": None,
     "weights_out": None,
 }
@@ -133,6 +161,7 @@ OPTIONAL = {
     "flash_attn_interface",
     "decord",
     "wandb",
+    "pynvml",
     "tensorboard",
     "ray",
     "torchcodec",
@@ -152,7 +181,7 @@ def layer_of(path: Path) -> str:
 
 def allowed(layer: str) -> set[str] | None:
     if layer in MAY_IMPORT:
-        return MAY_IMPORT[layer] | ANYONE - {layer} if layer not in ANYONE else set()
+        return MAY_IMPORT[layer] | (ANYONE - {layer} if layer not in ANYONE else set())
     below = set(MAY_IMPORT) | BELOW_THE_TRAINER
     if layer in BELOW_THE_TRAINER:
         return below

@@ -67,6 +67,11 @@ SHORT: dict[str, list[str]] = {
     "config explain": [],
     "config diff": [],
     "init": [],
+    "plan": ["plan.counted=0"],
+    "fetch": [],
+    "launch": ["--print"],
+    "watch": [],
+    "doctor experiment=quickstart": ["--no-bandwidth"],
     "doctor parity": [
         "--layouts",
         "fsdp x2",
@@ -78,7 +83,7 @@ SHORT: dict[str, list[str]] = {
 }
 """How each kind of `sora` command is cut short: what is appended to it. A command of no kind here is a failure."""
 
-MAKE_RUNS = {"test": "pytest", "test-all": "pytest", "lint": "ruff"}
+MAKE_RUNS = {"test": "pytest", "test-all": "pytest", "test-slurm": "pytest", "lint": "ruff"}
 """Targets that are looked at with `make -n` alone, since running them would run this test: what they must call."""
 
 
@@ -123,7 +128,10 @@ def sora(words: list[str]) -> None:
     if not kinds:
         pytest.fail(f"README: say in SHORT how `sora {' '.join(words)}` is cut short")
     code = exit_code([*words, *SHORT[kinds[0]]])
-    assert code == 0, f"`sora {' '.join(words)}` ends with exit code {code}"
+    # The doctor ends with 1 where something of this machine would stop a job.
+    assert code == 0 or (kinds[0].startswith("doctor experiment") and code == 1), (
+        f"`sora {' '.join(words)}` ends with exit code {code}"
+    )
 
 
 def exit_code(words: list[str]) -> int:

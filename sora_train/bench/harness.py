@@ -19,16 +19,6 @@ from pathlib import Path
 
 import torch
 
-# Dense bfloat16 peak of one device, FLOP/s, from NVIDIA's data sheets (SXM versions). The first name
-# contained in the device's own decides.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
-
 
 @dataclass(frozen=True)
 class Stats:
@@ -73,11 +63,6 @@ def measure(fn: Callable[[], object], warmup: int, repeats: int) -> Stats:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 peak of a device by its name, FLOP/s; None if it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def machine() -> dict[str, str | int]:

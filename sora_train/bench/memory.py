@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sora_train.bench.harness import Measured, Result, Stats, peak_flops
+from sora_train.bench.harness import Measured, Result, Stats
 from sora_train.bench.model import DEFAULT_OUT, Batch, Request, batch_of, model_of, on_meta
 from sora_train.config import Config, ModelConfig, ParallelConfig, TextConfig
+from sora_train.device_peaks import peak_flops
 from sora_train.distributed import grow_segments, pick_device
 from sora_train.errors import UserError
 from sora_train.models.attention_backends import check_attention

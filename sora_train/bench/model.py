@@ -19,9 +19,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from sora_train.bench.harness import Measured, Result, Stats, peak_flops
+from sora_train.bench.harness import Measured, Result, Stats
 from sora_train.config import ModelConfig
 from sora_train.config.compose import compose
+from sora_train.device_peaks import peak_flops
 from sora_train.distributed import pick_device
 from sora_train.errors import UserError
 from sora_train.models.attention_backends import check_attention, describe, resolve

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from sora_train.bench.harness import Measured, Result, Stats, peak_flops
+from sora_train.bench.harness import Measured, Result, Stats
 from sora_train.config import Config
 from sora_train.config.compose import compose
+from sora_train.device_peaks import peak_flops
 from sora_train.errors import Fault, UserError
 from sora_train.metrics import read_metrics
 

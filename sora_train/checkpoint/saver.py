@@ -8,6 +8,7 @@ one save is on its way; the next one waits for it. What goes wrong in it is told
 import json
 import shutil
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Saver:
         self.staging: Staging | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._seconds = 0.0
         if world.is_main:
             recover(folder)
 
@@ -85,6 +87,11 @@ class Saver:
     def is_busy(self) -> bool:
         """Whether a save is on its way on this rank."""
         return self._thread is not None and self._thread.is_alive()
+
+    def take_seconds(self) -> float:
+        """How long the last save took from its first byte to its commit, since it was asked last; else 0."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def poll(self) -> Exception | None:
         """What went wrong in the save that was on its way, None while nothing has."""
@@ -160,7 +167,9 @@ class Saver:
         self, step: int, tensors: dict[str, Tensor], text: str, staging: Staging | None
     ) -> None:
         read = staging.read if staging else None
+        began = time.monotonic()
         found = write(self.folder, step, tensors, text, self.control, read)
+        self._seconds = time.monotonic() - began
         self.control.raise_together(self._pruned() if self.control.world.is_main else None)
         if self.remote is not None:
             self._upload(self.remote, found)

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from sora_train.config.base import Section
 from sora_train.config.data import BucketClass, BucketsConfig, DataConfig, MixConfig, SourceConfig
 from sora_train.config.health import HealthConfig
+from sora_train.config.launch import LaunchConfig
 from sora_train.config.loss_health import LossHealthConfig
 from sora_train.config.model import ModelConfig, TextConfig, VaeConfig
 from sora_train.config.parallel import ParallelConfig
@@ -40,6 +41,7 @@ __all__ = [
     "EmaConfig",
     "HealthConfig",
     "InitConfig",
+    "LaunchConfig",
     "LossConfig",
     "LossHealthConfig",
     "MixConfig",
@@ -92,6 +94,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     elastic: ElasticConfig = ElasticConfig()
     parallel: ParallelConfig = ParallelConfig()
+    launch: LaunchConfig = LaunchConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     sample: SampleConfig = SampleConfig()

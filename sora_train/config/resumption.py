@@ -59,6 +59,7 @@ CLASSES: dict[str, ResumeClass] = {
     "train.log_every": "free",
     "elastic": "free",
     "parallel": "recorded",
+    "launch": "free",
     "checkpoint": "free",
     "validation": "recorded",
     "validation.every": "free",

@@ -21,6 +21,9 @@ class RunConfig(Section):
     """Record what the GPU's allocator does, and write its snapshot beside the report of a run out of memory."""
     threads: int = Field(0, ge=0)
     """CPU threads of torch in each rank; 0: the cores of the machine shared among its ranks."""
+    peak_tflops: float = Field(0.0, ge=0)
+    """What one device could do at best, in TFLOP/s, of which `train/mfu` is the share; 0: by the GPU's name, and on a
+    CPU or an unknown GPU there is no MFU."""
 
 
 class InitConfig(Section):

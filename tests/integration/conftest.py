@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from sora_train.metrics import is_clocked
+
 TINY = "experiment=parity_tiny"
 FROZEN = "text.trainable=false"
-UNTIMED = ("time", "train/step_seconds", "train/data_wait", "train/tokens_per_second")
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict
             rows[-1] |= trainer.validate()
             trainer.close()
             known[overrides] = [
-                {key: value for key, value in row.items() if key not in UNTIMED} for row in rows
+                {key: value for key, value in row.items() if not is_clocked(key)} for row in rows
             ]
         return known[overrides]
 

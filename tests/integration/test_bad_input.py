@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_train import cli, run_folder
+from sora_train import cli
+from sora_train.atomic import write_atomically
 from sora_train.data.video_io import encode_h264
 from sora_train.errors import EXIT_FAULT, EXIT_USER, run_command
 
@@ -286,8 +287,8 @@ def test_a_traceback_only_under_sora_debug(tmp_path: Path) -> None:
 def test_the_run_folder_writes_whole_files_or_none(tmp_path: Path) -> None:
     """The text files of a run are replaced at once, and an old one survives a failure."""
     path = tmp_path / "summary.json"
-    run_folder.write_atomically(path, "old")
+    write_atomically(path, "old")
     path.with_name("summary.json.tmp").mkdir()
     with pytest.raises(Exception, match=r"summary\.json"):
-        run_folder.write_atomically(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"

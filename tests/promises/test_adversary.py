@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from sora_train import checkpoint as checkpoints
 from sora_train.errors import UserError
-from sora_train.metrics import read_metrics
+from sora_train.metrics import is_clocked, read_metrics
 from sora_train.models.lpips import Lpips
 from sora_train.trainer import Trainer
 
@@ -28,7 +28,6 @@ ADVERSARY = (
 # AdamW and clipping both hide a wrong gradient scale.
 PLAIN_SGD = ("optim=sgd", "optim.lr=0.05", "optim.grad_clip=0", "optim.warmup_steps=0")
 ADAMW = ("optim=adamw", "optim.warmup_steps=0", "vae_objective.disc_lr=1e-3")
-UNTIMED = ("time", "train/step_seconds", "train/data_wait", "train/tokens_per_second")
 
 
 class Killed(Exception):
@@ -46,7 +45,7 @@ class DyingTrainer(Trainer):
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
     found = read_metrics(run_dir / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key not in UNTIMED} for row in found]
+    return [{key: value for key, value in row.items() if not is_clocked(key)} for row in found]
 
 
 @pytest.mark.slow

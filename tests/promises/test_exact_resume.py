@@ -17,12 +17,11 @@ from sora_train.config.schema import keys
 from sora_train.data.sample import Failure
 from sora_train.distributed import ControlPlane, World
 from sora_train.errors import ConfigError, Fault, UserError
-from sora_train.metrics import read_metrics
+from sora_train.metrics import is_clocked, read_metrics
 from sora_train.parallel.engine import full
 from sora_train.trainer import Trainer
 
 ADAMW = ("optim=adamw", "optim.warmup_steps=2", "optim.decay=linear")
-UNTIMED = ("time", "train/step_seconds", "train/data_wait", "train/tokens_per_second")
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ class DyingTrainer(Trainer):
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
     found = read_metrics(run_dir / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key not in UNTIMED} for row in found]
+    return [{key: value for key, value in row.items() if not is_clocked(key)} for row in found]
 
 
 def tensors(cfg) -> dict[str, torch.Tensor]:

@@ -13,16 +13,15 @@ import torch
 from sora_train import tracking
 from sora_train.config import Config
 from sora_train.config.compose import read_config
-from sora_train.metrics import METRICS, read_metrics
+from sora_train.metrics import METRICS, is_clocked, read_metrics
 from sora_train.trainer import Trainer
 
 STEPS = ["train.steps=2", "checkpoint.every=1", "validation.every=1", "sample.every=2"]
-UNTIMED = ("time", "train/step_seconds", "train/data_wait", "train/tokens_per_second")
 
 
 def untimed(run_dir: Path) -> list[dict[str, float]]:
     rows = read_metrics(run_dir / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if key not in UNTIMED} for row in rows]
+    return [{key: value for key, value in row.items() if not is_clocked(key)} for row in rows]
 
 
 def documented(name: str) -> bool:

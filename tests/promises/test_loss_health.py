@@ -13,10 +13,9 @@ from loss_health_worker import run
 
 from sora_train import checkpoint as checkpoints
 from sora_train.errors import Fault
-from sora_train.metrics import read_metrics
+from sora_train.metrics import is_clocked, read_metrics
 
 WORKER = Path(__file__).with_name("loss_health_worker.py")
-UNTIMED = ("time", "train/step_seconds", "train/data_wait", "train/tokens_per_second")
 COUNTS = ("train/skipped", "train/rollbacks", "train/lost_clips", "train/samples_seen")
 SMALL = [
     "optim=adamw", "optim.warmup_steps=2", "optim.lr=0.001", "validation.every=0", "data.cache=latents",
@@ -39,8 +38,10 @@ REASONS = {3: "non_finite", 5: "non_finite", 7: "loss_spike", 9: "non_finite", 1
 
 def rows(run_dir: Path, *without: str) -> list[dict[str, float]]:
     found = read_metrics(run_dir / "metrics.jsonl")
-    left_out = {*UNTIMED, *without}
-    return [{key: value for key, value in row.items() if key not in left_out} for row in found]
+    return [
+        {key: value for key, value in row.items() if not is_clocked(key) and key not in without}
+        for row in found
+    ]
 
 
 def digests(run_dir: Path, rank: int) -> list[str]:

@@ -23,7 +23,7 @@ from sora_train.parallel.agreement import (
     sentence,
 )
 from sora_train.parallel.block_calls import BlockCalls, leaves
-from sora_train.parallel.mesh import Degrees
+from sora_train.parallel.degrees import Degrees
 
 SMALL = st.integers(1, 4)
 WORDS = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["", "x", "y"])), max_size=5)

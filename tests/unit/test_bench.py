@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sora_train.bench import harness
 from sora_train.bench import train as bench_train
-from sora_train.bench.harness import Measured, Result, Stats, measure, peak_flops
+from sora_train.bench.harness import Measured, Result, Stats, measure
 from sora_train.config.compose import compose
+from sora_train.device_peaks import peak_flops
 from sora_train.errors import ConfigError, UserError
 from sora_train.models.dit import VideoDiT
 

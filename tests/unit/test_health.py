@@ -18,7 +18,7 @@ from sora_train.errors import EXIT_REQUEUE, Fault, Preempted
 from sora_train.health import FIRST_STEPS, Health
 from sora_train.metrics import read_metrics
 from sora_train.notices import Notices, listening
-from sora_train.parallel.mesh import Degrees
+from sora_train.parallel.degrees import Degrees
 from sora_train.trainer import Trainer
 from sora_train.watchdog import Beat, line_of, verdict
 

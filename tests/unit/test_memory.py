@@ -212,6 +212,7 @@ def test_fixed_bytes_fall_with_the_shards_and_not_with_the_replicas():
     assert fixed(w=2, dp_shard=4, dp_replicate=2) == four
     assert fixed(w=2, dp_shard=4, micro_batches=4) == four, "a micro-batch a rank adds nothing up"
     assert fixed(w=2, dp_shard=4, micro_batches=5) == four + 4 * trained
+    assert fixed(w=2, dp_shard=4, micro_batches=5, accumulate="sharded") == four
 
 
 def test_the_plan_does_not_ask_the_machine_for_its_precision():
