@@ -11,6 +11,8 @@ export PIP_FLAGS PYTHON
 PYTEST_FLAGS ?=
 # Files of tests go to this many processes side by side; tests of several ranks start processes of their own.
 PYTEST_WORKERS ?= 2
+# One that dies ends the session with the name of its test: what it had left is given to nobody.
+PYTEST_APART = -n $(PYTEST_WORKERS) --dist loadfile --max-worker-restart=0
 
 .DEFAULT_GOAL := help
 .PHONY: help env quickstart test test-all test-slurm lint format docs tiny_vae clean
@@ -33,10 +35,10 @@ quickstart: $(BASE)  ## train the shapes experiment, sample and score it (about 
 	$(BIN)/sora train experiment=quickstart
 
 test: $(STAMP)  ## the test suite within its budget
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m 'not slow and not gpu' $(PYTEST_FLAGS) tests
+	$(BIN)/python -m pytest $(PYTEST_APART) -m 'not slow and not gpu' $(PYTEST_FLAGS) tests
 
 test-all: $(STAMP)  ## the long tests too
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_FLAGS) tests
+	$(BIN)/python -m pytest $(PYTEST_APART) $(PYTEST_FLAGS) tests
 
 test-slurm: $(STAMP)  ## the tests on a real SLURM of two nodes, started here (docker/install.sh slurm brings it)
 	$(BIN)/python -m pytest -s $(PYTEST_FLAGS) tests/integration/slurm

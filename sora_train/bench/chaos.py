@@ -30,7 +30,7 @@ from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import ClipBatch
 from sora_train.errors import Fault, run_command
-from sora_train.metrics import read_metrics
+from sora_train.metrics import is_clocked, read_metrics
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae import VideoVAE
 from sora_train.notices import listening
@@ -43,8 +43,6 @@ SMALL_RUN = (
     # Without a launcher, one that is killed before the ranks have met leaves the others waiting for it.
     "health.meeting_seconds=20",
 )  # fmt: skip
-# They tell of the time it took, not of what was computed.
-UNTIMED = re.compile(r"time|train/(step_seconds|data_wait|tokens_per_second)|health/.*")
 # Beyond this an attempt counts as hung.
 HUNG_SECONDS = 180.0
 # So does one whose other ranks go on for so long after the first has failed: longer than ranks wait to meet,
@@ -273,7 +271,7 @@ def attempt(
 def outcome(run_dir: Path, world: int) -> dict[str, Any]:
     """What must be equal: every step's numbers, the rows that each step read on each rank, and all tensors."""
     rows = read_metrics(run_dir / "metrics.jsonl")
-    numbers = [{k: v for k, v in row.items() if not UNTIMED.fullmatch(k)} for row in rows]
+    numbers = [{k: v for k, v in row.items() if not is_clocked(k)} for row in rows]
     read: dict[str, dict[int, set[str]]] = {}
     for rank in range(world):
         found: dict[int, set[str]] = {}

@@ -62,7 +62,9 @@ def test_streamed_in_time_is_the_classs_own_result_bit_by_bit(name):
     decoded = vae.autoencoder.decode(theirs).sample
     mean, std = vae._stats(theirs)
     assert torch.equal(vae.decode(latents), vae.autoencoder.decode(latents * std + mean).sample)
-    torch.testing.assert_close(vae.decode(latents), decoded, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        vae.decode(latents), decoded, rtol=0, atol=1e-4
+    )  # statistics taken off and put on again
     frames = [where[1].stop - where[1].start for where, _ in vae.decode_pieces(latents)]
     assert sum(frames) == 9
     assert max(frames) == vae.temporal_factor

@@ -128,7 +128,9 @@ def test_forward_and_every_gradient_are_those_of_diffusers_in_float64(
     scale = max(float(gradient.abs().max()) for gradient in wanted)
     for name, a, b in zip([*dict(wan.named_parameters()), "x", "c"], got, wanted, strict=True):
         if float(b.abs().max()) > 1e-12 * scale:
-            assert relative(a, b) <= 1e-12, name
+            assert relative(a, b) <= 1e-11, (
+                name
+            )  # sums that cancel, added in another order on other processors
         else:
             assert float(a.abs().max()) <= 1e-12 * scale, name
 

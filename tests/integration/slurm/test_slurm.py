@@ -15,14 +15,13 @@ import torch
 from cluster import Cluster, missing, until
 
 from sora_train import checkpoint as checkpoints
-from sora_train.metrics import read_metrics
+from sora_train.metrics import is_clocked, read_metrics
 from sora_train.stored_tensors import StoredTensors
 
 REPO = Path(__file__).resolve().parents[3]
 RUN = ["experiment=parity_tiny", "validation.every=0", "checkpoint.every=10"]
 JOB = ["launch.nodes=2", "launch.ranks=1", "launch.gpus=0", f"launch.python={sys.executable}"]
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-TIMED = ("time", "train/step_seconds", "train/data_wait", "train/tokens_per_second")
 START = 120.0
 """Seconds from submission to the first step, and from a requeue to the next one: 60 on an idle machine, and twice that
 beside other tests."""
@@ -94,14 +93,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
     found = read_metrics(run_dir / "metrics.jsonl")
-    return [
-        {
-            key: value
-            for key, value in row.items()
-            if not key.startswith("health/") and key not in TIMED
-        }
-        for row in found
-    ]
+    return [{key: value for key, value in row.items() if not is_clocked(key)} for row in found]
 
 
 @pytest.mark.timeout(300)
