@@ -9,7 +9,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -296,8 +297,9 @@ def told_apart(names: dict[int, str]) -> dict[int, str]:
     }
 
 
-def end_after(seconds: float, say: Callable[[], None]) -> None:
-    """The last resort: the process ends after so long, wherever it stands."""
+@contextmanager
+def ended_after(seconds: float, say: Callable[[], None]) -> Iterator[None]:
+    """The last resort: should what is inside take longer, the process ends, wherever it stands."""
 
     def end() -> None:
         say()
@@ -306,3 +308,7 @@ def end_after(seconds: float, say: Callable[[], None]) -> None:
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -9,7 +9,12 @@ from rich.console import Console
 
 from sora_train.atomic import write_atomically
 from sora_train.doctor.bandwidth import Measuring
-from sora_train.doctor.examination import Examination, Patience, end_after, examine_alone
+from sora_train.doctor.examination import (
+    Examination,
+    Patience,
+    ended_after,
+    examine_alone,
+)
 from sora_train.doctor.findings import FAIL
 from sora_train.doctor.node import Place, Run
 from sora_train.doctor.table import show
@@ -43,18 +48,18 @@ def start(
     import torch
 
     torch.set_num_threads(1)
-    end_after(seconds + GRACE, too_late)
-    if place.size == 1:
-        report = examine_alone(described(arguments, alone=True), place)
-        code = EXIT_FAULT if report.verdict is FAIL else 0
-    else:
-        # Before anything starts a thread or talks to a GPU.
-        measuring = Measuring() if bandwidth else None
-        run = described(arguments, alone=False)
-        found, code = Examination(place, run, Patience(seconds), measuring).take()
-        if found is None:
-            return code
-        report = found
+    with ended_after(seconds + GRACE, too_late):
+        if place.size == 1:
+            report = examine_alone(described(arguments, alone=True), place)
+            code = EXIT_FAULT if report.verdict is FAIL else 0
+        else:
+            # Before anything starts a thread or talks to a GPU.
+            measuring = Measuring() if bandwidth else None
+            run = described(arguments, alone=False)
+            found, code = Examination(place, run, Patience(seconds), measuring).take()
+            if found is None:
+                return code
+            report = found
     show(report, Console())
     if json_file is not None:
         write_atomically(json_file, json.dumps(report.told(), indent=1))

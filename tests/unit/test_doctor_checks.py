@@ -5,6 +5,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,10 +19,10 @@ from rich.console import Console
 from sora_train.doctor import bandwidth, peers
 from sora_train.doctor.checks import clock, environment, gpus, limits, network, storage, versions
 from sora_train.doctor.deadline import LateError, all_checked, apart, checked, within
-from sora_train.doctor.examination import told_apart
+from sora_train.doctor.examination import ended_after, told_apart
 from sora_train.doctor.findings import FAIL, OK, SAID, WARN, Finding, worst
 from sora_train.doctor.table import NodeReport, Report, show
-from sora_train.errors import Fault
+from sora_train.errors import EXIT_FAULT, Fault
 
 GIB = 2**30
 WELL = limits.Limits(
@@ -563,3 +565,18 @@ def test_the_table_tells_all_within_the_width(width: int, tmp_path: Path):
     told = json.loads(json.dumps(report.told()))
     assert told["verdict"] == "fail" and told["nodes"][3]["node"] == "n3"
     assert Finding.read(told["nodes"][0]["findings"][1]) == bad
+
+
+def test_a_process_is_ended_while_it_is_examined_and_not_thereafter():
+    with ended_after(60, say=lambda: None):
+        assert any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+    until = time.monotonic() + 10
+    while any(isinstance(thread, threading.Timer) for thread in threading.enumerate()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    hung = (
+        "import time; from sora_train.doctor.examination import ended_after\n"
+        "with ended_after(0.1, lambda: print('hung', flush=True)): time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", hung], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (EXIT_FAULT, "hung\n")
