@@ -25,6 +25,23 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 START = 120.0
 """Seconds from submission to the first step, and from a requeue to the next one: 60 on an idle machine, and twice that
 beside other tests."""
+SLOW = """
+import time
+
+from sora_train.config import Config
+from sora_train.train import main
+from sora_train.trainer import Trainer
+
+
+class Slow(Trainer):
+    def callbacks(self):
+        return [*super().callbacks(), lambda trainer, row: time.sleep(0.4)]
+
+
+if __name__ == "__main__":
+    main(Slow, Config)
+"""
+"""A project's own file, whose steps take long enough to be disturbed on any machine; its numbers are the same."""
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "SLURM is here")
 
 
@@ -40,9 +57,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     until(lambda: not found.processes(), 20, "end of all that the cluster has started")
 
 
-def launch(cluster: Cluster, folder: Path, *overrides: str, code: int = 0) -> str:
+def launch(
+    cluster: Cluster, folder: Path, *overrides: str, code: int = 0, script: tuple[str, ...] = ()
+) -> str:
     """`sora launch slurm`; returns the job's id, or what was said where it ends with another code."""
-    command = [sys.executable, "-m", "sora_train", "launch", "slurm", *RUN, *JOB, *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "sora_train",
+        "launch",
+        "slurm",
+        *script,
+        *RUN,
+        *JOB,
+        *overrides,
+    ]
     done = subprocess.run(
         command, cwd=folder, env=cluster.env, capture_output=True, text=True, check=False
     )
@@ -136,7 +165,8 @@ def test_a_disturbed_job_ends_with_the_same_weights(cluster: Cluster, tmp_path: 
     job = cluster.run(*plain, *RUN, steps, f"run.dir={straight}", cwd=tmp_path)
     assert ended(cluster, job) == "COMPLETED", logs(tmp_path)
 
-    job = launch(cluster, tmp_path, f"run.dir={run_dir}", steps)
+    (tmp_path / "slow.py").write_text(SLOW)
+    job = launch(cluster, tmp_path, f"run.dir={run_dir}", steps, script=("slow.py",))
     times = []
 
     def disturb(*command: str) -> None:
