@@ -20,7 +20,7 @@ from sora_train.frozen import Frozen, freeze, thaw
 from sora_train.launch.check import check_job
 from sora_train.notices import listening
 from sora_train.stages import compose_stages, train_stages
-from sora_train.sweep import run_sweep
+from sora_train.sweep.run import run_sweep
 
 if TYPE_CHECKING:
     from sora_train.trainer import Trainer

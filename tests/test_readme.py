@@ -16,18 +16,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sora_train import sweep
 from sora_train.cli import run
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.video_io import encode_h264
 from sora_train.errors import ConfigError, UserError
+from sora_train.sweep.local import Runner, Task
 from sora_train.train import train
 
 REPO = Path(__file__).resolve().parent.parent
@@ -215,14 +214,12 @@ def first_job_only(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Sweeps run their first job here and only count the others; all of them were composed before."""
     started: list[list[str]] = []
 
-    def start(command: list[str], check: bool) -> SimpleNamespace:
-        assert command[1:3] == ["-m", "sora_train.train"]
-        started.append(command)
-        return SimpleNamespace(
-            returncode=train(None, Config, command[3:]) if len(started) == 1 else 0
-        )
+    def run(runner: Runner, task: Task) -> int:
+        assert task.command[1:3] == ["-m", "sora_train.train"]
+        started.append(task.command)
+        return train(None, Config, task.command[3:]) if len(started) == 1 else 0
 
-    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=start))
+    monkeypatch.setattr(Runner, "run", run)
     return started
 
 

@@ -29,6 +29,7 @@ from sora_train.config.run import (
     VaeObjectiveConfig,
     ValidationConfig,
 )
+from sora_train.config.sweep import SweepConfig
 
 __all__ = [
     "BucketClass",
@@ -55,6 +56,7 @@ __all__ = [
     "Section",
     "SourceConfig",
     "StageConfig",
+    "SweepConfig",
     "TextConfig",
     "TrackerConfig",
     "TrainConfig",
@@ -95,6 +97,7 @@ class Config(Section):
     elastic: ElasticConfig = ElasticConfig()
     parallel: ParallelConfig = ParallelConfig()
     launch: LaunchConfig = LaunchConfig()
+    sweep: SweepConfig = SweepConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     sample: SampleConfig = SampleConfig()

@@ -60,6 +60,7 @@ CLASSES: dict[str, ResumeClass] = {
     "elastic": "free",
     "parallel": "recorded",
     "launch": "free",
+    "sweep": "free",
     "checkpoint": "free",
     "validation": "recorded",
     "validation.every": "free",

@@ -1,4 +1,4 @@
-"""The command line: instant help, one sentence a mistake, the right exit code, sweeps, projects of one's own."""
+"""The command line: instant help, one sentence a mistake, the right exit code, projects of one's own."""
 
 import errno
 import os
@@ -15,7 +15,6 @@ from sora_train.commands import split_ckpt
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError, Fault, UserError, run_command
 from sora_train.project import create
-from sora_train.sweep import expand
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -207,75 +206,6 @@ def test_clips_go_into_shards_and_are_listed(tmp_path: Path, capsys: pytest.Capt
     assert run(["data", "show", f"source={shards}", f"work_dir={tmp_path / 'index'}"]) == 0
     listed = capsys.readouterr().out
     assert "32x24" in listed and "red a" in listed and "unreadable" in listed
-
-
-# --- sweeps ---
-
-
-def test_a_sweep_expands_to_every_combination_under_stable_names():
-    fixed, jobs = expand(["train.steps=5", "seed=0,1", "optim.lr=0.1,0.2"])
-    assert fixed == ["train.steps=5"]
-    assert [job.id for job in jobs] == [
-        f"optim.lr={lr},seed={seed}" for seed in (0, 1) for lr in (0.1, 0.2)
-    ]
-    assert all(job.overrides[0] == "train.steps=5" for job in jobs)
-    again = {job.id for job in expand(["optim.lr=0.2,0.1", "seed=1,0", "train.steps=5"])[1]}
-    assert again == {job.id for job in jobs}
-
-
-def test_long_and_odd_values_get_short_distinct_names():
-    values = [f'"{"x y" * 50}{i}"' for i in range(3)]
-    jobs = expand(["name=" + ",".join(values)])[1]
-    assert len({job.id for job in jobs}) == 3
-    assert all(len(job.id) < 100 and "/" not in job.id and " " not in job.id for job in jobs)
-
-
-def test_ranges_and_choices_are_hydras():
-    assert [job.id for job in expand(["seed=range(0,3)"])[1]] == ["seed=0", "seed=1", "seed=2"]
-    with pytest.raises(ConfigError, match="cannot be enumerated"):
-        expand(["optim.lr=interval(0,1)"])
-    with pytest.raises(ConfigError, match="give one run.dir"):
-        expand(["run.dir=a,b"])
-
-
-PROJECT = """
-import os, sys
-from sora_train.config import Config
-from sora_train.train import main
-
-class Stub:
-    def __init__(self, cfg): self.cfg = cfg
-    def train(self):
-        print(self.cfg.run.dir, self.cfg.seed, flush=True)
-        if self.cfg.seed == 1: os._exit(3)
-
-if __name__ == "__main__":
-    main(Stub, Config)
-"""
-
-
-def test_a_failing_job_cancels_none_of_the_others(tmp_path: Path):
-    (tmp_path / "own.py").write_text(PROJECT)
-    done = command(
-        "-m", "sora_train", "train", "own.py", "-m", "seed=1,0", "run.dir=out", cwd=tmp_path
-    )
-    assert done.returncode == 1
-    for seed in (1, 0):
-        assert f"out/seed={seed} {seed}" in done.stdout
-    assert "1 of 2 runs succeeded" in done.stdout
-    assert "failed: seed=1 (exit code 3)" in done.stderr
-
-
-def test_a_wrong_value_in_a_sweep_is_met_before_the_first_run(tmp_path: Path):
-    (tmp_path / "own.py").write_text(PROJECT)
-    done = command("own.py", "-m", "seed=0,-1", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert "config key 'seed' must be a whole number of at least 0, got -1" in done.stderr
-
-
-def test_a_sweep_does_not_run_under_torchrun():
-    done = command("-m", "sora_train.train", "-m", "seed=0,1", WORLD_SIZE="2", SORA_DEBUG="0")
-    assert done.returncode == 2 and "torchrun" in done.stderr
 
 
 # --- projects of one's own ---

@@ -1,0 +1,1 @@
+"""Many runs of one configuration: expanded, run or submitted, searched, and compared."""
