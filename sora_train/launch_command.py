@@ -46,23 +46,44 @@ def local(
 
 @launch_app.command("slurm", context_settings=OVERRIDES)
 def slurm(
-    arguments: Arguments = None, config_dir: ConfigDir = None, printed: Printed = False
+    arguments: Arguments = None,
+    config_dir: ConfigDir = None,
+    printed: Printed = False,
+    multirun: Annotated[
+        bool,
+        typer.Option("-m", "--multirun", help="An array, a task for each combination of a=1,2."),
+    ] = False,
 ) -> None:
     """Submit a batch job: one torchrun a node, requeued with everything saved when its time is up.
 
     \b
     sora launch slurm experiment=quickstart launch.nodes=4 launch.ranks=8 launch.time=24:00:00 --print
     sora launch slurm my.yaml launch=my_cluster run.dir=/shared/runs/mine --config-dir my_configs
+    sora launch slurm -m my.yaml optim.lr=1e-4,3e-4 seed=0,1 launch=my_cluster launch.array_limit=2
     """
     from sora_train.launch import slurm as launcher
 
-    job = job_of(arguments, config_dir)
-    script = launcher.render(job)
+    if multirun:
+        from sora_train.launch.array import array_of
+
+        job, tasks = array_of(arguments or [], config_dir)
+    else:
+        job, tasks = job_of(arguments, config_dir), []
+    if multirun and not tasks:
+        print(f"all of it is done; next: sora sweep report {job.run_dir}")
+        return
+    script = launcher.render(job, tasks)
     if printed:
         print(script, end="")
         return
     job.logs.mkdir(parents=True, exist_ok=True)
     number = launcher.submit(script)
+    if tasks:
+        print(
+            f"array {number} of {len(tasks)} runs is in the queue; `squeue -j {number}`, its logs are "
+            f"{job.logs}/slurm-{number}_N.out\nnext: sora sweep report {job.run_dir}"
+        )
+        return
     print(
         f"job {number} is in the queue; `squeue -j {number}`, its log is {job.logs}/slurm-{number}.out"
     )

@@ -9,7 +9,7 @@ folder and nothing is trained, with `--frozen FILE` a rank reads it from there.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,11 @@ def described(argv: list[str], config_cls: type[Config] = Config) -> Frozen:
             yaml_file=yaml_file,
         ).config
 
-    config = composed([])
+    return with_stages(composed([]), composed)
+
+
+def with_stages(config: Config, composed: Callable[[list[str]], Config]) -> Frozen:
+    """A run and its stages, each `composed` with what it overrides."""
     return Frozen(config, compose_stages(config, composed) if config.stages else ())
 
 

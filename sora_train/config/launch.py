@@ -51,6 +51,8 @@ class LaunchConfig(Section):
     """Environment variables of the ranks."""
     python: str = "python"
     """The interpreter on the nodes."""
+    array_limit: int = Field(0, ge=0)
+    """Runs of a sweep (`sora launch slurm -m`) that SLURM lets run at the same time; 0: as many as it can."""
     options: StrList = ()
     """Further lines for the scheduler, as it writes them: `--reservation=mine`."""
     offline: bool = True

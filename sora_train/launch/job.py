@@ -31,9 +31,12 @@ class Job:
         return self.run_dir / FOLDER / LOGS
 
     def node_command(
-        self, *, node: str, address: str, port: str, logs: str, python: str = ""
+        self, *, node: str, address: str, port: str, logs: str, python: str = "", frozen: str = ""
     ) -> str:
-        """The shell command of one node. What is given are words of a shell, quoted already: `"$SLURM_NODEID"`."""
+        """The shell command of one node. What is given are words of a shell, quoted already: `"$SLURM_NODEID"`.
+
+        `frozen` stands for the configuration's path where it is known on the node only.
+        """
         meeting = ["--standalone"]
         if self.cfg.nodes > 1 or self.cfg.port:
             meeting = ["--nnodes", str(self.cfg.nodes), "--node-rank", node,
@@ -41,7 +44,7 @@ class Job:
         words = [
             shlex.quote(python or self.cfg.python), "-m", "sora_train.launch.node", *meeting,
             "--nproc-per-node", str(self.ranks), "--log-dir", logs, "--redirects", "3", "--tee", "0:3",
-            *map(shlex.quote, self.script), "--frozen", shlex.quote(str(self.frozen)),
+            *map(shlex.quote, self.script), "--frozen", frozen or shlex.quote(str(self.frozen)),
         ]  # fmt: skip
         return " ".join(words)
 

@@ -3,14 +3,17 @@
 import re
 import shlex
 import subprocess
+from collections.abc import Sequence
 
 from sora_train.errors import EXIT_REQUEUE, EXIT_USER, ConfigError, Fault
-from sora_train.launch.job import Job, exports, one_line
+from sora_train.frozen import FOLDER
+from sora_train.launch.job import LOGS, Job, exports, one_line
 
 
-def render(job: Job) -> str:
-    """The batch script."""
-    step = " ".join([*container_options(job), "bash", "-c", shlex.quote(node_script(job))])
+def render(job: Job, tasks: Sequence[Job] = ()) -> str:
+    """The batch script; with `tasks`, of an array whose task N runs the Nth of them. `job` is what they share."""
+    inside = node_script(job, frozen='"$FROZEN"' if tasks else "")
+    step = " ".join([*container_options(job), "bash", "-c", shlex.quote(inside)])
     body = [
         "set -uo pipefail",
         *exports(job.environment()),
@@ -18,8 +21,8 @@ def render(job: Job) -> str:
         'HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "HEAD_ADDRESS=$(scontrol show node \"$HEAD_NODE\" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')",
         f"MEETING_PORT={job.cfg.port or '$((20000 + SLURM_JOB_ID % 10000))'}",
-        f"RUN_DIR={shlex.quote(str(job.run_dir))}",
-        f'LOGS={shlex.quote(str(job.logs))}/"$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
+        *(task_lines(tasks) if tasks else [f"RUN_DIR={shlex.quote(str(job.run_dir))}"]),
+        f'LOGS="$RUN_DIR"/{FOLDER}/{LOGS}/"$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
         'mkdir -p "$LOGS" && touch "$LOGS/started"',
         "export HEAD_ADDRESS MEETING_PORT LOGS",
         # What sbatch was asked for, srun does not take over.
@@ -31,7 +34,18 @@ def render(job: Job) -> str:
         "",
         *AFTERWARDS,
     ]
-    return "\n".join(["#!/usr/bin/env bash", *directives(job), *body, ""])
+    return "\n".join(["#!/usr/bin/env bash", *directives(job, len(tasks)), *body, ""])
+
+
+def task_lines(tasks: Sequence[Job]) -> list[str]:
+    """Shell lines that give a task of an array its run folder and its configuration."""
+    return [
+        "# Task N has the Nth of these run folders, and the configuration that is frozen in it.",
+        "RUN_DIRS=(", *(f"  {shlex.quote(str(task.run_dir))}" for task in tasks), ")",
+        "CONFIGS=(", *(f"  {shlex.quote(str(task.frozen))}" for task in tasks), ")",
+        "RUN_DIR=${RUN_DIRS[$SLURM_ARRAY_TASK_ID]}",
+        "export FROZEN=${CONFIGS[$SLURM_ARRAY_TASK_ID]}",
+    ]  # fmt: skip
 
 
 AFTERWARDS = [
@@ -48,8 +62,9 @@ AFTERWARDS = [
 ]
 
 
-def directives(job: Job) -> list[str]:
+def directives(job: Job, tasks: int = 0) -> list[str]:
     cfg = job.cfg
+    limit = f"%{cfg.array_limit}" if cfg.array_limit else ""
     gpus = job.ranks if cfg.gpus < 0 else cfg.gpus
     wanted = {
         "job-name": job.name,
@@ -65,8 +80,9 @@ def directives(job: Job) -> list[str]:
         "constraint": cfg.constraint,
         "exclude": cfg.exclude,
         "chdir": str(job.working_dir),
+        "array": f"0-{tasks - 1}{limit}" if tasks else "",
         # A percent sign begins one of SLURM's own patterns.
-        "output": str(job.logs).replace("%", "%%") + "/slurm-%j.out",
+        "output": str(job.logs).replace("%", "%%") + f"/slurm-{'%A_%a' if tasks else '%j'}.out",
         # Not to the batch shell, which would only forward it: srun's steps get it, and so all ranks.
         "signal": f"USR1@{cfg.lead_seconds}" if cfg.lead_seconds else "",
         "open-mode": "append",
@@ -78,11 +94,11 @@ def directives(job: Job) -> list[str]:
     return [f"#SBATCH {line}" for line in lines]
 
 
-def node_script(job: Job) -> str:
+def node_script(job: Job, frozen: str = "") -> str:
     """What runs on each node, inside the container if there is one."""
     command = job.node_command(
         node='"$SLURM_NODEID"', address='"$HEAD_ADDRESS"', port='"$MEETING_PORT"',
-        logs='"$LOGS/node-$SLURM_NODEID"',
+        logs='"$LOGS/node-$SLURM_NODEID"', frozen=frozen,
     )  # fmt: skip
     inside = "\n".join([*job.cfg.setup, f"exec {command}"])
     return in_apptainer(job, inside) if runtime(job) == "apptainer" else inside

@@ -23,6 +23,7 @@ from sora_train.config.launch import limit_seconds
 from sora_train.errors import EXIT_FAULT, EXIT_REQUEUE, EXIT_USER, ConfigError, Fault, UserError
 from sora_train.frozen import Frozen, freeze, thaw
 from sora_train.launch import k8s, local, node, slurm
+from sora_train.launch.array import array_of
 from sora_train.launch.job import Job
 
 REPO = Path(__file__).resolve().parents[2]
@@ -151,6 +152,81 @@ def test_a_batch_job_goes_on_where_that_helps(
     assert run_script(["bash", *script], stubs, tmp_path / "told", **environ) == code
     asked = tmp_path / "told/scontrol"
     assert (asked.read_text() if asked.exists() else "") == ("requeue 71\n" if again else "")
+
+
+@settings(max_examples=6, deadline=None)
+@given(names=st.lists(WORDS, min_size=1, max_size=4, unique=True), data=st.data())
+def test_each_task_of_an_array_has_its_own_run(
+    names: list[str], data: st.DataObject, stubs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("array")
+    shared = job(root, "sweep", nodes=2, python="python", array_limit=3)
+    tasks = [
+        dataclasses.replace(
+            shared, run_dir=root / name, frozen=root / name / "launch/config-0.yaml"
+        )
+        for name in names
+    ]
+    task = data.draw(st.integers(0, len(names) - 1))
+    script = slurm.render(shared, tasks)
+    asked = directives(script)
+    assert asked["array"] == f"0-{len(names) - 1}%3"
+    assert asked["output"] == f"{shared.logs}/slurm-%A_%a.out"
+    told = root / "told-by-it"
+    assert run_script(script, stubs, told, SLURM_ARRAY_TASK_ID=str(task), CODE="75") == 75
+    arguments, _ = told_of(told)
+    assert after(arguments, "--frozen") == str(tasks[task].frozen)
+    assert after(arguments, "--log-dir") == f"{tasks[task].logs}/71-0/node-1"
+    assert (told / "scontrol").read_text() == "requeue 71\n", "a task by its own number"
+
+
+def test_an_array_is_of_what_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "launch",
+        "slurm",
+        "-m",
+        "experiment=parity_tiny",
+        "launch.ranks=1",
+        "seed=1,2",
+        "run.dir=out",
+    ]
+    assert run([*command, "--print"]) == 0
+    script = capsys.readouterr().out
+    (first,) = (tmp_path / "out/seed=1/launch").glob("config-*.yaml")
+    assert f"  {first}\n" in script and thaw(first).config.seed == 1
+    assert directives(script)["array"] == "0-1"
+    for seed in (1, 2):
+        (tmp_path / f"out/seed={seed}/run.json").write_text("{}")
+        (tmp_path / f"out/seed={seed}/summary.json").write_text('{"steps": 6}')
+        assert run([*command, "--print"]) == 0
+        told = capsys.readouterr().out
+        assert f"{seed} of 2 runs are finished already" in told
+        assert ("--array=0-0" in told) == (seed == 1) and f"out/seed={seed}\n" not in told
+    assert "all of it is done; next: sora sweep report" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["optim.lrr=1,2"], "did you mean 'optim.lr'"),
+        (["seed=1,2", "sweep.method=tpe"], "cannot be submitted at once"),
+        (["seed=1,2", "parallel.dp_shard=3"], "2 rank.s. are running"),
+        (["optim.lr=interval(0,1)"], "sweep.method=tpe"),
+    ],
+)
+def test_a_wrong_array_is_refused_before_anything_is_frozen(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shared = ["experiment=parity_tiny", "launch.ranks=2", "run.dir=out"]
+    with pytest.raises(UserError, match=told):
+        array_of([*shared, *arguments], None)
+    assert not list(tmp_path.rglob("config-*.yaml"))
+    with pytest.raises(UserError, match="knows its own keys"):
+        array_of(["own.py", "seed=1,2"], None)
 
 
 def test_a_checkpoint_of_an_earlier_start_does_not_count(stubs: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ one that was left alone.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -76,7 +77,7 @@ def launch(
         command, cwd=folder, env=cluster.env, capture_output=True, text=True, check=False
     )
     assert done.returncode == code, (done.stdout, done.stderr)
-    return done.stdout.split()[1] if code == 0 else done.stderr
+    return re.search(r"(?:job|array) (\d+)", done.stdout)[1] if code == 0 else done.stderr
 
 
 def step_of(run_dir: Path) -> int:
@@ -216,3 +217,22 @@ def test_each_task_of_an_array_runs_its_line(cluster: Cluster, tmp_path: Path) -
     assert states == ["COMPLETED", "FAILED", "FAILED"]
     assert [(tmp_path / name).read_text() for name in ("0", "3")] == ["line 0\n", "line 3\n"]
     assert "has no line 3" in (tmp_path / f"slurm-{job}_3.out").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_sweep_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
+    """The task that is killed is the only one that a second call submits; a run is what it is by itself."""
+    keys = ["-m", "seed=0,1", "launch.nodes=1", "launch.array_limit=1", "run.dir=swept"]
+    array = launch(cluster, tmp_path, *keys)
+    until(lambda: cluster.state(f"{array}_1") == "RUNNING", 120, "second task")
+    cluster.run("scancel", f"{array}_1")
+    states = [ended(cluster, f"{array}_{task}") for task in (0, 1)]
+    assert states == ["COMPLETED", "CANCELLED"]
+    again = launch(cluster, tmp_path, *keys)
+    assert ended(cluster, f"{again}_0") == "COMPLETED", logs(tmp_path)
+    assert cluster.run("squeue", "-h") == ""
+    alone = launch(cluster, tmp_path, "seed=1", "launch.nodes=1", "run.dir=alone")
+    assert ended(cluster, alone) == "COMPLETED", logs(tmp_path)
+    assert rows(tmp_path / "swept/seed=1") == rows(tmp_path / "alone")
+    assert rows(tmp_path / "swept/seed=0") != rows(tmp_path / "alone")
