@@ -23,6 +23,7 @@ from sora_train.fetch_command import fetch
 from sora_train.launch_command import launch_app
 from sora_train.plan_command import plan
 from sora_train.sample_command import sample
+from sora_train.sweep_command import sweep_app
 from sora_train.watch_command import watch
 
 # Overrides must reach the command as they are, even those that look like options.
@@ -45,6 +46,7 @@ for name, group in {
     "bench": bench_app,
     "doctor": doctor_app,
     "launch": launch_app,
+    "sweep": sweep_app,
 }.items():
     app.add_typer(group, name=name)
 

@@ -229,12 +229,13 @@ def replay_command(cfg: TrackerConfig, run_dir: Path, kind: str) -> str:
 def run_id(run_dir: Path, *, new: bool = False) -> str:
     """W&B's id of a run, kept in its folder so that a resumed run goes on in the same W&B run.
 
-    `new` makes another one, for a run that is sent a second time.
+    `new` makes another one, for a run that is sent a second time. A W&B agent has chosen the id already.
     """
     path = run_dir / ID_FILE
     if new or not path.exists():
+        given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(secrets.token_hex(4))
+        temporary.write_text((not new and given) or secrets.token_hex(4))
         os.replace(temporary, path)
     return path.read_text().strip()
 

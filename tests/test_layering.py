@@ -145,6 +145,7 @@ TOP = {
     "sample_command": None,
     "stages": None,
     "sweep": None,
+    "sweep_command": None,
     "train": None,
     "watch": None,
     "watch_command": None,

@@ -39,6 +39,8 @@ from sora_train.errors import ConfigError
 
 EVERY_KEY = "every_key"
 """Name under which configs/train.yaml takes in all keys at their defaults."""
+FOREIGN = "sweep"
+"""The folder beside the groups whose files are W&B's."""
 DEFAULT = "default"
 COMMAND_LINE = "command line"
 
@@ -249,7 +251,7 @@ class _Composer:
         ]
 
     def _is_group(self, name: str) -> bool:
-        return self.repository.group_exists(name) and name != "hydra"
+        return self.repository.group_exists(name) and name not in ("hydra", FOREIGN)
 
     def _options(self, group: str) -> list[str]:
         return self.repository.get_group_options(group, ObjectType.CONFIG)

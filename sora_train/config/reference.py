@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from sora_train.config import Config
-from sora_train.config.compose import find_configs
+from sora_train.config.compose import FOREIGN, find_configs
 from sora_train.config.explain import group_options, scalar
 from sora_train.config.resumption import resume_class
 from sora_train.config.schema import MISSING, Key, keys, plain, sections
@@ -26,7 +26,11 @@ step, and a `refused` one must stay as it is.
 def reference(cls: type[Config] = Config) -> str:
     """The Markdown text: the groups with their options, then a table of keys for every section."""
     parts = [HEAD, "## Groups\n", "| choose | what it is |", "|---|---|"]
-    for group in sorted(folder.name for folder in find_configs().iterdir() if folder.is_dir()):
+    for group in sorted(
+        folder.name
+        for folder in find_configs().iterdir()
+        if folder.is_dir() and folder.name != FOREIGN
+    ):
         parts += [
             f"| `{group}={option}` | {_cell(about)} |"
             for option, about in group_options(group).items()

@@ -210,6 +210,24 @@ def test_the_run_id_stays_until_a_new_run_is_wanted(tmp_path: Path):
     assert tracking.run_id(tmp_path, new=True) != first
 
 
+def test_an_agents_run_has_the_id_that_the_agent_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    alone, swept = tmp_path / "alone", tmp_path / "swept"
+    for folder in (alone, swept):
+        (folder / tracking.FOLDER).mkdir(parents=True)
+    assert tracking.run_id(alone) != "chosen", (
+        "a variable left in a shell would join all runs in one"
+    )
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    assert tracking.run_id(swept) == "chosen"
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert tracking.run_id(swept) == "chosen", (
+        "started again by hand, it goes on in the same W&B run"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
