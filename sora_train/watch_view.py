@@ -182,7 +182,8 @@ def _goodput(found: Look) -> RenderableType | None:
 def table(found: Sequence[Look | tuple[str, str]]) -> Table:
     """A line for each run; one that cannot be read is a name with the reason."""
     shown = Table(box=None, header_style="bright_black", padding=(0, 1, 0, 0))
-    shown.add_column("run", overflow="ellipsis", no_wrap=True, max_width=28)
+    # A sweep tells its runs apart at the ends of their names.
+    shown.add_column("run", overflow="fold")
     for name in ("state", "step", "ETA", "loss", "val", "tokens/s", "goodput"):
         shown.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     for one in found:
