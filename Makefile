@@ -54,7 +54,7 @@ format: $(STAMP)  ## let ruff repair what it can
 
 docs: $(STAMP)  ## write docs/config.md and docs/metrics.md again from the models
 	$(BIN)/python -m sora_train.config.reference
-	$(BIN)/python -m sora_train.metrics_reference
+	$(BIN)/python -m sora_train.monitoring.metrics_reference
 
 tiny_vae: $(STAMP)  ## train the video autoencoder that the package ships (about 40 minutes on a core)
 	$(BIN)/sora train experiment=tiny_vae

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from sora_train.config.compose import compose
-from sora_train.data.buckets import build_buckets
-from sora_train.data.micro_batches import micro_batch_sizes
-from sora_train.data.plan import Tape, imbalance, row_costs
 from sora_train.data.sample import Bucket
+from sora_train.data.tape.buckets import build_buckets
+from sora_train.data.tape.micro_batches import micro_batch_sizes
+from sora_train.data.tape.tape import Tape, imbalance, row_costs
 from sora_train.models.flops import training_flops
 
 BUCKETS = "256px"

@@ -116,8 +116,8 @@ def measured_here(folder: Path) -> None:
     import torch.distributed as dist
 
     from sora_train.config.compose import compose
-    from sora_train.planning.memory_count import Held
-    from sora_train.trainer import Trainer
+    from sora_train.tools.plan.memory.count import Held
+    from sora_train.training.trainer import Trainer
 
     # One rank makes a group of its own for each run.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -147,7 +147,7 @@ def planned(cell: Cell, folder: Path) -> dict[str, int | str]:
 
     from sora_train.config.compose import compose
     from sora_train.data.sample import Bucket
-    from sora_train.planning.memory import memory_of
+    from sora_train.tools.plan.memory.plan import memory_of
 
     cfg = compose(chosen(cell, folder)).config
     return asdict(memory_of(cfg, cell.world, Bucket(*BUCKET), CLIPS, device="cpu"))

@@ -32,4 +32,4 @@ fi
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 # torchrun with exit codes a scheduler can act on, and time to save for ranks that are told to leave.
-exec python -m sora_train.launch.node "${MEETING[@]}" --nproc-per-node "$RANKS" -m sora_train.train "$@"
+exec python -m sora_train.tools.launch.node "${MEETING[@]}" --nproc-per-node "$RANKS" -m sora_train.train "$@"

@@ -4,14 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sora_train.api import load
     from sora_train.config import Config
-    from sora_train.trainer import Trainer
+    from sora_train.sampling.api import load
+    from sora_train.training.trainer import Trainer
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Trainer", "__version__", "load"]
 
-_HOMES = {"Config": "sora_train.config", "Trainer": "sora_train.trainer", "load": "sora_train.api"}
+_HOMES = {
+    "Config": "sora_train.config",
+    "Trainer": "sora_train.training.trainer",
+    "load": "sora_train.sampling.api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,18 +13,18 @@ from typing import Annotated
 
 import typer
 
-from sora_train.bench_command import bench_app
-from sora_train.ckpt_command import TOOLS
-from sora_train.config_command import config_app
-from sora_train.data_command import data_app, prep_app
-from sora_train.doctor_command import doctor_app
+from benchmarks.command import bench_app
 from sora_train.errors import UserError, run_command
-from sora_train.fetch_command import fetch
-from sora_train.launch_command import launch_app
-from sora_train.plan_command import plan
-from sora_train.sample_command import sample
-from sora_train.sweep_command import sweep_app
-from sora_train.watch_command import watch
+from sora_train.tools.checkpoints.command import TOOLS
+from sora_train.tools.config.command import config_app
+from sora_train.tools.convert.fetch import fetch
+from sora_train.tools.data.command import data_app, prep_app
+from sora_train.tools.doctor.command import doctor_app
+from sora_train.tools.launch.command import launch_app
+from sora_train.tools.plan.command import plan
+from sora_train.tools.sample.command import sample
+from sora_train.tools.sweep.command import sweep_app
+from sora_train.tools.watch.command import watch
 
 # Overrides must reach the command as they are, even those that look like options.
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -161,7 +161,7 @@ def ckpt_import(
     sora sample --ckpt runs/wan --prompt "a dog runs on a beach"
     sora train experiment=real_tiny model=wan_1_3b init.run=runs/wan data.source=my_clips
     """
-    from sora_train.commands import ckpt_import as read
+    from sora_train.tools.terminal import ckpt_import as read
 
     print(read(source, out, layout, size, frames, fps, mask_channel, fps_embed, base))
 
@@ -190,7 +190,7 @@ def ckpt_export(
     sora ckpt export runs/mine --out my_pipeline
     sora ckpt export runs/mine@2000 --out my_pipeline --live --fps 16
     """
-    from sora_train.commands import ckpt_export as write
+    from sora_train.tools.terminal import ckpt_export as write
 
     print(write(run_dir, out, layout, _weights(live, ema), fps, max_shard_gb))
 
@@ -203,7 +203,7 @@ def models(arguments: Overrides = None, config_dir: ConfigDir = None) -> None:
     sora models
     sora models model.patch_size=[1,4,4]
     """
-    from sora_train.commands import models as table
+    from sora_train.tools.terminal import models as table
 
     print(table(list(arguments or []), config_dir))
 
@@ -216,7 +216,7 @@ def init(name: Annotated[str, typer.Argument(metavar="NAME", help="Folder to cre
     sora init my_project
     sora train my_project/train.py my_project/my.yaml
     """
-    from sora_train.project import create
+    from sora_train.tools.config.project import create
 
     print(create(Path(name)))
 
@@ -228,7 +228,7 @@ def report(run_dir: Run) -> None:
     \b
     sora report runs/quickstart
     """
-    from sora_train.commands import write_report
+    from sora_train.tools.terminal import write_report
 
     print(write_report(run_dir))
 
@@ -265,7 +265,7 @@ def replay_step(
     sora replay runs/mine --step 1200 --rank 3
     sora replay runs/mine --step 1200 --no-loss --out look
     """
-    from sora_train.replay_command import Request, replay
+    from sora_train.tools.replay.replay import Request, replay
 
     print(replay(Request(run_dir, step, rank, of, out, not no_loss, checkpoint, device)))
 
@@ -288,7 +288,7 @@ def track_replay(
     sora track replay runs/mine --mode online
     sora track replay runs/mine --kind tensorboard
     """
-    from sora_train.tracking_feed import replay
+    from sora_train.monitoring.tracking.feed import replay
 
     print(replay(run_dir, kind or (), project, mode, new_run=new_run))
 

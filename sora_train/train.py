@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 from sora_train.config import Config
 from sora_train.config.compose import compose, split_yaml_file
+from sora_train.config.job import Frozen, freeze, thaw
+from sora_train.config.stages import compose_stages, train_stages
 from sora_train.errors import UserError, run_command
-from sora_train.frozen import Frozen, freeze, thaw
-from sora_train.launch.check import check_job
-from sora_train.notices import listening
-from sora_train.stages import compose_stages, train_stages
-from sora_train.sweep.run import run_sweep
+from sora_train.runtime.preemption import listening
+from sora_train.tools.launch.check import check_job
+from sora_train.tools.sweep.run import run_sweep
 
 if TYPE_CHECKING:
-    from sora_train.trainer import Trainer
+    from sora_train.training.trainer import Trainer
 
 OPTIONS = argparse.ArgumentParser(prog="sora train", add_help=False, allow_abbrev=False)
 OPTIONS.add_argument("--config-dir", type=Path)
@@ -57,7 +57,7 @@ def train(trainer_cls: "type[Trainer] | None", config_cls: type[Config], argv: l
         return 0
     if trainer_cls is None:
         # Torch loads only once the config is known to be right.
-        from sora_train.trainer import Trainer
+        from sora_train.training.trainer import Trainer
 
         trainer_cls = Trainer
     with listening():

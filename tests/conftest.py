@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 @pytest.fixture(scope="session", autouse=True)
 def shapes_are_rendered_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Runs of this process that ask for the same rendered clips get copies: equal arguments give equal files."""
-    from sora_train import training_sources
+    from sora_train.data.index import sources as training_sources
 
     render, made = training_sources.prepare_shapes, tmp_path_factory.mktemp("shapes")
 
@@ -57,7 +57,7 @@ def real_videos() -> Path:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of parity_tiny after its two steps, with a sample; copy it before changing it."""
     from sora_train.config.compose import compose
-    from sora_train.trainer import Trainer
+    from sora_train.training.trainer import Trainer
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     steps = ["train.steps=2", "checkpoint.every=1", "validation.every=1", "sample.every=2"]

@@ -9,9 +9,9 @@ from sora_train.config import Config
 from sora_train.config.compose import compose, find_configs
 from sora_train.config.reference import reference
 from sora_train.config.schema import keys
-from sora_train.data.buckets import build_buckets
+from sora_train.data.tape.buckets import build_buckets
 from sora_train.errors import ConfigError
-from sora_train.planning.encoders import geometry_of
+from sora_train.tools.plan.time.encoders import geometry_of
 
 CONFIGS = find_configs()
 REPO = CONFIGS.parent

@@ -24,9 +24,9 @@ from PIL import Image
 from sora_train.cli import run
 from sora_train.config import Config
 from sora_train.config.compose import compose
-from sora_train.data.video_io import encode_h264
+from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import ConfigError, UserError
-from sora_train.sweep.local import Runner, Task
+from sora_train.tools.sweep.local import Runner, Task
 from sora_train.train import train
 
 REPO = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from sora_train.checkpoint.commit import sha256
 from sora_train.checkpoint.layout import MANIFEST, Checkpoint
-from sora_train.distributed import ControlPlane
 from sora_train.errors import Fault, UserError
+from sora_train.runtime.world import ControlPlane
 
 
 def load(

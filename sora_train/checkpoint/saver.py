@@ -23,9 +23,9 @@ from sora_train.checkpoint.remote import Remote
 from sora_train.checkpoint.retention import prune
 from sora_train.checkpoint.saving import write
 from sora_train.checkpoint.staging import Staging
-from sora_train.config.run import CheckpointConfig
-from sora_train.distributed import ControlPlane, World
+from sora_train.config.sections.run import CheckpointConfig
 from sora_train.errors import Fault
+from sora_train.runtime.world import ControlPlane, World
 
 # How long a run that has failed waits for a save that is on its way; another rank may be gone.
 ABANDON_SECONDS = 20.0

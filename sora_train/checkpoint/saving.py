@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from sora_train.checkpoint.commit import begin, commit, digests, written_by
 from sora_train.checkpoint.layout import TEMPORARY, Checkpoint, name_of
 from sora_train.checkpoint.points import reach
-from sora_train.distributed import ControlPlane
 from sora_train.errors import Fault
-from sora_train.flat_shard import piece
+from sora_train.parallel.shards import piece
+from sora_train.runtime.world import ControlPlane
 
 
 def save(

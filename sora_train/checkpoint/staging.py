@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
 from sora_train.checkpoint.layout import Checkpoint
-from sora_train.distributed import ControlPlane
 from sora_train.errors import Fault
-from sora_train.flat_shard import FlatShard, piece
+from sora_train.parallel.shards import FlatShard, piece
+from sora_train.runtime.world import ControlPlane
 
 
 class Staging:

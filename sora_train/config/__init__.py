@@ -4,14 +4,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sora_train.config.base import Section
-from sora_train.config.data import BucketClass, BucketsConfig, DataConfig, MixConfig, SourceConfig
-from sora_train.config.health import HealthConfig
-from sora_train.config.launch import LaunchConfig
-from sora_train.config.loss_health import LossHealthConfig
-from sora_train.config.model import ModelConfig, TextConfig, VaeConfig
-from sora_train.config.parallel import ParallelConfig
-from sora_train.config.run import (
+from sora_train.config.sections.base import Section
+from sora_train.config.sections.data import (
+    BucketClass,
+    BucketsConfig,
+    DataConfig,
+    MixConfig,
+    SourceConfig,
+)
+from sora_train.config.sections.health import HealthConfig
+from sora_train.config.sections.launch import LaunchConfig
+from sora_train.config.sections.loss_health import LossHealthConfig
+from sora_train.config.sections.model import ModelConfig, TextConfig, VaeConfig
+from sora_train.config.sections.parallel import ParallelConfig
+from sora_train.config.sections.run import (
     CheckpointConfig,
     ConditioningConfig,
     ElasticConfig,
@@ -29,7 +35,7 @@ from sora_train.config.run import (
     VaeObjectiveConfig,
     ValidationConfig,
 )
-from sora_train.config.sweep import SweepConfig
+from sora_train.config.sections.sweep import SweepConfig
 
 __all__ = [
     "BucketClass",

@@ -32,9 +32,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sora_train.config import Config
-from sora_train.config.base import Section
 from sora_train.config.messages import unknown_key, validated
 from sora_train.config.schema import closest, default_tree, flatten, keys, plain
+from sora_train.config.sections.base import Section
 from sora_train.errors import ConfigError
 
 EVERY_KEY = "every_key"

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import pydantic
 from pydantic_core import ErrorDetails
 
-from sora_train.config.base import Section
 from sora_train.config.schema import (
     MISSING,
     closest,
@@ -18,6 +17,7 @@ from sora_train.config.schema import (
     keys,
     section_of,
 )
+from sora_train.config.sections.base import Section
 from sora_train.errors import ConfigError
 
 T = TypeVar("T", bound=Section)

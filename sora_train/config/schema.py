@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from sora_train.config.base import Section
+from sora_train.config.sections.base import Section
 
 MISSING = "???"
 """OmegaConf's mark of a key that must be given."""

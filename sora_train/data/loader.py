@@ -18,18 +18,21 @@ from types import TracebackType
 import numpy as np
 
 from sora_train.config import BucketsConfig, DataConfig
-from sora_train.data import decode_decord, decode_torchcodec, quarantine, stored
-from sora_train.data.cache import LatentCache, TextCache, latent_key
-from sora_train.data.caption_choice import CaptionChoice, require_captions
-from sora_train.data.decode import DecodeRequest, StorageFault
-from sora_train.data.decode_pool import DecodePool, worker_of
-from sora_train.data.made_with import decoder_name
+from sora_train.data import quarantine
+from sora_train.data.captions.choice import CaptionChoice, require_captions
+from sora_train.data.decode import decord as decode_decord
+from sora_train.data.decode import torchcodec as decode_torchcodec
+from sora_train.data.decode.frames import DecodeRequest, StorageFault
+from sora_train.data.decode.pool import DecodePool, worker_of
+from sora_train.data.latents import members as stored
+from sora_train.data.latents.cache import LatentCache, TextCache, latent_key
+from sora_train.data.latents.provenance import decoder_name
 from sora_train.data.manifest import Manifest, text_digest
-from sora_train.data.plan import TapeLike, rows_for_rank
-from sora_train.data.reading import require
-from sora_train.data.remote import is_remote
-from sora_train.data.retry import ReadPolicy
 from sora_train.data.sample import Bucket, Clip, ClipBatch, Failure, MicroBatch
+from sora_train.data.storage.cached_reads import require
+from sora_train.data.storage.remote import is_remote
+from sora_train.data.storage.retry import ReadPolicy
+from sora_train.data.tape.tape import TapeLike, rows_for_rank
 from sora_train.data.transforms import crop, uniform, window
 from sora_train.errors import Fault, UserError
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from sora_train.base.seeding import key_seed
 from sora_train.data.sample import Bucket
-from sora_train.keys import key_seed
 
 TRANSFORM_VERSION = 1
 """Of how times, crop and size turn into pixels, resizing in `decode` included: raised when it gives other pixels."""

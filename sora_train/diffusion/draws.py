@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sora_train.keys import key_seed
+from sora_train.base.seeding import key_seed
 
 SampleKey = tuple[int, int | str]
 """(epoch, sample id)."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sora_train.diffusion.conditioning import frame_times
+from sora_train.diffusion.condition_masks import frame_times
 from sora_train.diffusion.flow import interpolate, velocity_target
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.diffusion.timesteps import shown_time

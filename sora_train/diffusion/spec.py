@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sora_train.diffusion import timesteps
-from sora_train.diffusion.conditioning import KINDS
+from sora_train.diffusion.condition_masks import KINDS
 
 _CHOICES = {
     "prediction": ("velocity",),

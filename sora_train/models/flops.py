@@ -2,7 +2,7 @@
 
 import math
 
-from sora_train.config.model import ModelConfig, TextConfig
+from sora_train.config.sections.model import ModelConfig, TextConfig
 
 
 def transformer_flops(

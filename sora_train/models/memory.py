@@ -15,8 +15,8 @@ bytes of the compute precision, f = max(4, w) bytes of norms and the residual st
 import math
 from dataclasses import dataclass
 
-from sora_train.config.model import ModelConfig, TextConfig
-from sora_train.config.parallel import ParallelConfig
+from sora_train.config.sections.model import ModelConfig, TextConfig
+from sora_train.config.sections.parallel import ParallelConfig
 
 COMPUTE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 MASTER = 4

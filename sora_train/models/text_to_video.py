@@ -10,12 +10,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from sora_train.config.model import ModelConfig, TextConfig
+from sora_train.config.sections.model import ModelConfig, TextConfig
 from sora_train.errors import ConfigError
-from sora_train.models.dit import VideoDiT
-from sora_train.models.spread import ALONE, Spread
-from sora_train.models.text import TextEncoder
-from sora_train.models.text_stored import build_text_encoder
+from sora_train.models.text.encoder import TextEncoder
+from sora_train.models.text.published import build_text_encoder
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.models.work_sharing import ALONE, Spread
 
 Text = tuple[Tensor, Tensor | None]
 """Byte ids (B, S) or caption embeddings (B, S, E), and the mask (B, S) of the caption's own

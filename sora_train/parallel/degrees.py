@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from sora_train.config import Config, ParallelConfig
-from sora_train.config.model import Attention
+from sora_train.config.sections.model import Attention
 from sora_train.errors import ConfigError
 
 GIVE_NO_LSE = ("cudnn", "varlen", "flash2", "flash3", "flash4")

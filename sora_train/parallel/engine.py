@@ -1,6 +1,6 @@
 """The engine: what turns a loss into a step. One protocol; FSDP2 serves one process, DDP, FSDP and HSDP.
 
-DeepSpeed's ZeRO is in sora_train/parallel/deepspeed.py."""
+DeepSpeed's ZeRO is in sora_train/parallel/deepspeed/engine.py."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -12,20 +12,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from sora_train.config import Config
-from sora_train.distributed import World
 from sora_train.errors import ConfigError, Fault
-from sora_train.flat_shard import FlatShard
-from sora_train.models.attention_backends import check_attention
-from sora_train.parallel.activations import prepare_blocks
+from sora_train.models.transformer.attention_backends import check_attention
 from sora_train.parallel.compile import check_compiler, resolve_compile
-from sora_train.parallel.context import apply_context_parallel
-from sora_train.parallel.deepspeed import ZeroEngine, require_deepspeed
-from sora_train.parallel.deepspeed_json import check_zero
+from sora_train.parallel.context.context import apply_context_parallel
+from sora_train.parallel.deepspeed.engine import ZeroEngine, require_deepspeed
+from sora_train.parallel.deepspeed.settings import check_zero
 from sora_train.parallel.degrees import Degrees, resolve_degrees
-from sora_train.parallel.host_optimizer import HostCopies, placed_on_host
 from sora_train.parallel.materialise import materialise
+from sora_train.parallel.memory.activations import prepare_blocks
+from sora_train.parallel.memory.host_optimizer import HostCopies, placed_on_host
 from sora_train.parallel.mesh import build_mesh
 from sora_train.parallel.parallelize import apply_fsdp
+from sora_train.parallel.shards import FlatShard
+from sora_train.runtime.world import World
 
 OptimizerBuilder = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 """From parameters by name to the optimizer of them."""

@@ -3,8 +3,8 @@
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sora_train.config import ParallelConfig
-from sora_train.distributed import World, set_timeout
 from sora_train.parallel.degrees import resolve_degrees
+from sora_train.runtime.world import World, set_timeout
 
 
 def build_mesh(cfg: ParallelConfig, world: World) -> DeviceMesh:

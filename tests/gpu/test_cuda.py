@@ -8,13 +8,13 @@ import torch
 
 from sora_train.checkpoint.staging import Staging
 from sora_train.config import ModelConfig
-from sora_train.metrics import read_metrics
-from sora_train.models.attention import AttentionCore
-from sora_train.models.attention_backends import BACKENDS, missing
-from sora_train.models.dit import VideoDiT
-from sora_train.parallel.activations import checkpoint_blocks
-from sora_train.parallel.offload import offload_blocks
-from sora_train.trainer import Trainer
+from sora_train.models.transformer.attention import AttentionCore
+from sora_train.models.transformer.attention_backends import BACKENDS, missing
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.parallel.memory.activations import checkpoint_blocks
+from sora_train.parallel.memory.offload import offload_blocks
+from sora_train.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_train.metrics import is_clocked
+from sora_train.monitoring.metrics import is_clocked
 
 TINY = "experiment=parity_tiny"
 FROZEN = "text.trainable=false"
@@ -15,7 +15,7 @@ FROZEN = "text.trainable=false"
 def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """The clips as overrides that name them as sources."""
     from sora_train.config.compose import compose
-    from sora_train.training_sources import open_sources
+    from sora_train.data.index.sources import open_sources
 
     folder = tmp_path_factory.mktemp("clips")
     found = open_sources(compose([TINY, f"run.dir={folder}"]).config, folder)
@@ -25,7 +25,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.fixture(scope="session")
 def encoded(clips: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of these clips: moments of the latents, and embeddings."""
-    from sora_train.commands import data_encode
+    from sora_train.tools.terminal import data_encode
 
     folder = tmp_path_factory.mktemp("encoded")
     arguments = [TINY, f"run.dir={folder / 'run'}", FROZEN, clips[1], "data.latents=sample"]
@@ -40,7 +40,7 @@ def encoded(clips: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, float]]]:
     """`trained(*overrides)`: the metrics of three steps of the tiny experiment, the same overrides trained once."""
     from sora_train.config.compose import compose
-    from sora_train.trainer import Trainer
+    from sora_train.training.trainer import Trainer
 
     known: dict[tuple[str, ...], list[dict[str, float]]] = {}
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from sora_train import cli
-from sora_train.atomic import write_atomically
-from sora_train.data.video_io import encode_h264
+from sora_train.base.files import write_atomically
+from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import EXIT_FAULT, EXIT_USER, run_command
 
 PARITY = ["train", "experiment=parity_tiny"]

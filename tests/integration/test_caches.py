@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_train import notices
-from sora_train.commands import data_verify
 from sora_train.config import Config
 from sora_train.config.compose import compose
-from sora_train.data.made_with import FILE_NAME
+from sora_train.data.latents.provenance import FILE_NAME
 from sora_train.data.sample import Clip
 from sora_train.errors import EXIT_REQUEUE, Preempted, UserError
-from sora_train.models.text import TextEncoder
-from sora_train.models.vae import VideoVAE
+from sora_train.models.text.encoder import TextEncoder
+from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import TextToVideoObjective
-from sora_train.trainer import Trainer
+from sora_train.runtime import preemption as notices
+from sora_train.tools.terminal import data_verify
+from sora_train.training.trainer import Trainer
 
 TINY = "experiment=parity_tiny"
 FROZEN = "text.trainable=false"

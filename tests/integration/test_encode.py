@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_train.commands import data_encode, data_verify
-from sora_train.data.made_with import read_made_with, write_made_with
+from sora_train.data.index.shard_writer import ShardWriter
+from sora_train.data.latents.members import stored_of
+from sora_train.data.latents.provenance import read_made_with, write_made_with
 from sora_train.data.manifest import Manifest
-from sora_train.data.shards import ShardWriter
-from sora_train.data.stored import stored_of
 from sora_train.errors import UserError
-from sora_train.models.text import TextEncoder
-from sora_train.models.vae import VideoVAE
+from sora_train.models.text.encoder import TextEncoder
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.tools.terminal import data_encode, data_verify
 
 TINY = ("experiment=parity_tiny", "text.trainable=false", "data.latents=sample")
 

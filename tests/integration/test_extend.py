@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_train.api import load
 from sora_train.checkpoint import find
 from sora_train.cli import run
-from sora_train.data.video_io import encode_h264
+from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import UserError
-from sora_train.metrics import read_metrics
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.sampling.api import load
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extend.md"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from sora_train.config.compose import compose
-from sora_train.data.video_io import encode_h264
+from sora_train.data.decode.video_io import encode_h264
 from sora_train.objectives import to_pixels
-from sora_train.sampling import to_uint8
-from sora_train.trainer import Trainer
+from sora_train.sampling.pipeline import to_uint8
+from sora_train.training.trainer import Trainer
 
 CAPTION = "a hiker on a summit at sunrise"
 OVERRIDES = [

@@ -12,7 +12,7 @@ import pytest
 import sora_train
 from sora_train import cli
 from sora_train.data.manifest import FILE_NAME, Manifest
-from sora_train.metrics import read_metrics
+from sora_train.monitoring.metrics import read_metrics
 
 PROMPT = 'a, "quoted" [prompt]'
 SHORT = [

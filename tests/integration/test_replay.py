@@ -12,14 +12,14 @@ from PIL import Image
 
 from sora_train.cli import run as cli_run
 from sora_train.config.compose import compose
-from sora_train.data_trace import Trace, TraceRequest
 from sora_train.errors import UserError
-from sora_train.metrics import read_metrics
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.monitoring.run_folder import Part, parts_of
 from sora_train.objectives import Term
-from sora_train.replay import draw_step
-from sora_train.replay_command import Request, facts, look, replay
-from sora_train.run_folder import Part, parts_of
-from sora_train.trainer import Trainer
+from sora_train.tools.data.trace import Trace, TraceRequest
+from sora_train.tools.replay.replay import Request, facts, look, replay
+from sora_train.training.outputs.step_picture import draw_step
+from sora_train.training.trainer import Trainer
 
 TINY = "experiment=parity_tiny"
 SHORT = ["sample.every=0", "validation.every=0", "checkpoint.every=1", "checkpoint.keep_last=9"]
@@ -162,7 +162,7 @@ def test_a_run_that_was_changed_on_the_way_replays_each_part_by_its_own_config(
 
 
 def test_going_back_voids_the_parts_after(tmp_path: Path, parity_config: Callable):
-    from sora_train.run_folder import RunFolder
+    from sora_train.monitoring.run_folder import RunFolder
 
     cfg = parity_config()
     folder = RunFolder(cfg, is_main=True)

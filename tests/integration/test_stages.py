@@ -10,10 +10,10 @@ import torch
 from sora_train import checkpoint as checkpoints
 from sora_train.config import Config
 from sora_train.errors import ConfigError
-from sora_train.metrics import read_metrics
+from sora_train.monitoring.metrics import read_metrics
 from sora_train.parallel.engine import full
 from sora_train.train import train
-from sora_train.trainer import Trainer
+from sora_train.training.trainer import Trainer
 
 LOW = "{name: low, overrides: ['train.steps=2', 'optim=adamw']}"
 HIGH = "{name: high, overrides: ['train.steps=2', 'optim=adamw'], weights: live, optimizer: true}"

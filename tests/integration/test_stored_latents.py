@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from sora_train.commands import data_encode
 from sora_train.config.compose import compose
-from sora_train.data import stored
+from sora_train.data.latents import members as stored
 from sora_train.data.manifest import Manifest
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.trainer import Trainer
+from sora_train.tools.terminal import data_encode
+from sora_train.training.trainer import Trainer
 
 FROZEN = ("text.trainable=false",)
 UNSEEN = "validation.every=0"

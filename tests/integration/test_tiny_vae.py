@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from sora_train.config.compose import compose
-from sora_train.metrics import read_metrics
-from sora_train.models.vae import VideoVAE, shipped_folder
-from sora_train.trainer import Trainer
+from sora_train.models.vae.autoencoder import VideoVAE, shipped_folder
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.training.trainer import Trainer
 
 
 def test_the_weights_are_those_the_page_describes() -> None:

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from sora_train import trainer
-from sora_train.bench import chaos
+from benchmarks import chaos
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import Clip, ClipBatch, Failure
 from sora_train.errors import run_command
 from sora_train.objectives import FlowBatch, Objective, TextToVideoObjective
-from sora_train.parallel import agreement
-from sora_train.trainer import Trainer
-from sora_train.training_data import TrainingData
+from sora_train.parallel.checks import agreement
+from sora_train.training import trainer
+from sora_train.training.pipeline.data import TrainingData
+from sora_train.training.trainer import Trainer
 
 STRAYS_AT = 1
 """The step, counted from 0, at which rank 1 does so."""

@@ -22,20 +22,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sora_train.bench.chaos import import_everything
+from benchmarks.chaos import import_everything
 from sora_train.config.compose import compose
-from sora_train.config.model import ModelConfig
-from sora_train.distributed import ControlPlane, World
+from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import Fault
-from sora_train.models.dit import VideoDiT
-from sora_train.models.vae import VideoVAE
-from sora_train.parallel.collectives import gather_tokens, heads_to_tokens, tokens_to_heads
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.parallel.compile import compile_blocks, graphs_compiled
-from sora_train.parallel.context import apply_context_parallel, context_groups, segments
+from sora_train.parallel.context.collectives import gather_tokens, heads_to_tokens, tokens_to_heads
+from sora_train.parallel.context.context import apply_context_parallel, context_groups, segments
+from sora_train.parallel.context.peers import Peers
+from sora_train.parallel.context.ring import ring_attention
 from sora_train.parallel.degrees import Degrees
-from sora_train.parallel.peers import Peers
-from sora_train.parallel.ring import ring_attention
-from sora_train.trainer import Trainer
+from sora_train.runtime.world import ControlPlane, World
+from sora_train.training.trainer import Trainer
 
 MODEL = ModelConfig(
     num_layers=2, num_heads=4, head_dim=16, ffn_dim=48, in_channels=4, out_channels=4, text_dim=24, freq_dim=16,

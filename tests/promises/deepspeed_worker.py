@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sora_train import distributed
 from sora_train.config import Config
 from sora_train.config.compose import compose
-from sora_train.distributed import World
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.models.vae import VideoVAE
-from sora_train.optim import build_optimizer
+from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.parallel.degrees import resolve_degrees
 from sora_train.parallel.engine import Engine, build_engine, check_engine, full
+from sora_train.runtime import world as distributed
+from sora_train.runtime.world import World
+from sora_train.training.optim.optim import build_optimizer
 
 FRAMES = (3, 1, 2)
 """Latent frames of one micro-batch after the other: videos and images mixed."""

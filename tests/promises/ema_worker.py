@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sora_train import checkpoint as checkpoints
-from sora_train.distributed import ControlPlane, World
-from sora_train.ema import Ema
 from sora_train.parallel.engine import local
+from sora_train.runtime.world import ControlPlane, World
+from sora_train.training.optim.ema import Ema
 
 RANKS = 3
 # Steps trained on 3 ranks, on 2 and on 1; each begins where the one before has saved.

@@ -2,7 +2,7 @@
 
 from sora_train.errors import Fault
 from sora_train.train import main
-from sora_train.trainer import Trainer
+from sora_train.training.trainer import Trainer
 
 
 class FailingTrainer(Trainer):

@@ -12,8 +12,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from sora_train import watchdog
-from sora_train.bench import chaos
+from benchmarks import chaos
+from sora_train.runtime import watchdog
 
 MOST_ATTEMPTS = 8
 

@@ -9,7 +9,7 @@ import sys
 import torch.distributed as dist
 
 from sora_train.config.compose import compose
-from sora_train.trainer import Trainer
+from sora_train.training.trainer import Trainer
 
 
 def main() -> None:

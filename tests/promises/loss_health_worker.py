@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from sora_train import checkpoint as checkpoints
-from sora_train import rollback
 from sora_train.config.compose import compose
 from sora_train.objectives import Term, TextToVideoObjective
-from sora_train.out_of_memory import kilobytes
 from sora_train.parallel.engine import local
-from sora_train.trainer import Trainer
+from sora_train.training.resilience import rollback
+from sora_train.training.resilience.out_of_memory import kilobytes
+from sora_train.training.trainer import Trainer
 
 
 class Killed(Exception):

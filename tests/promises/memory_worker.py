@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sora_train import distributed
-from sora_train.bench.memory import LiveBytes
+from benchmarks.memory import LiveBytes
 from sora_train.config import Config
 from sora_train.config.compose import compose
-from sora_train.initialise import empty_model
-from sora_train.metrics import read_metrics
-from sora_train.optim import build_optimizer
+from sora_train.monitoring.metrics import read_metrics
 from sora_train.parallel.engine import build_engine, full
 from sora_train.parallel.materialise import fill
-from sora_train.trainer import Trainer
+from sora_train.runtime import world as distributed
+from sora_train.training.optim.optim import build_optimizer
+from sora_train.training.resilience.initialise import empty_model
+from sora_train.training.trainer import Trainer
 
 
 def train(folder: Path, number: int, overrides: list[str]) -> None:

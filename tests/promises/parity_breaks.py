@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from sora_train import objectives
-from sora_train.models import dit
-from sora_train.parallel import ring
+from sora_train.models.transformer import dit
+from sora_train.parallel.context import ring
 from sora_train.parallel.engine import FsdpEngine
 
 RANK = int(os.environ.get("RANK", "0"))

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from sora_train import checkpoint as checkpoints
 from sora_train.errors import UserError
-from sora_train.metrics import is_clocked, read_metrics
-from sora_train.models.lpips import Lpips
-from sora_train.trainer import Trainer
+from sora_train.models.vae.lpips import Lpips
+from sora_train.monitoring.metrics import is_clocked, read_metrics
+from sora_train.training.trainer import Trainer
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 ADVERSARY = (

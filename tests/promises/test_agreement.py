@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from sora_train.errors import EXIT_FAULT
-from sora_train.metrics import read_metrics
+from sora_train.monitoring.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(600)
 DRIVER = Path(__file__).with_name("agreement_driver.py")

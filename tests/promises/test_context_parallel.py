@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from sora_train import spikes
 from sora_train.config.compose import compose
 from sora_train.data.sample import Clip
-from sora_train.distributed import World
 from sora_train.errors import ConfigError
-from sora_train.loss_health import Verdict
-from sora_train.metrics import read_metrics
-from sora_train.parallel.context import neighbours, segments
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.objectives.validation import shares
+from sora_train.parallel.context.context import neighbours, segments
 from sora_train.parallel.degrees import Degrees, check_degrees
-from sora_train.validate import shares
+from sora_train.runtime.world import World
+from sora_train.training.resilience import spike_report as spikes
+from sora_train.training.spike_detector import Verdict
 
 WORKER = Path(__file__).with_name("context_worker.py")
 EXACT = 1e-13

@@ -16,9 +16,9 @@ import pytest
 import torch
 from deepspeed_worker import LONG, run_cell
 
-from sora_train import distributed
-from sora_train.metrics import read_metrics
-from sora_train.trainer import Trainer
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.runtime import world as distributed
+from sora_train.training.trainer import Trainer
 
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 SGD = ["optim=sgd", "optim.lr=0.05", "optim.grad_clip=0"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_train.doctor.checks.network import address_towards
+from sora_train.tools.doctor.checks.network import address_towards
 
 SECONDS = 45
 """What the doctor is given; a process that is frozen costs some waits of it."""

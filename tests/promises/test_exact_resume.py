@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from sora_train import checkpoint as checkpoints
-from sora_train import resume
 from sora_train.config import Config, resumption
 from sora_train.config.compose import compose
 from sora_train.config.schema import keys
 from sora_train.data.sample import Failure
-from sora_train.distributed import ControlPlane, World
 from sora_train.errors import ConfigError, Fault, UserError
-from sora_train.metrics import is_clocked, read_metrics
+from sora_train.monitoring.metrics import is_clocked, read_metrics
 from sora_train.parallel.engine import full
-from sora_train.trainer import Trainer
+from sora_train.runtime.world import ControlPlane, World
+from sora_train.training.resilience import resume
+from sora_train.training.trainer import Trainer
 
 ADAMW = ("optim=adamw", "optim.warmup_steps=2", "optim.decay=linear")
 

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
-from sora_train.data.buckets import assign, build_buckets
-from sora_train.data.index import open_source
+from sora_train.data.index.folder import open_source
+from sora_train.data.index.shapes_source import prepare_shapes
+from sora_train.data.index.shard_writer import read_bytes
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.micro_batches import micro_batch_sizes
-from sora_train.data.plan import Tape, rows_for_rank
 from sora_train.data.sample import Bucket
-from sora_train.data.shapes_source import prepare_shapes
-from sora_train.data.shards import read_bytes
+from sora_train.data.tape.buckets import assign, build_buckets
+from sora_train.data.tape.micro_batches import micro_batch_sizes
+from sora_train.data.tape.tape import Tape, rows_for_rank
 from sora_train.errors import Fault
 
 BUCKETS = BucketsConfig(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sora_train.bench import chaos
+from benchmarks import chaos
 from sora_train.errors import EXIT_FAULT, EXIT_REQUEUE
 
 pytestmark = pytest.mark.timeout(900)

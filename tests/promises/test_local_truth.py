@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_train import tracking
 from sora_train.config import Config
 from sora_train.config.compose import read_config
-from sora_train.metrics import METRICS, is_clocked, read_metrics
-from sora_train.trainer import Trainer
+from sora_train.monitoring.metrics import METRICS, is_clocked, read_metrics
+from sora_train.monitoring.tracking import process as tracking
+from sora_train.training.trainer import Trainer
 
 STEPS = ["train.steps=2", "checkpoint.every=1", "validation.every=1", "sample.every=2"]
 

@@ -13,7 +13,7 @@ from loss_health_worker import run
 
 from sora_train import checkpoint as checkpoints
 from sora_train.errors import Fault
-from sora_train.metrics import is_clocked, read_metrics
+from sora_train.monitoring.metrics import is_clocked, read_metrics
 
 WORKER = Path(__file__).with_name("loss_health_worker.py")
 COUNTS = ("train/skipped", "train/rollbacks", "train/lost_clips", "train/samples_seen")

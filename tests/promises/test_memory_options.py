@@ -16,12 +16,12 @@ import torch
 from memory_worker import train
 
 from sora_train.config.compose import compose
-from sora_train.metrics import read_metrics
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.parallel.host_optimizer import HostCopies
+from sora_train.monitoring.metrics import read_metrics
 from sora_train.parallel.materialise import fill, materialise
-from sora_train.trainer import Trainer
-from sora_train.warm_up import sizes, warm_up
+from sora_train.parallel.memory.host_optimizer import HostCopies
+from sora_train.training.trainer import Trainer
+from sora_train.training.warm_up import sizes, warm_up
 
 WORKER = Path(__file__).with_name("memory_worker.py")
 SHORT = ["train.steps=3", "validation.every=0", "sample.every=0", "optim=adamw"]
@@ -184,7 +184,7 @@ def test_a_run_begins_with_anothers_weights_in_shards_of_its_own(parity_config: 
 
 
 def test_the_allocator_grows_its_segments_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch):
-    from sora_train import distributed
+    from sora_train.runtime import world as distributed
 
     for name in distributed.ALLOCATOR:
         monkeypatch.delenv(name, raising=False)

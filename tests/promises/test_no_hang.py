@@ -13,8 +13,8 @@ import pytest
 
 from sora_train import checkpoint as checkpoints
 from sora_train.errors import Fault
-from sora_train.metrics import read_metrics
-from sora_train.trainer import Trainer
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.training.trainer import Trainer
 
 DEADLINE = 2.0
 WORKER = Path(__file__).with_name("failing_worker.py")

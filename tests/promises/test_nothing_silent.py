@@ -14,10 +14,10 @@ from sora_train import checkpoint as checkpoints
 from sora_train import cli
 from sora_train.config import Config
 from sora_train.config.compose import compose, read_config
-from sora_train.data.shards import read_bytes
+from sora_train.data.index.shard_writer import read_bytes
 from sora_train.errors import ConfigError, Fault, UserError
-from sora_train.metrics import read_metrics
-from sora_train.trainer import Trainer
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.training.trainer import Trainer
 
 TINY = ["experiment=real_tiny", "vae=micro", "model=micro", "text=bytes_micro", "buckets=micro"]
 SHORT = ["train.steps=5", "validation.every=0", "sample.every=0", "checkpoint.every=0", "run.threads=1"]  # fmt: skip
@@ -39,7 +39,7 @@ def source(finished_run: Path, tmp_path: Path) -> Path:
         path.write_bytes(data if number != 1 else data[: len(data) // 2])
         if number != 2:
             path.with_suffix(".txt").write_text(made.caption[row])
-    from sora_train.data.video_io import encode_h264
+    from sora_train.data.decode.video_io import encode_h264
 
     encode_h264(np.zeros((9, 16, 16, 3), np.uint8), 8, folder / "small.mp4")
     (folder / "small.txt").write_text("a black speck")

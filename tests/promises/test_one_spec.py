@@ -16,12 +16,12 @@ import pytest
 import yaml
 
 import sora_train
-from sora_train import sampling
 from sora_train.config.compose import read_config
 from sora_train.diffusion import flow, sampler
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
-from sora_train.models.vae import VideoVAE
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.sampling import pipeline as sampling
 
 
 @pytest.fixture

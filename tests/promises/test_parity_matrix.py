@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sora_train.doctor.layouts import LAYOUTS, Cell, chosen, matrix, with_references
-from sora_train.doctor.parity import (
+from sora_train.errors import UserError
+from sora_train.tools.doctor.parity.layouts import LAYOUTS, Cell, chosen, matrix, with_references
+from sora_train.tools.doctor.parity.parity import (
     Wanted,
     compare,
     compare_chain,
@@ -22,7 +23,6 @@ from sora_train.doctor.parity import (
     told,
     weights_apart,
 )
-from sora_train.errors import UserError
 
 
 def cell(layout: str, accumulation: int, optimizer: str, idle: int = 0) -> Cell:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sora_train.errors import EXIT_REQUEUE
-from sora_train.metrics import read_metrics
+from sora_train.monitoring.metrics import read_metrics
 
 DRIVER = Path(__file__).with_name("faults_driver.py")
 # Twelve micro-batches are dealt out evenly over 4, 3, 2 and 1 ranks.

@@ -15,11 +15,11 @@ from sora_train import __version__
 from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint import saver as saver_module
 from sora_train.checkpoint.points import VARIABLE
-from sora_train.checkpointing import config_digest, run_id
 from sora_train.errors import Fault, Preempted, UserError
-from sora_train.metrics import read_metrics
-from sora_train.notices import listening
-from sora_train.trainer import Trainer
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.runtime.preemption import listening
+from sora_train.training.checkpointing import config_digest, run_id
+from sora_train.training.trainer import Trainer
 
 
 @pytest.fixture

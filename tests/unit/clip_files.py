@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 
-from sora_train.data.video_io import encode_h264
+from sora_train.data.decode.video_io import encode_h264
 
 LEVEL = 6
 """Grey levels between one frame and the next."""

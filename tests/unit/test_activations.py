@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sora_train.bench.memory import LiveBytes
-from sora_train.config.model import ModelConfig
-from sora_train.models.dit import VideoDiT
-from sora_train.parallel import offload as offloading
-from sora_train.parallel.activations import checkpoint_blocks, chunk_mlps
+from benchmarks.memory import LiveBytes
+from sora_train.config.sections.model import ModelConfig
+from sora_train.models.transformer.dit import VideoDiT
 from sora_train.parallel.compile import compile_blocks, graphs_compiled
-from sora_train.parallel.offload import offload_blocks
+from sora_train.parallel.memory import offload as offloading
+from sora_train.parallel.memory.activations import checkpoint_blocks, chunk_mlps
+from sora_train.parallel.memory.offload import offload_blocks
 
 SIZES = dict(num_layers=3, num_heads=2, head_dim=16, ffn_dim=96, in_channels=4, text_dim=8)
 MODES = ("none", "full", "selective")

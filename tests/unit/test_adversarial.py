@@ -7,22 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-from sora_train.adversary import Adversary, gradient_ratio
 from sora_train.config.compose import compose
 from sora_train.data.sample import Bucket, Clip, ClipBatch, MicroBatch
 from sora_train.errors import ConfigError, Fault
-from sora_train.metrics import read_metrics
-from sora_train.models.discriminator import (
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.models.vae.discriminator import (
     Discriminator,
     accuracy,
     discriminator_loss,
     generator_loss,
     smallest_side,
 )
-from sora_train.models.vae import VideoVAE
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.monitoring.report.charts import charts
 from sora_train.objectives import VaeObjective
-from sora_train.report_charts import charts
-from sora_train.trainer import Trainer
+from sora_train.objectives.adversary import Adversary, gradient_ratio
+from sora_train.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SMALL = ("task=vae", "vae_objective.disc_layers=2", "vae_objective.disc_channels=8")

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sora_train.config import Config, ParallelConfig
-from sora_train.debug_mode import start_debug
-from sora_train.distributed import World
-from sora_train.parallel.agreement import (
+from sora_train.parallel.checks.agreement import (
     TOPICS,
     Entry,
     Journal,
@@ -22,8 +20,10 @@ from sora_train.parallel.agreement import (
     parted,
     sentence,
 )
-from sora_train.parallel.block_calls import BlockCalls, leaves
+from sora_train.parallel.checks.block_calls import BlockCalls, leaves
 from sora_train.parallel.degrees import Degrees
+from sora_train.runtime.world import World
+from sora_train.training.resilience.debug_mode import start_debug
 
 SMALL = st.integers(1, 4)
 WORDS = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["", "x", "y"])), max_size=5)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sora_train.config.model import ModelConfig
+from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import ConfigError
-from sora_train.models import attention_backends, attention_gemm, flash_packages, layers
-from sora_train.models.attention import AttentionCore
-from sora_train.models.attention_backends import (
+from sora_train.models.transformer import attention_backends, attention_gemm, flash_packages, layers
+from sora_train.models.transformer.attention import AttentionCore
+from sora_train.models.transformer.attention_backends import (
     BACKENDS,
     check_attention,
     describe,
@@ -22,8 +22,8 @@ from sora_train.models.attention_backends import (
     resolve,
     varlen_attention,
 )
-from sora_train.models.attention_gemm import gemm_attention
-from sora_train.models.layers import WideLinear
+from sora_train.models.transformer.attention_gemm import gemm_attention
+from sora_train.models.transformer.layers import WideLinear
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ON_CPU = [name for name in BACKENDS if missing(name, CPU, torch.float32) is None]
@@ -228,7 +228,7 @@ def test_an_installed_package_is_found_without_importing_it(
 
 
 def test_training_refuses_a_missing_backend_before_it_reads_clips(parity_config, tmp_path):
-    from sora_train.trainer import Trainer
+    from sora_train.training.trainer import Trainer
 
     cfg = parity_config("model.attention=cudnn", "run.device=cpu")
     with pytest.raises(ConfigError, match=r"model\.attention is 'cudnn'"):

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_train.data.balance import EQUAL_COST, cut_epoch
-from sora_train.data.plan import Tape, imbalance, row_costs
 from sora_train.data.sample import Bucket
+from sora_train.data.tape.balance import EQUAL_COST, cut_epoch
+from sora_train.data.tape.tape import Tape, imbalance, row_costs
 
 
 @st.composite

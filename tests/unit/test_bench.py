@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from sora_train.bench import harness
-from sora_train.bench import train as bench_train
-from sora_train.bench.harness import Measured, Result, Stats, measure
+from benchmarks import train as bench_train
 from sora_train.config.compose import compose
-from sora_train.device_peaks import peak_flops
 from sora_train.errors import ConfigError, UserError
-from sora_train.models.dit import VideoDiT
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.monitoring.device_peaks import peak_flops
+from sora_train.tools import measuring as harness
+from sora_train.tools.measuring import Measured, Result, Stats, measure
 
 REPO = Path(__file__).parents[2]
 

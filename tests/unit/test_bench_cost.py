@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sora_train import cli
-from sora_train.bench.cost import Fit, default_lengths, fit, parse_tokens, run, table
-from sora_train.bench.harness import Stats
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
-from sora_train.training_plan import cost_model
+from sora_train.tools.measuring import Stats
+from sora_train.tools.plan.cost import Fit, default_lengths, fit, parse_tokens, run, table
+from sora_train.training.pipeline.plan import cost_model
 
 COEFFICIENT = st.one_of(st.just(0.0), st.floats(0.1, 10.0))
 

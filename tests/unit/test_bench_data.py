@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from clip_files import write_clip
 
-from sora_train.bench import webdataset_peer
-from sora_train.bench.data import DataBench, Memory, main, resident, run
-from sora_train.bench.raw_worker import RawRequest, answer
+from benchmarks import webdataset_peer
+from benchmarks.data import DataBench, Memory, main, resident, run
+from benchmarks.raw_worker import RawRequest, answer
 from sora_train.config.compose import compose
-from sora_train.data.index import open_source
+from sora_train.data.index.folder import open_source
 from sora_train.errors import UserError
 
 TOY = [

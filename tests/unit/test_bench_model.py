@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_train.bench import model as bench
+from benchmarks import model as bench
 from sora_train.errors import ConfigError, UserError
-from sora_train.models.wan_layout import wan_arguments
+from sora_train.models.transformer.wan_layout import wan_arguments
 
 TOY = [
     "model.num_layers=1", "model.num_heads=2", "model.head_dim=16", "model.ffn_dim=32", "model.text_dim=8",

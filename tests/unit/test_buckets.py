@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sora_train.config import BucketClass, BucketsConfig
-from sora_train.data.buckets import assign, build_buckets
 from sora_train.data.manifest import Manifest, empty_row
 from sora_train.data.sample import Bucket
+from sora_train.data.tape.buckets import assign, build_buckets
 from sora_train.data.transforms import crop, crop_size, sampled_frames, uniform, window
 from sora_train.errors import ConfigError
 

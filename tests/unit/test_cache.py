@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_train.data.cache import LatentCache, TextCache
-from sora_train.data.made_with import (
+from sora_train.data.latents.cache import LatentCache, TextCache
+from sora_train.data.latents.provenance import (
     FILE_NAME,
     decoder_name,
     differences,
@@ -19,8 +19,8 @@ from sora_train.data.made_with import (
 )
 from sora_train.diffusion.draws import draw_noise
 from sora_train.errors import UserError
-from sora_train.models.vae import VideoVAE
-from sora_train.posterior import draw_latents, encode_posterior
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.objectives.posterior import draw_latents, encode_posterior
 
 KEY = "ab12" * 10
 LATENTS = np.arange(16, dtype=np.float32).reshape(2, 2, 2, 2)

@@ -17,27 +17,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.shards import write_shards
-from sora_train.commands import data_index
 from sora_train.config import BucketClass, BucketsConfig, Config, DataConfig
-from sora_train.data.buckets import assign, build_buckets
-from sora_train.data.caption_choice import (
+from sora_train.data.captions.choice import (
     CaptionChoice,
     caption_counts,
     captions_by_name,
     require_captions,
     without_weighted,
 )
-from sora_train.data.caption_texts import FIELD_ORDER, as_prompt, dumped, named_captions
-from sora_train.data.captions import Texts, read_table
-from sora_train.data.index import open_source
-from sora_train.data.index_shards import HowToIndex, index_shards
+from sora_train.data.captions.tables import Texts, read_table
+from sora_train.data.captions.texts import FIELD_ORDER, as_prompt, dumped, named_captions
+from sora_train.data.index.folder import open_source
+from sora_train.data.index.shards import HowToIndex, index_shards
+from sora_train.data.index.tars import MemberKeys, captions_of, scores_of
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest, empty_row
-from sora_train.data.plan import Tape
-from sora_train.data.tars import MemberKeys, captions_of, scores_of
-from sora_train.distributed import ControlPlane, World
+from sora_train.data.tape.buckets import assign, build_buckets
+from sora_train.data.tape.tape import Tape
 from sora_train.errors import UserError
-from sora_train.training_data import read_validation
+from sora_train.runtime.world import ControlPlane, World
+from sora_train.tools.terminal import data_index
+from sora_train.training.pipeline.data import read_validation
 
 FIELDS = {"style": "flat", "subject": "a red ball", "action": "rolls left", "camera": "still"}
 CAPTIONS = dumped({"short": "ball", "dense": "a red ball that rolls", "fields": FIELDS})

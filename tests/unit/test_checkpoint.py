@@ -25,9 +25,9 @@ from sora_train.checkpoint.retention import Retention
 from sora_train.checkpoint.saver import Saver
 from sora_train.checkpoint.space import Space, require_space, space_for
 from sora_train.checkpoint.staging import Staging
-from sora_train.config.run import CheckpointConfig
-from sora_train.distributed import World
+from sora_train.config.sections.run import CheckpointConfig
 from sora_train.errors import Fault, UserError
+from sora_train.runtime.world import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from sora_train import checkpoint as checkpoints
-from sora_train.checkpoint_diff import difference, tensor_differences
-from sora_train.checkpoint_tools import entries, statistics, superfluous
+from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.cli import run
-from sora_train.ema_profiles import gamma_of
-from sora_train.ema_snapshots import remove_after
 from sora_train.errors import UserError, run_command
-from sora_train.run_folder import take_lock
-from sora_train.stored_tensors import StoredTensors
-from sora_train.trainer import Trainer
+from sora_train.monitoring.run_folder import take_lock
+from sora_train.tools.checkpoints.diff import difference, tensor_differences
+from sora_train.tools.checkpoints.inspect import entries, statistics, superfluous
+from sora_train.training.optim.ema_profiles import gamma_of
+from sora_train.training.optim.ema_snapshots import remove_after
+from sora_train.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_inspect_shows_state_and_tensors(copied: Path, capsys):
 
 
 def test_statistics_are_those_of_the_finite_values(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sora_train.stored_tensors.CHUNK", 7)
+    monkeypatch.setattr("sora_train.checkpoint.tensors.CHUNK", 7)
     values = torch.linspace(-3, 5, 40).reshape(5, 8)
     expected = values.double()
     found = statistics(values)
@@ -199,7 +199,7 @@ def test_the_mean_of_checkpoints_samples_and_starts_a_run(
     copied: Path, tmp_path: Path, parity_config: Callable, capsys, monkeypatch: pytest.MonkeyPatch
 ):
     out = tmp_path / "mean"
-    monkeypatch.setattr("sora_train.averaging.GROUP", 10_000)
+    monkeypatch.setattr("sora_train.tools.checkpoints.averaging.GROUP", 10_000)
     assert sora("ckpt", "average", f"{copied}@1", copied, "--weights", "3,1", "--out", out) == 0
     assert "0.7500 x" in capsys.readouterr().out
     mean, one, other = stored(out), stored(copied, 1), stored(copied, 2)

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from sora_train.cli import run
-from sora_train.commands import split_ckpt
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError, Fault, UserError, run_command
-from sora_train.project import create
+from sora_train.tools.config.project import create
+from sora_train.tools.terminal import split_ckpt
 
 REPO = Path(__file__).resolve().parents[2]
 

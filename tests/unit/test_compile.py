@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from sora_train.card import compiled
-from sora_train.config.model import ModelConfig
+from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import ConfigError, Fault
-from sora_train.models.dit import Block, VideoDiT
+from sora_train.models.transformer.dit import Block, VideoDiT
 from sora_train.parallel import compile as compiling
 from sora_train.parallel.compile import (
     check_compiler,
@@ -14,6 +13,7 @@ from sora_train.parallel.compile import (
     graphs_compiled,
     resolve_compile,
 )
+from sora_train.training.card import compiled
 
 CPU = torch.device("cpu")
 SIZES = dict(num_layers=2, num_heads=2, head_dim=16, ffn_dim=48, in_channels=4, text_dim=8)
@@ -187,8 +187,8 @@ def test_auto_compiles_on_a_gpu_only():
 
 @pytest.mark.slow
 def test_a_run_trains_compiled_to_the_losses_of_eager(parity_config, traced_only: None):
-    from sora_train.metrics import read_metrics
-    from sora_train.trainer import Trainer
+    from sora_train.monitoring.metrics import read_metrics
+    from sora_train.training.trainer import Trainer
 
     rows = {}
     for mode in ("off", "dynamic"):

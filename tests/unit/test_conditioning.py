@@ -11,16 +11,8 @@ from torch import Tensor
 
 from sora_train.config import ConditioningConfig
 from sora_train.config.compose import compose
-from sora_train.diffusion import given as given_frames
-from sora_train.diffusion.conditioning import (
-    HEAD_KINDS,
-    KINDS,
-    STILL_KINDS,
-    ends_mask,
-    frame_mask,
-    kind_for,
-)
-from sora_train.diffusion.given import (
+from sora_train.diffusion import condition_frames as given_frames
+from sora_train.diffusion.condition_frames import (
     concat_condition,
     encode_given,
     encode_whole,
@@ -29,8 +21,16 @@ from sora_train.diffusion.given import (
     pixel_mask,
     there_and_back,
 )
+from sora_train.diffusion.condition_masks import (
+    HEAD_KINDS,
+    KINDS,
+    STILL_KINDS,
+    ends_mask,
+    frame_mask,
+    kind_for,
+)
 from sora_train.errors import ConfigError
-from sora_train.models.vae import VideoVAE
+from sora_train.models.vae.autoencoder import VideoVAE
 
 FACTOR, STEP = 4, 4
 DRAWS = [(i + 0.5) / 997 for i in range(997)]
@@ -295,7 +295,7 @@ def test_a_mix_that_cannot_be_is_refused_by_its_key(overrides: list[str], named:
 
 def test_channels_that_do_not_fit_are_refused(vae: VideoVAE) -> None:
     from sora_train.models.text_to_video import TextToVideo
-    from sora_train.specification import check_channels
+    from sora_train.objectives.spec import check_channels
 
     cfg = compose(["experiment=parity_tiny"]).config
     model: Any = TextToVideo(cfg.model, cfg.text, seed=0)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from sora_train import contact_sheet as module
-from sora_train.contact_sheet import LABEL_WIDTH, MARGIN, contact_sheet
+from sora_train.base import contact_sheet as module
+from sora_train.base.contact_sheet import LABEL_WIDTH, MARGIN, contact_sheet
 
 
 def coloured(colours: list[tuple[int, int, int]], size: int = 32) -> np.ndarray:

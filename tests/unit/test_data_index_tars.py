@@ -19,10 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sora_train.commands import data_index
-from sora_train.data import index_shards as module
-from sora_train.data import remote
-from sora_train.data.decode import (
+from sora_train.data.decode.frames import (
     BadClip,
     DecodeRequest,
     ProbeRequest,
@@ -30,12 +27,15 @@ from sora_train.data.decode import (
     decode_frames,
     probe_video,
 )
-from sora_train.data.index import open_source
-from sora_train.data.index_shards import HowToIndex, index_shards
+from sora_train.data.index import shards as module
+from sora_train.data.index.folder import open_source
+from sora_train.data.index.shards import HowToIndex, index_shards
+from sora_train.data.index.tars import MemberKeys, caption_of, split_name
 from sora_train.data.manifest import COLUMNS, FILE_NAME, Manifest
-from sora_train.data.remote import RemoteRange, expand
-from sora_train.data.tars import MemberKeys, caption_of, split_name
+from sora_train.data.storage import remote
+from sora_train.data.storage.remote import RemoteRange, expand
 from sora_train.errors import Fault, UserError
+from sora_train.tools.terminal import data_index
 
 Members = list[tuple[str, bytes]]
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from sora_train.cli import run
 from sora_train.config.compose import compose
-from sora_train.data_report import account, page, write_data_report
-from sora_train.data_report_plan import DataPlan
-from sora_train.models.vae import VideoVAE, read_geometry
-from sora_train.report_charts import histogram
+from sora_train.models.vae.autoencoder import VideoVAE, read_geometry
+from sora_train.monitoring.report.charts import histogram
+from sora_train.tools.data.report import account, page, write_data_report
+from sora_train.tools.data.report_plan import DataPlan
 
 HOSTILE = '<b>a "hostile" & bold caption</b>'
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_train.commands import data_trace
 from sora_train.config.compose import compose
-from sora_train.data_trace import TraceRequest
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.training_plan import cost_model
+from sora_train.tools.data.trace import TraceRequest
+from sora_train.tools.terminal import data_trace
+from sora_train.training.pipeline.plan import cost_model
 
 RUN = ["experiment=parity_tiny", "train.micro_batches=5", "data.shapes_clips=24"]
 

@@ -13,12 +13,12 @@ import pytest
 from clip_files import number_of, numbered, real_clips, write_clip, write_timed
 from PIL import Image
 
-from sora_train.data import decode
-from sora_train.data.decode import BadClip, DecodeRequest, ProbeRequest, StorageFault
-from sora_train.data.decode_pool import DecodePool
-from sora_train.data.decode_worker import TEST_HOOK
+from sora_train.data.decode import frames as decode
+from sora_train.data.decode.frames import BadClip, DecodeRequest, ProbeRequest, StorageFault
+from sora_train.data.decode.pool import DecodePool
+from sora_train.data.decode.video_io import encode_h264
+from sora_train.data.decode.worker import TEST_HOOK
 from sora_train.data.sample import Failure
-from sora_train.data.video_io import encode_h264
 from sora_train.errors import Fault, UserError
 
 
@@ -253,7 +253,7 @@ def test_rotated_clip_is_turned_clockwise():
 @pytest.mark.parametrize("name", ["press.mp4", "h265.mp4", "rotated_90.mov", "hiker.mp4"])
 def test_decord_gives_the_same_frames(name: str):
     pytest.importorskip("decord")
-    from sora_train.data import decode_decord
+    from sora_train.data.decode import decord as decode_decord
 
     fps = probe(real_clips() / name).fps
     asked = real(name, tuple(frame / fps for frame in (0, 1, 2)))
@@ -369,7 +369,7 @@ def test_a_killed_child_is_replaced_alone_and_none_inherits_a_file(tmp_path: Pat
         for pid in pool.pids:
             assert str(good) not in files_held(pid), "a clip is open only while it is decoded"
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            assert b"sora_train.data.decode_worker" in command, "a program, not a fork"
+            assert b"sora_train.data.decode.worker" in command, "a program, not a fork"
 
 
 def test_closing_ends_children_at_once_even_spinning_ones(tmp_path, monkeypatch):
@@ -391,8 +391,8 @@ def test_children_end_with_their_parent(tmp_path: Path):
     path = write_clip(tmp_path / "evil.mp4")
     code = f"""
 import os, time
-from sora_train.data.decode import ProbeRequest
-from sora_train.data.decode_pool import DecodePool
+from sora_train.data.decode.frames import ProbeRequest
+from sora_train.data.decode.pool import DecodePool
 pool = DecodePool(1, timeout=600)
 ask = lambda key: pool.submit(ProbeRequest(0, key, {str(path)!r}, 0, {path.stat().st_size}, "video"))
 ask("good").result()
@@ -415,8 +415,8 @@ os._exit(0)
 
 def test_a_decode_process_never_loads_torch():
     code = (
-        "import sys, sora_train.data.decode_worker, sora_train.data.shapes_worker, sora_train.data.loader, "
-        "sora_train.data.index, sora_train.data.shapes_source, sora_train.data.shards; "
+        "import sys, sora_train.data.decode.worker, sora_train.data.index.shapes_worker, sora_train.data.loader, "
+        "sora_train.data.index.folder, sora_train.data.index.shapes_source, sora_train.data.index.shard_writer; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

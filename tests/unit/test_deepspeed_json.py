@@ -12,11 +12,11 @@ import torch
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError, Fault
-from sora_train.parallel import deepspeed
-from sora_train.parallel.deepspeed_json import deepspeed_config
+from sora_train.parallel.deepspeed import engine as deepspeed
+from sora_train.parallel.deepspeed.settings import deepspeed_config
 from sora_train.parallel.degrees import resolve_degrees
 from sora_train.parallel.engine import check_engine, require_precise
-from sora_train.trainer import Trainer
+from sora_train.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ def test_a_missing_package_is_told_before_anything_is_made(
 
 
 def test_fsdp_does_not_import_it() -> None:
-    code = "import sys, sora_train.trainer; sys.exit('deepspeed' in sys.modules)"
+    code = "import sys, sora_train.training.trainer; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,8 +7,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from sora_train import distributed
 from sora_train.errors import Fault
+from sora_train.runtime import world as distributed
 
 
 def a_port() -> int:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sora_train.config.model import ModelConfig
+from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import UserError
-from sora_train.models.dit import VideoDiT
-from sora_train.models.rope import rope_table
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.models.transformer.rope import rope_table
 
 SIZES = dict(
     num_layers=2, num_heads=4, head_dim=24, ffn_dim=80, in_channels=5, text_dim=12, freq_dim=32
@@ -170,8 +170,8 @@ def test_wan_has_1024_positions():
 
 
 def test_a_bucket_past_the_positions_is_refused_before_any_clip_is_read(parity_config):
-    from sora_train.models.vae import read_geometry
-    from sora_train.training_plan import bucket_table
+    from sora_train.models.vae.autoencoder import read_geometry
+    from sora_train.training.pipeline.plan import bucket_table
 
     cfg = parity_config("model.rope_max_length=1")
     with pytest.raises(UserError, match=r"longer than model\.rope_max_length=1"):
@@ -179,8 +179,8 @@ def test_a_bucket_past_the_positions_is_refused_before_any_clip_is_read(parity_c
 
 
 def test_unequal_patches_divide_every_bucket(parity_config):
-    from sora_train.models.vae import read_geometry
-    from sora_train.training_plan import bucket_table
+    from sora_train.models.vae.autoencoder import read_geometry
+    from sora_train.training.pipeline.plan import bucket_table
 
     cfg = parity_config("model.patch_size=[1,2,3]", "buckets=tiny")
     for spec in bucket_table(cfg, read_geometry(cfg.vae), cfg.model.patch_size):

@@ -16,13 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sora_train.doctor import bandwidth, peers
-from sora_train.doctor.checks import clock, environment, gpus, limits, network, storage, versions
-from sora_train.doctor.deadline import LateError, all_checked, apart, checked, within
-from sora_train.doctor.examination import ended_after, told_apart
-from sora_train.doctor.findings import FAIL, OK, SAID, WARN, Finding, worst
-from sora_train.doctor.table import NodeReport, Report, show
 from sora_train.errors import EXIT_FAULT, Fault
+from sora_train.tools.doctor.checks import (
+    clock,
+    environment,
+    gpus,
+    limits,
+    network,
+    storage,
+    versions,
+)
+from sora_train.tools.doctor.findings import FAIL, OK, SAID, WARN, Finding, worst
+from sora_train.tools.doctor.nodes import bandwidth, peers
+from sora_train.tools.doctor.nodes.deadline import LateError, all_checked, apart, checked, within
+from sora_train.tools.doctor.nodes.examination import ended_after, told_apart
+from sora_train.tools.doctor.table import NodeReport, Report, show
 
 GIB = 2**30
 WELL = limits.Limits(
@@ -503,7 +511,7 @@ def test_a_blocked_read_is_left_behind_in_a_thread_and_in_a_process(tmp_path: Pa
         within(0.3, pipe.read_bytes)
     with pytest.raises(LateError):
         apart(
-            "sora_train.doctor.checks.storage:look",
+            "sora_train.tools.doctor.checks.storage:look",
             {"path": str(pipe), "version": 0, "seconds": 0.1},
             1.5,
         )
@@ -533,10 +541,10 @@ def test_a_late_check_and_a_broken_one_are_findings_beside_the_others(tmp_path: 
 
 
 def test_a_probe_answers_and_its_failure_is_told(tmp_path: Path):
-    told = apart("sora_train.doctor.checks.storage:measure", {"folder": str(tmp_path)}, 60)
+    told = apart("sora_train.tools.doctor.checks.storage:measure", {"folder": str(tmp_path)}, 60)
     assert told["place"] == str(tmp_path)
     with pytest.raises(Fault, match="KeyError"):
-        apart("sora_train.doctor.checks.storage:measure", {}, 60)
+        apart("sora_train.tools.doctor.checks.storage:measure", {}, 60)
     assert checked("x", 5, lambda: [Finding("x", "1")], "-") == [Finding("x", "1")]
 
 
@@ -575,7 +583,7 @@ def test_a_process_is_ended_while_it_is_examined_and_not_thereafter():
         assert time.monotonic() < until
         time.sleep(0.01)
     hung = (
-        "import time; from sora_train.doctor.examination import ended_after\n"
+        "import time; from sora_train.tools.doctor.nodes.examination import ended_after\n"
         "with ended_after(0.1, lambda: print('hung', flush=True)): time.sleep(60)"
     )
     done = subprocess.run([sys.executable, "-c", hung], capture_output=True, text=True, check=False)

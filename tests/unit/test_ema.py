@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sora_train.checkpoint import find, list_checkpoints
+from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.config import Config
 from sora_train.config.compose import compose
-from sora_train.ema import Ema, prefix_of, shadow_of, tag_of
-from sora_train.ema_profiles import (
+from sora_train.errors import ConfigError, Fault
+from sora_train.training.optim.ema import Ema, prefix_of, shadow_of, tag_of
+from sora_train.training.optim.ema_profiles import (
     WIDEST,
     Profile,
     gamma_of,
@@ -25,9 +27,7 @@ from sora_train.ema_profiles import (
     solve,
     time_grid,
 )
-from sora_train.errors import ConfigError, Fault
-from sora_train.stored_tensors import StoredTensors
-from sora_train.trainer import Trainer
+from sora_train.training.trainer import Trainer
 
 
 def model_of(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_train.flat_shard import FlatShard, boxes, piece
+from sora_train.parallel.shards import FlatShard, boxes, piece
 
 SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 

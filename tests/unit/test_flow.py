@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sora_train.diffusion import timesteps
-from sora_train.diffusion.conditioning import choose_kind, condition_times, frame_mask, frame_times
+from sora_train.diffusion.condition_masks import (
+    choose_kind,
+    condition_times,
+    frame_mask,
+    frame_times,
+)
 from sora_train.diffusion.flow import (
     data_from_velocity,
     interpolate,

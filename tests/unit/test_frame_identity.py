@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from clip_files import CODED_SIZE, code_of, inflate, skip_ticks, turn, write_coded
 
-from sora_train.data import decode, decode_torchcodec
-from sora_train.data.decode import DecodeRequest, Probe, ProbeRequest
-from sora_train.data.decode_pool import DecodePool, worker_of
+from sora_train.data.decode import frames as decode
+from sora_train.data.decode import torchcodec as decode_torchcodec
+from sora_train.data.decode.frames import DecodeRequest, Probe, ProbeRequest
+from sora_train.data.decode.pool import DecodePool, worker_of
 from sora_train.data.sample import Bucket, Failure
 from sora_train.data.transforms import sampled_frames, window
 from sora_train.errors import Fault, UserError

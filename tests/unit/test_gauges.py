@@ -16,8 +16,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_train.gauges import COLUMNS, Column, Gauges, by_rank, memory, over_ranks, over_time
-from sora_train.metrics import METRICS
+from sora_train.monitoring.gauges import (
+    COLUMNS,
+    Column,
+    Gauges,
+    by_rank,
+    memory,
+    over_ranks,
+    over_time,
+)
+from sora_train.monitoring.metrics import METRICS
 
 VALUE = st.one_of(st.just(math.nan), st.floats(-1e6, 1e6))
 RANKS = st.lists(
@@ -111,7 +119,7 @@ STAND_IN = """
 ASK = """
 import json, sys
 from sora_train.errors import UserError
-from sora_train.gauges_nvml import Nvml
+from sora_train.monitoring.gauges_nvml import Nvml
 gpu = Nvml("abc")
 found = [gpu.read(), gpu.read()]
 try:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_train.goodput import PARTS, Goodput, note_start, seconds_of, starts
+from sora_train.monitoring.goodput import PARTS, Goodput, note_start, seconds_of, starts
 
 SECONDS = st.floats(0, 1e4)
 STEPS = st.lists(st.tuples(SECONDS, st.floats(0, 1), st.booleans()), max_size=8)

@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from sora_train import checkpoint as checkpoints
-from sora_train import notices, watchdog
 from sora_train.config import HealthConfig
-from sora_train.distributed import ControlPlane, World
 from sora_train.errors import EXIT_REQUEUE, Fault, Preempted
-from sora_train.health import FIRST_STEPS, Health
-from sora_train.metrics import read_metrics
-from sora_train.notices import Notices, listening
+from sora_train.monitoring.metrics import read_metrics
 from sora_train.parallel.degrees import Degrees
-from sora_train.trainer import Trainer
-from sora_train.watchdog import Beat, line_of, verdict
+from sora_train.runtime import preemption as notices
+from sora_train.runtime import watchdog
+from sora_train.runtime.health import FIRST_STEPS, Health
+from sora_train.runtime.preemption import Notices, listening
+from sora_train.runtime.watchdog import Beat, line_of, verdict
+from sora_train.runtime.world import ControlPlane, World
+from sora_train.training.trainer import Trainer
 
 
 class WithAnother(ControlPlane):

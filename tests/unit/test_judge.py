@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sora_train.config import LossHealthConfig
-from sora_train.loss_health import Judge
-from sora_train.metrics import MetricsFile
-from sora_train.report_charts import charts, skipped_steps
+from sora_train.monitoring.metrics import MetricsFile
+from sora_train.monitoring.report.charts import charts, skipped_steps
+from sora_train.training.spike_detector import Judge
 
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])
 VALUES = st.floats(1e-6, 1e6)

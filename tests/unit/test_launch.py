@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from sora_train.cli import run
 from sora_train.config import Config, LaunchConfig
-from sora_train.config.launch import limit_seconds
+from sora_train.config.job import Frozen, freeze, thaw
+from sora_train.config.sections.launch import limit_seconds
 from sora_train.errors import EXIT_FAULT, EXIT_REQUEUE, EXIT_USER, ConfigError, Fault, UserError
-from sora_train.frozen import Frozen, freeze, thaw
-from sora_train.launch import k8s, local, node, slurm
-from sora_train.launch.array import array_of
-from sora_train.launch.job import Job
+from sora_train.tools.launch import k8s, local, node, slurm
+from sora_train.tools.launch.array import array_of
+from sora_train.tools.launch.job import Job
 
 REPO = Path(__file__).resolve().parents[2]
 PLAIN = REPO / "launch"
@@ -357,7 +357,7 @@ def test_told_to_leave_before_torch_is_there_is_told_to_leave() -> None:
     command = [
         sys.executable,
         "-m",
-        "sora_train.launch.node",
+        "sora_train.tools.launch.node",
         "--nnodes=2",
         "--node-rank=1",
         "--master-addr=127.0.0.1",
@@ -389,7 +389,7 @@ def test_an_edited_configuration_is_no_longer_frozen(tmp_path: Path) -> None:
 
 OWN = """
 from sora_train import Config
-from sora_train.config.base import Section
+from sora_train.config.sections.base import Section
 from sora_train.train import main
 
 class Mine(Section):

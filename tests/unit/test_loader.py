@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
 from sora_train.data import loader as loader_module
-from sora_train.data.buckets import assign, build_buckets
-from sora_train.data.cache import LatentCache, latent_key
-from sora_train.data.decode import DecodeRequest
-from sora_train.data.decode_worker import TEST_HOOK
-from sora_train.data.index import open_source
+from sora_train.data.decode.frames import DecodeRequest
+from sora_train.data.decode.worker import TEST_HOOK
+from sora_train.data.index.folder import open_source
+from sora_train.data.latents.cache import LatentCache, latent_key
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.plan import Tape
 from sora_train.data.quarantine import Quarantine
 from sora_train.data.sample import Bucket, Clip, Failure
+from sora_train.data.tape.buckets import assign, build_buckets
+from sora_train.data.tape.tape import Tape
 from sora_train.errors import Fault, UserError
 
 BUCKETS = BucketsConfig(

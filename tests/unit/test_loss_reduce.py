@@ -13,9 +13,9 @@ from sora_train.data.sample import Bucket, Clip, ClipBatch, MicroBatch
 from sora_train.diffusion.flow import token_loss, velocity_loss
 from sora_train.errors import ConfigError
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.models.vae import VideoVAE
+from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import TextToVideoObjective
-from sora_train.specification import build_spec
+from sora_train.objectives.spec import build_spec
 
 VIDEO, IMAGE, WIDE = Bucket(9, 32, 32), Bucket(1, 32, 32), Bucket(5, 32, 64)
 

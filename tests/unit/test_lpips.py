@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from sora_train.errors import ConfigError, UserError
-from sora_train.models.lpips import SCALE, SHIFT, WIDTHS, Lpips
+from sora_train.models.vae.lpips import SCALE, SHIFT, WIDTHS, Lpips
 
 CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 """Indices of the convolutions in torchvision's vgg16().features."""

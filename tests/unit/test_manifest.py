@@ -14,7 +14,7 @@ import pytest
 from clip_files import numbered, write_clip
 from PIL import Image
 
-from sora_train.data.index import open_source
+from sora_train.data.index.folder import open_source
 from sora_train.data.manifest import COLUMNS, Manifest, empty_row
 from sora_train.errors import UserError
 

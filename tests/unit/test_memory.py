@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sora_train.bench.memory import LiveBytes
+from benchmarks.memory import LiveBytes
 from sora_train.config import Config, ParallelConfig
-from sora_train.config.model import ModelConfig, TextConfig
+from sora_train.config.sections.model import ModelConfig, TextConfig
 from sora_train.diffusion.flow import velocity_loss
 from sora_train.models.memory import (
     Clip,
@@ -23,7 +23,7 @@ from sora_train.models.memory import (
     transformer_parameters,
 )
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.parallel.activations import prepare_blocks
+from sora_train.parallel.memory.activations import prepare_blocks
 
 WITHIN = 0.08
 """Share by which the model may miss the measured bytes."""

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sora_train.config import Config, ModelConfig, ParallelConfig
-from sora_train.distributed import World
 from sora_train.errors import ConfigError
 from sora_train.parallel.degrees import Degrees, check_degrees, resolve_degrees
+from sora_train.runtime.world import World
 
 SMALL = st.integers(1, 6)
 

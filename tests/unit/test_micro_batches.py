@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from sora_train.config import Config
 from sora_train.config.compose import compose
-from sora_train.config.data import DataConfig
 from sora_train.config.messages import validated
-from sora_train.data.micro_batches import GB, MemoryCap, gigabytes, micro_batch_sizes
+from sora_train.config.sections.data import DataConfig
 from sora_train.data.sample import Bucket
-from sora_train.data_trace import Trace
+from sora_train.data.tape.micro_batches import GB, MemoryCap, gigabytes, micro_batch_sizes
 from sora_train.errors import ConfigError, UserError
-from sora_train.training_plan import cost_model
+from sora_train.tools.data.trace import Trace
+from sora_train.training.pipeline.plan import cost_model
 
 BUCKETS = [Bucket(1, 48, 48), Bucket(9, 48, 48), Bucket(9, 32, 64), Bucket(17, 48, 48)]
 

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from sora_train.config import Config, MixConfig, SourceConfig
 from sora_train.config.compose import compose
-from sora_train.data.buckets import BucketSpec
+from sora_train.data.index.sources import ONLY, Sources, Stock, open_sources
 from sora_train.data.manifest import Manifest, empty_row
-from sora_train.data.plan import Share, Tape, row_costs
 from sora_train.data.sample import Bucket
-from sora_train.data.splice import Change, Splice, repeats_of
-from sora_train.data.walk import SourceWalk, samples_an_epoch
+from sora_train.data.tape.buckets import BucketSpec
+from sora_train.data.tape.mixture import Change, Splice, repeats_of
+from sora_train.data.tape.shuffle import SourceWalk, samples_an_epoch
+from sora_train.data.tape.tape import Share, Tape, row_costs
 from sora_train.errors import ConfigError, UserError
-from sora_train.training_plan import plan
-from sora_train.training_sources import ONLY, Sources, Stock, open_sources
+from sora_train.training.pipeline.plan import plan
 
 BUCKETS = [Bucket(1, 48, 48), Bucket(9, 48, 48), Bucket(9, 32, 64)]
 

@@ -7,16 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from sora_train import model_sizes
-from sora_train.commands import models
 from sora_train.config.compose import compose, find_configs
-from sora_train.config.model import ModelConfig
+from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import ConfigError
-from sora_train.model_sizes import COLUMNS, flops_per_token, option_names, rows, short_count
-from sora_train.models.dit import VideoDiT
 from sora_train.models.flops import transformer_flops
 from sora_train.models.memory import transformer_parameters
-from sora_train.models.wan_layout import wan_arguments
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.models.transformer.wan_layout import wan_arguments
+from sora_train.tools.plan import model_sizes
+from sora_train.tools.plan.model_sizes import (
+    COLUMNS,
+    flops_per_token,
+    option_names,
+    rows,
+    short_count,
+)
+from sora_train.tools.terminal import models
 
 PATHS = sorted((find_configs() / "model").glob("*.yaml"))
 LADDER = ["tiny", "s", "b", "l", "xl", "wan_1_3b", "wan_5b", "wan_14b", "30b"]

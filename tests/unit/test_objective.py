@@ -14,14 +14,14 @@ from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import Bucket, Clip, ClipBatch, MicroBatch
 from sora_train.diffusion import flow, timesteps
-from sora_train.diffusion.conditioning import KINDS, STILL_KINDS, frame_mask
-from sora_train.diffusion.given import encode_given, pixel_mask, there_and_back
+from sora_train.diffusion.condition_frames import encode_given, pixel_mask, there_and_back
+from sora_train.diffusion.condition_masks import KINDS, STILL_KINDS, frame_mask
 from sora_train.diffusion.sampler import sample_ode
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.models.vae import VideoVAE
+from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import FlowBatch, TextToVideoObjective, to_pixels
-from sora_train.specification import build_spec
+from sora_train.objectives.spec import build_spec
 
 CPU = torch.device("cpu")
 MIX = ["objective.i2v_fraction=0", *[f"objective.conditioning.{k}=0.09" for k in KINDS if k != "t2v"]]  # fmt: skip

@@ -7,20 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
-from sora_train import api
 from sora_train.cli import run
 from sora_train.config.compose import compose
-from sora_train.data.video_io import encode_h264
+from sora_train.data.decode.video_io import encode_h264
 from sora_train.diffusion.draws import draw_noise
 from sora_train.diffusion.flow import interpolate
 from sora_train.diffusion.guidance import guide_both, rescale
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.models.vae import VideoVAE
-from sora_train.models.vae_geometry import Geometry
-from sora_train.operations import OPERATIONS, Request, prepare
-from sora_train.sampling import ClipShape, GuidedVelocity, encode_known, sample_latents
-from sora_train.specification import build_spec
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.models.vae.geometry import Geometry
+from sora_train.objectives.spec import build_spec
+from sora_train.sampling import api
+from sora_train.sampling.operations import OPERATIONS, Request, prepare
+from sora_train.sampling.pipeline import ClipShape, GuidedVelocity, encode_known, sample_latents
 
 GEOMETRY = Geometry(channels=16, temporal_factor=4, spatial_factor=8)
 SHAPE = ClipShape(frames=17, height=32, width=32, fps=8)

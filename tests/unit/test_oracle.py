@@ -8,9 +8,9 @@ import av
 import numpy as np
 import pytest
 
-from sora_train.data.video_io import encode_h264
+from sora_train.data.decode.video_io import encode_h264
+from sora_train.data.shapes import oracle, world
 from sora_train.errors import UserError
-from sora_train.shapes import oracle, world
 
 SCENES = [world.sample_scene(11, index) for index in range(160)]
 SCENES += [world.sample_scene(11, index, "held_out") for index in range(40)]

@@ -9,9 +9,14 @@ import torch
 
 from sora_train.config import Config
 from sora_train.data.sample import Bucket, Clip, ClipBatch, MicroBatch
-from sora_train.distributed import World
 from sora_train.errors import Fault
-from sora_train.out_of_memory import Work, explained, is_out_of_memory, memory_now
+from sora_train.runtime.world import World
+from sora_train.training.resilience.out_of_memory import (
+    Work,
+    explained,
+    is_out_of_memory,
+    memory_now,
+)
 
 WORLD = World(3, 8, 3, 8, torch.device("cpu"))
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_train.data.micro_batches import micro_batch_sizes
-from sora_train.data.plan import (
+from sora_train.data.sample import Bucket
+from sora_train.data.tape.micro_batches import micro_batch_sizes
+from sora_train.data.tape.tape import (
     EQUAL_COST,
     Tape,
     imbalance,
@@ -17,7 +18,6 @@ from sora_train.data.plan import (
     rows_for_rank,
     slot_efficiency,
 )
-from sora_train.data.sample import Bucket
 from sora_train.errors import UserError
 
 BUCKETS = [Bucket(1, 48, 48), Bucket(9, 48, 48), Bucket(9, 32, 64), Bucket(17, 48, 48)]

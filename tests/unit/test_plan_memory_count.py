@@ -11,8 +11,8 @@ from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import Bucket
 from sora_train.errors import ConfigError
-from sora_train.planning.memory import KINDS, MemoryPlan, memory_of
-from sora_train.planning.memory_count import Held
+from sora_train.tools.plan.memory.count import Held
+from sora_train.tools.plan.memory.plan import KINDS, MemoryPlan, memory_of
 
 MODEL = (
     "experiment=parity_tiny", "model.num_heads=4", "model.head_dim=32", "model.ffn_dim=256",
@@ -68,7 +68,7 @@ def test_kinds_are_told_apart_and_the_host_is_no_part_of_the_sum() -> None:
 def test_parts_sum_to_the_peak_and_states_are_the_closed_form() -> None:
     found = plan(2)
     assert sum(asdict(found)[kind] for kind in KINDS) == found.peak
-    from sora_train.models.dit import VideoDiT
+    from sora_train.models.transformer.dit import VideoDiT
 
     with torch.device("meta"):
         model = VideoDiT(compose([*MODEL, "model.num_layers=3"]).config.model)
@@ -108,7 +108,7 @@ def test_deep_models_are_counted_exactly_from_two_depths(
 ) -> None:
     option = f"parallel.activation_checkpointing={checkpointing}"
     from_two = plan(2, option, layers=11)
-    monkeypatch.setattr("sora_train.planning.memory.DEPTHS", (11, 12))
+    monkeypatch.setattr("sora_train.tools.plan.memory.plan.DEPTHS", (11, 12))
     cfg = compose([*MODEL, "model.num_layers=11", option]).config
     assert memory_of(cfg, 2, BUCKET, 2, device="cpu") == from_two
 

@@ -14,21 +14,22 @@ from rich.console import Console
 from sora_train.config import Config
 from sora_train.config.compose import compose, find_configs
 from sora_train.errors import ConfigError, UserError
-from sora_train.models.dit import VideoDiT
 from sora_train.models.flops import transformer_flops
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.parallel.checks.volume import Slot, expected_volume, units_of
 from sora_train.parallel.degrees import Degrees, check_degrees, resolve_degrees
-from sora_train.parallel.volume import Slot, expected_volume, units_of
-from sora_train.plan_command import asked
-from sora_train.planning import failures, search
-from sora_train.planning.assumptions import Assumptions
-from sora_train.planning.cluster import GB, parse_cluster
-from sora_train.planning.encoders import vae_flops
-from sora_train.planning.links import Group, Links
-from sora_train.planning.page import page
-from sora_train.planning.step import Bench, step_plan
-from sora_train.planning.text import header, show
-from sora_train.planning.whole import plan_run
-from sora_train.planning.work import Imbalance, stage_work
+from sora_train.tools.plan import search
+from sora_train.tools.plan.assumptions import Assumptions
+from sora_train.tools.plan.command import asked
+from sora_train.tools.plan.page import page
+from sora_train.tools.plan.plan import plan_run
+from sora_train.tools.plan.text import header, show
+from sora_train.tools.plan.time import failures
+from sora_train.tools.plan.time.cluster import GB, parse_cluster
+from sora_train.tools.plan.time.encoders import vae_flops
+from sora_train.tools.plan.time.links import Group, Links
+from sora_train.tools.plan.time.step import Bench, step_plan
+from sora_train.tools.plan.time.work import Imbalance, stage_work
 
 SILENT = lambda what, done, of: None  # noqa: E731
 ONE_BUCKET = 'buckets.classes=[{name: one, pixels: 399360, frames: [93], aspect_ratios: ["16:9"]}]'

@@ -7,8 +7,8 @@ import pytest
 from clip_files import real_clips, write_clip
 
 from data_prep.shards import write_shards
-from sora_train.data.index import open_source
-from sora_train.data.shards import read_bytes
+from sora_train.data.index.folder import open_source
+from sora_train.data.index.shard_writer import read_bytes
 from sora_train.errors import UserError
 
 

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from sora_train.progress import Progress, duration
+from sora_train.base.progress import Progress, duration
 
 
 class Clock:

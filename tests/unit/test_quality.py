@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from sora_train.bench.vae import run
+from benchmarks.vae import run
 from sora_train.errors import UserError
-from sora_train.quality import psnr, ssim
+from sora_train.objectives.quality import psnr, ssim
 
 
 def window_ssim(a: np.ndarray, b: np.ndarray, size: int) -> float:

@@ -21,19 +21,20 @@ from range_server import RangeServer
 from s3_server import S3Server
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
-from sora_train.data import reading, remote
-from sora_train.data.buckets import assign, build_buckets
-from sora_train.data.decode import ProbeRequest, StorageFault, _digest
-from sora_train.data.decode_worker import TEST_HOOK
-from sora_train.data.disk_cache import DiskCache
-from sora_train.data.index_shards import HowToIndex, index_shards
+from sora_train.data.decode.frames import ProbeRequest, StorageFault, _digest
+from sora_train.data.decode.worker import TEST_HOOK
+from sora_train.data.index.shard_writer import ShardWriter
+from sora_train.data.index.shards import HowToIndex, index_shards
+from sora_train.data.index.tars import MemberKeys
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.plan import Tape
-from sora_train.data.reading import read_range, require
-from sora_train.data.retry import ReadPolicy
-from sora_train.data.shards import ShardWriter
-from sora_train.data.tars import MemberKeys
+from sora_train.data.storage import cached_reads as reading
+from sora_train.data.storage import remote
+from sora_train.data.storage.cached_reads import read_range, require
+from sora_train.data.storage.disk_cache import DiskCache
+from sora_train.data.storage.retry import ReadPolicy
+from sora_train.data.tape.buckets import assign, build_buckets
+from sora_train.data.tape.tape import Tape
 from sora_train.errors import Fault, UserError
 
 QUICK = ReadPolicy(retries=3, timeout=2.0, first_pause=0.02)
@@ -228,8 +229,8 @@ def test_processes_that_want_a_block_at_once_fetch_it_once(server: RangeServer, 
     server.pause = 0.3
     code = (
         "import sys\n"
-        "from sora_train.data.reading import read_range\n"
-        "from sora_train.data.retry import ReadPolicy\n"
+        "from sora_train.data.storage.cached_reads import read_range\n"
+        "from sora_train.data.storage.retry import ReadPolicy\n"
         "policy = ReadPolicy(0, 30.0, sys.argv[2], 100_000, block_bytes=4096)\n"
         "print('up', flush=True); sys.stdin.read()\n"
         f"print(read_range(sys.argv[1], 4000, 200, policy, stamp={STAMP}).hex())\n"
@@ -334,7 +335,7 @@ def test_a_lost_account_and_files_left_over_are_dealt_with(tmp_path: Path):
 
 def test_processes_share_a_cache(tmp_path: Path):
     code = (
-        "import sys; from sora_train.data.disk_cache import DiskCache\n"
+        "import sys; from sora_train.data.storage.disk_cache import DiskCache\n"
         "cache = DiskCache(sys.argv[1], 5000)\n"
         "for number in range(150):\n"
         "    key = f'{number * 7 % 40:02d}'\n"

@@ -18,13 +18,13 @@ from sora_train.checkpoint import remote as remote_module
 from sora_train.checkpoint.layout import name_of
 from sora_train.checkpoint.remote import Remote
 from sora_train.checkpoint.saver import Saver
-from sora_train.checkpointing import bring_together, open_remote
 from sora_train.config import Config
-from sora_train.config.run import CheckpointConfig
-from sora_train.data.remote import _of_scheme, filesystem
-from sora_train.distributed import World
+from sora_train.config.sections.run import CheckpointConfig
+from sora_train.data.storage.remote import _of_scheme, filesystem
 from sora_train.errors import ConfigError, Fault
-from sora_train.trainer import Trainer
+from sora_train.runtime.world import World
+from sora_train.training.checkpointing import bring_together, open_remote
+from sora_train.training.trainer import Trainer
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 URL = "s3://bucket/runs/mine"

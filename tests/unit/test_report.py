@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_train import report, report_charts
-from sora_train.metrics import METRICS
-from sora_train.metrics_reference import reference
-from sora_train.report import count, write_report
-from sora_train.report_charts import charts, smooth, spread, thin, ticks
+from sora_train.monitoring.metrics import METRICS
+from sora_train.monitoring.metrics_reference import reference
+from sora_train.monitoring.report import charts as report_charts
+from sora_train.monitoring.report import report
+from sora_train.monitoring.report.charts import charts, smooth, spread, thin, ticks
+from sora_train.monitoring.report.report import count, write_report
 
 REPO = Path(__file__).parents[2]
 TIMES = (0.1, 0.5, 0.9)
@@ -292,5 +293,5 @@ def test_counts_are_short():
 
 def test_the_metrics_page_is_current():
     page = (REPO / "docs/metrics.md").read_text("utf-8")
-    assert page == reference(), "run `python -m sora_train.metrics_reference`"
+    assert page == reference(), "run `python -m sora_train.monitoring.metrics_reference`"
     assert all(f"`{name}`" in page for name in METRICS)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sora_train.goodput import PARTS
-from sora_train.report import write_report
-from sora_train.report_charts import HEIGHT, WIDTH
-from sora_train.report_runtime import goodput, panels
-from sora_train.run_events import Event
+from sora_train.monitoring.events import Event
+from sora_train.monitoring.goodput import PARTS
+from sora_train.monitoring.report.charts import HEIGHT, WIDTH
+from sora_train.monitoring.report.report import write_report
+from sora_train.monitoring.report.runtime import goodput, panels
 
 SHARES = dict(zip([*PARTS, "other"], [0.8, 0.05, 0.02, 0.03, 0.04, 0.06], strict=True))
 

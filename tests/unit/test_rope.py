@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_train.models.rope import _rotate, apply_rope, rope_table, split_head_dim
+from sora_train.models.transformer.rope import _rotate, apply_rope, rope_table, split_head_dim
 
 CPU = torch.device("cpu")
 

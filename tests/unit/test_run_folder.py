@@ -7,8 +7,8 @@ import pytest
 
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError
-from sora_train.resume import allowed_changes
-from sora_train.trainer import Trainer
+from sora_train.training.resilience.resume import allowed_changes
+from sora_train.training.trainer import Trainer
 
 
 def test_a_key_that_came_later_has_its_defaults_meaning(tmp_path: Path) -> None:

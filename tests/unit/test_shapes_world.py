@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sora_train.data.shapes import captions, world
 from sora_train.errors import UserError
-from sora_train.shapes import captions, world
 
 SCENES = [world.sample_scene(3, index) for index in range(1500)]
 HELD_OUT = [world.sample_scene(3, index, "held_out") for index in range(300)]
@@ -199,5 +199,5 @@ def test_unknown_split_and_negative_index_are_refused() -> None:
 
 
 def test_the_world_needs_no_torch() -> None:
-    code = "import sys, sora_train.shapes.oracle; sys.exit('torch' in sys.modules)"
+    code = "import sys, sora_train.data.shapes.oracle; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,7 +9,7 @@ import pytest
 
 from sora_train.data.sample import Bucket, Clip, ClipBatch, Failure, MicroBatch
 from sora_train.errors import Fault
-from sora_train.shared_batches import read_together, together
+from sora_train.training.pipeline.shared_batches import read_together, together
 
 ENTRY = MicroBatch(0, Bucket(1, 16, 16), 0, (5, 6, 7), (0, 0, 0))
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sora_train.config.compose import compose
-from sora_train.data.buckets import Bucket
-from sora_train.device_peaks import peak_flops
+from sora_train.data.tape.buckets import Bucket
+from sora_train.monitoring.device_peaks import peak_flops
 from sora_train.objectives import Term, Told
-from sora_train.step_numbers import BANDS, EDGES, FAILURES, StepNumbers, band_of
+from sora_train.training.step_metrics import BANDS, EDGES, FAILURES, StepNumbers, band_of
 
 CFG = compose(["experiment=parity_tiny"]).config
 BUCKETS = [Bucket(1, 32, 32), Bucket(5, 32, 32)]

@@ -15,22 +15,23 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
-from sora_train.data import reading, stored
-from sora_train.data.buckets import assign, build_buckets
-from sora_train.data.index import open_source
-from sora_train.data.index_shards import HowToIndex, index_shards
-from sora_train.data.loader import Loader
-from sora_train.data.manifest import Manifest
-from sora_train.data.plan import Tape
-from sora_train.data.retry import ReadPolicy
-from sora_train.data.sample import Bucket
-from sora_train.data.shards import ShardWriter
-from sora_train.data.stored_check import (
+from sora_train.data.index.folder import open_source
+from sora_train.data.index.shard_writer import ShardWriter
+from sora_train.data.index.shards import HowToIndex, index_shards
+from sora_train.data.latents import members as stored
+from sora_train.data.latents.check import (
     first_of_each,
     refuse_latents,
     require_latents,
     require_text,
 )
+from sora_train.data.loader import Loader
+from sora_train.data.manifest import Manifest
+from sora_train.data.sample import Bucket
+from sora_train.data.storage import cached_reads as reading
+from sora_train.data.storage.retry import ReadPolicy
+from sora_train.data.tape.buckets import assign, build_buckets
+from sora_train.data.tape.tape import Tape
 from sora_train.errors import Fault, UserError
 
 BUCKETS = BucketsConfig(
@@ -378,5 +379,6 @@ def test_the_writer_knows_where_it_put_members(tmp_path: Path):
 
 
 def test_nothing_here_needs_torch():
-    code = "import sys, sora_train.data.stored, sora_train.data.decode_index; sys.exit('torch' in sys.modules)"
+    modules = "sora_train.data.latents.members, sora_train.data.index.listing_worker"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sora_train.errors import ConfigError, UserError
-from sora_train.sweep.axes import grid, job_id, split
-from sora_train.sweep.folder import opened, read
-from sora_train.sweep.local import shares
+from sora_train.tools.sweep.axes import grid, job_id, split
+from sora_train.tools.sweep.folder import opened, read
+from sora_train.tools.sweep.local import shares
 
 REPO = Path(__file__).resolve().parents[2]
 OWN = """
@@ -249,7 +249,7 @@ def in_process(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Runs are trained by a function instead of a process: what is looked at is what Optuna is told."""
     import shlex
 
-    from sora_train.sweep.local import Runner, Task
+    from sora_train.tools.sweep.local import Runner, Task
 
     monkeypatch.chdir(project)
 

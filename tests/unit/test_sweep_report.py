@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from sora_train.cli import run
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError, UserError
-from sora_train.sweep.charts import Scale
-from sora_train.sweep.compare import compare
-from sora_train.sweep.paired import of_seeds, of_steps, student, unlike
-from sora_train.sweep.rows import Row, collect
+from sora_train.tools.sweep.report.charts import Scale
+from sora_train.tools.sweep.report.compare import compare
+from sora_train.tools.sweep.report.paired import of_seeds, of_steps, student, unlike
+from sora_train.tools.sweep.report.rows import Row, collect
 
 REPO = Path(__file__).resolve().parents[2]
 FLOATS = st.floats(-100, 100)
@@ -228,7 +228,7 @@ def test_seeds_are_repetitions_of_one_group():
         )
         for lr, seed, value in (("1", "0", 1.0), ("1", "1", 2.0), ("2", "0", 1.5), ("2", "1", 2.6))
     ]
-    from sora_train.sweep.rows import Collected, ordered
+    from sora_train.tools.sweep.report.rows import Collected, ordered
 
     found = Collected(
         Path("x"),

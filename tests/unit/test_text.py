@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sora_train.config.model import ModelConfig, TextConfig
+from sora_train.config.sections.model import ModelConfig, TextConfig
 from sora_train.errors import ConfigError
-from sora_train.models.text import TextEncoder
+from sora_train.models.text.encoder import TextEncoder
 from sora_train.models.text_to_video import TextToVideo
 
 SIZES = dict(d_model=16, num_layers=2, num_heads=2, d_kv=8, d_ff=24, max_length=48)

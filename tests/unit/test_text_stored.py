@@ -11,9 +11,9 @@ import transformers
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from sora_train.config.model import ModelConfig, TextConfig
+from sora_train.config.sections.model import ModelConfig, TextConfig
 from sora_train.errors import ConfigError, UserError
-from sora_train.models.text_stored import StoredTextEncoder, build_text_encoder
+from sora_train.models.text.published import StoredTextEncoder, build_text_encoder
 from sora_train.models.text_to_video import TextToVideo
 
 WORDS = [

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sora_train import tracking
 from sora_train.cli import run as cli_run
-from sora_train.config.run import TrackerConfig
-from sora_train.tracking import start_tracker
+from sora_train.config.sections.run import TrackerConfig
+from sora_train.monitoring.tracking import process as tracking
+from sora_train.monitoring.tracking.process import start_tracker
 
 TRACKED = TrackerConfig(kind="wandb", finish_seconds=0.5)
 
@@ -152,7 +152,7 @@ def test_a_run_folder_that_takes_no_log_does_not_stop_the_run(
 BLOCKED = """
 import sys, time
 from pathlib import Path
-from sora_train import tracking_feed
+from sora_train.monitoring.tracking import feed as tracking_feed
 def blocked(job): time.sleep(600)
 tracking_feed.open_sink = blocked
 tracking_feed.GRACE_SECONDS = 0

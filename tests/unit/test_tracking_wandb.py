@@ -18,10 +18,10 @@ import av
 import numpy as np
 import pytest
 
-from sora_train.config.run import TrackerConfig
-from sora_train.goodput import note_start
-from sora_train.tracking import start_tracker
-from sora_train.tracking_feed import Feed
+from sora_train.config.sections.run import TrackerConfig
+from sora_train.monitoring.goodput import note_start
+from sora_train.monitoring.tracking.feed import Feed
+from sora_train.monitoring.tracking.process import start_tracker
 
 BLOCK = 32768
 

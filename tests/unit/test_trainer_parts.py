@@ -16,23 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sora_train import card
 from sora_train import checkpoint as checkpoints
 from sora_train.config import Config, OptimConfig
 from sora_train.config.compose import compose
 from sora_train.data.sample import Bucket, Clip, ClipBatch, MicroBatch
-from sora_train.distributed import ControlPlane, World
-from sora_train.ema import Ema
 from sora_train.errors import ConfigError, Fault, UserError
-from sora_train.metrics import MetricsFile, read_metrics
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.models.vae import VideoVAE
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.monitoring.metrics import MetricsFile, read_metrics
+from sora_train.monitoring.run_folder import RunFolder
 from sora_train.objectives import FlowBatch, TextToVideoObjective, VaeObjective
-from sora_train.optim import decays, lr_at, parameter_groups
-from sora_train.resume import allowed_changes
-from sora_train.run_folder import RunFolder
-from sora_train.specification import build_spec
-from sora_train.trainer import Trainer
+from sora_train.objectives.spec import build_spec
+from sora_train.runtime.world import ControlPlane, World
+from sora_train.training import card
+from sora_train.training.optim.ema import Ema
+from sora_train.training.optim.optim import decays, lr_at, parameter_groups
+from sora_train.training.resilience.resume import allowed_changes
+from sora_train.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 ALONE = ControlPlane(World(0, 1, 0, 1, CPU))

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from sora_train.config.model import VaeConfig
+from sora_train.config.sections.model import VaeConfig
 from sora_train.errors import ConfigError, UserError
-from sora_train.models.vae import VideoVAE
+from sora_train.models.vae.autoencoder import VideoVAE
 
 # name: (arch, temporal factor, spatial factor)
 ONE_BLOCK = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}

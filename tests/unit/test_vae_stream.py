@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sora_train.config.model import VaeConfig
+from sora_train.config.sections.model import VaeConfig
 from sora_train.errors import ConfigError
-from sora_train.models.vae import VideoVAE
-from sora_train.models.vae_stream import decoder_margin, encoder_margin, tiles
-from sora_train.sampling import decode_clip, to_uint8
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.models.vae.stream import decoder_margin, encoder_margin, tiles
+from sora_train.sampling.pipeline import decode_clip, to_uint8
 
 ARCH = {
     "base_dim": 4,
@@ -93,7 +93,7 @@ def test_a_narrower_margin_would_show(kind, monkeypatch):
     at_once = vae.decode(latents)
     exact = {"decoder_margin": decoder_margin, "encoder_margin": encoder_margin}[kind]
     monkeypatch.setattr(
-        f"sora_train.models.vae_stream.{kind}", lambda config: exact(config) // 2 - 1
+        f"sora_train.models.vae.stream.{kind}", lambda config: exact(config) // 2 - 1
     )
     vae.use_tiles(32)
     got, expected = (

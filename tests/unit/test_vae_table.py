@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from sora_train.config.compose import compose
-from sora_train.config.model import VaeConfig
+from sora_train.config.sections.model import VaeConfig
 from sora_train.errors import ConfigError, UserError
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.models.vae import VideoVAE, read_geometry
-from sora_train.models.vae_table import KINDS
-from sora_train.specification import build_spec
+from sora_train.models.vae.autoencoder import VideoVAE, read_geometry
+from sora_train.models.vae.published import KINDS
+from sora_train.objectives.spec import build_spec
 
 HUNYUAN = {
     "latent_channels": 4,

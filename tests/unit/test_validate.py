@@ -9,15 +9,15 @@ import torch
 
 from sora_train.config.compose import compose
 from sora_train.data.sample import Clip
-from sora_train.distributed import ControlPlane, World
-from sora_train.metrics import read_metrics
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.models.vae import VideoVAE
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.monitoring.metrics import read_metrics
 from sora_train.objectives import TextToVideoObjective
+from sora_train.objectives.spec import build_spec
+from sora_train.objectives.validation import validated_kinds, validation_loss
 from sora_train.parallel.engine import full
-from sora_train.specification import build_spec
-from sora_train.trainer import Trainer
-from sora_train.validate import validated_kinds, validation_loss
+from sora_train.runtime.world import ControlPlane, World
+from sora_train.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 TIMES = (0.3, 0.8)

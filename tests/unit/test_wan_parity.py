@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sora_train.config.model import ModelConfig
-from sora_train.models.dit import VideoDiT
+from sora_train.config.sections.model import ModelConfig
+from sora_train.models.transformer.dit import VideoDiT
 
 SIZES = dict(num_layers=2, num_heads=4, head_dim=24, ffn_dim=80, text_dim=12, freq_dim=32)
 KINDS = {

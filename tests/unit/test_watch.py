@@ -12,9 +12,9 @@ from rich.console import Console
 
 from sora_train import cli
 from sora_train.errors import UserError
-from sora_train.run_events import events
-from sora_train.watch import TAIL_BYTES, look, runs_in, tail_rows
-from sora_train.watch_view import BLOCKS, page, sparkline
+from sora_train.monitoring.events import events
+from sora_train.monitoring.status import TAIL_BYTES, look, runs_in, tail_rows
+from sora_train.tools.watch.view import BLOCKS, page, sparkline
 
 NOW = 1e9
 

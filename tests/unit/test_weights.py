@@ -12,20 +12,22 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from sora_train import cli, stored_weights, weights_out
-from sora_train.api import Model, load
+from sora_train import cli
 from sora_train.checkpoint import find, save_streamed
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.diffusion.draws import draw_noise
 from sora_train.errors import UserError
-from sora_train.initialise import refuse_imported
-from sora_train.models.dit import VideoDiT
-from sora_train.models.vae import VideoVAE
-from sora_train.sampling import ClipShape, sample_latents
-from sora_train.trainer import Trainer
-from sora_train.weights_in import import_pipeline
-from sora_train.weights_out import export_pipeline, fps_offset
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.sampling.api import Model, load
+from sora_train.sampling.pipeline import ClipShape, sample_latents
+from sora_train.tools.convert import stored_weights
+from sora_train.tools.convert import to_diffusers as weights_out
+from sora_train.tools.convert.from_diffusers import import_pipeline
+from sora_train.tools.convert.to_diffusers import export_pipeline, fps_offset
+from sora_train.training.resilience.initialise import refuse_imported
+from sora_train.training.trainer import Trainer
 
 SHAPE = ClipShape(5, 32, 32, 8.0)
 PROMPT = "a red circle moves left"

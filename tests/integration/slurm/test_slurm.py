@@ -16,8 +16,8 @@ import torch
 from cluster import Cluster, missing, until
 
 from sora_train import checkpoint as checkpoints
-from sora_train.metrics import is_clocked, read_metrics
-from sora_train.stored_tensors import StoredTensors
+from sora_train.checkpoint.tensors import StoredTensors
+from sora_train.monitoring.metrics import is_clocked, read_metrics
 
 REPO = Path(__file__).resolve().parents[3]
 RUN = ["experiment=parity_tiny", "validation.every=0", "checkpoint.every=10"]
@@ -31,7 +31,7 @@ import time
 
 from sora_train.config import Config
 from sora_train.train import main
-from sora_train.trainer import Trainer
+from sora_train.training.trainer import Trainer
 
 
 class Slow(Trainer):

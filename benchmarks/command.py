@@ -1,0 +1,126 @@
+"""The commands of `sora bench`: measure, beside peers, on this machine."""
+
+from typing import Annotated
+
+import typer
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+bench_app = typer.Typer(help="Measure; every number goes with its machine and commit.")
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
+
+
+@bench_app.callback()
+def _group() -> None:
+    """Keeps it a group whatever it holds."""
+
+
+@bench_app.command("train", context_settings=OVERRIDES)
+def bench_train(arguments: Overrides = None) -> int:
+    """Measure training steps: warm-up, then median and spread, as JSON and Markdown.
+
+    Overrides choose what is trained; --steps N and --warmup N how much of it is measured, --out DIR where the
+    results go.
+
+    \b
+    sora bench train experiment=quickstart --steps 30 --warmup 5 --out benchmarks/results
+    """
+    from sora_train.tools.terminal import bench_train as bench
+
+    return bench(list(arguments or []))
+
+
+@bench_app.command("data", context_settings=OVERRIDES)
+def bench_data(arguments: Overrides = None) -> int:
+    """Measure the loader beside the bare decoder and plain webdataset, on the same clips and processes.
+
+    Overrides choose the clips and the loader; --clips N and --repeats N how much is measured, --soak N over how many
+    clips memory is watched, --out DIR where the results go.
+
+    \b
+    sora bench data experiment=quickstart --clips 500 --soak 5000
+    sora bench data experiment=real_tiny data.source=shards buckets=256px --clips 60
+    """
+    from sora_train.tools.terminal import bench_data as bench
+
+    return bench(list(arguments or []))
+
+
+@bench_app.command("cost", context_settings=OVERRIDES)
+def bench_cost(arguments: Overrides = None) -> int:
+    """Measure forward and backward at several clip lengths and fit what a clip costs: a * S + b * S^2.
+
+    Micro-batches are sized and dealt out by that cost. By default it comes from the model's FLOPs; what a machine
+    really takes differs with kernels and sizes, so measure on the machine that trains and paste the two values that
+    are printed. Overrides choose the model; tokens=A,B,C the tokens of the clips measured (three or more; by default
+    up to the largest bucket's or data.micro_batch_tokens), --repeats N how often, --out DIR where the results go.
+
+    \b
+    sora bench cost experiment=quickstart
+    sora bench cost experiment=real_tiny buckets=256px tokens=1000,2000,4000,8000 --repeats 10
+    sora train experiment=quickstart data.cost_a=1.1e-4 data.cost_b=2.3e-8         (the values it printed)
+    """
+    from sora_train.tools.terminal import bench_cost as bench
+
+    return bench(list(arguments or []))
+
+
+@bench_app.command("model", context_settings=OVERRIDES)
+def bench_model(arguments: Overrides = None) -> int:
+    """Measure forward and backward of the transformer beside diffusers' on the same weights, shape and dtype.
+
+    Overrides are those of the section model; --tokens N the clip's length, --dtype float32,bfloat16 and --modes
+    eager,dynamic,static what is measured, --repeats N how often, --out DIR where the results go.
+
+    \b
+    sora bench model --tokens 1024 --repeats 3
+    sora bench model model=wan_1_3b model.attention=flash --tokens 8192 --dtype bfloat16 --device cuda
+    """
+    from sora_train.tools.terminal import bench_model as bench
+
+    return bench(list(arguments or []))
+
+
+@bench_app.command("memory", context_settings=OVERRIDES)
+def bench_memory(arguments: Overrides = None) -> int:
+    """Measure what each memory option saves and costs: bytes, seconds, and with --longest how long a clip fits.
+
+    Overrides are those of the section model; --tokens N the clip's length, --options "full;offload" which ones,
+    --budget-mib M the memory that --longest may count on a CPU, --out DIR where the results go.
+
+    \b
+    sora bench memory --tokens 512 --device cpu
+    sora bench memory model=wan_1_3b --tokens 16384 --longest --device cuda
+    """
+    from sora_train.tools.terminal import bench_memory as bench
+
+    return bench(list(arguments or []))
+
+
+@bench_app.command("ckpt", context_settings=OVERRIDES)
+def bench_ckpt(arguments: Overrides = None) -> int:
+    """Save one state at once and behind the training, in turns: how long the training waits for each.
+
+    --mib N the size of the state, --repeats N how often, --device cuda where it lies, --folder DIR the disk, --out DIR
+    where the results go.
+
+    \b
+    sora bench ckpt --mib 1024 --repeats 5
+    """
+    from sora_train.tools.terminal import bench_ckpt as bench
+
+    return bench(list(arguments or []))
+
+
+@bench_app.command("vae", context_settings=OVERRIDES)
+def bench_vae(arguments: Overrides = None) -> int:
+    """Encode and decode held-out clips: PSNR and SSIM beside the compression ratio, frames a second.
+
+    Overrides choose the VAE and the clips; --clips N how many at most, --out DIR where the results go.
+
+    \b
+    sora bench vae experiment=quickstart
+    sora bench vae experiment=real_tiny data.source=clips vae.path=weights/wan2.1 --clips 8
+    """
+    from sora_train.tools.terminal import bench_vae as bench
+
+    return bench(list(arguments or []))

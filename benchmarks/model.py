@@ -1,0 +1,288 @@
+"""`sora bench model`: forward and backward of our transformer and of diffusers' WanTransformer3DModel.
+
+The same weights, the same clip, the same dtype, one run, the contestants taking turns so that a busy
+machine slows all of them alike. Ours is measured with the attention the config asks for and, where
+that is another, with PyTorch's SDPA, which is what diffusers calls: the first ratio is what a run
+gains, the second what it gains besides attention.
+"""
+
+import argparse
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from sora_train.config import ModelConfig
+from sora_train.config.compose import compose
+from sora_train.errors import UserError
+from sora_train.models.flops import transformer_flops
+from sora_train.models.transformer.attention_backends import check_attention, describe, resolve
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.models.transformer.wan_layout import wan_arguments
+from sora_train.monitoring.device_peaks import peak_flops
+from sora_train.parallel.compile import check_compiler, compile_blocks, graphs_compiled
+from sora_train.runtime.world import pick_device
+from sora_train.tools.measuring import Measured, Result, Stats
+
+DEFAULT_OUT = Path("benchmarks/results")
+DEFAULT_SIZES = {
+    "num_layers": 8, "num_heads": 6, "head_dim": 64, "ffn_dim": 1536, "in_channels": 16, "text_dim": 512,
+}  # fmt: skip
+"""20 M parameters, heads of 64: what is measured where no model.* override is given."""
+DTYPES = ("float32", "bfloat16")
+MODES = ("eager", "dynamic", "static")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure: one clip of `tokens` and a caption of `caption` tokens."""
+
+    model: ModelConfig
+    tokens: int = 1024
+    caption: int = 128
+    dtypes: tuple[str, ...] = DTYPES
+    modes: tuple[str, ...] = ("eager",)
+    repeats: int = 3
+    warmup: int = 1
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """latents (1, C, T, H, W), one noise level for all frames, captions (1, S, E) and the gradient of the velocity."""
+
+    latents: Tensor
+    t: Tensor
+    captions: Tensor
+    cotangent: Tensor
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `[model overrides] [--tokens N] ...`, print the table; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="sora bench model", allow_abbrev=False)
+    parser.add_argument("--tokens", type=int, default=Request.tokens, help="video tokens")
+    parser.add_argument("--caption", type=int, default=Request.caption, help="caption tokens")
+    parser.add_argument("--dtype", default=",".join(DTYPES), help="float32, bfloat16 or both")
+    parser.add_argument("--modes", default="eager", help="of eager, dynamic, static")
+    parser.add_argument("--repeats", type=int, default=Request.repeats)
+    parser.add_argument("--warmup", type=int, default=Request.warmup)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of model.json, .md")
+    options, overrides = parser.parse_known_args(list(arguments))
+    request = Request(
+        model_of(overrides),
+        tokens=options.tokens,
+        caption=options.caption,
+        dtypes=chosen("--dtype", options.dtype, DTYPES),
+        modes=chosen("--modes", options.modes, MODES),
+        repeats=options.repeats,
+        warmup=options.warmup,
+        device=options.device,
+    )
+    path = run(request).write(options.out)
+    print(path.with_suffix(".md").read_text())
+    print(f"wrote {path} and {path.with_suffix('.md')}")
+    return 0
+
+
+def chosen(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The comma-separated words of an option. Raises UserError for one that is not known."""
+    words = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+    wrong = [word for word in words if word not in known]
+    if wrong:
+        raise UserError(f"{flag} {text}: '{wrong[0]}' is not one of {', '.join(known)}")
+    return words
+
+
+def model_of(overrides: Sequence[str]) -> ModelConfig:
+    """The section model of the overrides, or the sizes of this benchmark; without extras that Wan lacks."""
+    sized = any(text.partition("=")[0] in ("model", "experiment") for text in overrides)
+    sizes = [] if sized else [f"model.{key}={value}" for key, value in DEFAULT_SIZES.items()]
+    cfg: ModelConfig = compose([*sizes, *overrides, "tracker=none"]).config.model
+    return cfg.model_copy(update={"mask_channel": False, "fps_embed": False})
+
+
+def run(request: Request) -> Result:
+    """Measure everything that was asked for.
+
+    Raises:
+        UserError: nothing to measure, or something asked for is not on this machine.
+    """
+    if min(request.tokens, request.caption, request.repeats) < 1 or request.warmup < 0:
+        raise UserError(
+            f"--tokens {request.tokens} --caption {request.caption} --repeats {request.repeats} --warmup "
+            f"{request.warmup}: all but the last must be at least 1"
+        )
+    device = pick_device(request.device)
+    for dtype in request.dtypes:
+        check_attention(request.model, device, getattr(torch, dtype))
+    for mode in request.modes:
+        check_compiler("off" if mode == "eager" else mode, device)
+    measured: dict[str, Measured] = {}
+    facts: dict[str, str | int | float | None] = {
+        "tokens": request.tokens, "caption tokens": request.caption, "device": str(device),
+        "threads": torch.get_num_threads(), "load when done": None,
+        "parameters": sum(p.numel() for p in on_meta(request.model).parameters()),
+        "GFLOP a token": 3 * transformer_flops(request.model, request.tokens, request.caption)
+        / request.tokens / 1e9,
+    }  # fmt: skip
+    before = graphs_compiled()
+    for dtype in request.dtypes:
+        for mode in request.modes:
+            compare(request, dtype, mode, device, measured, facts)
+    facts["graphs compiled"] = graphs_compiled() - before
+    facts["load when done"] = first_load()
+    return Result("model", measured, facts)
+
+
+def compare(
+    request: Request,
+    dtype: str,
+    mode: str,
+    device: torch.device,
+    measured: dict[str, Measured],
+    facts: dict[str, str | int | float | None],
+) -> None:
+    """One dtype in one mode: tokens/s of each contestant into `measured`, their ratios into `facts`."""
+    batch = batch_of(request, getattr(torch, dtype), device)
+    steps = contestants(request, getattr(torch, dtype), mode, device, batch)
+    seconds = take_turns(steps, request.warmup, request.repeats)
+    label = f"{mode}, {dtype}"
+    facts[f"attention of ours, {dtype}"] = describe(
+        request.model, device, getattr(torch, dtype), masked_captions=False
+    )
+    speed = {name: request.tokens / Stats.of(taken).median for name, taken in seconds.items()}
+    for name, taken in seconds.items():
+        rates = Stats.of([request.tokens / second for second in taken])
+        measured[f"{name}, {label}"] = Measured(rates, "tokens/s")
+        if name != "diffusers":
+            facts[f"{name} / diffusers, {label}"] = speed[name] / speed["diffusers"]
+        if device.type == "cuda":
+            flops = speed[name] * float(facts["GFLOP a token"] or 0) * 1e9
+            facts[f"TFLOP/s of {name}, {label}"] = flops / 1e12
+            peak = peak_flops(torch.cuda.get_device_name(device))
+            if peak and dtype == "bfloat16":
+                facts[f"MFU of {name}, {label}"] = flops / peak
+            facts[f"peak GiB of {name}, {label}"] = peak_memory(steps[name], device)
+    gc.collect()
+
+
+def contestants(
+    request: Request, dtype: torch.dtype, mode: str, device: torch.device, batch: Batch
+) -> dict[str, Callable[[], None]]:
+    """A forward and backward pass of each, by name. They share the same first weights."""
+    cfg = request.model
+    ours = {"ours": cfg}
+    if resolve(cfg.attention, device, dtype) != ("sdpa", dtype):
+        ours["ours with the same sdpa"] = cfg.model_copy(update={"attention": "sdpa"})
+    weights = first_weights(cfg)
+    steps = {}
+    for name, changed in ours.items():
+        model = VideoDiT(changed)
+        model.load_state_dict(weights)
+        model = model.to(device, dtype)
+        compile_blocks(model, "off" if mode == "eager" else mode)
+        steps[name] = step_of(model, lambda m: m(batch.latents, batch.t, batch.captions), batch)
+    wan = WanTransformer3DModel(**wan_arguments(cfg))
+    wan.load_state_dict(weights)
+    wan = wan.to(device, dtype)
+    if mode != "eager":
+        wan.compile_repeated_blocks(fullgraph=True, dynamic=mode == "dynamic")
+    level = batch.t[:, 0] * 1000
+    steps["diffusers"] = step_of(
+        wan, lambda m: m(batch.latents, level, batch.captions, return_dict=False)[0], batch
+    )
+    return steps
+
+
+def step_of(model: nn.Module, forward: Callable[[Any], Tensor], batch: Batch) -> Callable[[], None]:
+    def step() -> None:
+        velocity = forward(model)
+        velocity.backward(batch.cotangent.to(velocity.dtype))
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def take_turns(
+    steps: dict[str, Callable[[], None]], warmup: int, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each, one after another in turns, after `warmup` rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(warmup + repeats):
+        for name, step in steps.items():
+            synchronize()
+            began = time.perf_counter()
+            step()
+            synchronize()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory(step: Callable[[], None], device: torch.device) -> float:
+    """GiB at the height of one more step; the weights of all contestants are among them."""
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    synchronize()
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def batch_of(request: Request, dtype: torch.dtype, device: torch.device) -> Batch:
+    """A random clip of `tokens` tokens, the same for the same request."""
+    cfg = request.model
+    frames, rows, columns = grid_of(request.tokens)
+    _, p, q = cfg.patch_size
+    draws = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draws).to(device, dtype)
+
+    size = frames, rows * p, columns * q
+    return Batch(
+        latents=normal(1, cfg.in_channels, *size),
+        t=torch.full((1, frames), 0.5, device=device),
+        captions=normal(1, request.caption, cfg.text_dim),
+        cotangent=normal(1, cfg.velocity_channels, *size),
+    )
+
+
+def grid_of(tokens: int) -> tuple[int, int, int]:
+    """Frames, rows and columns with `tokens` tokens: up to four frames, each as square as can be."""
+    frames = math.gcd(4, tokens)
+    area = tokens // frames
+    rows = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)
+    return frames, rows, area // rows
+
+
+def first_weights(cfg: ModelConfig) -> dict[str, Tensor]:
+    """Weights as training begins, but for an output layer that is not zero: all gradients flow."""
+    weights = dict(VideoDiT(cfg).initial_values(seed=0))
+    shape = weights["proj_out.weight"].shape
+    weights["proj_out.weight"] = 0.02 * torch.randn(
+        shape, generator=torch.Generator().manual_seed(1)
+    )
+    return weights
+
+
+def on_meta(cfg: ModelConfig) -> VideoDiT:
+    with torch.device("meta"):
+        return VideoDiT(cfg)
+
+
+def first_load() -> str:
+    """Load of the machine over the last minute, where it is known."""
+    text = Path("/proc/loadavg")
+    return text.read_text().split()[0] if text.exists() else "not known"

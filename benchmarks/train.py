@@ -1,0 +1,143 @@
+"""`sora bench train`: the real Trainer for a few steps, its numbers read from its own metrics.jsonl.
+
+Nothing is re-implemented, so what is measured is what a run does, waiting for data included.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sora_train.config import Config
+from sora_train.config.compose import compose
+from sora_train.errors import Fault, UserError
+from sora_train.monitoring.device_peaks import peak_flops
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.tools.measuring import Measured, Result, Stats
+
+DEFAULT_EXPERIMENT = "experiment=parity_tiny"
+DEFAULT_OUT = Path("benchmarks/results")
+# Only the steps are measured: no checkpoint, validation or sample falls between them.
+BARE = ("checkpoint.every=0", "validation.every=0", "sample.every=0", "sample.oracle_prompts=0")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `[overrides] [--steps N] [--warmup N] [--out DIR]`, print the table; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="sora bench train", allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=20, help="steps measured")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them, not counted")
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, help="folder of train.json, train.md"
+    )
+    options, overrides = parser.parse_known_args(list(arguments))
+    path = run(overrides, steps=options.steps, warmup=options.warmup, out=options.out)
+    print(f"\n{path.with_suffix('.md').read_text()}\nwrote {path} and {path.with_suffix('.md')}")
+    return 0
+
+
+def run(overrides: list[str], *, steps: int, warmup: int, out: Path) -> Path:
+    """Measure `steps` training steps after `warmup` and write `out`/train.json and train.md.
+
+    Without `experiment=` in the Hydra `overrides`, it is parity_tiny. Returns the path of the JSON.
+
+    Raises:
+        UserError: steps or warmup make no measurement, or there is more than one rank.
+        ConfigError: an override is wrong.
+    """
+    if steps < 1 or warmup < 0:
+        raise UserError(
+            f"--steps {steps} --warmup {warmup}: measure at least one step, after none or more"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("sora bench train measures one process; start it without torchrun")
+    named = any(override.startswith("experiment=") for override in overrides)
+    chosen = [*([] if named else [DEFAULT_EXPERIMENT]), *overrides]
+    with tempfile.TemporaryDirectory(prefix="sora_bench_") as folder:
+        fixed = [f"run.dir={folder}/run", f"train.steps={warmup + steps}", "train.log_every=1"]
+        cfg: Config = compose([*chosen, *BARE, *fixed, "tracker=none"]).config
+        params, memory = _train(cfg)
+        rows = read_metrics(Path(cfg.run.dir) / "metrics.jsonl")
+    measured = [row for row in rows if "train/loss" in row and row["step"] > warmup]
+    if len(measured) != steps:
+        raise Fault(f"metrics.jsonl holds {len(measured)} of the {steps} steps to be measured")
+    result = Result("train", _measured(measured, cfg), _facts(cfg, chosen, warmup, params, memory))
+    return result.write(Path(out))
+
+
+def _train(cfg: Config) -> tuple[int, int | None]:
+    """Train as `cfg` says; returns trained parameters and the GPU's peak memory in bytes."""
+    from sora_train.training.trainer import Trainer
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer = Trainer(cfg)
+    trainer.train()
+    on_gpu = trainer.world.device.type == "cuda"
+    return trainer.params, torch.cuda.max_memory_allocated() if on_gpu else None
+
+
+def _measured(rows: list[dict[str, float]], cfg: Config) -> dict[str, Measured]:
+    def stats(name: str, scale: float = 1.0) -> Stats:
+        return Stats.of([row[name] * scale for row in rows])
+
+    found = {
+        "step time": Measured(stats("train/step_seconds"), "s"),
+        "throughput": Measured(stats("train/tokens_per_second"), "tokens/s", "{:,.0f}"),
+        "data wait": Measured(stats("train/data_wait", 100), "% of the step", "{:.2f}"),
+    }
+    peak = _peak(cfg)
+    if peak and cfg.task == "text_to_video":
+        shares = [100 * step_flops(row, cfg) / row["train/step_seconds"] / peak for row in rows]
+        found["MFU"] = Measured(Stats.of(shares), "% of the bf16 peak", "{:.2f}")
+    return found
+
+
+def _peak(cfg: Config) -> float | None:
+    on_gpu = cfg.run.device != "cpu" and torch.cuda.is_available()
+    return peak_flops(torch.cuda.get_device_name(0)) if on_gpu else None
+
+
+def step_flops(row: dict[str, float], cfg: Config) -> float:
+    """FLOPs of the transformer in one step, from a row of metrics.jsonl.
+
+    The VAE, the text encoder, the optimizer and any recomputation are left out, as MFU has it. With
+    clips of several lengths in one step, attention is counted at their mean length: a lower bound.
+    """
+    tokens = row["train/tokens_per_second"] * row["train/step_seconds"]
+    clips = row["train/clips"]
+    return clips * dit_flops(tokens / clips, cfg) if clips else 0.0
+
+
+def dit_flops(tokens: float, cfg: Config) -> float:
+    """Matrix-product FLOPs of a forward and backward pass over one clip of `tokens` video tokens.
+
+    A multiply-add is 2 FLOPs, the backward pass costs twice the forward. The caption counts at
+    `text.max_length`.
+    """
+    model, text = cfg.model, cfg.text.max_length
+    dim = model.dim
+    self_attention = 4 * dim * dim * tokens + 2 * dim * tokens * tokens
+    cross_attention = 2 * dim * dim * (tokens + text) + 2 * dim * tokens * text
+    feed_forward = 2 * dim * model.ffn_dim * tokens
+    channels = model.in_channels + model.velocity_channels
+    patch = channels * model.patch_size[0] * model.patch_size[1] * model.patch_size[2]
+    ends = patch * dim * tokens + (model.text_dim + dim) * dim * text
+    layers = model.num_layers * (self_attention + cross_attention + feed_forward)
+    return 3 * 2 * (layers + ends)
+
+
+def _facts(
+    cfg: Config, overrides: list[str], warmup: int, params: int, memory: int | None
+) -> dict[str, str | int | float | None]:
+    return {
+        "overrides": " ".join(overrides),
+        "experiment": cfg.name,
+        "device": "cuda" if memory is not None else "cpu",
+        "threads": torch.get_num_threads(),
+        "trained parameters": params,
+        "steps before measuring": warmup,
+        "peak GPU memory, GiB": None if memory is None else memory / 2**30,
+    }

@@ -1,0 +1,39 @@
+"""Which code a run was made by: the commit, what was changed since, and a digest of the package itself."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def code_digest() -> dict[str, str]:
+    """`package`: SHA-256 of all source files; in a checkout `commit`, and `diff`, SHA-256 of what was changed since,
+    empty where nothing was."""
+    found = {"package": package_digest(PACKAGE)}
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return found
+    diff = _git("diff", "HEAD", "--binary") or b""
+    changed = hashlib.sha256(diff).hexdigest() if diff else ""
+    return found | {"commit": commit.decode().strip(), "diff": changed}
+
+
+def package_digest(package: Path) -> str:
+    """SHA-256 over the names and bytes of all source files below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        data = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
+def _git(*arguments: str) -> bytes | None:
+    """What git says in the checkout the package runs from; None where there is none."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=PACKAGE, capture_output=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,156 @@
+"""The three networks: the diffusion transformer, the video VAE and the text encoder."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from sora_train.config.sections.base import Section
+
+Attention = Literal[
+    "auto", "sdpa", "flash", "cudnn", "math", "varlen", "flash2", "flash3", "flash4", "gemm"
+]
+
+
+class ModelConfig(Section):
+    num_layers: int = Field(6, ge=1)
+    """Transformer blocks."""
+    num_heads: int = Field(3, ge=1)
+    """Attention heads; the model width is num_heads * head_dim."""
+    head_dim: int = Field(64, ge=8)
+    """Width of one head: even, and 128 where speed on GPUs matters."""
+    ffn_dim: int = Field(768, ge=1)
+    """Inner width of the feed-forward layers."""
+    in_channels: int = Field(16, ge=1)
+    """Latent channels: must be those of the VAE."""
+    out_channels: int = Field(0, ge=0)
+    """Channels of the predicted velocity; 0: those that come in. Fewer where given latents and their mask come in
+    beside the noisy ones."""
+    text_dim: int = Field(128, ge=1)
+    """Width of the caption embeddings: must be that of the text encoder."""
+    freq_dim: int = Field(256, ge=2)
+    """Width of the sinusoid that encodes the noise level; even."""
+    patch_size: Annotated[tuple[int, int, int], Field(strict=False)] = (1, 2, 2)
+    """Latent frames, rows and columns folded into one token. The first is 1: every latent frame has
+    its own noise level."""
+    qk_norm: bool = True
+    """RMS-normalise queries and keys over the full width (Wan's form)."""
+    eps: float = Field(1e-6, gt=0)
+    """Epsilon of all norms."""
+    rope_max_length: int = Field(1024, ge=1)
+    """Most latent frames, rows or columns of tokens; a longer clip is refused. Open Wan weights: 1024."""
+    attention: Attention = "auto"
+    """Softmax core: PyTorch's `sdpa`, or one of its kernels (`flash`, `cudnn`, `math`, `varlen`); the packages of
+    flash-attention (`flash2`, `flash3`, `flash4`); plain matrix products (`gemm`); `auto`: gemm for bfloat16 on CPU,
+    else sdpa. One that is missing is an error."""
+    compile: Literal["auto", "off", "dynamic", "static"] = "auto"
+    """torch.compile of every block: `dynamic` compiles once for all clip sizes, `static` once a size; `auto`: dynamic
+    on a GPU, off on a CPU."""
+    mask_channel: bool = False
+    """Add `mask_proj`: tells the model which latent frames are given (image to video, extension,
+    ...)."""
+    fps_embed: bool = False
+    """Add `fps_proj`: tells the model the clip's frame rate."""
+
+    @property
+    def dim(self) -> int:
+        """Model width D."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def velocity_channels(self) -> int:
+        """Latent channels of the prediction."""
+        return self.out_channels or self.in_channels
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "ModelConfig":
+        if self.head_dim % 2:
+            raise ValueError(
+                f"model.head_dim is {self.head_dim}; rotary positions need an even width"
+            )
+        if self.freq_dim % 2:
+            raise ValueError(
+                f"model.freq_dim is {self.freq_dim}; it holds sine and cosine pairs, so make it "
+                "even"
+            )
+        if self.patch_size[0] != 1 or min(self.patch_size) < 1:
+            raise ValueError(
+                f"model.patch_size is {list(self.patch_size)}; the first number must be 1 and the "
+                "others at least 1"
+            )
+        return self
+
+
+class VaeConfig(Section):
+    path: str = ""
+    """A folder in the diffusers layout (config.json and safetensors), of AutoencoderKLWan,
+    AutoencoderKLHunyuanVideo or AutoencoderKLCogVideoX, or a hub id such as
+    Wan-AI/Wan2.1-T2V-1.3B-Diffusers; `shipped:NAME` takes weights inside the package; empty: random
+    weights of the sizes in `vae.arch`."""
+    arch: dict[str, Any] = {}
+    """Arguments of diffusers' AutoencoderKLWan, used when `vae.path` is empty."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the frozen VAE computes; latents are float32 either way."""
+    tile: int = Field(0, ge=0)
+    """Encode and decode frames in tiles of this many pixels a side, for less memory: exact for
+    AutoencoderKLWan, blended by the other classes; a multiple of the spatial factor, 0 takes whole
+    frames."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "VaeConfig":
+        if self.path and self.arch:
+            raise ValueError(
+                f"vae.path ({self.path}) and vae.arch are both given; a stored VAE brings its own "
+                "sizes, so drop vae.arch"
+            )
+        return self
+
+
+class TextConfig(Section):
+    kind: Literal["umt5_bytes", "umt5", "t5", "clip"] = "umt5_bytes"
+    """`umt5_bytes`: a small UMT5 encoder that reads UTF-8 bytes, so it needs no vocabulary file.
+    `umt5`, `t5`, `clip`: published encoders, from `text.path`."""
+    path: str = ""
+    """Of a published encoder: a folder as transformers writes it, its tokenizer inside or beside it
+    in `tokenizer`; a pipeline's folder; or a hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which a published encoder computes."""
+    d_model: int = Field(128, ge=8)
+    """Width of the caption embeddings."""
+    num_layers: int = Field(2, ge=1)
+    """Encoder layers."""
+    num_heads: int = Field(4, ge=1)
+    """Attention heads."""
+    d_kv: int = Field(32, ge=1)
+    """Width of one head."""
+    d_ff: int = Field(256, ge=1)
+    """Inner width of the feed-forward layers."""
+    max_length: int = Field(128, ge=16)
+    """Longest caption in bytes (in tokens for a published encoder), its end mark included; longer
+    ones are cut and counted (`train/captions_cut`). A multiple of 16, but for `clip`, whose own
+    limit is 77."""
+    padding: Literal["wan", "masked"] = "masked"
+    """`masked`: the model sees the caption's own tokens only. `wan`: it also attends to zeros up to
+    max_length, as open Wan weights were trained."""
+    trainable: bool = True
+    """Train the encoder along with the transformer, as part of the model; false keeps it frozen and
+    cacheable."""
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> "TextConfig":
+        stored = self.kind != "umt5_bytes"
+        if stored and not self.path:
+            raise ValueError(
+                f"text.kind={self.kind} is a published encoder and text.path is empty; give its folder"
+            )
+        if self.path and not stored:
+            raise ValueError(
+                f"text.path is {self.path}, but text.kind=umt5_bytes is made from its sizes; choose "
+                "umt5, t5 or clip"
+            )
+        if stored and self.trainable:
+            raise ValueError(
+                f"text.kind={self.kind} is used as it was published; set text.trainable=false"
+            )
+        if self.max_length % 16 and self.kind != "clip":
+            raise ValueError(f"text.max_length is {self.max_length}; it must be a multiple of 16")
+        return self

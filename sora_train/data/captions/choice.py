@@ -1,0 +1,111 @@
+"""Which of a clip's captions it is trained on.
+
+Models are trained on a mix of short, dense and structured captions, because users write short prompts
+and captioners long ones (HunyuanVideo, arXiv:2412.03603, section 3.2), and fields of structured ones
+are left out at random (SkyReels-V2, arXiv:2504.13074). What is drawn is keyed by the sample and its
+own epoch, so it is the same wherever and in whatever order clips are read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sora_train.data.captions.texts import MAIN, Fields, Named, as_prompt, named_captions
+from sora_train.data.manifest import Manifest
+from sora_train.data.transforms import uniform
+from sora_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class CaptionChoice:
+    """Draws one of the captions a clip has, by weight. Without weights it is always the main one.
+
+    `field_dropout` is the probability with which each field of a structured caption is left out; one
+    is always kept.
+    """
+
+    seed: int
+    weights: Mapping[str, float]
+    field_dropout: float = 0.0
+
+    def prompt(self, main: str, captions: str, epoch: int, row: int) -> str:
+        """What a sample is trained on in its own epoch; `captions` is the manifest's column.
+
+        A clip that has none of the weighted captions keeps its main one.
+        """
+        named: Named = {**named_captions(captions), MAIN: main} if self.weights else {}
+        chances = [
+            (name, weight)
+            for name, weight in sorted(self.weights.items())
+            if weight > 0 and named.get(name)
+        ]
+        if not chances:
+            return main
+        edge = uniform(self.seed, "caption_choice", epoch, row) * sum(w for _, w in chances)
+        chosen = chances[-1][0]
+        for name, weight in chances:
+            edge -= weight
+            if edge < 0:
+                chosen = name
+                break
+        said = named[chosen]
+        return said if isinstance(said, str) else as_prompt(self._kept(said, chosen, epoch, row))
+
+    def _kept(self, fields: Fields, caption: str, epoch: int, row: int) -> Fields:
+        """The fields that are not dropped, each by a draw of its own; where all would be, the last to go."""
+        draws = {
+            name: uniform(self.seed, "caption_field", epoch, row, caption, name) for name in fields
+        }
+        kept = [name for name in fields if draws[name] >= self.field_dropout]
+        return {name: fields[name] for name in kept or [max(draws, key=lambda one: draws[one])]}
+
+
+def caption_counts(manifest: Manifest) -> Counter[str]:
+    """How many clips have a caption of each name, the main one first."""
+    found = Counter({MAIN: int(np.count_nonzero(manifest.caption))})
+    for captions in filter(None, manifest.captions.tolist()):
+        found.update(named_captions(captions).keys())
+    return +found
+
+
+def captions_by_name(manifest: Manifest) -> dict[str, dict[int, str]]:
+    """Every caption of a manifest as one text, by name and then by row; the main ones first."""
+    found = {MAIN: {row: text for row, text in enumerate(manifest.caption.tolist()) if text}}
+    for row, captions in enumerate(manifest.captions.tolist()):
+        for name, said in named_captions(captions).items():
+            found.setdefault(name, {})[row] = as_prompt(said)
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def require_captions(manifest: Manifest, weights: Mapping[str, float]) -> None:
+    """Raises UserError where a caption is weighted that no clip of the source has."""
+    wanted = set(weights)
+    if manifest.caption.any():
+        wanted.discard(MAIN)
+    for captions in filter(None, manifest.captions.tolist() if wanted else ()):
+        wanted -= named_captions(captions).keys()
+        if not wanted:
+            break
+    if wanted:
+        there = ", ".join(caption_counts(manifest)) or "none"
+        raise UserError(
+            f"data.caption_weights names {', '.join(sorted(wanted))}, which no clip of {manifest.root} has; "
+            f"the captions there are: {there} (`sora data index caption_keys=[NAME=PLACE]` names more)"
+        )
+
+
+def without_weighted(manifest: Manifest, weights: Mapping[str, float]) -> int:
+    """How many clips that can be used have none of the weighted captions, and so keep their main one."""
+    drawn = {name for name, weight in weights.items() if weight > 0}
+    if not drawn:
+        return 0
+    return sum(
+        not reason and not (MAIN in drawn and main) and drawn.isdisjoint(named_captions(captions))
+        for reason, main, captions in zip(
+            manifest.drop_reason, manifest.caption, manifest.captions, strict=True
+        )
+    )

@@ -1,0 +1,477 @@
+"""From a clip's bytes to what the manifest says of it, and to frames of a bucket's size. Pure functions.
+
+They run in child processes that can be killed, so nothing here may import torch or keep state.
+Frames are chosen by presentation time, never by index: containers lie about counts and rates.
+Times are seconds after the clip's first frame.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from sora_train.data.manifest import Stamp
+    from sora_train.data.storage.retry import ReadPolicy
+
+av.logging.set_level(av.logging.PANIC)
+
+# Matroska rounds times to a millisecond, so a frame may stand up to half of one after its own time.
+TIME_TOLERANCE = 1e-3
+# A seek costs about as much as decoding a second of video from the start.
+SEEK_WORTH_SECONDS = 1.0
+# Enough of each end to tell two clips apart where reading the middle would cost too much.
+DIGEST_END_BYTES = 1 << 16
+# Decoders that hand out whole batches get no larger ones: a minute of 1080p would be 6 GB.
+BATCH_BYTES = 1 << 28
+# Frame intervals that differ from the median by more than this share of it make a rate variable.
+VARIABLE_RATE = 0.2
+
+
+class BadClip(Exception):
+    """The clip itself is at fault: it cannot be decoded, or is not what the manifest says."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class StorageFault(Exception):
+    """The bytes could not be read: no fault of the clip."""
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """Asks what a byte range of a file holds; `count` is `decode`, `packets` or `header`."""
+
+    row: int
+    key: str
+    path: str
+    offset: int
+    length: int
+    kind: str
+    count: str = "decode"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found: displayed height and width (after rotation), `start` the first frame's own time."""
+
+    codec: str
+    frames: int
+    fps: float
+    vfr: bool
+    height: int
+    width: int
+    rotation: int
+    duration: float
+    start: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """Asks for the frames shown at `times`, of `crop` (top, left, height, width), resized to height x width.
+
+    `crop` is in displayed pixels of a frame of `shown` (height, width).
+    """
+
+    row: int
+    key: str
+    path: str
+    offset: int
+    length: int
+    kind: str
+    times: tuple[float, ...]
+    crop: tuple[float, float, float, float]
+    shown: tuple[int, int]
+    height: int
+    width: int
+    rotation: int = 0
+    start: float = 0.0
+    fps: float = 0.0
+    backend: str = "pyav"
+    reading: ReadPolicy | None = None
+    """How to read the bytes of a `path` that is an address; None where it is a local file."""
+    digest: str = ""
+    """What the index says of the bytes; remote ones are checked against it."""
+    data: bytes | None = None
+    """The bytes, where they were read already."""
+    stamp: Stamp | None = None
+    """What the index says of the whole shard at an address, so that a cache can keep it block by block."""
+
+
+class PartOfFile(io.RawIOBase):
+    """`length` bytes from `offset` on as a file of its own; what reads them is a subclass's.
+
+    A read that fails is remembered in `fault`: libav would report it as damage of the clip.
+    """
+
+    def __init__(self, name: str, offset: int, length: int):
+        super().__init__()
+        self.fault = ""
+        self.name = name
+        self._offset, self._length, self._position = offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+
+class ByteRange(PartOfFile):
+    """A part of a local file, so that a tar's member is decoded where it lies.
+
+    `data` are its bytes where they were read already.
+    """
+
+    def __init__(self, path: str, offset: int, length: int, data: bytes | None = None):
+        super().__init__(path, offset if data is None else 0, length)
+        self._file: io.RawIOBase | io.BytesIO
+        if data is not None:
+            self._file = io.BytesIO(data)
+            return
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise StorageFault(f"{path}: {error.strerror}") from error
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = min(len(view), max(0, self._length - self._position))
+        done = 0
+        try:
+            self._file.seek(self._offset + self._position)
+            while done < wanted:
+                count = self._file.readinto(view[done:wanted])
+                if not count:
+                    raise OSError(
+                        0,
+                        f"ends {self._length - self._position - done} bytes before the index says",
+                    )
+                done += count
+        except OSError as error:
+            self.fault = f"{self.name}: {error.strerror}"
+            raise
+        self._position += done
+        return done
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def probe_video(request: ProbeRequest) -> Probe:
+    """Everything the manifest holds about a clip, its frames really decoded (or its packets counted).
+
+    With `header` the container's own figures and its first frame have to do. Raises BadClip
+    (`unreadable`) and StorageFault.
+    """
+    with ByteRange(request.path, request.offset, request.length) as file:
+        return probe_file(file, request)
+
+
+def probe_file(file: Any, request: ProbeRequest) -> Probe:
+    """`probe_video` of bytes that are open already, as a file that remembers in `fault` why it failed."""
+    try:
+        digest = _digest(file, request)
+        file.seek(0)
+        if request.kind == "image":
+            return _probe_image(file, digest)
+        return _probe_stream(file, request.count, digest)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _explain(error, file) from error
+
+
+def _digest(file: Any, request: ProbeRequest) -> str:
+    """SHA-256 of the bytes; where only the header is read, of their number and their two ends."""
+    if request.count != "header":
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    return _digest_of_ends(file, request.length)
+
+
+def _digest_of_ends(file: Any, length: int) -> str:
+    state = hashlib.sha256(f"ends {length} ".encode())
+    for start in (0, max(0, length - DIGEST_END_BYTES)):
+        file.seek(start)
+        state.update(file.read(DIGEST_END_BYTES) or b"")
+    return state.hexdigest()[:32]
+
+
+def is_digest_of(digest: str, data: bytes) -> bool:
+    """Whether a sample's digest is that of these bytes, however much of them the index looked at."""
+    # The ends first, since they cost next to nothing.
+    return digest == _digest_of_ends(io.BytesIO(data), len(data)) or (
+        digest == hashlib.sha256(data).hexdigest()[:32]
+    )
+
+
+def _explain(error: Exception, file: Any) -> Exception:
+    """Storage at fault, or the clip."""
+    if file.fault:
+        return StorageFault(file.fault)
+    return BadClip("unreadable", " ".join(str(error).split())[:200] or type(error).__name__)
+
+
+def _probe_image(file: Any, digest: str) -> Probe:
+    image = Image.open(cast(Any, file))
+    codec = (image.format or "image").lower()
+    if getattr(image, "n_frames", 1) > 1:
+        raise BadClip(
+            "unreadable", f"an animated {codec} is neither image nor video; convert it to mp4"
+        )
+    image.load()
+    width, height = ImageOps.exif_transpose(image).size
+    return Probe(codec, 1, 0.0, False, height, width, 0, 0.0, 0.0, digest)
+
+
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The first moving picture; a cover image is a video stream to libav, not to us."""
+    streams = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & av.stream.Disposition.attached_pic
+    ]
+    if not streams:
+        raise BadClip("unreadable", "the file holds no video stream")
+    stream = streams[0]
+    # Frame threads can deadlock when decoding stops before the end; one clip has one thread.
+    stream.thread_type = "SLICE"
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _probe_stream(file: Any, count: str, digest: str) -> Probe:
+    with av.open(cast(Any, file), mode="r") as container:
+        stream = video_stream(container)
+        first, times, last_duration = _walk(container, stream, count)
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        codec = stream.codec.canonical_name
+        aspect = stream.sample_aspect_ratio or 1
+    times_s = np.sort(np.asarray(times, np.float64))
+    start = float(times_s[0])
+    fps, vfr = _frame_rate(times_s, rate)
+    rotation = round(first.rotation / 90) * 90 % 360
+    height, width = first.height, round(first.width * float(aspect))
+    if rotation in (90, 270):
+        height, width = width, height
+    tail = last_duration or (1 / fps if fps else 0.0)
+    duration = float(times_s[-1] - start) + tail
+    return Probe(codec, len(times_s), fps, vfr, height, width, rotation, duration, start, digest)
+
+
+def _walk(
+    container: av.container.InputContainer, stream: av.VideoStream, count: str
+) -> tuple[av.VideoFrame, list[float], float]:
+    """The first frame, the time of every frame, and how long the last one is shown (0: unknown)."""
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    promised = _promised_frames(container, stream, rate) if count == "header" else 0
+    if promised:
+        first = next(_decoded(container, stream), None)
+        begin = first.time or 0.0 if first is not None else 0.0
+        times, last_duration = [begin + index / rate for index in range(promised)], 0.0
+    elif count in ("packets", "header"):
+        # Those that an edit list hides are decoded for the sake of others, but not shown.
+        packets = [
+            packet for packet in container.demux(stream) if packet.size and not packet.is_discard
+        ]
+        times = [
+            float(packet.pts * packet.time_base) if packet.pts is not None else index / rate
+            for index, packet in enumerate(packets)
+        ]
+        container.seek(0)
+        first = next(container.decode(stream), None)
+        last_duration = 0.0
+    else:
+        first, times, last_duration = None, [], 0.0
+        for index, frame in enumerate(_decoded(container, stream)):
+            first = first or frame
+            times.append(frame.time if frame.time is not None else index / rate)
+            last_duration = _shown_for(frame)
+    if first is None or not times:
+        raise BadClip("unreadable", "no frame can be decoded")
+    return first, times, last_duration
+
+
+def _promised_frames(
+    container: av.container.InputContainer, stream: av.VideoStream, rate: float
+) -> int:
+    """How many frames the header says there are, 0 where it does not."""
+    lasts = 0
+    if stream.duration and stream.time_base:
+        lasts = round(float(stream.duration * stream.time_base) * rate)
+    if stream.frames:
+        # An edit list shortens what is shown, not what is stored.
+        return min(stream.frames, lasts or stream.frames)
+    if lasts:
+        return lasts
+    # Such containers count from 0, not from their first frame.
+    ends = (container.duration or 0) - max(0, container.start_time or 0)
+    return max(0, round(ends / av.time_base * rate))
+
+
+def _shown_for(frame: av.VideoFrame) -> float:
+    """Seconds a frame is shown, 0 where the container does not say."""
+    return float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
+
+
+def _decoded(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[av.VideoFrame]:
+    """Every frame in order; damage is an error that says how far decoding came."""
+    done = 0
+    try:
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise BadClip(
+                    "unreadable", f"frame {done} of {stream.frames or 'unknown'} is damaged"
+                )
+            yield frame
+            done += 1
+    except av.error.FFmpegError as error:
+        text = error.strerror or type(error).__name__
+        raise BadClip(
+            "unreadable",
+            f"decoding fails after {done} of {stream.frames or 'unknown'} frames: {text}",
+        ) from error
+
+
+def _frame_rate(times_s: np.ndarray, nominal: float) -> tuple[float, bool]:
+    """Frames a second, the container's own figure where the times agree with it, and whether it varies."""
+    if len(times_s) < 2 or times_s[-1] <= times_s[0]:
+        return nominal or 0.0, False
+    intervals = np.diff(times_s)
+    median = float(np.median(intervals))
+    vfr = bool((np.abs(intervals - median) > VARIABLE_RATE * median + TIME_TOLERANCE).any())
+    measured = (len(times_s) - 1) / float(times_s[-1] - times_s[0])
+    is_nominal = not vfr and nominal > 0 and abs(measured / nominal - 1) < 0.01
+    return (nominal if is_nominal else measured), vfr
+
+
+def decode_frames(request: DecodeRequest) -> np.ndarray:
+    """The frames shown at the wanted times: uint8 (T, height, width, 3) RGB.
+
+    A frame is shown from its own time until the next one's. Raises BadClip (`unreadable`,
+    `too_few_frames`) and StorageFault.
+    """
+    with ByteRange(request.path, request.offset, request.length, request.data) as file:
+        try:
+            if request.kind == "image":
+                return _decode_image(file, request)
+            return _decode_stream(file, request)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise _explain(error, file) from error
+
+
+def _decode_image(file: ByteRange, request: DecodeRequest) -> np.ndarray:
+    image = ImageOps.exif_transpose(Image.open(cast(Any, file))).convert("RGB")
+    return np.stack([fit_frame(np.asarray(image), request)] * len(request.times))
+
+
+def _decode_stream(file: ByteRange, request: DecodeRequest) -> np.ndarray:
+    with av.open(cast(Any, file), mode="r") as container:
+        stream = video_stream(container)
+        if request.times[0] > SEEK_WORTH_SECONDS:
+            tick = float(stream.time_base or 1)
+            container.seek(
+                int((request.times[0] + request.start) / tick), stream=stream, backward=True
+            )
+            clip = _pick(container, stream, request, sought=True)
+            if clip is not None:
+                return clip
+            # The seek overshot, as it may without an index: the plain way is always right.
+            container.seek(0)
+            stream.codec_context.flush_buffers()
+        clip = _pick(container, stream, request, sought=False)
+        assert clip is not None, "only a seek can overshoot"
+        return clip
+
+
+def _pick(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    request: DecodeRequest,
+    *,
+    sought: bool,
+) -> np.ndarray | None:
+    """The wanted frames of what decodes from here on; None where a seek went beyond the first of them."""
+    clip = np.empty((len(request.times), request.height, request.width, 3), np.uint8)
+    rate = request.fps or 25.0
+    wanted = 0
+    shown: av.VideoFrame | None = None
+    for index, frame in enumerate(_decoded(container, stream)):
+        if frame.time is None and sought:
+            return None
+        time = (frame.time if frame.time is not None else index / rate) - request.start
+        if shown is None and sought and time > request.times[0] + TIME_TOLERANCE:
+            return None
+        end = wanted
+        while end < len(request.times) and request.times[end] + TIME_TOLERANCE < time:
+            end += 1
+        if end > wanted:
+            clip[wanted:end] = _fit(shown or frame, request)
+            wanted = end
+            if wanted == len(request.times):
+                return clip
+        shown, shown_at = frame, time
+    if shown is None:
+        if sought:
+            return None
+        raise BadClip("unreadable", "no frame can be decoded")
+    lasts = _shown_for(shown) or 1 / rate
+    if request.times[-1] >= shown_at + lasts + TIME_TOLERANCE:
+        raise BadClip(
+            "too_few_frames",
+            f"the last frame is shown at {shown_at:.3f} s, but {request.times[-1]:.3f} s was planned; "
+            "the file changed since it was indexed",
+        )
+    clip[wanted:] = _fit(shown, request)
+    return clip
+
+
+def _fit(frame: av.VideoFrame, request: DecodeRequest) -> np.ndarray:
+    rgb = frame.to_ndarray(format="rgb24", threads=1)
+    return fit_frame(np.rot90(rgb, request.rotation // 90), request)
+
+
+def batches_of_frames(request: DecodeRequest) -> Iterator[slice]:
+    """The places in a clip of frames that may be held together at their full size."""
+    size = max(1, BATCH_BYTES // max(1, 3 * request.shown[0] * request.shown[1]))
+    for start in range(0, len(request.times), size):
+        yield slice(start, min(start + size, len(request.times)))
+
+
+def fit_frame(rgb: np.ndarray, request: DecodeRequest) -> np.ndarray:
+    """Crop and resize one displayed frame (H, W, 3), anti-aliased; one way for every decoder."""
+    height, width = rgb.shape[:2]
+    scale_y, scale_x = height / request.shown[0], width / request.shown[1]
+    top, left, crop_height, crop_width = request.crop
+    box = (
+        left * scale_x,
+        top * scale_y,
+        min(width, (left + crop_width) * scale_x),
+        min(height, (top + crop_height) * scale_y),
+    )
+    if box == (0, 0, width, height) and (height, width) == (request.height, request.width):
+        return rgb
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    size = (request.width, request.height)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))

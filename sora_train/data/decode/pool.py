@@ -1,0 +1,291 @@
+"""A pool of decode processes that can be killed: a clip that spins, aborts or overruns costs that clip only.
+
+Each child belongs to one thread, which sends it a request, waits for the answer until the clip's
+deadline, and replaces the child when it is late or dead. Signals and thread timeouts do not help
+against native code that holds the interpreter lock; SIGKILL does.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import sora_train
+from sora_train.data.decode import pipe
+from sora_train.data.sample import Failure
+from sora_train.errors import Fault
+
+START_SECONDS = 120.0
+EXIT_SECONDS = 5.0
+MAX_START_FAILURES = 3
+# What makes a decode process write its stack, and how long it is given to.
+STACK_SIGNAL = signal.SIGUSR2
+STACK_SECONDS = 0.3
+_Item = tuple[Any, float, Future, Callable[[Any], Any] | None]
+# What a read may take beyond its own deadline before its process is taken for stuck.
+READ_GRACE = 10.0
+
+
+_WORKER = "sora_train.data.decode.worker"
+
+
+def worker_of(backend: str) -> str:
+    """The program that decodes with a backend."""
+    return "sora_train.data.decode.torchcodec_worker" if backend == "torchcodec" else _WORKER
+
+
+class _Child:
+    """One decode process, started by the first request it gets."""
+
+    def __init__(self, module: str):
+        self._module = module
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: Any = None
+        self._said = 0
+        self.stopping = False
+
+    def start(self) -> None:
+        if self._process is not None:
+            return
+        root = str(Path(sora_train.__path__[0]).resolve().parent)
+        env = dict(os.environ)
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
+        # -P: the directory the run was started in must not shadow a module of the child's.
+        command = [sys.executable, "-P", "-m", self._module]
+        for _ in range(MAX_START_FAILURES):
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill()
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=env
+            )
+            try:
+                pipe.receive(self._process.stdout.fileno(), START_SECONDS)  # type: ignore[union-attr]
+                return
+            except (pipe.Closed, pipe.DeadlinePassed):
+                said = self.kill()
+        raise Fault(
+            f"the process `{' '.join(command)}` does not start: {said or 'it says nothing'}"
+        )
+
+    def ask(self, timeout: float, request: Any) -> tuple[str, Any]:
+        """The child's answer, or what became of it: ('late', detail), ('died', detail).
+
+        A death is blamed on the clip only where it repeats: the machine may have run out of memory.
+        """
+        status, value = self._ask_once(timeout, request)
+        if status == "died" and not self.stopping:
+            status, value = self._ask_once(timeout, request)
+        return status, value
+
+    def _ask_once(self, timeout: float, request: Any) -> tuple[str, Any]:
+        self.start()
+        assert self._process is not None and self._process.stdin and self._process.stdout
+        try:
+            pipe.send(self._process.stdin.fileno(), (timeout, request))
+            reading = getattr(request, "reading", None)
+            if reading is not None:
+                first = self._first(reading.deadline + READ_GRACE)
+                if first[0] != "fetched":
+                    return first
+            return pipe.receive(self._process.stdout.fileno(), timeout)
+        except pipe.DeadlinePassed:
+            self.kill()
+            return "late", f"no answer within {timeout:g} s"
+        except pipe.Closed:
+            try:
+                code: int | str = self._process.wait(timeout=EXIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                code = "unknown (it closed its pipe and went on)"
+            said = self.kill()
+            return "died", f"the decode process ended with code {code} {said}".strip()
+
+    def _first(self, timeout: float) -> tuple[str, Any]:
+        """What comes of reading, before the clip's own deadline begins: lateness is not the clip's."""
+        assert self._process is not None and self._process.stdout
+        try:
+            return pipe.receive(self._process.stdout.fileno(), timeout)
+        except pipe.DeadlinePassed:
+            self.kill()
+            return "storage", f"its bytes did not come within {timeout:g} s"
+
+    def kill(self) -> str:
+        """End the process; the last line it wrote to stderr."""
+        if self._process is None:
+            return ""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream:
+                stream.close()
+        self._process = None
+        with self._errors:
+            size = self._errors.seek(0, os.SEEK_END)
+            self._errors.seek(max(0, size - 2000))
+            lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else ""
+
+    def ask_for_stack(self) -> None:
+        """Have the process write its stack behind what it wrote to stderr before."""
+        process, errors = self._process, self._errors
+        if process is None or errors is None:
+            return
+        try:
+            self._said = os.fstat(errors.fileno()).st_size
+            process.send_signal(STACK_SIGNAL)
+        except (OSError, ValueError):
+            # It ended, or was replaced, in between: it has no stack.
+            self._said = 0
+
+    def stack(self) -> str:
+        """What it has written since."""
+        process, errors = self._process, self._errors
+        if process is None or errors is None:
+            return ""
+        try:
+            size = os.fstat(errors.fileno()).st_size
+            said = os.pread(errors.fileno(), min(1 << 16, size - self._said), self._said)
+        except (OSError, ValueError):
+            return ""
+        return f"decode process {process.pid}:\n{said.decode(errors='replace')}\n"
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+
+class DecodePool:
+    """`num_workers` decode processes behind `submit`. Close it, or use it as a context manager.
+
+    A future's result is what the request asked for, or a Failure (`unreadable`, `too_few_frames`,
+    `decode_timeout`, `decoder_crashed`). Storage errors raise Fault from `Future.result`.
+    """
+
+    def __init__(self, num_workers: int, timeout: float, *, module: str = _WORKER):
+        self.timeout = timeout
+        self._queue: queue.Queue[_Item | None] = queue.Queue()
+        self._children = [_Child(module) for _ in range(num_workers)]
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, args=(child,), daemon=True, name=f"decode-{index}")
+            for index, child in enumerate(self._children)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        request: Any,
+        timeout: float | None = None,
+        convert: Callable[[Any], Any] | None = None,
+    ) -> Future:
+        """Queue a request with its own deadline in seconds (default: the pool's), counted from its start.
+
+        The future's result is what `convert` makes of the answer.
+        """
+        if self._closed:
+            raise Fault("the decode pool was used after it was closed")
+        future: Future = Future()
+        self._queue.put((request, timeout or self.timeout, future, convert))
+        return future
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are still being served."""
+        return not self._closed and all(thread.is_alive() for thread in self._threads)
+
+    def stacks(self) -> str:
+        """What every process is doing, as its own fault handler writes it, even while it spins in native code."""
+        for child in self._children:
+            child.ask_for_stack()
+        time.sleep(STACK_SECONDS)
+        return "".join(child.stack() for child in self._children)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes alive now."""
+        return [child.pid for child in self._children if child.pid is not None]
+
+    def close(self) -> None:
+        """End the processes at once; what was still queued is cancelled."""
+        if self._closed:
+            return
+        self._closed = True
+        while True:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if item:
+                item[2].cancel()
+        for _ in self._threads:
+            self._queue.put(None)
+        for child in self._children:
+            child.stopping = True
+        for thread, child in zip(self._threads, self._children, strict=True):
+            while thread.is_alive():
+                # Again and again: a child may just have been started.
+                if child.pid is not None:
+                    _kill(child.pid)
+                thread.join(timeout=0.05)
+
+    def __enter__(self) -> DecodePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _serve(self, child: _Child) -> None:
+        while self._serve_one(child):
+            pass
+        child.kill()
+
+    def _serve_one(self, child: _Child) -> bool:
+        """Answer the next request, False where none will come. Its clip is forgotten on return."""
+        item = self._queue.get()
+        if item is None:
+            return False
+        request, timeout, future, convert = item
+        if self._closed or not future.set_running_or_notify_cancel():
+            return True
+        try:
+            status, value = child.ask(timeout, request)
+            if self._closed:
+                raise Fault("the decode pool was closed while a clip was being decoded")
+            found = _interpret(request, status, value)
+            future.set_result(convert(found) if convert else found)
+        # The waiting side must learn of everything, else it waits for ever.
+        except BaseException as error:
+            future.set_exception(error)
+        return True
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, 9)
+    except ProcessLookupError:
+        return
+
+
+def _interpret(request: Any, status: str, value: Any) -> Any:
+    """An answer as the caller sees it: the value, a Failure, or a Fault raised."""
+    if status == "ok":
+        return value
+    if status == "storage":
+        raise Fault(
+            f"cannot read the clip {request.key!r} at byte {request.offset}: {value}; check the storage, "
+            "or index the source again if its files changed"
+        )
+    if status == "bad":
+        reason, detail = value
+    else:
+        reason, detail = {"late": "decode_timeout", "died": "decoder_crashed"}[status], value
+    return Failure(request.row, reason, detail)

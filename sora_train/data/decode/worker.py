@@ -1,0 +1,146 @@
+"""A child process that decodes: requests come on stdin, answers leave on stdout, one at a time.
+
+It is a program of its own (`python -m sora_train.data.decode.worker`), so that a user's main module
+is never imported again, no lock is inherited from a forked parent, and torch is never loaded
+(but in `decode_torchcodec_worker`, which serves that decoder alone).
+"""
+
+import ctypes
+import dataclasses
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
+from sora_train.data.decode import frames as decode  # noqa: E402 - the threads above must be set before numpy loads
+from sora_train.data.decode import pipe  # noqa: E402 - the threads above must be set before numpy loads
+from sora_train.data.storage import cached_reads as reading  # noqa: E402 - the threads above must be set before numpy loads
+
+PARENT_DEATH_SIGNAL = 1
+# Of the parent's deadline; the alarm is for a parent that died while the child spun in native code.
+ALARM_GRACE = 30
+TEST_HOOK = "SORA_TEST_DECODE"
+
+
+def answer(request: decode.ProbeRequest | decode.DecodeRequest) -> tuple[str, object]:
+    """('ok', Probe or frames), ('bad', (reason, detail)) or ('storage', detail)."""
+    return guarded(lambda: _found(request))
+
+
+def _found(request: decode.ProbeRequest | decode.DecodeRequest) -> object:
+    if isinstance(request, decode.ProbeRequest):
+        return decode.probe_video(request)
+    if request.backend == "decord" and request.kind == "video":
+        from sora_train.data.decode import decord as decode_decord
+
+        return decode_decord.decode_frames(request)
+    if request.backend == "torchcodec" and request.kind == "video":
+        from sora_train.data.decode import torchcodec as decode_torchcodec
+
+        return decode_torchcodec.decode_frames(request)
+    return decode.decode_frames(request)
+
+
+def guarded(find: Callable[[], object]) -> tuple[str, object]:
+    """`find()` as an answer: ('ok', found), or whose fault it is that nothing is."""
+    try:
+        return "ok", find()
+    except decode.BadClip as error:
+        return "bad", (error.reason, error.detail)
+    except decode.StorageFault as error:
+        return "storage", str(error)
+    except MemoryError as error:
+        return "storage", f"out of memory: {error}"
+    # Whatever else a damaged file provokes in a library is that file's fault, and is counted.
+    except Exception as error:
+        return "bad", ("unreadable", f"{type(error).__name__}: {error}"[:200])
+
+
+def misbehave(key: str) -> None:
+    """Spin or abort on the clip that a test names in the environment, as a native decoder might."""
+    action, _, target = os.environ.get(TEST_HOOK, "").partition("=")
+    if not action or target not in key:
+        return
+    if action == "abort":
+        os.abort()
+    if action == "spin":
+        import re
+
+        re.match(r"(a|a)+$", "a" * 64 + "b")  # holds the GIL in C, practically for ever
+
+
+def die_with_parent() -> None:
+    """A child that spins never sees its stdin close, so ask the kernel."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def leave_real_time() -> None:
+    """Take the scheduling of ordinary programs: in real time a clip that spins would starve all else on its core.
+
+    The parent may be a real-time process without knowing: SVT-AV1 makes the thread one that encodes with it as root.
+    """
+    if sys.platform == "linux" and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def fetch(request: Any) -> tuple[Any, tuple[str, object] | None]:
+    """The request with its bytes, and the answer already where storage fails."""
+    try:
+        data = reading.read_range(
+            request.path,
+            request.offset,
+            request.length,
+            request.reading,
+            digest=request.digest,
+            stamp=request.stamp,
+        )
+    except decode.StorageFault as error:
+        return request, ("storage", str(error))
+    except MemoryError as error:
+        return request, ("storage", f"out of memory: {error}")
+    return dataclasses.replace(request, data=data), None
+
+
+def serve(answer: Callable[[Any], tuple[str, object]]) -> None:
+    """Answer requests (deadline in seconds, request with a `key`) until stdin closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_real_time()
+    # The run leaves by its own road, and its decode processes with it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR2)
+    die_with_parent()
+    requests, answers = os.dup(0), os.dup(1)
+    # What a library prints must not get between the answers.
+    os.dup2(2, 1)
+    pipe.send(answers, "ready")
+    while True:
+        try:
+            timeout, request = pipe.receive(requests)
+        except pipe.Closed:
+            return
+        reply = None
+        try:
+            if getattr(request, "reading", None) is not None:
+                signal.alarm(int(request.reading.deadline) + ALARM_GRACE)
+                request, reply = fetch(request)
+                if reply is None:
+                    # From here on the clip's own deadline counts.
+                    pipe.send(answers, ("fetched", None))
+            if reply is None:
+                signal.alarm(int(timeout) + ALARM_GRACE)
+                misbehave(request.key)
+                reply = answer(request)
+            signal.alarm(0)
+            pipe.send(answers, reply)
+        except pipe.Closed:
+            return
+
+
+if __name__ == "__main__":
+    serve(answer)

@@ -1,0 +1,248 @@
+"""Opens the sources of a run as one manifest: rows keep their numbers for ever, also when shards join later.
+
+A row's number names its sample in every keyed draw. So what a run began with comes first, source by
+source, and what joined later follows in the order of joining.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sora_train.base.progress import Progress
+from sora_train.config import Config, SourceConfig
+from sora_train.data.index.folder import open_source
+from sora_train.data.index.shapes_source import prepare_shapes
+from sora_train.data.manifest import Manifest, text_digest
+from sora_train.data.storage.remote import is_remote
+from sora_train.errors import Fault, UserError
+from sora_train.runtime.world import ControlPlane, World
+
+SHAPES = "shapes"
+ONLY = "all"
+"""The name of the source where there is but one."""
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What the sources held when a part of the tape began: `rows` and their digest, by source.
+
+    `first` is the first micro-batch that is drawn from it.
+    """
+
+    first: int
+    rows: dict[str, int]
+    digests: dict[str, str]
+
+    @classmethod
+    def listed(cls, state: Mapping[str, Any]) -> list["Stock"]:
+        """The stocks of a checkpoint's state, in order."""
+        return [cls(**stock) for stock in state["stocks"]]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The training clips of all sources as one manifest, and those held out.
+
+    `source_of_row` indexes `names`. `blocks` counts the training rows of each stock, those of the
+    stocks before it included; `stocks` is what the run is drawn from; where the sources have `grown`,
+    the last one has not joined yet, and its `first` is to be decided.
+    """
+
+    train: Manifest
+    val: Manifest
+    names: tuple[str, ...] = (ONLY,)
+    source_of_row: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    blocks: tuple[int, ...] = ()
+    stocks: tuple[Stock, ...] = ()
+    grown: bool = False
+
+    @classmethod
+    def of(cls, train: Manifest) -> "Sources":
+        """One manifest, all of it training clips."""
+        return cls(
+            train,
+            train.select(np.zeros(0, int)),
+            source_of_row=np.zeros(len(train), int),
+            blocks=(len(train),),
+            stocks=(Stock(0, {ONLY: len(train)}, {ONLY: train.digest()}),),
+        )
+
+    def joined_at(self, first: int) -> "Sources":
+        """The same, its last stock joining at micro-batch `first`."""
+        return replace(self, stocks=(*self.stocks[:-1], replace(self.stocks[-1], first=first)))
+
+    def require_following(self, state: Mapping[str, Any]) -> None:
+        """Raises Fault where this was not opened with the checkpoint's state, so that rows may be renumbered."""
+        before = Stock.listed(state)
+        if list(self.stocks[: len(before)]) != before:
+            raise Fault(
+                "the data was opened without what this run was trained on so far; where build_data is overridden, "
+                "it has to hand trainer.state_before to TrainingData.build"
+            )
+
+    def digest(self) -> str:
+        """Names what is trained on now, wherever it is mounted."""
+        return text_digest(" ".join(self.stocks[-1].digests.values()))
+
+
+def open_together(
+    cfg: Config,
+    world: World,
+    control: ControlPlane,
+    run_dir: Path,
+    stocks: Sequence[Stock] = (),
+) -> Sources:
+    """`open_sources` on every rank: rank 0 probes or renders, the others read the manifests it has written."""
+    opened: Sources | None = None
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            opened = open_sources(cfg, run_dir, stocks)
+        except Exception as failure:
+            error = failure
+    control.raise_together(error)
+    return opened or open_sources(cfg, run_dir, stocks)
+
+
+def open_sources(cfg: Config, run_dir: Path, stocks: Sequence[Stock] = ()) -> Sources:
+    """The manifests of the training clips and of the held-out ones.
+
+    `stocks` is what a run that goes on was drawn from; rows that the sources have gained since then
+    follow. Raises UserError where a source is missing, or is not what it was.
+    """
+    data, work_dir = cfg.data, run_dir / "data"
+    wanted = data.sources or (SourceConfig(name=ONLY, source=data.source, captions=data.captions),)
+    share = -(-data.val_clips // len(wanted))
+    kept: dict[str, np.ndarray] = {}
+    opened: dict[str, Manifest] = {}
+    held_out: dict[str, Manifest] = {}
+    for source in wanted:
+        manifest, split = _open(source, "train", data.shapes_clips, cfg, work_dir)
+        opened[source.name] = manifest
+        began_with = stocks[0].rows.get(source.name, 0) if stocks else len(manifest)
+        apart = np.zeros(0, int)
+        if split and not data.val_source:
+            held_out[source.name] = _open(source, "val", data.shapes_val_clips, cfg, work_dir)[0]
+        elif not data.val_source:
+            usable = np.flatnonzero(manifest.drop_reason[:began_with] == "")
+            count = min(share, len(usable) // 10)
+            apart = usable[len(usable) - count :]
+            held_out[source.name] = manifest.select(apart)
+        kept[source.name] = np.setdiff1d(np.arange(len(manifest)), apart)
+    if data.val_source:
+        val = SourceConfig(name="val", source=data.val_source)
+        held_out = {val.name: _open(val, "val", data.shapes_val_clips, cfg, work_dir)[0]}
+    now = _stock_now(opened, stocks)
+    return _in_order(opened, kept, held_out, now, grown=0 < len(stocks) < len(now))
+
+
+def _stock_now(opened: Mapping[str, Manifest], stocks: Sequence[Stock]) -> tuple[Stock, ...]:
+    """The stocks so far, and one more where the sources have grown. Raises UserError where they changed."""
+    rows = {name: len(manifest) for name, manifest in opened.items()}
+    if not stocks:
+        return (Stock(0, rows, {name: manifest.digest() for name, manifest in opened.items()}),)
+    last = stocks[-1]
+    # Rows are numbered source by source, so the order counts.
+    if list(last.rows) != list(opened):
+        raise UserError(
+            f"this run was trained on the sources {', '.join(last.rows)} so far, now they are "
+            f"{', '.join(opened)}; name them as before, in that order, or start anew in another run.dir"
+        )
+    for name, manifest in opened.items():
+        known = last.rows[name]
+        before = manifest.select(np.arange(known)) if known < len(manifest) else manifest
+        if len(manifest) < known or before.digest() != last.digests[name]:
+            where = "data.source" if name == ONLY else f"the source {name!r}"
+            raise UserError(
+                f"{where} is not what this run was trained on so far (its manifest changed); restore it, or "
+                "start anew in another run.dir (new shards may join at the end: `sora data index` adds them)"
+            )
+    if rows == last.rows:
+        return tuple(stocks)
+    digests = {name: manifest.digest() for name, manifest in opened.items()}
+    return (*stocks, Stock(last.first, rows, digests))
+
+
+def _in_order(
+    opened: Mapping[str, Manifest],
+    kept: Mapping[str, np.ndarray],
+    held_out: Mapping[str, Manifest],
+    stocks: tuple[Stock, ...],
+    grown: bool,
+) -> Sources:
+    """The rows of every stock, source by source, then what the next stock added."""
+    names = tuple(opened)
+    parts: list[Manifest] = []
+    numbers: list[np.ndarray] = []
+    blocks: list[int] = []
+    begun = dict.fromkeys(names, 0)
+    for stock in stocks:
+        for number, name in enumerate(names):
+            rows = kept[name]
+            rows = rows[(rows >= begun[name]) & (rows < stock.rows[name])]
+            parts.append(opened[name].select(rows))
+            numbers.append(np.full(len(rows), number))
+            begun[name] = stock.rows[name]
+        blocks.append(sum(map(len, numbers)))
+    if len(names) > 1:
+        parts = [_placed(part, name) for part, name in zip(parts, names * len(stocks), strict=True)]
+        held_out = {name: _placed(part, name) for name, part in held_out.items()}
+    train, val = _together(parts), _together(list(held_out.values()))
+    return Sources(train, val, names, np.concatenate(numbers), tuple(blocks), stocks, grown)
+
+
+def _together(parts: Sequence[Manifest]) -> Manifest:
+    if len(parts) == 1:
+        return parts[0]
+    stamps = {shard: stamp for part in parts for shard, stamp in part.shards.items()}
+    return Manifest.joined(parts, parts[0].root, stamps)
+
+
+def _placed(part: Manifest, name: str) -> Manifest:
+    """The rows with whole paths, since sources lie in different places, under their source's name."""
+    shards, places = np.unique(part.shard.astype(str), return_inverse=True)
+    paths = np.array([_whole(part.shard_path(shard)) for shard in shards.tolist()] or [""], object)
+    shard = paths[places] if len(part) else part.shard
+    stamps = {_whole(part.shard_path(shard)): stamp for shard, stamp in part.shards.items()}
+    placed = part.with_columns(shard=shard, source=np.full(len(part), name, object))
+    return Manifest.joined([placed], part.root, stamps)
+
+
+def _whole(path: str) -> str:
+    return path if is_remote(path) else str(Path(path).absolute())
+
+
+def _open(
+    source: SourceConfig, split: str, count: int, cfg: Config, work_dir: Path
+) -> tuple[Manifest, bool]:
+    """A manifest, and whether the source is the shapes world (which has splits of its own)."""
+    data = cfg.data
+    if source.source == SHAPES:
+        folder = work_dir / f"shapes-{split}"
+        with Progress(count, f"rendering {split} clips") as progress:
+            manifest = prepare_shapes(
+                folder, split=split, num_clips=count, seed=cfg.seed,
+                image_share=data.shapes_image_share, workers=data.num_workers,
+                progress=lambda done, total: progress.update(done),
+            )  # fmt: skip
+        return manifest, True
+    with Progress(1, f"indexing {source.source}") as progress:
+
+        def show(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(done)
+
+        manifest = open_source(
+            source.source,
+            captions=source.captions,
+            work_dir=work_dir,
+            probe=data.probe,
+            workers=data.num_workers,
+            progress=show,
+            allow_empty_captions=data.allow_empty_captions,
+            timeout=data.decode_timeout,
+        )
+    return manifest, False

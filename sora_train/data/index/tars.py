@@ -1,0 +1,338 @@
+"""Lists a webdataset tar without reading the clips in it: where each begins, and its caption.
+
+What cannot be used is listed too, with the reason: a key without a clip, a member of no bytes, a
+member twice, a tar that is cut off. A fault of the shard itself is a sample of the empty key.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sora_train.data.captions.texts import (
+    MAIN,
+    Fields,
+    Named,
+    dumped,
+    known_scores,
+    named_by,
+    text_or_fields,
+    with_main,
+)
+from sora_train.data.decode.frames import ByteRange, StorageFault
+from sora_train.data.latents import members as stored
+from sora_train.errors import UserError
+
+VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mkv", "webm", "mov", "avi"})
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# A caption is text; whatever is larger under such a name is something else.
+MAX_CAPTION_BYTES = 1 << 20
+# Webdataset's own expression: what it does not match (`noext`, `._copy.mp4`) is no member of a sample.
+_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class MemberKeys:
+    """Which members are the clip and its caption, by extension.
+
+    `video`: extensions, empty for any known one; `captions`: an extension (`txt`, `short.txt`) or
+    `json:caption.long` for a field of a JSON member, the first that is there counts. `short=txt` is a
+    caption of that name, beside the main one.
+    """
+
+    video: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ("txt", "json")
+
+
+@dataclass
+class TarSample:
+    """The members of one key: the clip's byte range, its caption's sources, and why it cannot be used."""
+
+    key: str
+    name: str = ""
+    kind: str = ""
+    offset: int = 0
+    length: int = 0
+    reason: str = ""
+    detail: str = ""
+    extensions: list[str] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    caption: str = ""
+    captions: str = ""
+    scores: str = ""
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    said: dict[str, dict[str, Any]] = field(default_factory=dict)
+    damage: str = ""
+    digest: str = ""
+
+    @property
+    def members(self) -> str:
+        """The manifest's column of that name: byte ranges and descriptions of latents and text."""
+        return stored.as_members(self.places, self.said)
+
+
+@dataclass(frozen=True)
+class ListRequest:
+    """Asks a decode process for the samples of a tar of `length` bytes."""
+
+    row: int
+    key: str
+    path: str
+    offset: int
+    length: int
+    members: MemberKeys
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The samples of a tar, or the compression that hides them."""
+
+    samples: list[TarSample]
+    compressed: str = ""
+
+
+def media_kind(name: str) -> str:
+    """`video`, `image` or '' by the name's extension."""
+    suffix = name.rsplit(".", 1)[-1].lower()
+    return "video" if suffix in VIDEO_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else ""
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Webdataset's key and extension: the file's name is split at its first dot; ('', '') where it has none."""
+    found = _NAME.fullmatch(name)
+    return (found[1], found[2].lower()) if found else ("", "")
+
+
+def caption_name(key: str) -> tuple[str, str]:
+    """A caption key's name and place: `short=json:caption.short` names one, `txt` is a place of the main one."""
+    before, equals, place = key.partition("=")
+    return (before, place) if equals and ":" not in before else (MAIN, key)
+
+
+def caption_of(texts: dict[str, str], keys: Sequence[str]) -> str:
+    """The first text that `keys` find among a sample's text members, '' where there is none."""
+    return next((said for key in keys for said in _found(texts, key) if isinstance(said, str)), "")
+
+
+def captions_of(texts: dict[str, str], keys: Sequence[str]) -> tuple[str, str]:
+    """The manifest's columns `caption` and `captions`: what `keys` find among a sample's text members.
+
+    A plain `json` also takes every caption of the `captions` object that the member holds.
+    """
+    named: Named = {}
+    main: list[str] = []
+    for name, place in map(caption_name, keys):
+        if name == MAIN:
+            main.append(place)
+        elif found := _found(texts, place):
+            named.setdefault(name, found[0])
+    if "json" in (place.lower() for place in main):
+        inside = named_by(_loaded(texts.get("json", "")).get("captions"))
+        named |= {name: said for name, said in inside.items() if name not in named}
+    return with_main(caption_of(texts, main), named)
+
+
+def scores_of(texts: dict[str, str]) -> str:
+    """The manifest's column `scores`: the numbers of the `scores` object of the JSON member."""
+    return dumped(known_scores(_loaded(texts.get("json", "")).get("scores")))
+
+
+def _found(texts: dict[str, str], place: str) -> list[str | Fields]:
+    """The captions, texts or fields, that stand at a place."""
+    extension, _, path = place.partition(":")
+    text = texts.get(extension.lower(), "")
+    if extension.lower().rsplit(".", 1)[-1] != "json":
+        return [text.strip()] if text.strip() else []
+    found: list[str | Fields] = []
+    for steps in [path] if path else ["caption", "text"]:
+        value: Any = _loaded(text)
+        for step in steps.split("."):
+            value = value.get(step) if isinstance(value, dict) else None
+        if said := text_or_fields(value):
+            found.append(said)
+    return found
+
+
+def _loaded(text: str) -> dict[str, Any]:
+    """The object that a JSON member holds, an empty one where it holds none."""
+    try:
+        known = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def compression(head: bytes) -> str:
+    """The name of the compression a file begins with, '' for none."""
+    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), "")
+
+
+def list_tar(path: Path) -> list[TarSample]:
+    """The samples of a local tar in its order, keys without a clip left out.
+
+    A clip cut off by the end of the file is listed with its reason. Raises UserError on a
+    compressed tar, on what is no tar, and on two clips of one key.
+    """
+    size = path.stat().st_size
+    with ByteRange(str(path), 0, size) as file:
+        packed = compression(file.read(8) or b"")
+        if packed:
+            raise UserError(
+                f"{path} is compressed ({packed}) under the name of a plain tar; decompress it first"
+            )
+        samples = list_shard(file, size, path.name, MemberKeys())
+    for sample in samples:
+        if sample.reason in ("not_a_tar", "empty_shard"):
+            raise UserError(
+                f"{path} is not a tar file ({sample.detail}); remove it or make it again"
+            )
+        if sample.reason in ("ambiguous_clip", "duplicate_key"):
+            raise UserError(
+                f"{path} holds two clips under the key {sample.key!r} ({sample.detail}); give each its own"
+            )
+    return [sample for sample in samples if sample.kind]
+
+
+def list_shard(file: Any, size: int, name: str, keys: MemberKeys) -> list[TarSample]:
+    """Every sample of a tar open as `file` (a ByteRange or RemoteRange of `size` bytes), usable or not.
+
+    `name` is what the shard is called in details. Raises StorageFault.
+    """
+    if size == 0:
+        return [TarSample("", reason="empty_shard", detail=f"the shard {name} holds no byte")]
+    samples: dict[str, TarSample] = {}
+    again: list[TarSample] = []
+    end = 0
+    tar = None
+    try:
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                if member.isfile():
+                    _add(tar, member, size, samples, again, keys)
+        reason, detail = _bad_end(file, tar.offset)
+    except tarfile.TarError as error:
+        if tar is None:
+            return [TarSample("", reason="not_a_tar", detail=f"the shard {name}: {error}")]
+        reason, detail = ("shard_cut" if end > size else "shard_damaged"), str(error)
+    except OSError as error:
+        raise StorageFault(file.fault or f"{name}: {error.strerror or error}") from error
+    listed = [*(_judged(sample, keys, name) for sample in samples.values()), *again]
+    if reason and not any(sample.reason == "shard_cut" for sample in listed):
+        listed.append(TarSample("", reason=reason, detail=f"the shard {name}: {detail}"))
+    return listed
+
+
+def _bad_end(file: Any, offset: int) -> tuple[str, str]:
+    """Reason and detail of what is wrong where the tar's members end; '' where its end mark stands."""
+    file.seek(offset)
+    block = file.read(_BLOCK) or b""
+    if len(block) < _BLOCK:
+        return "shard_cut", "it is cut off, its end mark is missing"
+    if block.strip(b"\0"):
+        return (
+            "shard_damaged",
+            f"the header at byte {offset} is damaged, what follows cannot be found",
+        )
+    return "", ""
+
+
+def _add(
+    tar: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    size: int,
+    samples: dict[str, TarSample],
+    again: list[TarSample],
+    keys: MemberKeys,
+) -> None:
+    key, extension = split_name(member.name)
+    if not key:
+        return
+    sample = samples.setdefault(key, TarSample(key))
+    whole = member.offset_data + member.size <= size
+    kind = media_kind(member.name) if not keys.video else ""
+    if extension in keys.video:
+        kind = media_kind(member.name) or "video"
+    found = TarSample(key, member.name, kind, member.offset_data, member.size)
+    if not whole:
+        found.reason = "shard_cut"
+    elif member.size == 0:
+        found.reason = "empty_member"
+    if kind and extension in sample.extensions:
+        found.reason, found.detail = "duplicate_key", f"{member.name} is in the shard before"
+        again.append(found)
+    elif kind and (not sample.kind or (kind == "video" and sample.kind == "image")):
+        found.extensions, found.texts = sample.extensions, sample.texts
+        found.places, found.said = sample.places, sample.said
+        found.damage, found.digest = sample.damage, sample.digest
+        samples[key] = found
+    elif kind and kind == sample.kind:
+        sample.reason = "ambiguous_clip"
+        sample.detail = f"{sample.name}, {member.name}: choose one with video_key="
+    elif extension in (stored.LATENTS, stored.TEXT):
+        _add_stored(tar, member, extension, sample, whole)
+    elif whole and extension in _text_extensions(keys) and member.size <= MAX_CAPTION_BYTES:
+        data = tar.extractfile(member)
+        assert data is not None, "a regular member can be read"
+        sample.texts.setdefault(extension, data.read().decode(errors="replace"))
+    samples[key].extensions.append(extension)
+
+
+def _add_stored(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, sample: TarSample, whole: bool
+) -> None:
+    """Where latents or an embedding lie, and what their header says; what is wrong with them in `damage`."""
+    if extension in sample.places:
+        sample.damage = f"{member.name} is in the shard before"
+    elif not whole:
+        sample.damage = f"the shard is cut off inside {member.name}"
+    else:
+        data = tar.extractfile(member)
+        assert data is not None, "a regular member can be read"
+
+        def read(offset: int, count: int) -> bytes:
+            data.seek(offset)
+            return data.read(count)
+
+        try:
+            sample.said[extension] = stored.describe(read, member.size, extension)
+            sample.places[extension] = (member.offset_data, member.size)
+        except stored.DamagedMember as error:
+            sample.damage = f"{member.name}: {error}"
+            return
+        if extension == stored.LATENTS:
+            sample.digest = stored.digest(read, member.size)
+
+
+def _text_extensions(keys: MemberKeys) -> set[str]:
+    return {"json", *(caption_name(key)[1].partition(":")[0].lower() for key in keys.captions)}
+
+
+def _judged(sample: TarSample, keys: MemberKeys, shard: str) -> TarSample:
+    """The sample with its captions and scores, and the reason and detail of what is wrong with it."""
+    sample.caption, sample.captions = captions_of(sample.texts, keys.captions)
+    sample.scores = scores_of(sample.texts)
+    sample.texts = {}
+    members = ", ".join(sample.extensions) or "none"
+    if not sample.kind and stored.LATENTS in sample.extensions:
+        sample.kind, sample.name = stored.KIND, f"{sample.key}.{stored.LATENTS}"
+        sample.offset, sample.length = sample.places.get(stored.LATENTS, (0, 0))
+    if sample.damage and not sample.reason:
+        sample.reason, sample.detail = "stored_damaged", sample.damage
+    elif not sample.kind:
+        sample.reason = "missing_clip"
+        sample.detail = f"the members of the key are {members}"
+    elif sample.reason == "shard_cut":
+        sample.detail = f"the shard {shard} is cut off inside the clip"
+    elif sample.reason == "empty_member":
+        sample.detail = f"{sample.name} holds no byte"
+    return sample

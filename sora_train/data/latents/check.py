@@ -1,0 +1,132 @@
+"""Before step 1: are the latents and embeddings in the shards those that this run would make?
+
+What the manifest's column `members` says differs from row to row in byte ranges and captions alone.
+So one row of each distinct description is looked at, and a million rows take seconds, not minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from sora_train.data.latents.members import stored_of
+from sora_train.data.latents.provenance import Made, Section, differences, shard_made_with
+from sora_train.data.manifest import Manifest
+from sora_train.errors import UserError
+
+_CAPTION = '"caption_digest": "'
+_CAPTION_END = len(_CAPTION) + 32
+
+
+def first_of_each(members: np.ndarray, rows: Sequence[int]) -> list[int]:
+    """Of the rows that hold something, the first one of each distinct description."""
+    first: dict[str, int] = {}
+    for row, text in zip(rows, members[np.asarray(rows, int)].tolist(), strict=True):
+        if text:
+            # Byte ranges come first and are lists, what is said of the members follows in braces.
+            begin, caption = max(0, text.find("{", 1)), text.rfind(_CAPTION)
+            said = (
+                text[begin:]
+                if caption < 0
+                else text[begin:caption] + text[caption + _CAPTION_END :]
+            )
+            if said not in first:
+                first[said] = row
+    return list(first.values())
+
+
+def require_latents(
+    manifest: Manifest,
+    rows: Iterable[int],
+    vae_digest: str,
+    latent_shape: Callable[[int, int, int], tuple[int, ...]],
+    *,
+    drawn: bool = False,
+    now: Mapping[str, Section] | None = None,
+) -> None:
+    """Raise UserError where stored latents of these rows are another VAE's, or cannot be `drawn` from.
+
+    `now` is what this run's own would be made with.
+    """
+    for row in rows:
+        latents, _ = stored_of(manifest.members[row])
+        if latents is None:
+            continue
+        where = f"the latents of {manifest.key[row]!r} in {manifest.path(row)}"
+        if latents.vae_digest != vae_digest:
+            raise UserError(
+                f"{where} were made by the VAE {latents.vae_digest}, this run's is {vae_digest}: give vae.path the "
+                "VAE that made them, encode the clips again with `sora data encode`, or set "
+                "data.stored_latents=ignore to train from the clips where there are any"
+                + _table(manifest.path(row), "latents", {"VAE": latents.vae_digest}, now)
+            )
+        if drawn and not latents.logvar:
+            raise UserError(
+                f"{where} have no log-variance, which data.latents=sample draws by: set data.latents=mode, or encode "
+                "the clips again with `sora data encode data.latents=sample`"
+            )
+        pixels = latents.pixels
+        wanted = latent_shape(pixels.frames, pixels.height, pixels.width)
+        if latents.shape != wanted:
+            raise UserError(
+                f"{where} have the shape {list(latents.shape)} where this VAE gives {list(wanted)} for {pixels.name}; "
+                "encode the clips again with `sora data encode`"
+            )
+
+
+def refuse_latents(manifest: Manifest, rows: Iterable[int]) -> None:
+    """Raise UserError where these rows hold latents, in a run that gives frames encoded from pixels."""
+    members = manifest.members
+    for row in rows:
+        if members[row] and stored_of(members[row])[0] is not None:
+            raise UserError(
+                f"{manifest.key[row]!r} in {manifest.path(row)} holds latents, and objective.conditioning gives "
+                "frames that are encoded from pixels of their own; set data.stored_latents=ignore to train from the "
+                "clips, or train t2v, i2v and extend with objective.cond_mode=replace only"
+            )
+
+
+def require_text(
+    manifest: Manifest,
+    rows: Iterable[int],
+    encoder_digest: str,
+    trainable: bool,
+    longest: int,
+    *,
+    now: Mapping[str, Section] | None = None,
+) -> None:
+    """Raise UserError where stored embeddings of these rows cannot stand for the run's own."""
+    for row in rows:
+        _, text = stored_of(manifest.members[row])
+        if text is None:
+            continue
+        where = f"the caption embedding of {manifest.key[row]!r} in {manifest.path(row)}"
+        if trainable:
+            raise UserError(
+                f"{where} cannot be used, because text.trainable=true changes the encoder that made it; set "
+                "data.stored_text=ignore to encode captions in the run, or text.trainable=false"
+            )
+        if text.text_digest != encoder_digest:
+            raise UserError(
+                f"{where} was made by the text encoder {text.text_digest}, this run's is {encoder_digest}: restore "
+                "the text section and the seed it was encoded with, encode again with `sora data encode`, or set "
+                "data.stored_text=ignore"
+                + _table(manifest.path(row), "text", {"text encoder": text.text_digest}, now)
+            )
+        if text.shape[0] > longest:
+            raise UserError(
+                f"{where} has {text.shape[0]} tokens, more than text.max_length={longest}; encode again with "
+                "`sora data encode`, or set data.stored_text=ignore"
+            )
+
+
+def _table(path: str, section: str, said: Section, now: Mapping[str, Section] | None) -> str:
+    """What differs between a shard and this run, by its folder's own words and by its members'."""
+    if now is None or section not in now:
+        return ""
+    there: Made = {section: {**shard_made_with(path).get(section, {}), **said}}
+    # Shards from elsewhere say little of themselves; what they leave open does not differ.
+    known = {section: {part: now[section][part] for part in now[section] if part in there[section]}}
+    found = differences(there, known)
+    return f"\n{found}" if found else ""

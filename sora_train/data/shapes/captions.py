@@ -1,0 +1,82 @@
+"""How a scene is put into words: a few short phrasings from a small vocabulary.
+
+The parts always come in the order subject, action, setting, camera, lighting, style. Which of the
+optional parts are said is a bit field, so a caption is a pure function of its scene. Captions stay
+short because a byte-level text encoder has to learn to read them from scratch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sora_train.data.shapes.world import Scene, Thing
+
+ARTICLE, SIZE, SYNONYM, SETTING, CAMERA, LIGHTING, STYLE = (1 << bit for bit in range(7))
+NUM_PHRASINGS = 1 << 7
+MAX_CAPTION_BYTES = 62
+
+# The first wording is the usual one.
+ACTIONS: dict[str, tuple[str, str]] = {
+    "left": ("moves left", "slides left"),
+    "right": ("moves right", "slides right"),
+    "up": ("moves up", "rises"),
+    "down": ("moves down", "falls"),
+    "still": ("stays still", "stands still"),
+    "rotate": ("rotates", "spins"),
+    "grow": ("grows", "gets bigger"),
+    "bounce": ("bounces", "hops"),
+}
+CAMERAS: dict[str, str] = {
+    "static": "static camera",
+    "pan_left": "camera pans left",
+    "pan_right": "camera pans right",
+}
+RELATIONS: dict[str, str] = {"left_of": "left of", "above": "above"}
+
+
+# What is left out first where a caption would grow too long.
+DISPENSABLE = (STYLE, LIGHTING, CAMERA, ARTICLE, SETTING)
+
+
+def subject(thing: Thing, phrasing: int, *, size: bool) -> str:
+    """A thing in words: article and size where the phrasing has them, colour before shape."""
+    words = [thing.colour, thing.shape]
+    if size and phrasing & SIZE:
+        words.insert(0, thing.size)
+    if phrasing & ARTICLE:
+        words.insert(0, "a")
+    return " ".join(words)
+
+
+def describe(scene: Scene, phrasing: int) -> str:
+    """The caption of `scene` under `phrasing`, a bit field of the constants above.
+
+    What decides the picture's movement is always said (the action, a camera that pans); an image
+    has no action and no camera. A growing thing has no one size, so none is named.
+    """
+    if scene.relation is None:
+        sentence = subject(scene.things[0], phrasing, size=scene.motion != "grow")
+        if scene.num_frames > 1:
+            sentence += " " + ACTIONS[scene.motion][1 if phrasing & SYNONYM else 0]
+    else:
+        first, second = (subject(thing, phrasing, size=False) for thing in scene.things)
+        sentence = f"{first} {RELATIONS[scene.relation]} {second}"
+    if phrasing & SETTING:
+        sentence += f" on a {scene.background} background"
+    parts = [sentence]
+    if scene.num_frames > 1 and (phrasing & CAMERA or scene.camera != "static"):
+        parts.append(CAMERAS[scene.camera])
+    if phrasing & LIGHTING:
+        parts.append(f"{scene.lighting} light")
+    if phrasing & STYLE:
+        parts.append(f"{scene.style} style")
+    return ", ".join(parts)
+
+
+def shortened(scene: Scene, phrasing: int) -> int:
+    """`phrasing` less the optional parts that would make the caption longer than MAX_CAPTION_BYTES."""
+    for part in DISPENSABLE:
+        if len(describe(scene, phrasing).encode()) > MAX_CAPTION_BYTES:
+            phrasing &= ~part
+    return phrasing

@@ -1,0 +1,1 @@
+"""The video DiT, with the parameter names of diffusers' WanTransformer3DModel."""

@@ -1,0 +1,174 @@
+"""Which kernel computes softmax(Q K^T) V: what each needs, whether this machine has it, and its call.
+
+A backend that is asked for and missing is an error before training starts, never another kernel in
+its place. One exception is told on the card: kernels without key masks leave captions of
+`text.padding=masked` to SDPA.
+
+Dimension key: B batch, L queries, S keys, N heads, K head width.
+"""
+
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+
+from sora_train.config.sections.model import Attention, ModelConfig
+from sora_train.errors import ConfigError
+from sora_train.models.transformer import flash_packages
+from sora_train.models.transformer.attention_gemm import gemm_attention
+from sora_train.models.transformer.layers import MULTIPLIES_BFLOAT16
+
+BACKENDS: tuple[str, ...] = get_args(Attention)
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+HALF = (torch.bfloat16, torch.float16)
+MASKLESS = ("flash", "flash2", "flash3", "flash4")
+"""Kernels that take no key mask on a GPU."""
+NEED_GPU = ("cudnn", "varlen", "flash2", "flash3", "flash4")
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype]:
+    """The kernel and the precision it computes in.
+
+    `auto` is SDPA but for bfloat16 on CPUs, where that is slow: matrix products are faster on those
+    that multiply bfloat16, and SDPA in float32 on those that do not.
+    """
+    if backend != "auto":
+        return backend, dtype
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return ("gemm", dtype) if MULTIPLIES_BFLOAT16 else ("sdpa", torch.float32)
+    return "sdpa", dtype
+
+
+def check_attention(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ConfigError if `model.attention` cannot compute in `dtype` on `device`."""
+    reason = missing(cfg.attention, device, dtype, cfg.head_dim)
+    if reason:
+        usable = [name for name in BACKENDS if not missing(name, device, dtype, cfg.head_dim)]
+        raise ConfigError(
+            f"model.attention is '{cfg.attention}', {reason}; usable here: {', '.join(usable)}"
+        )
+
+
+def missing(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int = 128
+) -> str | None:
+    """What `backend` needs and does not have here, or None."""
+    if backend not in BACKENDS:
+        return "which is not known"
+    if backend in flash_packages.MODULES and backend not in flash_packages.installed():
+        found = ", ".join(flash_packages.installed()) or "none"
+        package = flash_packages.MODULES[backend]
+        return (
+            f"but the package {package} is not installed (flash-attention packages found: {found})"
+        )
+    if backend not in NEED_GPU and not (backend == "flash" and device.type == "cuda"):
+        return None
+    if device.type != "cuda":
+        return f"which needs a CUDA device and the run is on {device.type}"
+    if dtype not in HALF:
+        return f"which computes in bfloat16 and parallel.param_dtype comes to {_name(dtype)}"
+    if head_dim % 8 or head_dim > 256:
+        return f"which takes head widths that are multiples of 8 up to 256 and model.head_dim is {head_dim}"
+    least = flash_packages.CAPABILITY.get(backend, (8, 0))
+    if torch.cuda.get_device_capability(device) < least:
+        name = torch.cuda.get_device_name(device)
+        return f"which needs compute capability {least[0]}.{least[1]} and {name} has less"
+    return None
+
+
+def describe(
+    cfg: ModelConfig, device: torch.device, dtype: torch.dtype, *, masked_captions: bool
+) -> str:
+    """What is used, for people: the backend `auto` stands for, and who attends to masked captions."""
+    used, dtype = resolve(cfg.attention, device, dtype)
+    text = f"{used} (chosen by auto)" if cfg.attention == "auto" else used
+    apart = used in MASKLESS and masked_captions and device.type == "cuda"
+    return f"{text} in {_name(dtype)}" + (", masked captions by sdpa" if apart else "")
+
+
+def attend(
+    backend: str,
+    q_BLNK: Tensor,
+    k_BSNK: Tensor,
+    v_BSNK: Tensor,
+    key_mask_BS: Tensor | None,
+) -> Tensor:
+    """(B, L, N, K) in the dtype of v. Raises ConfigError for a backend this machine lacks."""
+    used, dtype = resolve(backend, v_BSNK.device, v_BSNK.dtype)
+    if used == "gemm":
+        bias = None if key_mask_BS is None else _mask_bias(key_mask_BS, torch.float32)
+        q_BNLK, k_BNSK, v_BNSK = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
+        return gemm_attention(q_BNLK, k_BNSK, v_BNSK, bias).transpose(1, 2)
+    out_dtype = v_BSNK.dtype
+    q_BLNK, k_BSNK, v_BSNK = q_BLNK.to(dtype), k_BSNK.to(dtype), v_BSNK.to(dtype)
+    if used == "varlen":
+        return varlen_attention(q_BLNK, k_BSNK, v_BSNK, key_mask_BS)
+    if key_mask_BS is None and used in flash_packages.MODULES:
+        return flash_packages.flash_package_attention(used, q_BLNK, k_BSNK, v_BSNK)
+    if key_mask_BS is not None and used in MASKLESS and v_BSNK.is_cuda:
+        used = "sdpa"
+    return _sdpa(used, q_BLNK, k_BSNK, v_BSNK, key_mask_BS).to(out_dtype)
+
+
+def _sdpa(
+    used: str, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, key_mask_BS: Tensor | None
+) -> Tensor:
+    bias = None if key_mask_BS is None else _mask_bias(key_mask_BS, q_BLNK.dtype)
+    q_BNLK, k_BNSK, v_BNSK = (x.transpose(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
+    if used == "sdpa":
+        y_BNLK = F.scaled_dot_product_attention(q_BNLK, k_BNSK, v_BNSK, attn_mask=bias)
+    else:
+        with sdpa_kernel(SDPA_KERNELS[used]):
+            y_BNLK = F.scaled_dot_product_attention(q_BNLK, k_BNSK, v_BNSK, attn_mask=bias)
+    return y_BNLK.transpose(1, 2)
+
+
+def varlen_attention(
+    q_BLNK: Tensor,
+    k_BSNK: Tensor,
+    v_BSNK: Tensor,
+    key_mask_BS: Tensor | None,
+    kernel: Callable[..., Tensor] = varlen_attn,
+) -> Tensor:
+    """Attention over one row of tokens a clip, the masked keys left out, by a kernel that takes the
+    clips' tokens one after another and the places where each begins.
+
+    Real keys move to the front of one buffer and their number is never asked for, so the device is
+    not waited for and every shape stays fixed.
+    """
+    batch, length, _, _ = q_BLNK.shape
+    keys = k_BSNK.shape[1]
+    starts_q = torch.arange(
+        0, (batch + 1) * length, length, dtype=torch.int32, device=q_BLNK.device
+    )
+    k, v = k_BSNK.flatten(0, 1), v_BSNK.flatten(0, 1)
+    if key_mask_BS is None:
+        starts_k = torch.arange(0, (batch + 1) * keys, keys, dtype=torch.int32, device=k.device)
+    else:
+        real = key_mask_BS.flatten()
+        order = (~real).to(torch.uint8).argsort(stable=True)
+        # What lies behind the last real key is never read; filling it keeps its gradient, which no
+        # kernel writes, out of the model.
+        unread = ~real[order][:, None, None]
+        k, v = k[order].masked_fill(unread, 0), v[order].masked_fill(unread, 0)
+        starts_k = F.pad(key_mask_BS.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    y = kernel(q_BLNK.flatten(0, 1), k, v, starts_q, starts_k, length, keys)
+    return y.unflatten(0, (batch, length))
+
+
+def _mask_bias(key_mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where attended, -inf elsewhere: added to the scores, (B, 1, 1, S)."""
+    bias_BS = torch.zeros(key_mask_BS.shape, dtype=dtype, device=key_mask_BS.device)
+    return bias_BS.masked_fill_(~key_mask_BS, float("-inf"))[:, None, None, :]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""The video autoencoder: diffusers' AutoencoderKLWan, streamed, initialised and measured."""

@@ -1,0 +1,1 @@
+"""Memory for time: recomputed or offloaded activations, the optimizer on the host."""

@@ -1,0 +1,1 @@
+"""This process among its peers: ranks, the control plane, deadlines, notices to leave."""

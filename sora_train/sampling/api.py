@@ -1,0 +1,282 @@
+"""The public API: `sora_train.load(RUN).sample(prompts)`; `sora sample` is a thin skin over it."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sora_train import checkpoint as checkpoints
+from sora_train.checkpoint.tensors import StoredTensors
+from sora_train.config import Config, ModelConfig
+from sora_train.config.compose import load_yaml
+from sora_train.config.messages import validated
+from sora_train.diffusion.spec import DiffusionSpec
+from sora_train.errors import UserError
+from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.transformer.attention_backends import missing
+from sora_train.models.transformer.dit import check_patches
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.models.vae.geometry import Geometry
+from sora_train.runtime.world import pick_device
+from sora_train.sampling.files import save_clips, save_stills
+from sora_train.sampling.operations import Prepared, Request, prepare
+from sora_train.sampling.pipeline import ClipShape, sample_clips
+
+SETTINGS = {
+    "steps": "num_steps",
+    **{
+        key: key
+        for key in (
+            "guidance_scale",
+            "condition_scale",
+            "guidance_from",
+            "guidance_to",
+            "guidance_rescale",
+            "solver",
+            "time_grid",
+            "time_rounding",
+        )
+    },
+}
+"""Fields of the spec that only the sampler reads, by the name under which they can be changed."""
+
+
+class Model:
+    """A trained text-to-video model with its VAE and the diffusion spec it was trained under."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        spec: DiffusionSpec,
+        model: TextToVideo,
+        vae: VideoVAE,
+        shape: ClipShape,
+        step: int,
+    ):
+        self.cfg, self.spec, self.shape, self.step = cfg, spec, shape, step
+        self.model, self.vae = model.eval(), vae
+
+    def sample(
+        self,
+        prompts: list[str],
+        *,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        seed: int = 0,
+        num: int = 1,
+        prepared: Prepared | None = None,
+        negative_prompt: str = "",
+        condition_noise: float = 0.0,
+        on_clip: Callable[[int], None] | None = None,
+        **settings: Any,
+    ) -> list[np.ndarray]:
+        """`num` clips a prompt, those of one prompt next to each other, uint8 (T, H, W, 3) each.
+
+        Args:
+            size: (width, height) in pixels; default: that of most training clips.
+            frames: frames of a clip; default: that of most training clips.
+            fps: frame rate the model is told and clips are meant to be played at.
+            seed: clip i starts from noise keyed by (seed, i).
+            prepared: what `prepare` made of images and videos; it has a shape of its own.
+            negative_prompt: what guidance leads away from, in place of the empty caption.
+            condition_noise: noise level in [0, 1] at which given frames are shown to the model.
+            on_clip: called with the number of clips done.
+            settings: `steps`, `guidance_scale` (1 is none), `condition_scale`, `guidance_from`,
+                `guidance_to`, `guidance_rescale`, `solver`, `time_grid` or `time_rounding` in place
+                of the spec's; None leaves a setting alone.
+
+        Raises:
+            UserError: no prompt, or a size, length or setting that cannot be.
+        """
+        if not prompts or num < 1:
+            raise UserError(
+                f"nothing to sample: {len(prompts)} prompts, num={num}; give a prompt and num >= 1"
+            )
+        if prepared is not None and (size or frames or fps):
+            raise UserError(
+                "size, frames and fps belong to prepare; they are in its result already"
+            )
+        shape = self.clip_shape(size, frames, fps) if prepared is None else prepared.shape
+        repeated = [prompt for prompt in prompts for _ in range(num)]
+        clips = sample_clips(
+            self.model,
+            self.vae,
+            changed(self.spec, settings),
+            repeated,
+            shape,
+            seed=seed,
+            on_batch=on_clip,
+            negative_prompt=negative_prompt,
+            condition_noise=condition_noise,
+            given=None if prepared is None else prepared.given,
+        )
+        return clips if prepared is None else [prepared.finish(clip) for clip in clips]
+
+    def prepare(
+        self,
+        request: Request,
+        *,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+    ) -> Prepared:
+        """Read the images and videos of a request for `sample`; see docs/sampling.md.
+
+        Raises:
+            UserError: a file that cannot be read or does not fit the request.
+        """
+        return prepare(request, self.clip_shape(size, frames, fps), self.vae.geometry)
+
+    def save(
+        self,
+        clips: list[np.ndarray],
+        labels: list[str],
+        out: Path,
+        *,
+        fps: float | None = None,
+        seed: int = 0,
+    ) -> list[Path]:
+        """Write H.264 mp4 files, contact_sheet.png and prompts.json into `out`; images as PNG as well.
+
+        `seed` is the one the clips were sampled with; it is noted beside them.
+        """
+        seeds = [seed] * len(clips)
+        paths = save_clips(Path(out), clips, labels, fps=fps or self.shape.fps, seeds=seeds)
+        return paths + save_stills(clips, paths)
+
+    def clip_shape(
+        self, size: tuple[int, int] | None, frames: int | None, fps: float | None
+    ) -> ClipShape:
+        """The wanted shape, gaps filled from the bucket that most training clips were in, checked."""
+        return fitting_shape(self.cfg, self.vae.geometry, self.shape, size, frames, fps)
+
+
+def fitting_shape(
+    cfg: Config,
+    geometry: Geometry,
+    usual: ClipShape,
+    size: tuple[int, int] | None,
+    frames: int | None,
+    fps: float | None,
+) -> ClipShape:
+    """The wanted shape, gaps filled from the usual one. Raises UserError when VAE or patches cannot take it."""
+    multiple = geometry.spatial_factor * math.lcm(*cfg.model.patch_size[1:])
+    width, height = size or (usual.width, usual.height)
+    if width % multiple or height % multiple or min(width, height) < multiple:
+        near_width, near_height = (max(1, round(x / multiple)) * multiple for x in (width, height))
+        raise UserError(
+            f"--size {width}x{height} does not fit the model: width and height must be multiples of {multiple}; "
+            f"the nearest is {near_width}x{near_height}"
+        )
+    if fps is not None and not 0 < fps < 1000:
+        raise UserError(
+            f"--fps is {fps:g}; give frames a second above 0, for example {usual.fps:g}"
+        )
+    count = frames or usual.frames
+    check_patches(cfg.model, *geometry.latent_shape(count, height, width)[1:])
+    return ClipShape(count, height, width, fps or usual.fps)
+
+
+def changed(spec: DiffusionSpec, settings: Mapping[str, Any]) -> DiffusionSpec:
+    """The spec with other sampler settings; None leaves one alone. Raises UserError for one that cannot be."""
+    unknown = [key for key in settings if key not in SETTINGS]
+    if unknown:
+        raise UserError(f"'{unknown[0]}' is no sampler setting; choose among {', '.join(SETTINGS)}")
+    changes = {SETTINGS[key]: value for key, value in settings.items() if value is not None}
+    try:
+        return spec.replace(**changes)
+    except ValueError as error:
+        raise UserError(f"{error}; change {', '.join(settings)}") from error
+
+
+def shipped_config(run_dir: Path, name: str = "config.yaml") -> Config:
+    """The run's config, or another one in its folder, without the top-level keys that a project's own Config added;
+    strict in all it keeps.
+
+    They were checked when the run began, and a model of one's own is refused by its weights.
+    """
+    values = load_yaml(run_dir / name)
+    return validated(
+        Config, {key: value for key, value in values.items() if key in Config.model_fields}
+    )
+
+
+def attending_here(model: ModelConfig, device: torch.device) -> ModelConfig:
+    """`model` with the attention kernel it was trained with, or where samples are made without it (another
+    machine, or weights in float32) with the one that `auto` takes: they compute the same."""
+    if missing(model.attention, device, torch.float32, model.head_dim) is None:
+        return model
+    return model.model_copy(update={"attention": "auto"})
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a checkpoint says of itself, its weights left where they are."""
+
+    found: checkpoints.Checkpoint
+    cfg: Config
+    spec: DiffusionSpec
+    shape: ClipShape
+
+
+def look(run: Path, step: int | None = None) -> Looked:
+    """Read a run's config, spec and usual shape of clips: all that checking a request needs.
+
+    Raises:
+        UserError: no such run or checkpoint, or the checkpoint is not one of a text-to-video model.
+    """
+    found = checkpoints.find(run, step)
+    state = found.state()
+    if state["task"] != "text_to_video":
+        raise UserError(
+            f"{run} trained a {state['task']}, which cannot be sampled from; give a text_to_video run"
+        )
+    try:
+        spec = DiffusionSpec.from_dict(state["spec"])
+    except ValueError as error:
+        raise UserError(
+            f"{found.path} cannot be sampled from: {error}; use the version of sora_train that wrote it"
+        ) from error
+    return Looked(found, shipped_config(run), spec, ClipShape(**state["sample_shape"]))
+
+
+def load(
+    run: str | Path, *, step: int | None = None, weights: str = "ema", device: str = "auto"
+) -> Model:
+    """The model of a run folder, or of `RUN@STEP`.
+
+    Args:
+        run: a folder that `sora train` wrote, optionally with `@step` behind it.
+        step: which checkpoint; default: the newest complete one.
+        weights: `ema` (averaged, what samples are meant to be made with), `live`, or one of `ema.more`: `0.9999`.
+
+    Raises:
+        UserError: no such run or checkpoint, or the checkpoint is not one of a text-to-video model.
+    """
+    folder, at, suffix = str(run).rpartition("@")
+    if at and suffix.isdigit() and not Path(run).exists():
+        run, step = folder, int(suffix)
+    looked = look(Path(run), step)
+    prefix = StoredTensors(looked.found).prefix(weights)
+    found, cfg, spec = looked.found, looked.cfg, looked.spec
+    vae = VideoVAE.from_config(cfg.vae)
+    if vae.digest() != spec.vae_digest:
+        raise UserError(
+            f"{run} was trained on the latents of another VAE than vae.path={cfg.vae.path!r} now holds; "
+            "restore that folder"
+        )
+    target = pick_device(device)
+    model = TextToVideo(attending_here(cfg.model, target), cfg.text, seed=cfg.seed)
+    names = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {
+        f"{prefix}{name}": value.detach() for name, value in names.items()
+    }
+    checkpoints.load_part(found, tensors, prefix)
+    target = pick_device(device)
+    return Model(cfg, spec, model.to(target), vae.to(target), looked.shape, found.step)

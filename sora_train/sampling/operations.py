@@ -1,0 +1,394 @@
+"""What a clip is made from besides a prompt: images and videos, brought to what the model is given.
+
+Each operation is one of the kinds of conditioning that training draws, with the frames that a user
+names in place of drawn ones. Files are read, checked and cut here, before any model is loaded.
+
+Of the frames of a video some become latent frames: the first one alone, every `factor` after it
+together. So the head of a clip takes 1 + k * factor frames, and what lies behind it k * factor.
+
+Dimension key: T latent frames, F pixel frames.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sora_train.data.decode.frames import (
+    BadClip,
+    DecodeRequest,
+    Probe,
+    ProbeRequest,
+    StorageFault,
+    decode_frames,
+    probe_video,
+)
+from sora_train.data.sample import Bucket
+from sora_train.data.transforms import crop, sampled_frames
+from sora_train.diffusion.condition_frames import pixel_mask
+from sora_train.diffusion.condition_masks import ends_mask, kind_for
+from sora_train.diffusion.spec import DiffusionSpec
+from sora_train.errors import UserError
+from sora_train.models.vae.geometry import Geometry
+from sora_train.sampling.pipeline import ClipShape, Given
+
+MAX_FRAMES = 4096
+"""Longest video read, in frames at the clip's rate: it is held in memory whole."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one operation is called and takes."""
+
+    does: str
+    images: tuple[str, ...] = ()
+    """Flags of images it takes, one of them at least, where it takes no video."""
+    videos: int = 0
+    also: tuple[str, ...] = ()
+    """Other flags it takes."""
+
+
+OPERATIONS = {
+    "t2v": Operation("a clip from a prompt alone"),
+    "t2i": Operation("an image from a prompt alone"),
+    "i2v": Operation("a clip that begins or ends with an image", ("image", "last_image")),
+    "extend": Operation("what comes after a video", videos=1, also=("frames_given",)),
+    "extend-back": Operation("what comes before a video", videos=1, also=("frames_given",)),
+    "infill": Operation("the frames of a gap in a video", videos=1, also=("gap",)),
+    "connect": Operation("the way from a video to another", videos=2, also=("frames_given",)),
+    "loop": Operation("a clip without an end", ("image",), videos=1, also=("frames_given",)),
+    "edit": Operation("a video or an image made anew", ("image",), videos=1, also=("strength",)),
+}
+"""Every operation by its name on the command line."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """An operation with its files, as a user names them."""
+
+    op: str = "t2v"
+    image: Path | None = None
+    last_image: Path | None = None
+    videos: tuple[Path, ...] = ()
+    frames_given: int | None = None
+    """Frames taken from each video, at the rate of the clip."""
+    gap: tuple[int, int] | None = None
+    """Frames from the first up to the second, which is not of them, are made anew."""
+    strength: tuple[float, ...] = ()
+    """Noise level from which an edit starts; several are spread evenly over the clip."""
+
+    def check(self) -> None:
+        """Raises UserError for an unknown operation, a missing file or one too many, or an impossible value."""
+        if self.op not in OPERATIONS:
+            raise UserError(f"--op is '{self.op}'; choose among {', '.join(OPERATIONS)}")
+        takes = OPERATIONS[self.op]
+        given = {
+            "image": self.image,
+            "last_image": self.last_image,
+            "frames_given": self.frames_given,
+            "gap": self.gap,
+            "strength": self.strength or None,
+        }
+        for name, value in given.items():
+            if value is not None and name not in (*takes.images, *takes.also):
+                raise UserError(f"--op {self.op} takes no {_flag(name)}; {_takes(self.op)}")
+        images = [name for name in takes.images if given[name] is not None]
+        by_video = takes.videos > 0 and len(self.videos) == takes.videos and not images
+        by_image = bool(images) and not self.videos
+        by_prompt = not (takes.videos or takes.images or self.videos)
+        if not (by_video or by_image or by_prompt):
+            raise UserError(
+                f"--op {self.op} got {_count(len(images), 'image')} and "
+                f"{_count(len(self.videos), 'video')}; {_takes(self.op)}"
+            )
+        wrong = [value for value in self.strength if not 0 <= value <= 1]
+        if wrong:
+            raise UserError(
+                f"--strength is {wrong[0]:g}; it must lie between 0 (keep) and 1 (make from noise)"
+            )
+        if self.strength and max(self.strength) == 0:
+            raise UserError("--strength is 0 everywhere, so nothing would change; raise it")
+        for path in (self.image, self.last_image, *self.videos):
+            if path is not None and not path.is_file():
+                raise UserError(f"there is no file {path}; give the path of an image or a video")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request with its files read: what the model is given, and what becomes of a clip it makes."""
+
+    shape: ClipShape
+    kind: str
+    given: Given | None = None
+    known_F: Tensor | None = None
+    """1 for frames whose own pixels take the place of the VAE's."""
+    before: np.ndarray | None = None
+    after: np.ndarray | None = None
+    drop: int = 0
+    """Frames left off the end, since they are the beginning again."""
+
+    def finish(self, clip: np.ndarray) -> np.ndarray:
+        """The whole video, uint8 (F, H, W, 3), from the clip that was made."""
+        if self.known_F is not None and self.given is not None:
+            known = (self.known_F > 0).numpy()[:, None, None, None]
+            clip = np.where(known, self.given.pixels, clip)
+        clip = clip[: len(clip) - self.drop]
+        parts = [part for part in (self.before, clip, self.after) if part is not None]
+        return np.concatenate(parts)
+
+    def note(self, spec: DiffusionSpec, op: str) -> str:
+        """A sentence where the run was not trained for this, else nothing."""
+        shares = {kind: share for kind, share in spec.conditioning if share > 0}
+        if self.kind == "t2v" or self.kind in shares:
+            return ""
+        trained = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items())
+        return (
+            f"this run was not trained for {op}, which is {self.kind} (it was for {trained}), so what is made may not "
+            f"follow what is given; train with objective.conditioning.{self.kind} above 0"
+        )
+
+
+def prepare(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+    """Read a request's files and cut them to the frames of a clip.
+
+    Args:
+        shape: of the clip to make; an image's has one frame, and a clip made from videos has their
+            rate where that is lower.
+        geometry: of the VAE.
+
+    Raises:
+        UserError: whatever does not fit: `Request.check`, a file that cannot be read, a video that
+            is too short, a number of frames that are no whole latent frames.
+    """
+    request.check()
+    if request.op == "t2i" or (request.op == "edit" and request.image):
+        shape = replace(shape, frames=1)
+    geometry.latent_shape(shape.frames, shape.height, shape.width)
+    if request.op in ("t2v", "t2i"):
+        return Prepared(shape, "t2v")
+    make: Callable[[Request, ClipShape, Geometry], Prepared] = {
+        "i2v": _from_images,
+        "extend": _from_video,
+        "extend-back": _from_video,
+        "infill": _infill,
+        "connect": _connect,
+        "loop": _from_images if request.image else _connect,
+        "edit": _edit,
+    }[request.op]
+    return make(request, shape, geometry)
+
+
+def _from_images(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+    kind = "loop" if request.op == "loop" else "i2v"
+    if request.last_image:
+        kind = "i2v_both" if request.image else "i2v_last"
+    num_frames = _latent_frames(shape, geometry, kind, request.op)
+    mask_T = ends_mask(num_frames, int(kind != "i2v_last"), int(kind != "i2v"))
+    pixels = np.zeros((shape.frames, shape.height, shape.width, 3), np.uint8)
+    if request.image:
+        pixels[0] = _read(request.image, "--image", shape)[0]
+    if request.last_image:
+        pixels[-1] = _read(request.last_image, "--last-image", shape)[0]
+    if kind == "loop":
+        pixels[-1] = pixels[0]
+    return Prepared(shape, kind, Given(pixels, kind, mask_T), drop=int(kind == "loop"))
+
+
+def _from_video(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+    """Extension: the video's end is the clip's head, or its beginning the clip's tail."""
+    kind = request.op.replace("-", "_")
+    num_frames = _latent_frames(shape, geometry, kind, request.op)
+    (video,), shape = _read_videos(request, shape)
+    head = kind == "extend"
+    k = _latents_given(request, geometry, num_frames, num_frames // 2, num_frames - 1, head=head)
+    mask_T = ends_mask(num_frames, k, 0) if head else ends_mask(num_frames, 0, k)
+    known_F = pixel_mask(kind, mask_T, geometry.temporal_factor)
+    count = int(known_F.sum())
+    _require(video, count, request.videos[0], shape)
+    pixels = np.zeros((shape.frames, *video.shape[1:]), np.uint8)
+    if head:
+        pixels[:count] = video[-count:]
+        before, after = video[:-count], None
+    else:
+        pixels[-count:] = video[:count]
+        before, after = None, video[count:]
+    return Prepared(shape, kind, Given(pixels, kind, mask_T), known_F, before, after)
+
+
+def _infill(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+    num_frames = _latent_frames(shape, geometry, "infill", request.op)
+    factor = geometry.temporal_factor
+    (video,), shape = _read_videos(request, shape)
+    _require(video, shape.frames, request.videos[0], shape)
+    kept = max(1, num_frames // 3)
+    first, end = request.gap or (1 + factor * (kept - 1), 1 + factor * (num_frames - kept - 1))
+    head, stop = round((first - 1) / factor) + 1, round((end - 1) / factor) + 1
+    near = (1 + factor * (head - 1), 1 + factor * (stop - 1))
+    if near != (first, end) or not 1 <= head < stop < num_frames:
+        head = min(max(head, 1), num_frames - 2)
+        stop = min(max(stop, head + 1), num_frames - 1)
+        raise UserError(
+            f"--gap {first}:{end} does not lie on whole latent frames inside the clip's "
+            f"{shape.frames} frames; the nearest gap is "
+            f"{1 + factor * (head - 1)}:{1 + factor * (stop - 1)}"
+        )
+    mask_T = ends_mask(num_frames, head, num_frames - stop)
+    known_F = pixel_mask("infill", mask_T, factor)
+    pixels = video[: shape.frames]
+    given, after = Given(pixels, "infill", mask_T), video[shape.frames :]
+    return Prepared(shape, "infill", given, known_F, after=after)
+
+
+def _connect(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+    """From the end of a video to the beginning of another; a loop leads back to the same one."""
+    num_frames = _latent_frames(shape, geometry, "connect", request.op)
+    videos, shape = _read_videos(request, shape)
+    first, second = videos[0], videos[-1]
+    longest = (num_frames - 1) // 2
+    k = _latents_given(
+        request, geometry, num_frames, max(1, (num_frames - 1) // 3), longest, head=True
+    )
+    mask_T = ends_mask(num_frames, k, k)
+    known_F = pixel_mask("connect", mask_T, geometry.temporal_factor)
+    head, tail = 1 + geometry.temporal_factor * (k - 1), geometry.temporal_factor * k
+    _require(first, head, request.videos[0], shape)
+    _require(second, tail, request.videos[-1], shape)
+    pixels = np.zeros((shape.frames, *first.shape[1:]), np.uint8)
+    pixels[:head], pixels[-tail:] = first[-head:], second[:tail]
+    given = Given(pixels, "connect", mask_T)
+    if request.op == "loop":
+        # The clip's end is the video's beginning, which plays next.
+        return Prepared(shape, "connect", given, known_F, before=first[:-head], drop=tail)
+    return Prepared(shape, "connect", given, known_F, first[:-head], second[tail:])
+
+
+def _edit(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+    if request.image:
+        video = _read(request.image, "--image", shape)
+    else:
+        (video,), shape = _read_videos(request, shape)
+        _require(video, shape.frames, request.videos[0], shape)
+    num_frames = geometry.latent_shape(shape.frames, shape.height, shape.width)[1]
+    points = request.strength or (0.6,)
+    places = np.linspace(0, len(points) - 1, num_frames)
+    strength_T = torch.from_numpy(np.interp(places, np.arange(len(points)), points)).float()
+    given = Given(video[: shape.frames], "t2v", torch.zeros(num_frames), strength_T)
+    return Prepared(shape, "t2v", given)
+
+
+def _latent_frames(shape: ClipShape, geometry: Geometry, kind: str, op: str) -> int:
+    num_frames = geometry.latent_shape(shape.frames, shape.height, shape.width)[1]
+    if kind_for(kind, num_frames) != kind:
+        step, needed = geometry.frame_step, 2 if kind_for(kind, 2) == kind else 3
+        least = 1 + step * -(-geometry.temporal_factor * (needed - 1) // step)
+        raise UserError(
+            f"--op {op} leaves nothing to make in a clip of {shape.frames} frames; take --frames "
+            f"{least} or more"
+        )
+    return num_frames
+
+
+def _latents_given(
+    request: Request, geometry: Geometry, num_frames: int, default: int, most: int, *, head: bool
+) -> int:
+    """How many latent frames `frames_given` are: 1 + k * factor frames at the head, k * factor at the tail."""
+    factor = geometry.temporal_factor
+    if request.frames_given is None:
+        return default
+    offset = factor - 1 if head else 0
+    k = min(max(round((request.frames_given + offset) / factor), 1), most)
+    nearest = factor * k - offset
+    if nearest != request.frames_given:
+        raise UserError(
+            f"--frames-given {request.frames_given} is no whole number of latent frames, or leaves nothing to "
+            f"make in a clip of {num_frames} of them; the nearest is {nearest}"
+        )
+    return k
+
+
+def _read_videos(request: Request, shape: ClipShape) -> tuple[list[np.ndarray], ClipShape]:
+    """The request's videos at one rate and size, and the shape with that rate."""
+    probes = [_probe(path, "video", "--video") for path in request.videos]
+    rate = min([shape.fps, *(probe.fps for probe in probes if probe.fps > 0)])
+    shape = replace(shape, fps=rate)
+    pairs = zip(request.videos, probes, strict=True)
+    return [_frames(path, probe, shape, "video", "--video") for path, probe in pairs], shape
+
+
+def _read(path: Path, flag: str, shape: ClipShape) -> np.ndarray:
+    """An image of the clip's size, uint8 (1, H, W, 3)."""
+    return _frames(path, _probe(path, "image", flag), shape, "image", flag)
+
+
+def _probe(path: Path, kind: str, flag: str) -> Probe:
+    request = ProbeRequest(0, path.name, str(path), 0, path.stat().st_size, kind)
+    try:
+        return probe_video(request)
+    except (BadClip, StorageFault) as error:
+        raise UserError(f"{flag} {path} cannot be read as {_a(kind)}: {error}") from error
+
+
+def _frames(path: Path, probe: Probe, shape: ClipShape, kind: str, flag: str) -> np.ndarray:
+    """A file's frames at the clip's rate, its middle cropped to the clip's size, uint8 (F, H, W, 3)."""
+    count = 1
+    if kind == "video" and probe.fps > 0:
+        count = int(sampled_frames(np.array([probe.frames]), np.array([probe.fps]), shape.fps)[0])
+    if count > MAX_FRAMES:
+        raise UserError(
+            f"{flag} {path} has {count} frames at {shape.fps:g} a second; cut it to {MAX_FRAMES} or fewer"
+        )
+    bucket = Bucket(count, shape.height, shape.width)
+    request = DecodeRequest(
+        row=0,
+        key=path.name,
+        path=str(path),
+        offset=0,
+        length=path.stat().st_size,
+        kind=kind,
+        times=tuple(i / shape.fps if shape.fps else 0.0 for i in range(count)),
+        crop=crop(probe.height, probe.width, bucket, 0.5, 0.5),
+        shown=(probe.height, probe.width),
+        height=shape.height,
+        width=shape.width,
+        rotation=probe.rotation,
+        start=probe.start,
+        fps=probe.fps,
+    )
+    try:
+        return decode_frames(request)
+    except (BadClip, StorageFault) as error:
+        raise UserError(f"{flag} {path} cannot be read as {_a(kind)}: {error}") from error
+
+
+def _require(video: np.ndarray, count: int, path: Path, shape: ClipShape) -> None:
+    if len(video) < count:
+        raise UserError(
+            f"--video {path} has {_count(len(video), 'frame')} at {shape.fps:g} a second, and {count} are asked of "
+            "it; give a longer video, or lower --frames or --frames-given"
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _takes(op: str) -> str:
+    """What an operation takes, as the end of a sentence."""
+    takes = OPERATIONS[op]
+    wanted = []
+    if takes.images:
+        wanted.append(" or ".join(f"{_flag(name)} FILE" for name in takes.images))
+    if takes.videos:
+        wanted.append(" ".join(["--video FILE"] * takes.videos))
+    return f"it makes {takes.does} and takes {' or '.join(wanted) or 'a prompt alone'}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _a(kind: str) -> str:
+    return "an image" if kind == "image" else "a video"

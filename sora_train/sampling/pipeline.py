@@ -1,0 +1,311 @@
+"""From prompts to clips, during training and after it: one function, one diffusion spec.
+
+Dimension key: B batch, C latent channels, T, H, W latent frames, rows, columns, F pixel frames.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sora_train.diffusion.condition_frames import (
+    condition_channels,
+    encode_given,
+    encode_whole,
+    pixel_mask,
+)
+from sora_train.diffusion.draws import draw_noise
+from sora_train.diffusion.flow import interpolate
+from sora_train.diffusion.guidance import guide, guide_both, rescale
+from sora_train.diffusion.sampler import sample_ode
+from sora_train.diffusion.spec import DiffusionSpec
+from sora_train.models.text_to_video import Text, TextToVideo
+from sora_train.models.vae.autoencoder import VideoVAE
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Size of the clips to make, in pixels and frames, and their rate in frames a second."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of every clip to be made, as pixels."""
+
+    pixels: np.ndarray
+    """uint8 (F, height, width, 3); frames that are not known may hold anything."""
+    kind: str
+    """Kind of conditioning, as in training."""
+    mask_T: Tensor
+    """1 for given latent frames."""
+    strength_T: Tensor | None = None
+    """Noise level from which each latent frame of a whole known clip is made anew; then nothing is given."""
+
+    def known_frames(self, vae: VideoVAE) -> Tensor:
+        """Mask (F,) of the pixel frames that are known."""
+        return pixel_mask(self.kind, self.mask_T, vae.temporal_factor)
+
+
+@dataclass(frozen=True)
+class GivenLatents:
+    """`Given` as model and sampler take it; one clip, since it is the same for all."""
+
+    latents: Tensor
+    """(1, C, T, H, W), clean."""
+    mask_T: Tensor | None
+    strength_T: Tensor | None
+    condition: Tensor | None = None
+    """With cond_mode=concat the channels beside the noisy latents, (1, factor + C, T, H, W)."""
+    null_condition: Tensor | None = None
+    """The same with nothing given."""
+
+
+@torch.no_grad()
+def encode_known(given: Given, vae: VideoVAE, spec: DiffusionSpec) -> GivenLatents:
+    """Latents of what is given, each run of frames from its own pixels, just as in training."""
+    device = next(vae.parameters()).device
+    pixels = to_pixels(given.pixels).to(device)
+    mask_T = given.mask_T.to(device)
+    if spec.cond_mode == "concat":
+        known_F = given.known_frames(vae).to(device)
+        channels = [
+            condition_channels(
+                encode_whole(vae.encode, pixels, mask_F).float(), mask_F[None], vae.temporal_factor
+            )
+            for mask_F in (known_F, torch.zeros_like(known_F))
+        ]
+        # Every frame is noisy there, so nothing is kept: only an edited clip is started from.
+        latents = vae.encode(pixels).float() if given.strength_T is not None else channels[0]
+        return GivenLatents(latents, None, given.strength_T, *channels)
+    if given.strength_T is not None:
+        return GivenLatents(vae.encode(pixels).float(), None, given.strength_T.to(device))
+    latents = encode_given(
+        vae.encode, pixels, given.known_frames(vae), vae.temporal_factor, vae.frame_step
+    )
+    return GivenLatents(latents.float(), mask_T, None)
+
+
+@torch.no_grad()
+def sample_latents(
+    model: nn.Module,
+    spec: DiffusionSpec,
+    prompts: list[str],
+    noise: Tensor,
+    fps: float,
+    *,
+    negative_prompt: str = "",
+    given: GivenLatents | None = None,
+    condition_noise: float = 0.0,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Latents (B, C, T, H, W) of one batch of prompts from their noise.
+
+    Args:
+        negative_prompt: what guidance leads away from, in place of the empty caption.
+        given: what all clips are given.
+        condition_noise: noise level at which given frames are shown to the model. They come back
+            clean; a little hides flaws of generated ones (SkyReels-V2, arXiv:2504.13074).
+        on_step: called with the number of the sampler's steps done, after each.
+    """
+    batch = len(prompts)
+    mask_BT: Tensor | None = None
+    latents: Tensor | None = None
+    strength_T = None if given is None else given.strength_T
+    if given is not None and (given.mask_T is not None or strength_T is not None):
+        latents = given.latents.expand(batch, -1, -1, -1, -1)
+        mask_BT = None if given.mask_T is None else given.mask_T.expand(batch, -1)
+    velocity = GuidedVelocity(
+        model, spec, prompts, noise, fps, negative_prompt, given, condition_noise
+    )
+    return sample_ode(
+        velocity,
+        noise,
+        spec,
+        given=latents,
+        mask_BT=mask_BT,
+        strength_T=strength_T,
+        on_step=on_step,
+    )
+
+
+@torch.no_grad()
+def sample_clips(
+    model: nn.Module,
+    vae: VideoVAE,
+    spec: DiffusionSpec,
+    prompts: list[str],
+    shape: ClipShape,
+    *,
+    seed: int = 0,
+    batch: int = 16,
+    on_batch: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
+    negative_prompt: str = "",
+    given: Given | None = None,
+    condition_noise: float = 0.0,
+) -> list[np.ndarray]:
+    """One uint8 (T, H, W, 3) clip a prompt.
+
+    Prompt number i starts from noise keyed by (seed, i), so a clip does not depend on how many
+    others are made with it. Under a sharded model every rank must call this with the same prompts.
+    """
+    device = next(vae.parameters()).device
+    latent_shape = vae.latent_shape(shape.frames, shape.height, shape.width)
+    known = None if given is None else encode_known(given, vae, spec)
+    if spec.cond_mode == "concat" and known is None:
+        # Such a model takes the channels even when nothing is given.
+        known = encode_known(nothing_given(shape, latent_shape[1]), vae, spec)
+    clips: list[np.ndarray] = []
+    for start in range(0, len(prompts), batch):
+        chunk = prompts[start : start + batch]
+        keys = [(0, start + i) for i in range(len(chunk))]
+        latents = sample_latents(
+            model,
+            spec,
+            chunk,
+            draw_noise(seed, "sample", keys, latent_shape).to(device),
+            shape.fps,
+            negative_prompt=negative_prompt,
+            given=known,
+            condition_noise=condition_noise,
+            on_step=on_step,
+        )
+        clips += [decode_clip(vae, one) for one in latents]
+        if on_batch is not None:
+            on_batch(len(clips))
+    return clips
+
+
+class GuidedVelocity:
+    """The model's velocity under guidance: up to three calls of it in one batch.
+
+    The null caption is the negative prompt, the encoded empty string unless one is given. Without
+    given frames a clip is what it is in training when they are withheld: these frames are noisy
+    like the others.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: DiffusionSpec,
+        prompts: list[str],
+        noise: Tensor,
+        fps: float,
+        negative_prompt: str,
+        given: GivenLatents | None,
+        condition_noise: float,
+    ):
+        assert isinstance(model, TextToVideo)
+        self.model, self.spec, self.noise, self.fps = model, spec, noise, fps
+        self.given, self.condition_noise = given, condition_noise
+        mask_T = None if given is None else given.mask_T
+        self.mask_BT = (
+            noise.new_zeros(len(prompts), noise.shape[2])
+            if mask_T is None
+            else mask_T.to(noise).expand(len(prompts), -1)
+        )
+        conditioned = bool(self.mask_BT.any()) or (
+            given is not None and given.condition is not None and spec.cond_mode == "concat"
+        )
+        self.by_condition = conditioned and spec.condition_scale != 1.0
+        self.guided = spec.guidance_scale != 1.0 or self.by_condition
+        nulls = [negative_prompt] * len(prompts)
+        always = self.guided and (spec.guidance_from, spec.guidance_to) == (0.0, 1.0)
+        self.plain = None if always else model.tokenize(prompts)
+        copies = [*prompts, *nulls, *(nulls if self.by_condition else [])]
+        self.text = model.tokenize(copies) if self.guided else None
+
+    def __call__(self, z: Tensor, t_BT: Tensor) -> Tensor:
+        """v (B, C, T, H, W) from z of that shape and the noise level of each latent frame."""
+        t = float(t_BT.max())
+        shown, t_shown_BT, mask_BT = self._with_given(z, t_BT)
+        guided = self.guided and self.spec.guidance_from <= t <= self.spec.guidance_to
+        if not guided:
+            assert self.plain is not None
+            return self._call([(shown, t_shown_BT, mask_BT, True)], self.plain)
+        assert self.text is not None
+        views = [(shown, t_shown_BT, mask_BT, True)] * 2
+        if self.by_condition:
+            views.append(self._without_given(z, t))
+        v, v_condition, *rest = self._call(views, self.text).chunk(len(views))
+        v_guided = (
+            guide_both(v, v_condition, rest[0], self.spec.guidance_scale, self.spec.condition_scale)
+            if rest
+            else guide(v, v_condition, self.spec.guidance_scale)
+        )
+        if not self.spec.guidance_rescale:
+            return v_guided
+        return rescale(v_guided, v, self.spec.guidance_rescale, 1 - self.mask_BT)
+
+    def _with_given(self, z: Tensor, t_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the model sees of given frames: they may carry a little noise."""
+        if self.condition_noise and bool(self.mask_BT.any()):
+            is_given = self.mask_BT > 0
+            t_BT = torch.where(is_given, torch.full_like(t_BT, self.condition_noise), t_BT)
+            noisy = interpolate(z, self.noise, t_BT)
+            z = torch.where(is_given[:, None, :, None, None], noisy, z)
+        return z, t_BT, self.mask_BT
+
+    def _without_given(self, z: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """The same clip on its way from noise, with nothing given."""
+        t_BT = torch.full_like(self.mask_BT, t)
+        noisy = interpolate(z, self.noise, t_BT)
+        z = torch.where((self.mask_BT > 0)[:, None, :, None, None], noisy, z)
+        return z, t_BT, torch.zeros_like(self.mask_BT), False
+
+    def _call(
+        self,
+        views: list[tuple[Tensor, Tensor, Tensor, bool]],
+        text: Text,
+    ) -> Tensor:
+        """One call of the model for (z, t, mask, given or not) in a batch."""
+        assert isinstance(self.model, TextToVideo)
+        z = torch.cat([self._beside(one[0], with_given=one[3]) for one in views])
+        mask_BT: Tensor | None = None
+        if self.model.transformer.mask_proj is not None:
+            mask_BT = torch.cat([one[2] for one in views])
+        fps_B = torch.full((len(z),), self.fps, device=z.device)
+        t_BT = torch.cat([one[1] for one in views])
+        return self.model(z, t_BT, text, mask_BT=mask_BT, fps_B=fps_B)
+
+    def _beside(self, z: Tensor, *, with_given: bool) -> Tensor:
+        """z, and with cond_mode=concat the condition channels after its own."""
+        if self.given is None or self.given.condition is None:
+            return z
+        condition = self.given.condition if with_given else self.given.null_condition
+        assert condition is not None
+        return torch.cat([z, condition.to(z).expand(len(z), -1, -1, -1, -1)], dim=1)
+
+
+def nothing_given(shape: ClipShape, num_frames: int) -> Given:
+    """`Given` of a clip of which nothing is known; `num_frames` are latent ones."""
+    blank = np.zeros((shape.frames, shape.height, shape.width, 3), np.uint8)
+    return Given(blank, "t2v", torch.zeros(num_frames))
+
+
+def to_pixels(frames: np.ndarray) -> Tensor:
+    """uint8 (F, height, width, 3) -> pixels in [-1, 1], float32 (1, 3, F, height, width)."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+
+
+def decode_clip(vae: VideoVAE, latents_CTHW: Tensor) -> np.ndarray:
+    """uint8 (T, H, W, 3): a byte a value is all that grows with the clip."""
+    frames = 1 + (latents_CTHW.shape[1] - 1) * vae.temporal_factor
+    height, width = (size * vae.spatial_factor for size in latents_CTHW.shape[-2:])
+    clip = np.empty((frames, height, width, 3), np.uint8)
+    for where, pixels in vae.decode_pieces(latents_CTHW[None]):
+        clip[where[1:]] = to_uint8(pixels[0])
+    return clip
+
+
+def to_uint8(pixels_CTHW: Tensor) -> np.ndarray:
+    """Pixels in [-1, 1], (3, T, H, W) -> uint8 (T, H, W, 3)."""
+    scaled = (pixels_CTHW.float().clamp(-1, 1) + 1.0) * 127.5
+    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()

@@ -1,1 +1,0 @@
-"""The embedded default data: a world of moving shapes, their captions, and an oracle."""

@@ -1,1 +1,0 @@
-"""Many runs of one configuration: expanded, run or submitted, searched, and compared."""

@@ -1,0 +1,227 @@
+"""A diffusers folder of Wan's layout as a run folder: `sora ckpt import`.
+
+Nothing is renamed, since parameter names are diffusers' own. Every name and shape has to be met, on both
+sides. A weight is in memory while it is written, and one file is open at a time.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from sora_train import checkpoint as checkpoints
+from sora_train.base.files import write_atomically
+from sora_train.config import Config
+from sora_train.config.compose import compose
+from sora_train.errors import UserError
+from sora_train.models.text.published import build_text_encoder
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.models.transformer.wan_layout import model_values
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.objectives.spec import spec_of
+from sora_train.sampling.pipeline import ClipShape
+from sora_train.tools.convert.stored_weights import StoredWeights
+
+Shapes = dict[str, tuple[int, ...]]
+SHOWN = 10
+# Of a scheduler: its class -> solver, grid, rounding and the name of its shift.
+SCHEDULERS = {
+    "UniPCMultistepScheduler": ("unipc", "unipc", "truncate", "flow_shift"),
+    "FlowMatchEulerDiscreteScheduler": ("euler", "flow_match_euler", "none", "shift"),
+}
+
+
+def import_pipeline(
+    source: Path,
+    out: Path,
+    shape: ClipShape,
+    *,
+    base: Path | None = None,
+    mask_channel: bool = False,
+    fps_embed: bool = False,
+) -> str:
+    """Write the run folder `out` with a checkpoint of step 0; returns the report, in lines.
+
+    `shape` is what is sampled where no size is asked for. `base` is the pipeline that VAE, text encoder and
+    scheduler come from when `source` is a transformer alone. `mask_channel` and `fps_embed` add the extras,
+    at zero, so that the model still computes what it did. Raises UserError where the folder is not such
+    a pipeline, something is missing from it, or `out` is not empty.
+    """
+    transformer, source = _transformer_and_rest(source, base)
+    _require_one_transformer(source)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty; name a new folder or empty it")
+    extras = {"mask_channel": mask_channel, "fps_embed": fps_embed}
+    cfg = _config(transformer, source, out, extras)
+    stored = StoredWeights(transformer)
+    shapes, report = _check(transformer, stored, cfg)
+    vae = VideoVAE.from_config(cfg.vae)
+    if vae.channels != cfg.model.velocity_channels or vae.channels != cfg.model.in_channels:
+        raise UserError(
+            f"{transformer} takes {cfg.model.in_channels} channels and makes "
+            f"{cfg.model.velocity_channels}, but the latents of {source}/vae have {vae.channels}; what can be "
+            "imported is a text-to-video pipeline"
+        )
+    spec = spec_of(cfg, vae, build_text_encoder(cfg.text).digest())
+    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        values = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+        write_atomically(partial / "config.yaml", values)
+        state: dict[str, Any] = {
+            "step": 0, "samples_seen": 0, "dropped": 0, "task": cfg.task,
+            "config": cfg.model_dump(mode="json"), "spec": spec.to_dict(),
+            "sample_shape": asdict(shape), "manifest_digest": "", "stocks": [], "quarantine": [],
+            "versions": checkpoints.state_versions(), "imported_from": str(transformer if base else source),
+        }  # fmt: skip
+        _save(partial / "checkpoints", stored, shapes, state)
+        if out.exists():
+            out.rmdir()
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return "\n".join([*report, f"wrote {out}", f'next: sora sample --ckpt {out} --prompt "..."'])
+
+
+def _transformer_and_rest(source: Path, base: Path | None) -> tuple[Path, Path]:
+    """The folder of the transformer, and that of the pipeline which has all else."""
+    if base is None and source.name == "transformer":
+        above = source.absolute().parent
+        source = above if (above / "model_index.json").is_file() else source
+    whole = (source / "model_index.json").is_file()
+    places = [source, source / "transformer"]
+    alone = [place for place in places if (place / "config.json").is_file() and not whole]
+    if not (whole or alone):
+        raise UserError(
+            f"{source} holds no model_index.json and no config.json; give a pipeline's folder in the diffusers layout "
+            "(transformer, vae, text_encoder, tokenizer, scheduler), or a transformer's and the pipeline of its VAE "
+            "and text encoder as --base"
+        )
+    if alone and base is None:
+        raise UserError(
+            f"{source} is a transformer alone; name the pipeline whose VAE, text encoder, tokenizer and scheduler go "
+            "with it, such as --base Wan2.1-T2V-1.3B-Diffusers"
+        )
+    if base is None:
+        return source / "transformer", source
+    if whole:
+        raise UserError(
+            f"--base {base} is for a transformer alone, and {source} is a whole pipeline; leave it out, or give "
+            f"{source}/transformer"
+        )
+    if not (base / "model_index.json").is_file():
+        raise UserError(
+            f"--base {base} holds no model_index.json; give a pipeline's folder in the diffusers layout"
+        )
+    return alone[0], base
+
+
+def _require_one_transformer(source: Path) -> None:
+    """Raises UserError for a pipeline that shares the noise levels out among two, as Wan 2.2's A14B."""
+    second = _json(source / "model_index.json").get("transformer_2")
+    if second and second[0] is not None:
+        raise UserError(
+            f"{source} has a second transformer (transformer_2) for a part of the noise levels; what can be imported "
+            "has one (Wan 2.1 T2V, Wan 2.2 TI2V)"
+        )
+
+
+def _config(transformer: Path, source: Path, out: Path, extras: Mapping[str, bool]) -> Config:
+    """The config of a run that has this model, and the pipeline's VAE, text encoder and scheduler."""
+    model = model_values(_json(transformer / "config.json"), f"{transformer}/config.json")
+    text = _json(source / "text_encoder" / "config.json")
+    if text.get("model_type") != "umt5":
+        raise UserError(
+            f"{source}/text_encoder is a {text.get('model_type')}; what can be imported is a umt5, as Wan's"
+        )
+    scheduler = _json(source / "scheduler" / "scheduler_config.json")
+    name = scheduler.get("_class_name")
+    if name not in SCHEDULERS:
+        raise UserError(
+            f"{source}/scheduler is a {name}; what can be imported is {' or '.join(SCHEDULERS)}"
+        )
+    solver, grid, rounding, shift = SCHEDULERS[name]
+    tokenizer = _json(source / "tokenizer" / "tokenizer_config.json")
+    longest = int(min(tokenizer.get("model_max_length", 512), 512)) // 16 * 16
+    values = {
+        **{f"model.{key}": value for key, value in {**model, **extras}.items()},
+        "vae.path": str((source / "vae").absolute()), "vae.arch": {},
+        "text.kind": "umt5", "text.path": str(source.absolute()), "text.d_model": text["d_model"],
+        "text.trainable": False, "text.padding": "wan", "text.max_length": longest,
+        "objective.solver": solver, "objective.time_grid": grid, "objective.time_rounding": rounding,
+        "objective.shift": float(scheduler.get(shift) or 1.0), "objective.shift_rule": "constant",
+        "objective.num_steps": 50, "objective.guidance_scale": 5.0,
+        "name": out.name, "run.dir": str(out),
+    }  # fmt: skip
+    return compose([f"{key}={json.dumps(value)}" for key, value in values.items()]).config
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{file} is missing; give a whole pipeline's folder in the diffusers layout"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}; copy the folder again") from error
+    return found
+
+
+def _check(folder: Path, stored: StoredWeights, cfg: Config) -> tuple[Shapes, list[str]]:
+    """Every weight of the transformer in the order of the files, added ones last, and the report.
+
+    Raises UserError where names or shapes differ."""
+    with torch.device("meta"):
+        model = VideoDiT(cfg.model)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    extras = [name for name in ("mask_proj.weight", "fps_proj.weight") if name in expected]
+    added = [name for name in extras if name not in stored.shapes]
+    found = {**stored.shapes, **{name: expected[name] for name in added}}
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    differ = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    faults = [
+        *(f"{name} is missing" for name in missing),
+        *(f"{name} is unexpected" for name in unexpected),
+        *differ,
+    ]
+    if faults:
+        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise UserError(
+            f"{folder} holds the weights of another architecture than its config.json: "
+            f"{'; '.join(faults[:SHOWN])}{more}"
+        )
+    report = [f"matched {len(expected) - len(added)} weights, missing 0, unexpected 0"]
+    report += [f"added {name} at zero" for name in added]
+    return found, report
+
+
+def _save(folder: Path, stored: StoredWeights, shapes: Shapes, state: dict[str, Any]) -> None:
+    """The checkpoint of step 0; each weight is read when it is written, added ones are zero."""
+
+    def read(key: str) -> Tensor:
+        name = key.split(".", 2)[2]
+        return stored.read(name) if name in stored.shapes else torch.zeros(shapes[name])
+
+    named = {
+        f"{part}.transformer.{name}": shape
+        for part in ("model", "ema")
+        for name, shape in shapes.items()
+    }
+    try:
+        checkpoints.save_streamed(folder, 0, named, read, state)
+    finally:
+        stored.close()

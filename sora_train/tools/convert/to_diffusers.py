@@ -1,0 +1,360 @@
+"""A run as a pipeline's folder that `diffusers.WanPipeline.from_pretrained` runs as it is: `sora ckpt export`.
+
+Parameter names are diffusers' own, so weights are copied, shard by shard; no more than one is in
+memory. What the pipeline has no place for is left out where that changes nothing, folded in where that
+is exact, and otherwise refused by name.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sora_train import checkpoint as checkpoints
+from sora_train.base.progress import Progress
+from sora_train.checkpoint.tensors import StoredTensors
+from sora_train.errors import Fault, UserError
+from sora_train.models.text.published import build_text_encoder
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.models.transformer.layers import sinusoid
+from sora_train.models.transformer.wan_layout import CLASS_NAME, wan_arguments
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.models.vae.published import WAN
+from sora_train.sampling.api import Looked, look
+
+WEIGHTS = "diffusion_pytorch_model"
+EXTRAS = ("mask_proj.weight", "fps_proj.weight")
+TIME_BIAS = "condition_embedder.time_embedder.linear_2.bias"
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def export_pipeline(
+    run: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    weights: str = "ema",
+    fps: float | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> str:
+    """Write the pipeline's folder and return what was done, in lines.
+
+    `fps` is folded into the weights of a model that is told the frame rate. Raises UserError where the
+    run cannot be such a pipeline, `out` is not empty, or the run is none.
+    """
+    looked = look(run, step)
+    _require(looked, fps)
+    StoredTensors(looked.found).prefix(weights)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty; name a new folder or empty it")
+    vae = _vae(looked, run)
+    checkpoints.verify(looked.found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        notes = _write_transformer(looked, weights, fps, partial / "transformer", max_shard_bytes)
+        vae.save(partial / "vae")
+        _write_text_encoder(looked, weights, partial)
+        scheduler = _write_scheduler(looked, vae, partial / "scheduler")
+        notes += _departures(looked, scheduler)
+        _write_index(looked, scheduler, partial)
+        (partial / "README.md").write_text(
+            _card(looked, run, weights, fps, scheduler, _departures(looked, scheduler))
+        )
+        if out.exists():
+            out.rmdir()
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return "\n".join([*notes, f"wrote {out}", f'next: WanPipeline.from_pretrained("{out}")'])
+
+
+def _require(looked: Looked, fps: float | None) -> None:
+    cfg, spec = looked.cfg, looked.spec
+    if spec.text_padding != "wan":
+        raise UserError(
+            "text.padding=masked cannot be exported, because WanPipeline attends to the padding; train with "
+            "text.padding=wan"
+        )
+    if spec.cond_mode != "replace":
+        raise UserError(
+            f"objective.cond_mode={spec.cond_mode} cannot be exported as a text-to-video pipeline; export a run of "
+            "cond_mode=replace"
+        )
+    if cfg.text.kind not in ("umt5_bytes", "umt5"):
+        raise UserError(
+            f"text.kind={cfg.text.kind} cannot be exported, because WanPipeline reads captions with a UMT5EncoderModel"
+        )
+    if cfg.model.fps_embed and fps is None:
+        raise UserError(
+            "this model is told the frame rate (fps_proj), which WanPipeline does not do; give the one to fold into "
+            f"the weights, such as --fps {looked.shape.fps:g}"
+        )
+    if not cfg.model.fps_embed and fps is not None:
+        raise UserError(
+            f"--fps {fps:g} has no effect: this model is not told the frame rate; leave it out"
+        )
+    if cfg.model.velocity_channels != cfg.model.in_channels:
+        raise UserError(
+            f"model.out_channels={cfg.model.out_channels} cannot be exported: WanPipeline gives noisy latents "
+            f"alone, {cfg.model.velocity_channels} channels, and it takes {cfg.model.in_channels}"
+        )
+    if not cfg.model.qk_norm:
+        raise UserError("model.qk_norm=false cannot be exported: diffusers' class always has it")
+    if spec.conditioning and not dict(spec.conditioning).get("t2v"):
+        kinds = ", ".join(kind for kind, share in spec.conditioning if share)
+        told = " through mask_proj" if cfg.model.mask_channel else ""
+        raise UserError(
+            f"objective.conditioning has trained no text to video, which is all that WanPipeline does, but {kinds}"
+            f"{told}; sample with `sora sample --op`, or train on with shares of less than 1 in sum and export that"
+        )
+
+
+def _vae(looked: Looked, run: Path) -> VideoVAE:
+    """The run's VAE. Raises UserError when it is another than in training, or not the pipeline's."""
+    path = looked.cfg.vae.path
+    vae = VideoVAE.from_config(looked.cfg.vae)
+    if vae.digest() != looked.spec.vae_digest:
+        raise UserError(
+            f"vae.path={path!r} no longer holds the VAE that {run} was trained with; restore it"
+        )
+    if vae.kind.class_name != WAN:
+        raise UserError(
+            f"vae.path={path!r} is an {vae.kind.class_name}, and WanPipeline decodes with {WAN}; such a run cannot "
+            "be exported: sample with `sora sample`, or train one with a VAE of that class"
+        )
+    return vae
+
+
+# -- transformer ----------------------------------------------------------------------------------
+
+
+def _write_transformer(
+    looked: Looked, weights: str, fps: float | None, folder: Path, max_shard_bytes: int
+) -> list[str]:
+    """config.json, the shards and their index; returns what became of the extras."""
+    stored = StoredTensors(looked.found)
+    prefix = stored.prefix(weights) + "transformer."
+    shapes = {name: torch.Size(stored.shapes[f"{prefix}{name}"]) for name in stored.names(prefix)}
+    wanted = {name: shape for name, shape in shapes.items() if name not in EXTRAS}
+    _require_same(wanted, _expected(looked))
+    folder.mkdir()
+    arguments = {"_class_name": CLASS_NAME, **wan_arguments(looked.cfg.model)}
+    (folder / "config.json").write_text(json.dumps(arguments, indent=2) + "\n")
+    shards = _shards(wanted, max_shard_bytes)
+    index: dict[str, str] = {}
+    with Progress(len(wanted), "writing the transformer") as progress:
+        for number, names in enumerate(shards, start=1):
+            tensors = _read(stored, prefix, names)
+            if fps is not None and TIME_BIAS in tensors:
+                extra = _read(stored, prefix, ["fps_proj.weight"])
+                tensors[TIME_BIAS] += fps_offset(extra["fps_proj.weight"], fps)
+            file = (
+                f"{WEIGHTS}.safetensors"
+                if len(shards) == 1
+                else f"{WEIGHTS}-{number:05d}-of-{len(shards):05d}.safetensors"
+            )
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)
+            index |= dict.fromkeys(names, file)
+            progress.update(len(index))
+    if len(shards) > 1:
+        total = sum(4 * math.prod(shape) for shape in wanted.values())
+        (folder / f"{WEIGHTS}.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n"
+        )
+    notes = [f"transformer: {len(wanted)} weights in {len(shards)} file(s)"]
+    if "mask_proj.weight" in shapes:
+        notes.append("left out mask_proj: text to video gives no frame, so it adds zero")
+        kinds = [kind for kind, share in looked.spec.conditioning if kind != "t2v" and share]
+        if kinds:
+            notes.append(
+                f"WanPipeline does text to video alone; {', '.join(kinds)} stay with `sora sample --op`"
+            )
+    if fps is not None:
+        notes.append(f"folded fps_proj at {fps:g} frames a second into {TIME_BIAS}")
+    return notes
+
+
+def fps_offset(fps_proj: Tensor, fps: float) -> Tensor:
+    """What `fps_proj` adds to the time embedding at a rate: the same at every noise level, as a bias is."""
+    code = sinusoid(torch.tensor([fps], dtype=torch.float32), fps_proj.shape[1])
+    return (code @ fps_proj.T)[0]
+
+
+def _expected(looked: Looked) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = VideoDiT(looked.cfg.model)
+    return {name: value.shape for name, value in model.state_dict().items() if name not in EXTRAS}
+
+
+def _require_same(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
+    differ = [
+        name
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if differ:
+        raise UserError(
+            f"the checkpoint's transformer is not the one of its config: {', '.join(differ[:10])}; a model of your "
+            "own cannot be exported"
+        )
+
+
+def _shards(shapes: Mapping[str, torch.Size], most: int) -> list[list[str]]:
+    """Names in order, cut where a file of float32 would exceed `most` bytes."""
+    shards: list[list[str]] = [[]]
+    room = most
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        if shards[-1] and size > room:
+            shards.append([])
+            room = most
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _read(stored: StoredTensors, prefix: str, names: list[str]) -> dict[str, Tensor]:
+    found = stored.read(*(f"{prefix}{name}" for name in names))
+    return {key.removeprefix(prefix): value for key, value in found.items()}
+
+
+# -- what stands beside it ------------------------------------------------------------------------
+
+
+def _write_text_encoder(looked: Looked, weights: str, folder: Path) -> None:
+    encoder = build_text_encoder(looked.cfg.text)
+    encoder.init_weights(looked.cfg.seed)
+    if looked.cfg.text.trainable:
+        stored = StoredTensors(looked.found)
+        prefix = stored.prefix(weights) + "text_encoder."
+        names = [name for name, _ in encoder.named_parameters()]
+        with torch.no_grad():
+            for name, value in _read(stored, prefix, names).items():
+                encoder.get_parameter(name).copy_(value)
+    elif encoder.digest() != looked.spec.text_digest:
+        raise UserError(
+            f"text.path={looked.cfg.text.path!r} no longer holds the encoder this run was trained with; restore it"
+        )
+    encoder.model.save_pretrained(folder / "text_encoder")
+    encoder.tokenizer.model_max_length = looked.cfg.text.max_length
+    encoder.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def _write_scheduler(looked: Looked, vae: VideoVAE, folder: Path) -> dict[str, Any]:
+    """The scheduler of the spec's solver with its shift for the run's usual clip; class and shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    shape, spec = looked.shape, looked.spec
+    shift = spec.shift_for(vae.latent_shape(shape.frames, shape.height, shape.width)[1:])
+    if spec.solver == "unipc":
+        UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        ).save_pretrained(folder)
+        return {"class": "UniPCMultistepScheduler", "shift": shift, "grid": "unipc"}
+    FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(folder)
+    return {"class": "FlowMatchEulerDiscreteScheduler", "shift": shift, "grid": "flow_match_euler"}
+
+
+def _write_index(looked: Looked, scheduler: Mapping[str, Any], folder: Path) -> None:
+    import diffusers
+
+    tokenizer = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    parts = {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", scheduler["class"]],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", tokenizer.get("tokenizer_class", "ByT5Tokenizer")],
+        "transformer": ["diffusers", CLASS_NAME],
+        "vae": ["diffusers", WAN],
+    }
+    (folder / "model_index.json").write_text(json.dumps(parts, indent=2) + "\n")
+    missing = [name for name in parts if not name.startswith("_") and not (folder / name).is_dir()]
+    if missing:
+        raise Fault(f"the pipeline's folder lacks {', '.join(missing)}")
+
+
+def _departures(looked: Looked, scheduler: Mapping[str, Any]) -> list[str]:
+    """In what the pipeline's sampling is not that of `sora sample` on this run, a sentence each."""
+    spec, shape = looked.spec, looked.shape
+    unipc = scheduler["grid"] == "unipc"
+    steps = (spec.solver, spec.time_grid, spec.time_rounding)
+    same = ("unipc", "unipc", "truncate") if unipc else ("euler", "flow_match_euler", "none")
+    notes = []
+    if steps != same:
+        notes.append(
+            f"differs: it samples with objective.solver={steps[0]}, time_grid={steps[1]}, time_rounding={steps[2]}, "
+            f"but {scheduler['class']} as {same[0]}, {same[1]}, {same[2]}, so its clips are a little different"
+        )
+    if spec.shift_rule != "constant":
+        notes.append(
+            f"differs: objective.shift_rule={spec.shift_rule} gives each size its own shift; the scheduler has that of "
+            f"{shape.frames} frames of {shape.width}x{shape.height}, {scheduler['shift']:g}"
+        )
+    plain = {"guidance_from": 0.0, "guidance_to": 1.0, "guidance_rescale": 0.0}
+    notes += [
+        f"differs: WanPipeline has no objective.{key}, which is {getattr(spec, key):g} here"
+        for key, value in plain.items()
+        if getattr(spec, key) != value
+    ]
+    return notes
+
+
+def _card(
+    looked: Looked,
+    run: Path,
+    weights: str,
+    fps: float | None,
+    scheduler: Mapping[str, Any],
+    departures: list[str],
+) -> str:
+    cfg, spec, shape = looked.cfg, looked.spec, looked.shape
+    kind = {"ema": "averaged", "live": "live"}.get(weights, f"averaged ({weights})")
+    sources = ", ".join(source.source for source in cfg.data.sources) or cfg.data.source
+    sampler = f"{scheduler['class']}, shift {scheduler['shift']:g}, {spec.num_steps} steps"
+    departed = "\n".join(f"- {note}" for note in departures)
+    rate = f"\nThe frame rate {fps:g} is folded into the weights.\n" if fps is not None else "\n"
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-video
+license: other
+---
+
+# {cfg.name}
+
+A text-to-video model trained with sora_train, step {looked.found.step}, {kind} weights.
+
+| | |
+|---|---|
+| base | {cfg.text.path or "trained from scratch"} (text encoder), {cfg.vae.path or "random"} (VAE) |
+| data | {sources} |
+| usual clip | {shape.frames} frames of {shape.width}x{shape.height} at {shape.fps:g} a second |
+| sampler | {sampler}, guidance {spec.guidance_scale:g} |
+| longest caption | {cfg.text.max_length} tokens (`max_sequence_length`) |
+{rate}
+{departed}
+
+Licences: those of the data, of the VAE and of the text encoder hold; fill in your own before you publish.
+
+```python
+from diffusers import WanPipeline
+
+pipeline = WanPipeline.from_pretrained("{run.name}")
+video = pipeline(
+    prompt="...", height={shape.height}, width={shape.width}, num_frames={shape.frames},
+    num_inference_steps={spec.num_steps}, guidance_scale={spec.guidance_scale:g},
+    max_sequence_length={cfg.text.max_length},
+).frames[0]
+```
+"""

@@ -1,0 +1,144 @@
+"""`sora data trace`: which clips each rank would train on in which step, as JSON rows.
+
+The tape is a pure function of manifest, buckets and seed, so neither a network nor a clip is needed.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sora_train.base.files import write_atomically
+from sora_train.config import Config
+from sora_train.data.index.sources import open_sources
+from sora_train.data.tape.mixture import Splice
+from sora_train.data.tape.tape import imbalance, row_costs, rows_for_rank, slot_efficiency
+from sora_train.errors import UserError
+from sora_train.models.vae.autoencoder import read_geometry
+from sora_train.training.pipeline.plan import (
+    bucket_table,
+    cost_model,
+    memory_cap,
+    plan,
+    token_counter,
+)
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """Steps first..last-1 (0-based) on `world` ranks; `out` is a JSONL file, None for stdout."""
+
+    first: int
+    last: int
+    world: int
+    out: Path | None
+
+    @classmethod
+    def parse(cls, arguments: list[str]) -> tuple["TraceRequest", list[str]]:
+        """The request, and the arguments that are a run's overrides. Raises UserError naming the argument."""
+        own = {"steps": "0:10", "world": "1", "out": ""}
+        rest = []
+        for text in arguments:
+            key, equals, value = text.partition("=")
+            if equals and key in own:
+                own[key] = value
+            else:
+                rest.append(text)
+        first, colon, last = own["steps"].partition(":")
+        if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+            raise UserError(
+                f"steps={own['steps']} is not A:B with A below B, such as steps=0:10 for the first ten steps"
+            )
+        if not own["world"].isdigit() or int(own["world"]) < 1:
+            raise UserError(f"world={own['world']} is not a number of ranks, such as world=8")
+        out = Path(own["out"]).expanduser() if own["out"] else None
+        return cls(int(first), int(last), int(own["world"]), out), rest
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The tape of a run, and tokens of a clip of each of its buckets."""
+
+    tape: Splice
+    tokens: dict[str, int]
+    micro_batches: int
+    cp: int = 1
+    """Neighbouring ranks that share their micro-batches."""
+
+    @classmethod
+    def open(cls, cfg: Config) -> "Trace":
+        """As a run plans it; its sources are indexed, or rendered, below `cfg.run.dir`.
+
+        Raises:
+            UserError: no such source, no caption, no such VAE, no clip that fits a bucket.
+            ConfigError: the buckets do not fit the VAE.
+        """
+        geometry = read_geometry(cfg.vae)
+        patch = cfg.model.patch_size if cfg.task == "text_to_video" else (1, 1, 1)
+        table = bucket_table(cfg, geometry, patch)
+        sources = open_sources(cfg, Path(cfg.run.dir))
+        tokens_of = token_counter(geometry, patch)
+        memory = memory_cap(cfg, geometry, tokens_of)
+        _, tape, _ = plan(cfg, sources, table, tokens_of, cost_model(cfg), memory=memory)
+        tokens = {spec.bucket.name: tokens_of(spec.bucket) for spec in table}
+        cp = cfg.parallel.ulysses * cfg.parallel.ring
+        return cls(tape, tokens, cfg.train.micro_batches, cp)
+
+    def parts(self, request: TraceRequest) -> int:
+        """Into how many parts the ranks divide a step. Raises UserError where they do not fit the degrees."""
+        if request.world % self.cp:
+            raise UserError(
+                f"world={request.world} is not a multiple of the {self.cp} ranks that share their clips "
+                "(parallel.ulysses x parallel.ring); give one"
+            )
+        return request.world // self.cp
+
+    def rows(self, request: TraceRequest) -> Iterator[dict[str, object]]:
+        """One row a micro-batch, by step, then by row of the step, then by rank.
+
+        `rank` is the first of those that share it, `micro` counts their micro-batches of the step, `samples` are
+        rows of the manifest, `tokens` and `cost` those of the whole micro-batch. A slot left over has no samples.
+        """
+        world = self.parts(request)
+        for step in range(request.first, request.last):
+            shares = [
+                rows_for_rank(self.tape, step, self.micro_batches, r, world) for r in range(world)
+            ]
+            idle = self.tape[step * self.micro_batches].bucket.name
+            for micro in range(len(shares[0])):
+                for rank in range(world):
+                    entry = shares[rank][micro]
+                    name = entry.bucket.name if entry else idle
+                    yield {
+                        "step": step,
+                        "rank": rank * self.cp,
+                        "micro": micro,
+                        "bucket": name,
+                        "samples": list(entry.rows) if entry else [],
+                        "tokens": self.tokens[name] * len(entry.rows) if entry else 0,
+                        "cost": self.tape.cost(entry) if entry else 0.0,
+                    }
+
+    def summary(self, request: TraceRequest) -> str:
+        """Imbalance and idle slots of the steps asked for, in a sentence."""
+        costs = row_costs(
+            self.tape, self.micro_batches, self.parts(request),
+            first_step=request.first, steps=request.last - request.first,
+        )  # fmt: skip
+        waits = imbalance(costs)
+        return (
+            f"steps {request.first}:{request.last} on {request.world} rank(s), {len(costs)} rows of micro-batches: "
+            f"(max - mean) / max of predicted cost is {waits.max():.2%} at most and {waits.mean():.2%} on average, "
+            f"{slot_efficiency(self.micro_batches, self.parts(request)):.0%} of the slots hold a micro-batch"
+        )
+
+
+def trace(cfg: Config, request: TraceRequest) -> str:
+    """Rows as JSON lines, into `request.out` where one is given; returns what is to be printed."""
+    found = Trace.open(cfg)
+    lines = [json.dumps(row) for row in found.rows(request)]
+    if request.out is None:
+        return "\n".join(lines)
+    request.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(request.out, "\n".join(lines) + "\n")
+    return f"{found.summary(request)}\nwrote {len(lines)} rows to {request.out}"

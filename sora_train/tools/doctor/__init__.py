@@ -1,0 +1,1 @@
+"""`sora doctor`: whether machines, network, storage and code are fit to train."""

@@ -1,0 +1,202 @@
+"""GPUs and their health, by nvidia-smi: a sick GPU blocks whoever asks it, so it is asked in a process of its own."""
+
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from typing import Any
+
+from sora_train.tools.doctor.findings import FAIL, SAID, WARN, Finding, judged, said
+
+HOT = 85.0
+SECONDS = 12.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Degrees Celsius, MiB, counts. None: not told."""
+
+    name: str
+    memory: int | None
+    used: int | None
+    temperature: float | None
+    throttled: tuple[str, ...]
+    """Why its clock is below what it could be, the harmless reasons left out."""
+    uncorrected: int
+    remapping: bool
+    """Whether a row of memory waits to be remapped by a reset, or could not be."""
+    mig: bool
+    processes: tuple[str, ...]
+    mode: str = ""
+    pcie: str = ""
+
+
+HARMLESS = (
+    "gpu_idle",
+    "applications_clocks_setting",
+    "sw_power_cap",
+    "sync_boost",
+    "display_clock_setting",
+)
+
+
+def read(_argument: object = None) -> dict[str, Any]:
+    """What nvidia-smi says, as it says it."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {"query": "", "links": "", "kernel": ""}
+    asked = subprocess.run([program, "-q", "-x"], capture_output=True, text=True, check=False)
+    links = subprocess.run([program, "nvlink", "-s"], capture_output=True, text=True, check=False)
+    kernel = ""
+    if shutil.which("dmesg"):
+        lines = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
+        kernel = "\n".join(line for line in lines.splitlines() if "NVRM: Xid" in line)
+    failed = (asked.stdout + asked.stderr).strip()[:300] if asked.returncode else ""
+    query = "" if asked.returncode else asked.stdout
+    return {"query": query, "links": links.stdout, "kernel": kernel, "failed": failed}
+
+
+def parsed(xml: str) -> tuple[str, list[Gpu]]:
+    """The driver's version, and the GPUs, of `nvidia-smi -q -x`."""
+    root = ET.fromstring(xml)
+    driver = root.findtext("driver_version", "")
+    return driver, [_gpu(gpu) for gpu in root.findall("gpu")]
+
+
+def _gpu(gpu: ET.Element) -> Gpu:
+    reasons = [
+        entry
+        for kind in ("clocks_event_reasons", "clocks_throttle_reasons")
+        for entry in gpu.findall(f"{kind}/*")
+    ]
+    active = [_reason(entry.tag) for entry in reasons if (entry.text or "").strip() == "Active"]
+    # Newer drivers have sram_uncorrectable_parity and others; all of them lie below ecc_errors/volatile.
+    wrong = [
+        _number(entry.text) or 0
+        for entry in gpu.findall("ecc_errors/volatile//*")
+        if "uncorrectable" in entry.tag
+    ]
+    pending = gpu.findtext("remapped_rows/remapped_row_pending", "No")
+    failure = gpu.findtext("remapped_rows/remapped_row_failure", "No")
+    return Gpu(
+        name=gpu.findtext("product_name", "?"),
+        memory=_whole(gpu.findtext("fb_memory_usage/total")),
+        used=_whole(gpu.findtext("fb_memory_usage/used")),
+        temperature=_number(gpu.findtext("temperature/gpu_temp")),
+        throttled=tuple(dict.fromkeys(name for name in active if name not in HARMLESS)),
+        uncorrected=int(sum(wrong)),
+        remapping="Yes" in (pending, failure),
+        mig=gpu.findtext("mig_mode/current_mig", "") == "Enabled",
+        processes=tuple(
+            f"{entry.findtext('process_name', '?')} ({entry.findtext('pid', '?')})"
+            for entry in gpu.findall("processes/process_info")
+            if entry.findtext("type", "C") != "G"
+        ),
+        mode=gpu.findtext("compute_mode", ""),
+        pcie=_pcie(gpu),
+    )
+
+
+def _reason(tag: str) -> str:
+    for prefix in ("clocks_event_reason_", "clocks_throttle_reason_"):
+        tag = tag.removeprefix(prefix)
+    return tag
+
+
+def _pcie(gpu: ET.Element) -> str:
+    link = "pci/pci_gpu_link_info"
+    generation = gpu.findtext(f"{link}/pcie_gen/max_link_gen", "")
+    width = gpu.findtext(f"{link}/link_widths/current_link_width", "")
+    return f"PCIe {generation} {width}" if generation and width else ""
+
+
+def _number(text: str | None) -> float | None:
+    word = (text or "").split(" ")[0]
+    return float(word) if word.replace(".", "", 1).isdigit() else None
+
+
+def _whole(text: str | None) -> int | None:
+    number = _number(text)
+    return None if number is None else int(number)
+
+
+def compared(found: dict[str, Any]) -> dict[str, str]:
+    """What should be the same on all nodes."""
+    if not found["query"]:
+        return {"GPUs": "none"}
+    driver, gpus = parsed(found["query"])
+    return {"driver": driver, "GPUs": ", ".join(gpu.name for gpu in gpus)}
+
+
+def judge(found: dict[str, Any], *, ranks: int, wanted: bool, kernel_files: bool) -> list[Finding]:
+    """`wanted`: whether the run asks for GPUs; `kernel_files`: whether the kernel has an NVIDIA device."""
+    if found.get("failed"):
+        remedy = "the driver does not answer as it should: nvidia-smi by hand, dmesg, then a reboot of the node"
+        return [Finding("GPUs", found["failed"], FAIL, remedy)]
+    if not found["query"]:
+        lost = "nvidia-smi is missing though the kernel has NVIDIA devices: install the driver's tools, or start the "
+        lost += "container with --gpus all"
+        return [
+            judged(
+                "GPUs", "none",
+                (wanted, FAIL, "run.device=cuda needs one: ask for GPUs (launch.gpus), or set run.device=cpu"),
+                (kernel_files, WARN, lost),
+                good=SAID,
+            )
+        ]  # fmt: skip
+    driver, gpus = parsed(found["query"])
+    names = ", ".join(
+        dict.fromkeys(f"{gpu.name} {(gpu.memory or 0) / 1024:.0f} GiB" for gpu in gpus)
+    )
+    few = f"{ranks} ranks share {len(gpus)} GPU(s): --nproc-per-node (launch.ranks) must not be more than the GPUs"
+    lines = [
+        judged("GPUs", f"{len(gpus)} x {names}, driver {driver}", (ranks > len(gpus), FAIL, few)),
+        said("GPU links", links_of(found["links"], gpus)),
+    ]
+    for number, gpu in enumerate(gpus):
+        lines += judge_gpu(number, gpu)
+    kernel = found["kernel"].splitlines()
+    if kernel:
+        remedy = "look the number up in NVIDIA's list of XIDs; 48, 63, 64, 74, 79, 94, 95 mean hardware: drain the node"
+        lines.append(Finding("XID in the kernel's log", kernel[-1][-120:], WARN, remedy))
+    return lines
+
+
+def judge_gpu(number: int, gpu: Gpu) -> list[Finding]:
+    """One line where it is well, one for each thing where it is not."""
+    hot = gpu.temperature is not None and gpu.temperature > HOT
+    degrees = "?" if gpu.temperature is None else f"{gpu.temperature:.0f}"
+    name = f"GPU {number}"
+    wrong = [
+        (bool(gpu.processes), "used by " + ", ".join(gpu.processes[:3]), WARN,
+         "an old run holds its memory: end it, or ask for the node alone"),
+        (hot, f"{degrees} degrees", WARN, "it slows down: look at the fans and the rack, or drain the node"),
+        (bool(gpu.throttled), "slowed by " + ", ".join(gpu.throttled), WARN,
+         "thermal or power trouble makes all ranks as slow as this one: have the node looked at"),
+        (gpu.uncorrected > 0, f"{gpu.uncorrected} uncorrected memory errors", FAIL,
+         "its memory is faulty: reset the GPU, and drain the node if they come again"),
+        (gpu.remapping, "a row of memory is to be remapped", WARN, "reset the GPU (nvidia-smi -r) before the run"),
+        (gpu.mig, "MIG is on", WARN, "ranks see slices of it: nvidia-smi -mig 0, unless that is meant"),
+        (gpu.mode == "Prohibited", "compute mode is Prohibited", FAIL, "nvidia-smi -c 0"),
+    ]  # fmt: skip
+    found = [
+        Finding(name, value, verdict, remedy) for holds, value, verdict, remedy in wrong if holds
+    ]
+    well = f"{degrees} degrees, {(gpu.used or 0):,} MiB used, no errors" + (
+        f", {gpu.pcie}" if gpu.pcie else ""
+    )
+    return found or [Finding(name, well)]
+
+
+def links_of(text: str, gpus: list[Gpu]) -> str:
+    """In one line: how many NVLinks, and of what speed."""
+    speeds = [
+        part.split(":", 1)[1].strip()
+        for part in text.splitlines()
+        if "GB/s" in part and ":" in part
+    ]
+    if not speeds:
+        return "no NVLink; " + (
+            ", ".join(dict.fromkeys(gpu.pcie for gpu in gpus if gpu.pcie)) or "PCIe"
+        )
+    return f"{len(speeds) // max(1, len(gpus))} NVLinks a GPU at {', '.join(dict.fromkeys(speeds))}"

@@ -1,0 +1,87 @@
+"""What ranks tell each other: values under keys in the job's store, every wait with a deadline.
+
+Whoever does not answer is missing from what is read; nobody waits for all.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+from sora_train.errors import Fault
+from sora_train.tools.doctor.nodes.deadline import LateError, within
+
+ASKED = 5.0
+"""Seconds that the store may take to answer."""
+
+
+class Board:
+    """`seconds` is how long the store is waited for.
+
+    Raises:
+        Fault: it does not answer.
+    """
+
+    def __init__(self, seconds: float):
+        import torch.distributed as dist
+
+        address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        patience = timedelta(seconds=seconds)
+        # Under torchrun the store is its own. It must not wait for all ranks: whoever is missing is to be named.
+        here = (
+            os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        )
+        try:
+            store = within(
+                seconds + ASKED,
+                lambda: dist.TCPStore(
+                    address, int(port), is_master=here, timeout=patience, wait_for_workers=False
+                ),
+            )
+        except (LateError, dist.DistError, ValueError) as error:
+            raise Fault(
+                f"the store at {address}:{port} does not answer within {seconds:g} s "
+                f"({' '.join(str(error).split())[:120]}): is rank 0 there, does MASTER_ADDR name its node (no loopback "
+                "address), is the port open?"
+            ) from error
+        self._store = dist.PrefixStore(f"doctor/board/{attempt()}", store)
+        self._error = dist.DistError
+
+    def post(self, key: str, value: object) -> None:
+        """Raises Fault where the store does not take it."""
+        try:
+            within(ASKED, lambda: self._store.set(key, json.dumps(value)))
+        except (LateError, self._error) as error:
+            raise Fault(
+                "the store of this job does not answer any more: rank 0's node is lost"
+            ) from error
+
+    def read(self, keys: Iterable[str], seconds: float) -> dict[str, Any]:
+        """The values of those keys that are there in time."""
+        wanted, patience = list(keys), max(0.1, seconds)
+        if not wanted:
+            return {}
+        try:
+            within(patience + 1, lambda: self._store.wait(wanted, timedelta(seconds=patience)))
+            there = wanted
+        except self._error:
+            there = self._present(wanted)
+        except LateError:
+            return {}
+        try:
+            found = within(ASKED, lambda: self._store.multi_get(there)) if there else []
+        except (LateError, self._error):
+            return {}
+        return {key: json.loads(value) for key, value in zip(there, found, strict=True)}
+
+    def _present(self, keys: list[str]) -> list[str]:
+        try:
+            return within(ASKED, lambda: [key for key in keys if self._store.check([key])])
+        except (LateError, self._error):
+            return []
+
+
+def attempt() -> str:
+    """Which start of these ranks this is: torchrun may start them again beside the same store."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

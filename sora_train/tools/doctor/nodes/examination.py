@@ -1,0 +1,314 @@
+"""`sora doctor`: every node examines itself, then nodes try each other; rank 0 tells what came of it.
+
+Ranks talk through the job's store (board.py) and wait for each other with deadlines only, so a node that is dead,
+frozen or behind a firewall is named by the others. On one machine without a launcher there is nobody to ask.
+"""
+
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from sora_train.errors import EXIT_FAULT, Fault
+from sora_train.tools.doctor.checks import clock, network, storage, versions
+from sora_train.tools.doctor.findings import FAIL, Finding, said
+from sora_train.tools.doctor.nodes import bandwidth, peers
+from sora_train.tools.doctor.nodes.bandwidth import Measuring
+from sora_train.tools.doctor.nodes.board import Board
+from sora_train.tools.doctor.nodes.deadline import LateError, apart, checked
+from sora_train.tools.doctor.nodes.node import Place, Run, examine
+from sora_train.tools.doctor.table import NodeReport, Report
+
+SECONDS = 110.0
+"""Of the whole, at most."""
+RENAMED = 40
+"""How often node 0 replaces its file while the others read it."""
+STORAGE = "sora_train.tools.doctor.checks.storage"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds that each part may take; together they are the whole."""
+
+    whole: float = SECONDS
+
+    @property
+    def meeting(self) -> float:
+        return 0.22 * self.whole
+
+    @property
+    def peers(self) -> float:
+        return 0.08 * self.whole
+
+    @property
+    def folder(self) -> float:
+        return 0.06 * self.whole
+
+    @property
+    def bandwidth(self) -> float:
+        return 0.22 * self.whole
+
+    @property
+    def report(self) -> float:
+        """For those that are still at it when rank 0 is done."""
+        return 0.1 * self.whole
+
+
+def examine_alone(run: Run, place: Place) -> Report:
+    """This machine, without others."""
+    began = time.monotonic()
+    findings, _ = examine(place, run)
+    return Report([NodeReport(place.name, findings)], [], time.monotonic() - began)
+
+
+@dataclass
+class Examination:
+    """One rank's part of an examination of all nodes."""
+
+    place: Place
+    run: Run
+    patience: Patience
+    measuring: Measuring | None
+    """None: bandwidth is not measured."""
+    board: Board = field(init=False)
+    names: dict[int, str] = field(init=False)
+    """Of the nodes whose first rank is there."""
+    began: float = field(default_factory=time.monotonic)
+
+    def take(self) -> tuple[Report | None, int]:
+        """The report on rank 0, and the exit code on every rank.
+
+        Raises:
+            Fault: the store of the job or rank 0 does not answer.
+        """
+        try:
+            self.board = Board(self.patience.meeting)
+            self._meet()
+            if self.place.speaks:
+                self._speak()
+            self._measure()
+            if self.place.rank:
+                return None, self._await_verdict()
+            report = self._gather()
+            code = EXIT_FAULT if report.verdict is FAIL else 0
+            self.board.post("verdict", code)
+            # The store may live in this process: the others read the verdict there.
+            self.board.read([f"left/{rank}" for rank in self.here if self._reported(rank)], 3)
+            return report, code
+        finally:
+            if self.measuring is not None:
+                self.measuring.end()
+
+    # -- who is there -------------------------------------------------------------------------
+
+    def _meet(self) -> None:
+        place, host = self.place, socket.gethostname()
+        self.answering = peers.Answering(self._token()) if place.speaks else None
+        told: dict[str, Any] = {"name": place.name, "host": host}
+        if self.answering is not None:
+            address = network.address_towards(os.environ["MASTER_ADDR"]) or "127.0.0.1"
+            told |= {"address": address, "port": self.answering.port}
+        self.board.post(f"here/{place.rank}", told)
+        keys = {f"here/{rank}": rank for rank in range(place.size)}
+        found = self.board.read(keys, self.patience.meeting - (time.monotonic() - self.began) + 5)
+        self.here: dict[int, dict[str, Any]] = {keys[key]: value for key, value in found.items()}
+        self.names = told_apart(
+            {
+                rank // place.ranks: value["name"]
+                for rank, value in sorted(self.here.items())
+                if rank % place.ranks == 0
+            }
+        )
+        self.silent = [rank for rank in range(place.size) if rank not in self.here]
+
+    def _token(self) -> bytes:
+        """Of this examination, the same on all nodes: rank 0 makes it."""
+        if self.place.rank == 0:
+            self.board.post("token", secrets.token_hex(16))
+        found = self.board.read(["token"], self.patience.meeting)
+        if not found:
+            raise Fault(
+                "rank 0 of this examination does not answer; look at its node, and at its log"
+            )
+        self.token = str(found["token"])
+        return self.token.encode()
+
+    # -- one node's part ----------------------------------------------------------------------
+
+    def _speak(self) -> None:
+        findings, held = examine(self.place, self.run)
+        remedy = "look at this by hand: ping, nc, ls in run.dir"
+        for name, seconds, check in (
+            ("other nodes", 3 * self.patience.peers, self._peers),
+            ("shared folder", 5 * self.patience.folder, self._shared),
+        ):
+            findings += checked(name, seconds, check, remedy)
+        told = {"findings": [finding.told() for finding in findings], "versions": held}
+        self.board.post(f"report/{self.place.node}", told)
+
+    def _peers(self) -> list[Finding]:
+        place = self.place
+        others = {
+            node: (told["address"], told["port"])
+            for node in peers.partners(place.node, place.nodes)
+            if (told := self.here.get(node * place.ranks)) is not None
+        }
+        reached = peers.reach_all(others, self.token.encode(), self.patience.peers)
+        found = peers.judge(reached, self.names)
+        if first := next((one for one in reached if one.node == 0 and not one.why), None):
+            # What is known is node 0's clock minus ours.
+            mine = clock.Offset(-first.offset.seconds, first.offset.error)
+            found.append(clock.judge(mine))
+        return found
+
+    def _shared(self) -> list[Finding]:
+        """Node 0 writes a file and replaces it again and again; the others watch."""
+        if len(self.names) < 2:
+            return []
+        name = "run.dir, shared" if self.run.cfg else "working folder, shared"
+        return self._write(name) if self.place.node == 0 else self._watch(name)
+
+    def _write(self, name: str) -> list[Finding]:
+        above = next(path for path in (self.run.folder, *self.run.folder.parents) if path.is_dir())
+        path = str(above / f".sora-doctor-{self.token[:12]}" / "token")
+        seconds, others = self.patience.folder, [node for node in self.names if node]
+        self.board.post("file/place", path)
+        try:
+            # A reader that has looked before may keep in mind that there is nothing.
+            looked = self.board.read([f"file/looked/{node}" for node in others], seconds)
+            apart(f"{STORAGE}:put", {"path": path, "first": 0, "versions": 0}, seconds)
+            self.board.post("file/first", True)
+            told = {"path": path, "first": 1, "versions": RENAMED, "pause": 0.02}
+            apart(f"{STORAGE}:put", told, seconds + 5)
+            self.board.post("file/last", True)
+            self.board.read([key.replace("looked", "done") for key in looked], 2 * seconds)
+        except LateError:
+            remedy = "the file system of run.dir does not answer: df and ls by hand"
+            return [Finding(name, f"no answer within {seconds:g} s", FAIL, remedy)]
+        finally:
+            with_patience = partial(apart, f"{STORAGE}:remove", {"path": path}, seconds)
+            checked(name, seconds, lambda: [said(name, str(with_patience()))], "remove it by hand")
+        return [said(name, f"written for {len(others)} other node(s) to see")]
+
+    def _watch(self, name: str) -> list[Finding]:
+        seconds = self.patience.folder
+        place = self.board.read(["file/place"], seconds)
+        if not place:
+            return [said(name, "node 0 wrote nothing")]
+        look: Callable[..., Any] = partial(self._look, place["file/place"], seconds)
+        look(0, 0.0)
+        self.board.post(f"file/looked/{self.place.node}", True)
+        self.board.read(["file/first"], 2 * seconds)
+        first = look(0, seconds)
+        # Read on while it is replaced, then until the last one is seen.
+        during = look(RENAMED, 1.5)
+        self.board.read(["file/last"], 2 * seconds)
+        last = look(RENAMED, seconds)
+        last[storage.TORN] += during[storage.TORN]
+        self.board.post(f"file/done/{self.place.node}", True)
+        return storage.judge_shared(name, first, last, seconds)
+
+    def _look(self, path: str, limit: float, version: int, seconds: float) -> dict[str, Any]:
+        told = {"path": path, "version": version, "seconds": seconds}
+        return apart(f"{STORAGE}:look", told, seconds + limit)
+
+    def _measure(self) -> None:
+        if self.measuring is None or self.silent:
+            return
+        device = self.run.cfg.run.device if self.run.cfg else "auto"
+        found = self.measuring.run(device, self.patience.bandwidth)
+        self.board.post(f"bandwidth/{self.place.rank}", found)
+
+    # -- rank 0 -------------------------------------------------------------------------------
+
+    def _gather(self) -> Report:
+        nodes, between = [], self._missing()
+        keys = {f"report/{node}": node for node in self.names}
+        told = self.board.read(keys, self.patience.report)
+        held: dict[str, dict[str, str]] = {}
+        self.reported = [self.names[keys[key]] for key in told]
+        for key, node in keys.items():
+            name = self.names[node]
+            if key in told:
+                findings = [Finding.read(finding) for finding in told[key]["findings"]]
+                held[name] = told[key]["versions"]
+            else:
+                findings = [Finding("examination", "came, and has not answered since", FAIL, GONE)]
+            nodes.append(NodeReport(name, findings))
+        between += versions.compare(held)
+        if self.measuring is not None:
+            between += self._bandwidth()
+        return Report(nodes, between, time.monotonic() - self.began)
+
+    def _reported(self, rank: int) -> bool:
+        """Whether this is another rank, of a node that has not gone."""
+        return rank > 0 and self.names.get(rank // self.place.ranks) in self.reported
+
+    def _missing(self) -> list[Finding]:
+        ranks, place = self.silent, self.place
+        nodes = sorted({rank // place.ranks for rank in ranks})
+        return [
+            Finding(
+                f"node {node}",
+                f"{self.names.get(node, 'it')} did not come within {self.patience.meeting:.0f} s: rank(s) "
+                + ", ".join(str(rank) for rank in ranks if rank // place.ranks == node),
+                FAIL,
+                GONE,
+            )
+            for node in nodes
+        ]
+
+    def _bandwidth(self) -> list[Finding]:
+        if self.silent:
+            return [said("bandwidth", "not measured, since not all ranks came")]
+        keys = {f"bandwidth/{rank}": rank for rank in range(self.place.size)}
+        told = self.board.read(keys, self.patience.report)
+        found = {keys[key]: value for key, value in told.items()}
+        names = {rank: self.names[rank // self.place.ranks] for rank in range(self.place.size)}
+        return bandwidth.judge(found, names)
+
+    def _await_verdict(self) -> int:
+        left = self.patience.whole - (time.monotonic() - self.began)
+        found = self.board.read(["verdict"], max(left, 2 * self.patience.report))
+        if not found:
+            raise Fault(
+                f"{self.place.name}: rank 0 gave no verdict within {self.patience.whole:g} s; its node or its way "
+                "here is at fault"
+            )
+        self.board.post(f"left/{self.place.rank}", True)
+        return int(found["verdict"])
+
+
+GONE = "look at this node and at its ranks' logs: is it up, was the job started there, does it reach MASTER_ADDR?"
+
+
+def told_apart(names: dict[int, str]) -> dict[int, str]:
+    """Names of nodes, with the number of the node where several have the same."""
+    held = list(names.values())
+    return {
+        node: f"{name} (node {node})" if held.count(name) > 1 else name
+        for node, name in names.items()
+    }
+
+
+@contextmanager
+def ended_after(seconds: float, say: Callable[[], None]) -> Iterator[None]:
+    """The last resort: should what is inside take longer, the process ends, wherever it stands."""
+
+    def end() -> None:
+        say()
+        os._exit(EXIT_FAULT)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,210 @@
+"""The examination of one node, which asks no other."""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sora_train.config import Config
+from sora_train.config.job import digest
+from sora_train.errors import ConfigError
+from sora_train.tools.doctor.checks import environment, gpus, limits, network, storage, versions
+from sora_train.tools.doctor.findings import FAIL, Finding, said
+from sora_train.tools.doctor.nodes.deadline import LateError, all_checked, apart, within
+
+PACKAGE = Path(__file__).resolve().parents[3]
+PORT = 29500
+SHAPES = "shapes"
+"""The built-in source of clips, which is rendered."""
+DNS = 8.0
+FILES = 15.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank stands, by the environment that torchrun has made."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    ranks: int = 1
+    """Of this node."""
+    name: str = "this machine"
+    """What the node is called in the tables."""
+
+    @classmethod
+    def read(cls, name: str) -> "Place":
+        value = partial(_whole, os.environ)
+        ranks = value("LOCAL_WORLD_SIZE", 1)
+        return cls(value("RANK", 0), value("WORLD_SIZE", 1), value("LOCAL_RANK", 0), ranks, name)
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.size // self.ranks)
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.ranks
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank examines its node."""
+        return self.local_rank == 0
+
+
+def _whole(environ: Any, name: str, usual: int) -> int:
+    return int(environ.get(name, usual))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be trained, None where no run is named; or why its configuration is refused."""
+
+    cfg: Config | None = None
+    error: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder; without a run the working directory stands for it."""
+        return Path(self.cfg.run.dir if self.cfg else ".").absolute()
+
+    @property
+    def digest(self) -> str:
+        import yaml
+
+        if self.cfg is None:
+            return "refused" if self.error else ""
+        return digest(yaml.safe_dump(self.cfg.model_dump(mode="json"), sort_keys=False))
+
+    @property
+    def sources(self) -> list[str]:
+        """Places of clips; the rendered ones of a smoke test are nowhere."""
+        if self.cfg is None:
+            return []
+        data = self.cfg.data
+        found = [data.source] if data.source else [source.source for source in data.sources]
+        return [place for place in found if place != SHAPES]
+
+
+def examine(place: Place, run: Run) -> tuple[list[Finding], dict[str, str]]:
+    """What is found on this node, and its versions."""
+    master = os.environ.get("MASTER_ADDR", "") if place.size > 1 else ""
+    late = "its name server does not answer: look at /etc/resolv.conf, or give addresses instead of names"
+    try:
+        net = within(DNS, partial(network.read, master))
+        named = "GLOO_SOCKET_IFNAME" in os.environ
+        lines = network.judge(net, nodes=place.nodes, interface_named=named)
+    except LateError:
+        net = network.Network("?", (), network.read_interfaces(), network.read_infiniband())
+        lines = [Finding("names", f"no answer within {DNS:g} s", FAIL, late)]
+    held: dict[str, str] = {"mtu": str(net.chosen.mtu)} if net.chosen else {}
+    disk = "the file system does not answer: df and ls by hand, dmesg, and have the node drained"
+    driver = "the driver hangs: dmesg, and have the node drained"
+    cores = min(len(os.sched_getaffinity(0)), os.cpu_count() or 1)
+    lines += all_checked(
+        [
+            ("job", 5, partial(_job, place, run, net), late),
+            ("meeting port", 10, partial(_port, place, run), late),
+            ("versions", FILES, partial(_versions, run, held), disk),
+            ("GPUs", 2 * gpus.SECONDS + 2, partial(_gpus, place, run, held), driver),
+            ("limits", 5, partial(_limits, place, run, net), disk),
+            ("environment", 5, partial(_environment, place, net, cores), disk),
+            ("run folder", FILES, partial(_folder, run), disk),
+            ("data", FILES, partial(_data, run), disk),
+        ]
+    )
+    return lines, held
+
+
+def _job(place: Place, run: Run, net: network.Network) -> list[Finding]:
+    found = environment.judge_job(os.environ, owns_master=net.owns_master)
+    if run.error:
+        remedy = "mend the command line or the files it names, on every node"
+        return [*found, Finding("configuration", run.error, FAIL, remedy)]
+    if run.cfg is None:
+        return [
+            *found,
+            said("configuration", "no run is named: sora doctor experiment=... sees more"),
+        ]
+    from sora_train.parallel.degrees import check_degrees, resolve_degrees
+
+    world = place.size if place.size > 1 else max(1, run.cfg.launch.ranks) * run.cfg.launch.nodes
+    try:
+        degrees = resolve_degrees(run.cfg.parallel, world)
+        check_degrees(run.cfg, degrees)
+    except ConfigError as error:
+        remedy = "change parallel.* or the number of ranks"
+        return [*found, Finding("layout", f"{world} rank(s): {error}", FAIL, remedy)]
+    return [*found, Finding("layout", f"{world} rank(s): {degrees}")]
+
+
+def _port(place: Place, run: Run) -> list[Finding]:
+    given = run.cfg.launch.port if run.cfg else 0
+    port = _whole(os.environ, "MASTER_PORT", given or PORT)
+    address = os.environ.get("MASTER_ADDR", "")
+    return network.meeting_port(address, port, under_launcher=place.size > 1, seconds=5)
+
+
+def _versions(run: Run, held: dict[str, str]) -> list[Finding]:
+    found = apart(
+        "sora_train.tools.doctor.checks.versions:read", {"package": str(PACKAGE)}, FILES - 1
+    )
+    found |= versions.of_torch()
+    if run.digest:
+        found |= {"config": run.digest, "run.dir": str(run.folder)}
+    held.update(found)
+    return versions.judge(found)
+
+
+def _gpus(place: Place, run: Run, held: dict[str, str]) -> list[Finding]:
+    found = apart("sora_train.tools.doctor.checks.gpus:read", None, 2 * gpus.SECONDS)
+    wanted = run.cfg is not None and run.cfg.run.device == "cuda"
+    held.update(gpus.compared(found))
+    kernel_files = any(Path("/dev").glob("nvidia[0-9]*"))
+    ranks = 1 if run.cfg is not None and run.cfg.run.device == "cpu" else place.ranks
+    return gpus.judge(found, ranks=ranks, wanted=wanted, kernel_files=kernel_files)
+
+
+def _limits(place: Place, run: Run, net: network.Network) -> list[Finding]:
+    workers = run.cfg.data.num_workers if run.cfg else 0
+    return limits.judge(
+        limits.read(), ranks=place.ranks, workers=workers, infiniband=bool(net.infiniband)
+    )
+
+
+def _environment(place: Place, net: network.Network, cores: int) -> list[Finding]:
+    names = [interface.name for interface in net.interfaces]
+    return environment.judge(os.environ, interfaces=names, cores=cores, ranks=place.ranks)
+
+
+def _folder(run: Run) -> list[Finding]:
+    name = "run.dir" if run.cfg else "working folder"
+    found = apart(
+        "sora_train.tools.doctor.checks.storage:measure",
+        {"folder": str(run.folder), "write": True},
+        FILES - 1,
+    )
+    return storage.judge_folder(name, found, needed=checkpoint_bytes(run.cfg) if run.cfg else 0.0)
+
+
+def checkpoint_bytes(cfg: Config) -> float:
+    """Of all checkpoints that lie beside each other: the transformer's weights, moments and averages in float32."""
+    from sora_train.models.memory import transformer_parameters
+
+    if cfg.task != "text_to_video":
+        return 0.0
+    moments = 2 if cfg.optim.name == "adamw" else 0
+    one = transformer_parameters(cfg.model)[0] * 4.0 * (2 + moments + len(cfg.ema.more))
+    return one * (cfg.checkpoint.keep_last + cfg.checkpoint.keep_best + 1)
+
+
+def _data(run: Run) -> list[Finding]:
+    found: list[Finding] = storage.judge_caches(dict(os.environ))
+    sources = run.sources
+    if not sources:
+        return found
+    why = apart(
+        "sora_train.tools.doctor.checks.storage:source_reached", {"sources": sources}, FILES - 1
+    )
+    return [*found, *storage.judge_sources(sources, why)]

@@ -1,0 +1,338 @@
+"""The parity matrix: runs every cell, compares it with one process, and writes docs/parity.md.
+
+A relative difference is max|a - b| / max|b| of a tensor, |a - b| / |b| of a number; of a cell the largest
+over all steps and tensors is told.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sora_train.base.progress import Progress
+from sora_train.errors import Fault, UserError
+from sora_train.tools.doctor.parity.layouts import (
+    ACCUMULATIONS,
+    COMMON,
+    OPTIMIZERS,
+    STEPS,
+    TOLERANCE,
+    Cell,
+    chosen,
+    matrix,
+    with_references,
+)
+
+SECONDS_A_CELL, SECONDS_A_LAUNCH = 90, 240
+"""The deadline of a start grows with what it has to do."""
+CHAIN = (
+    ("fsdp x4", 4, ("parallel.dp_shard=4",)),
+    ("zero2 x2", 2, ("parallel.engine=zero2",)),
+    ("single", 1, ()),
+    ("ulysses 2", 2, ("parallel.ulysses=2",)),
+)
+"""A run that moves from one layout to the next, two steps in each."""
+CHAIN_NAME = " -> ".join(name for name, *_ in CHAIN)
+NUMBERS = ("train/loss", "train/grad_norm")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell against one process: largest relative differences, and bytes of a step counted and by the formula."""
+
+    name: str
+    detail: str
+    dtype: str
+    loss: float
+    norm: float
+    weights: float
+    counted: dict[str, float]
+    expected: dict[str, float]
+
+    @property
+    def agrees(self) -> bool:
+        # A NaN is no agreement.
+        return all(value <= TOLERANCE[self.dtype] for value in (self.loss, self.norm, self.weights))
+
+    @property
+    def volume_agrees(self) -> bool:
+        return self.moved == self.expected
+
+    @property
+    def moved(self) -> dict[str, float]:
+        """What the formula tells of; small exchanges are listed apart."""
+        from sora_train.parallel.checks.volume import KINDS
+
+        return {kind: value for kind, value in self.counted.items() if kind in KINDS and value}
+
+
+def launches(cells: Sequence[Cell], *, chain: bool) -> list[dict[str, Any]]:
+    """What worker.py is told to start: one launch a world size, and one for each part of the chain."""
+    found = [
+        {"world": world, "cells": [told(cell.folder, cell.overrides, STEPS) for cell in of_world]}
+        for world, of_world in groupby(cells, key=lambda cell: cell.layout.world)
+    ]
+    if chain:
+        steps = 2 * len(CHAIN)
+        same = [
+            *COMMON, *OPTIMIZERS["adamw"], f"train.steps={steps}", "train.micro_batches=4",
+            "parallel.param_dtype=float32",
+        ]  # fmt: skip
+        found.append({"world": 1, "cells": [told("straight", same, steps)]})
+        for part, (_, world, overrides) in enumerate(CHAIN):
+            until = 2 * (part + 1)
+            part_of = told("chain", [*same, *overrides], until, f"found-{part}.json")
+            found.append({"world": world, "cells": [part_of]})
+    return found
+
+
+def told(
+    folder: str, overrides: list[str], until: int, found: str = "found.json"
+) -> dict[str, Any]:
+    return {"folder": folder, "overrides": overrides, "until": until, "found": found}
+
+
+def run(folder: Path, starts: list[dict[str, Any]], *, progress: bool = True) -> None:
+    """Train everything in one process whose forks are the ranks.
+
+    A start's `breaks`, `module:function`, is called in its ranks first: for tests that want to see a difference.
+
+    Raises:
+        Fault: a rank failed, or the deadline is over; nothing is left running.
+    """
+    total = sum(len(start["cells"]) for start in starts)
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps({"folder": str(folder), "launches": starts}))
+    deadline = time.monotonic() + SECONDS_A_LAUNCH * len(starts) + SECONDS_A_CELL * total
+    command = [sys.executable, "-m", "sora_train.tools.doctor.parity.worker", str(plan)]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (
+        (folder / "log").open("w") as log,
+        Progress(total, "parity", enabled=progress) as bar,
+        # A session of its own, so that its ranks end with it.
+        subprocess.Popen(
+            command, stdout=log, stderr=log, env=environ, start_new_session=True
+        ) as worker,
+    ):
+        try:
+            while worker.poll() is None:
+                done = folder / "done"
+                bar.update(len(done.read_text().splitlines()) if done.exists() else 0)
+                if time.monotonic() > deadline:
+                    raise Fault(f"the parity runs are not done in time; {said(folder)}")
+                time.sleep(0.3)
+        finally:
+            if worker.poll() is None:
+                os.killpg(worker.pid, signal.SIGKILL)
+    if worker.returncode:
+        raise Fault(f"the parity runs failed; {said(folder)}")
+
+
+def said(folder: Path) -> str:
+    """The last words of the first rank that failed."""
+    logs = sorted(folder.glob("log*"), key=lambda path: path.stat().st_mtime)
+    lines = [
+        line
+        for log in logs
+        for line in log.read_text().splitlines()
+        if "Error" in line or "Fault" in line
+    ]
+    return " / ".join(dict.fromkeys(lines[-4:])) or f"see {folder}"
+
+
+def relative(found: float, expected: float) -> float:
+    return abs(found - expected) / max(abs(expected), 1e-30)
+
+
+def apart(found: Sequence[dict], expected: Sequence[dict], key: str) -> float:
+    """Largest relative difference over the steps; infinite where they are not the same steps."""
+    if len(found) != len(expected) or not found:
+        return float("inf")
+    return max(relative(a[key], b[key]) for a, b in zip(found, expected, strict=True))
+
+
+def weights_apart(found: Path, expected: Path) -> float:
+    """max|a - b| / max|b| of each tensor, the largest of them.
+
+    A bias of keys adds nearly the same to all scores of a query, which a softmax does not see: its gradient is sums
+    that cancel, and more of their digits than of others. It is measured by the queries' bias where that is larger.
+    """
+    import torch
+
+    mine, theirs = torch.load(found / "weights.pt"), torch.load(expected / "weights.pt")
+    if mine.keys() != theirs.keys():
+        return float("inf")
+    worst = 0.0
+    for name, value in theirs.items():
+        sibling = theirs[name.replace("to_k.bias", "to_q.bias")]
+        scale = max(1e-30, *(float(tensor.double().abs().max()) for tensor in (value, sibling)))
+        difference = float((mine[name].double() - value.double()).abs().max()) / scale
+        # A NaN wins.
+        worst = difference if not difference <= worst else worst
+    return worst
+
+
+def compare(folder: Path, cell: Cell, place: str = "") -> Result:
+    """A cell against its reference; `place` where it did not run in its own folder."""
+    own, one = folder / (place or cell.folder), folder / cell.reference.folder
+    found, expected = (json.loads((place / "found.json").read_text()) for place in (own, one))
+    loss, norm = (apart(found["rows"], expected["rows"], key) for key in NUMBERS)
+    return Result(
+        cell.layout.name, f"{cell.accumulation} x {cell.optimizer}", cell.dtype, loss, norm,
+        weights_apart(own, one), found["counted"], found["expected"],
+    )  # fmt: skip
+
+
+def compare_chain(folder: Path) -> Result:
+    straight = json.loads((folder / "straight" / "found.json").read_text())["rows"]
+    rows: list[dict] = []
+    for part in range(len(CHAIN)):
+        rows += json.loads((folder / "chain" / f"found-{part}.json").read_text())["rows"]
+    loss, norm = (apart(rows, straight, key) for key in NUMBERS)
+    weights = weights_apart(folder / "chain", folder / "straight")
+    return Result(CHAIN_NAME, "resumed, adamw", "float32", loss, norm, weights, {}, {})
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which part of the matrix; everything unless told otherwise."""
+
+    layouts: tuple[str, ...] = ()
+    accumulations: tuple[str, ...] = tuple(map(str, ACCUMULATIONS))
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    dtype: str = "auto"
+
+    def cells(self) -> list[Cell]:
+        """Raises UserError naming what there is not, and what there is."""
+        if self.dtype not in ("auto", *TOLERANCE):
+            raise UserError(f"--dtype={self.dtype} is none of {', '.join(('auto', *TOLERANCE))}")
+        for name in self.optimizers:
+            if name not in OPTIMIZERS:
+                raise UserError(f"--optimizers has no '{name}'; there are: {', '.join(OPTIMIZERS)}")
+        for count in self.accumulations:
+            if not count.isdecimal() or count == "0":
+                raise UserError(
+                    f"--accumulations has '{count}', which is no number of micro-batches"
+                )
+        layouts = [
+            layout
+            for layout in chosen(self.layouts)
+            if layout.world > 1 and not (layout.zero and self.dtype == "float64")
+        ]
+        if not layouts:
+            raise UserError(
+                "nothing is left to compare: 'single' is what the others are compared with, and ZeRO keeps float32 "
+                "masters, so it has no --dtype=float64"
+            )
+        counts = [int(count) for count in self.accumulations]
+        cells = matrix(layouts, self.dtype, counts, self.optimizers)
+        if self.dtype == "auto":
+            cells += matrix(layouts, "bfloat16", counts[:1], self.optimizers[:1])
+        return cells
+
+
+def parity(wanted: Wanted, out: Path | None = None, command: str = "") -> bool:
+    """Run the matrix, print its table, write it to `out`; returns whether everything agrees.
+
+    Raises:
+        UserError: a layout, optimizer or dtype that there is not.
+    """
+    cells = wanted.cells()
+    chain = not wanted.layouts and wanted.dtype in ("auto", "float32")
+    with tempfile.TemporaryDirectory(prefix="sora-parity-") as made:
+        folder = Path(made)
+        run(folder, launches(with_references(cells), chain=chain))
+        results = [compare(folder, cell) for cell in cells]
+        results += [compare_chain(folder)] if chain else []
+    Console(width=200).print(table(results))
+    if out is not None:
+        from sora_train.base.files import write_atomically
+
+        write_atomically(out, document(results, command))
+    return all(result.agrees and result.volume_agrees for result in results)
+
+
+COLUMNS = (
+    "layout",
+    "micro-batches a rank",
+    "dtype",
+    "loss",
+    "gradient norm",
+    "weights",
+    "agrees",
+    "bytes of a step, all ranks",
+)
+
+
+def cells_of(result: Result) -> tuple[str, ...]:
+    return (
+        result.name, result.detail, result.dtype, f"{result.loss:.1e}", f"{result.norm:.1e}", f"{result.weights:.1e}",
+        "yes" if result.agrees else f"NO, {TOLERANCE[result.dtype]:g} is allowed", volume(result),
+    )  # fmt: skip
+
+
+def volume(result: Result) -> str:
+    """Bytes by collective, and what the formula says where it says otherwise."""
+    text = ", ".join(f"{kind} {value:,.0f}" for kind, value in result.moved.items())
+    if result.volume_agrees:
+        return text
+    other = ", ".join(f"{kind} {value:,.0f}" for kind, value in result.expected.items())
+    return f"{text or 'nothing'}; the formula says {other or 'nothing'}"
+
+
+def table(results: Sequence[Result]) -> Table:
+    found = Table(title="largest relative difference from one process", title_justify="left")
+    for column in COLUMNS:
+        found.add_column(column)
+    for result in results:
+        found.add_row(*cells_of(result))
+    return found
+
+
+def document(results: Sequence[Result], command: str) -> str:
+    """docs/parity.md."""
+    from sora_train.tools.measuring import machine
+
+    facts = machine()
+    lines = [
+        "# Every layout, the same numbers",
+        "",
+        f"Written by `{command}` on {datetime.now(UTC):%Y-%m-%d}: {facts['cpu']}, {facts['cores']} core(s), GPU "
+        f"{facts['gpu']}, torch {facts['torch']}.",
+        "",
+        f"`experiment=parity_tiny`, images and videos mixed, {STEPS} steps: each layout against one process that",
+        "trains the same micro-batches. Plain SGD without clipping, and AdamW with it, since both of these hide a",
+        "wrong gradient scale. Told is the largest relative difference over all steps: |a - b| / |b| of a number,",
+        "max|a - b| / max|b| of each tensor of the final weights (a bias of keys, whose gradient is sums that cancel,",
+        "is measured by the queries' where that is larger).",
+        "Allowed: "
+        + ", ".join(f"{value:g} in {name}" for name, value in TOLERANCE.items())
+        + ". FSDP2's layouts are",
+        "compared in float64, master weights too; ZeRO keeps float32 masters and is compared in float32.",
+        "In bfloat16 layouts round other partial sums, which shows in small gradients first.",
+        "In float64 the text encoder's norms are too; as transformers has them they square in float32, and what",
+        "differs in the 16th digit may differ in the 10th some steps later.",
+        "The last row is one run that goes on in another layout every two steps, against a straight one.",
+        "",
+        "Bytes are counted in the third step and equal the formula (`parallel/checks/volume.py`) unless a cell",
+        "says otherwise: those of a collective's whole tensor, added up over the ranks. The control plane's small",
+        "exchanges, the work of frozen networks that is dealt out, and the norm's one number are counted apart.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(cells_of(result)) + " |" for result in results),
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,174 @@
+"""Trains cells of the parity matrix, one after the other in one process group; started by parity.py.
+
+    python -m sora_train.tools.doctor.parity.worker PLAN.json
+
+Every rank of every world size is a fork of this process, so that torch is imported once. A cell leaves its
+losses, norms and bytes in FOLDER/found.json and its weights in FOLDER/weights.pt.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import types
+from collections import Counter
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
+
+from benchmarks.chaos import import_everything
+from sora_train.config.compose import compose
+from sora_train.data.sample import ClipBatch
+from sora_train.objectives import TextToVideoObjective
+from sora_train.parallel.checks.volume import CountedVolume, Slot, expected_volume, units_of
+from sora_train.parallel.engine import full
+from sora_train.training.trainer import Trainer
+
+PATIENCE = timedelta(seconds=300)
+COUNTED_STEP = 2
+"""The step (counted from 0) whose bytes are counted: the engines have settled by then."""
+
+
+class ParityTrainer(Trainer):
+    """Whose masters are float64 where compute is, and which knows what the last step was made of."""
+
+    batches: list[ClipBatch]
+    units: list[list[torch.Size]]
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        self.units = units_of(model)
+        if self.cfg.parallel.param_dtype != "float64":
+            return model
+        for module in model.modules():
+            if isinstance(module, UMT5LayerNorm):
+                module.forward = types.MethodType(norm_as_given, module)
+        return model.double()
+
+    def read(self) -> tuple[list[ClipBatch], list[dict[str, float]], Exception | None]:
+        found = super().read()
+        self.batches = found[0]
+        return found
+
+    def expected(self) -> Counter[str]:
+        """Bytes of the last step by the formula, this rank's part."""
+        assert isinstance(self.objective, TextToVideoObjective)
+        slots = [
+            Slot(max(1, len(batch.clips)), *self.objective.token_grid(batch))
+            for batch in self.batches
+        ]
+        dtype = self.engine.param_dtype  # type: ignore[attr-defined]
+        return expected_volume(self.cfg, self.degrees, self.units, slots, dtype)
+
+
+def norm_as_given(norm: UMT5LayerNorm, x: Tensor) -> Tensor:
+    """Of float64 in float64. The original squares in float32 whatever it is given, where a difference in the 16th
+    digit may become one in the 8th."""
+    return nn.functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def train(overrides: list[str], folder: Path, until: int, found_in: str) -> None:
+    """The steps of one run up to `until`; what came of them is written by rank 0."""
+    trainer = ParityTrainer(compose([*overrides, f"run.dir={folder}"]).config)
+    rows, counted, expected = [], {}, {}
+    try:
+        for step in range(trainer.step, until):
+            volume = CountedVolume([trainer.control.group, trainer.control.peers])
+            with volume if step == COUNTED_STEP else nullcontext():
+                row = trainer.train_step()
+            rows.append({key: row[key] for key in ("train/loss", "train/grad_norm", "train/clips")})
+            if step == COUNTED_STEP:
+                counted, expected = added(volume.bytes), added(trainer.expected())
+        if until < trainer.cfg.train.steps:
+            trainer.save()
+            trainer.commit()
+        weights = {
+            name: full(value).cpu().clone() for name, value in trainer.engine.model_state().items()
+        }
+    finally:
+        trainer.close()
+    if trainer.world.is_main:
+        torch.save(weights, folder / "weights.pt")
+        found = {"rows": rows, "counted": counted, "expected": expected}
+        (folder / found_in).write_text(json.dumps(found))
+
+
+def added(mine: Counter[str]) -> dict[str, float]:
+    """Sums over all ranks."""
+    ranks: list[Any] = [mine]
+    if dist.is_initialized():
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+    total: Counter[str] = Counter()
+    for rank in ranks:
+        total.update(rank)
+    return {kind: round(value, 3) for kind, value in total.items()}
+
+
+def run_rank(rank: int, launch: int, plan: dict[str, Any]) -> None:
+    folder, size = Path(plan["folder"]), plan["launches"][launch]["world"]
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    with (folder / f"log-{launch}.{rank}").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if plan["launches"][launch].get("breaks"):
+        module, _, function = plan["launches"][launch]["breaks"].partition(":")
+        getattr(importlib.import_module(module), function)()
+    if size > 1:
+        store = dist.FileStore(str(folder / f"store-{launch}"), size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    for cell in plan["launches"][launch]["cells"]:
+        own = folder / cell["folder"]
+        if rank == 0:
+            share_clips(folder, own)
+        if size > 1:
+            dist.barrier()
+        train(cell["overrides"], own, cell["until"], cell["found"])
+        if rank == 0:
+            with (folder / "done").open("a") as file:
+                file.write(cell["folder"] + "\n")
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def share_clips(folder: Path, own: Path) -> None:
+    """The rendered clips of whatever cell was first; they are the same in all."""
+    for made in sorted(folder.glob("*/data")):
+        if made.parent != own and not (own / "data").exists():
+            shutil.copytree(made, own / "data")
+
+
+def end_with(parent: int) -> None:
+    """Kill this session's processes when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def main() -> None:
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    import_everything()
+    cells = [cell for launch in plan["launches"] for cell in launch["cells"]]
+    if any("engine=zero" in override for cell in cells for override in cell["overrides"]):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        importlib.import_module("deepspeed")
+    for number, launch in enumerate(plan["launches"]):
+        torch.multiprocessing.start_processes(
+            run_rank, (number, plan), nprocs=launch["world"], start_method="fork"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""From the command line to an examination, and from there to paper."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from sora_train.base.files import write_atomically
+from sora_train.errors import EXIT_FAULT, SoraError, UserError, sentence
+from sora_train.tools.doctor.findings import FAIL
+from sora_train.tools.doctor.nodes.bandwidth import Measuring
+from sora_train.tools.doctor.nodes.examination import (
+    Examination,
+    Patience,
+    ended_after,
+    examine_alone,
+)
+from sora_train.tools.doctor.nodes.node import Place, Run
+from sora_train.tools.doctor.table import show
+
+LEAST = 20.0
+GRACE = 9.0
+"""Seconds after its time is over until the process ends itself; by then all deadlines inside have passed."""
+
+
+def start(
+    arguments: list[str], json_file: Path | None, name: str, seconds: float, *, bandwidth: bool
+) -> int:
+    """Examine, print, and return the exit code.
+
+    Raises:
+        UserError: the run is described wrongly (on one machine; among several that is a finding of its node), or
+            `seconds` are too few.
+        Fault: the job's store or rank 0 does not answer.
+    """
+    if seconds < LEAST:
+        raise UserError(
+            f"--seconds {seconds:g} is too short to wait for anybody; give {LEAST:g} or more"
+        )
+    place = Place.read(name or socket.gethostname())
+
+    def too_late() -> None:
+        print(f"error: {place.name}: the examination hung for {seconds:g} s", file=sys.stderr)
+
+    # Its import may take long, and is no finding; the time begins after it.
+    import torch
+
+    torch.set_num_threads(1)
+    with ended_after(seconds + GRACE, too_late):
+        if place.size == 1:
+            report = examine_alone(described(arguments, alone=True), place)
+            code = EXIT_FAULT if report.verdict is FAIL else 0
+        else:
+            # Before anything starts a thread or talks to a GPU.
+            measuring = Measuring() if bandwidth else None
+            run = described(arguments, alone=False)
+            found, code = Examination(place, run, Patience(seconds), measuring).take()
+            if found is None:
+                return code
+            report = found
+    show(report, Console())
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(report.told(), indent=1))
+    return code
+
+
+def described(arguments: list[str], *, alone: bool) -> Run:
+    """The run that is named, none where there is no argument."""
+    from sora_train.train import described as composed
+
+    if not arguments:
+        return Run()
+    try:
+        return Run(composed(arguments).config)
+    except SoraError as error:
+        if alone:
+            raise
+        return Run(error=sentence(error))

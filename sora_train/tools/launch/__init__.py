@@ -1,0 +1,1 @@
+"""`sora launch`: one frozen configuration, started here, on SLURM or on Kubernetes."""

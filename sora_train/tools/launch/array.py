@@ -1,0 +1,60 @@
+"""A sweep as one SLURM array: a task for each run, with a run folder and a frozen configuration of its own."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from sora_train.config import Config
+from sora_train.config.compose import split_yaml_file
+from sora_train.config.job import Frozen, freeze
+from sora_train.errors import UserError
+from sora_train.tools.launch.check import check_job
+from sora_train.tools.launch.job import Job
+from sora_train.tools.launch.local import ranks_here
+from sora_train.tools.sweep.axes import Job as SweepJob
+from sora_train.tools.sweep.axes import split
+from sora_train.tools.sweep.run import unfinished
+from sora_train.tools.sweep.template import Template
+from sora_train.train import with_stages
+
+
+def array_of(arguments: list[str], config_dir: Path | None) -> tuple[Job, list[Job]]:
+    """What the runs of a sweep share, and a job for each that is not finished, frozen in its folder.
+
+    Raises:
+        ConfigError: a run is described wrongly, or does not fit its ranks; none is frozen then.
+        UserError: the sweep is a search, or of a training file of one's own.
+    """
+    if arguments and arguments[0].endswith(".py") and "=" not in arguments[0]:
+        raise UserError(
+            f"an array composes its runs itself, and only {arguments[0]} knows its own keys; write a command line for "
+            "each run into a file, and submit launch/slurm_array.sbatch with it"
+        )
+    yaml_file, overrides = split_yaml_file(arguments)
+    fixed, axes = split(overrides)
+    template = Template(fixed, config_dir=config_dir, yaml_file=yaml_file)
+    base = template.compose()
+    if base.sweep.method != "grid":
+        raise UserError(
+            f"sweep.method={base.sweep.method} proposes a run from the results of others, so its runs cannot be "
+            "submitted at once; let one job run the search: sora train -m ..., with sweep.at_once=N"
+        )
+    sweep, waiting = unfinished(template, base, axes)
+    frozen = {job.id: checked(template, job, config, sweep.folder) for job, config in waiting}
+    name = base.name if base.name != "default" else sweep.folder.name
+    folder, ranks = sweep.folder.resolve(), ranks_here(base.launch)
+    shared = Job(name, folder, folder, Path.cwd(), base.launch, ranks)
+    return shared, [
+        replace(shared, run_dir=folder / id, frozen=freeze(one).resolve())
+        for id, one in frozen.items()
+    ]
+
+
+def checked(template: Template, job: SweepJob, config: Config, folder: Path) -> Frozen:
+    """A run with its stages, which fits its ranks and finds its weights."""
+
+    def composed(more: list[str]) -> Config:
+        return template.compose([*template.of(job, folder), *more])
+
+    frozen = with_stages(config, composed)
+    check_job(frozen)
+    return frozen

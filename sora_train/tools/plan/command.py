@@ -1,0 +1,161 @@
+"""`sora plan`: what a run needs and costs, before anything is bought or started."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sora_train.tools.plan.assumptions import Assumptions
+    from sora_train.tools.plan.time.cluster import Cluster
+    from sora_train.train import Frozen
+
+DEFAULT_CLUSTER = "8xH100"
+NO_CLIPS = "data.source is empty"
+
+
+def plan(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE.yaml] [cluster=NxNAME] [KEY=VALUE]...")
+    ] = None,
+    json_out: Annotated[
+        str,
+        typer.Option("--json", metavar="FILE", help="Write the plan as JSON; `-` prints it alone."),
+    ] = "",
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with charts.")
+    ] = None,
+    header: Annotated[
+        bool,
+        typer.Option(
+            "--header", help="Print the lines that stand in the head of an experiment's file."
+        ),
+    ] = False,
+    config_dir: Annotated[
+        Path | None, typer.Option(help="A folder with config groups and experiments of your own.")
+    ] = None,
+) -> None:
+    """Plan a run: memory, communication, step time, MFU, days and cost, and the layout to choose.
+
+    cluster=8xH100 names GPUs (H100, H200, A100-80, B200, L40S, 4090, cpu, or 8xmy_gpu.yaml); cluster.price=2.1 and the
+    like change its numbers, plan.gemm=0.7 and the like what is assumed. Nothing is read but the config: no clips, no
+    weights. docs/plan.md tells how each number is made.
+
+    \b
+    sora plan experiment=quickstart cluster=2xcpu
+    sora plan experiment=wan_1_3b_curriculum cluster=64xH100 --html plan.html
+    sora plan experiment=wan_14b_finetune cluster=64xH100 plan.keep_layout=true --json plan.json
+    sora plan model=wan_14b text.d_model=4096 buckets=480p cluster=16xH200 cluster.price=3
+    """  # fmt: skip
+    found = planned(*asked(list(arguments or []), config_dir))
+    write(found, json_out, html)
+    if header:
+        from sora_train.tools.plan.text import header as lines_of
+
+        print("\n".join(f"# {line}" for line in lines_of(found)))
+    elif json_out != "-":
+        tell(found, [str(path) for path in (html, json_out) if path])
+
+
+def write(found: dict[str, Any], json_out: str, html: Path | None) -> None:
+    """The files that were asked for; JSON goes to standard output for `-`."""
+    import json
+
+    from sora_train.base.files import write_atomically
+
+    if html is not None:
+        from sora_train.tools.plan.page import write_page
+
+        write_page(found, html)
+    text = json.dumps(found, indent=1)
+    if json_out == "-":
+        print(text)
+    elif json_out:
+        write_atomically(Path(json_out), text + "\n")
+
+
+def tell(found: dict[str, Any], written: list[str]) -> None:
+    """The plan for a reader at a terminal, and the files that hold it."""
+    from rich.console import Console
+
+    from sora_train.tools.plan.text import WIDTH, show
+
+    console = Console(width=WIDTH)
+    show(found, console)
+    for path in written:
+        console.print(f"wrote {path}", highlight=False)
+
+
+def asked(arguments: list[str], config_dir: Path | None) -> "tuple[Frozen, Cluster, Assumptions]":
+    """The run, the machines and the assumptions of a command line.
+
+    Raises:
+        ConfigError: one of them is wrong.
+    """
+    from sora_train.config.compose import parse_overrides, split_yaml_file
+    from sora_train.config.messages import validated
+    from sora_train.config.schema import closest
+    from sora_train.errors import ConfigError
+    from sora_train.tools.plan.assumptions import Assumptions
+    from sora_train.tools.plan.time.cluster import parse_cluster
+
+    name = DEFAULT_CLUSTER
+    settings: dict[str, dict[str, Any]] = {"cluster": {}, "plan": {}}
+    rest = []
+    for text in arguments:
+        key, _, value = text.partition("=")
+        section, _, field = key.partition(".")
+        if key == "cluster":
+            name = value
+        elif section in settings and field:
+            settings[section][field] = parse_overrides([f"value={value}"])[0].value()
+        else:
+            rest.append(text)
+    unknown = sorted(set(settings["plan"]) - set(Assumptions.model_fields))
+    if unknown:
+        near = closest(unknown[0], list(Assumptions.model_fields))
+        remedy = f"did you mean plan.{near}? " if near else ""
+        raise ConfigError(
+            f"plan.{unknown[0]} does not exist; {remedy}there are {', '.join(Assumptions.model_fields)}"
+        )
+    cluster = parse_cluster(name, settings["cluster"])
+    yaml_file, _ = split_yaml_file(rest)
+    return (
+        _described(rest, config_dir, yaml_file),
+        cluster,
+        validated(Assumptions, settings["plan"]),
+    )
+
+
+def _described(arguments: list[str], config_dir: Path | None, yaml_file: Path | None) -> "Frozen":
+    """The run, whose clips need not be there yet."""
+    from sora_train.errors import ConfigError
+    from sora_train.train import described
+
+    if config_dir is not None:
+        arguments = [*arguments, "--config-dir", str(config_dir)]
+    try:
+        return described(arguments)
+    except ConfigError as error:
+        if NO_CLIPS not in str(error):
+            raise
+        return described([*arguments, "data.source=clips_to_come"])
+
+
+def planned(frozen: "Frozen", cluster: "Cluster", assume: "Assumptions") -> dict[str, Any]:
+    """The plan as plain values, with a bar of progress on standard error."""
+    import sys
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sora_train.tools.plan.plan import plan_run
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("plan", total=None)
+
+        def told(what: str, done: int, of: int) -> None:
+            bar.update(task, description=what, completed=done, total=of)
+
+        return plan_run(frozen.config, frozen.stages, cluster, assume, told)

@@ -1,0 +1,224 @@
+"""What the fullest rank holds at the height of a training step, in any layout, from the model's own code.
+
+The step is taken by the engine that trains, on tensors that have sizes and no memory, over a process
+group that sends nothing (memory_step.py), in a process of its own (memory_worker.py). Deep models are
+counted at two depths: what equal blocks hold is affine in their number.
+
+For `cuda` the attention core is PyTorch's fused one, which keeps no scores, weights compute in
+bfloat16 unless told otherwise, and nothing is compiled, which would only save memory. What CUDA, NCCL
+and the allocator take beside tensors is an allowance, `ALLOWANCE` and `SLACK`.
+"""
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+from sora_train.config import Config
+from sora_train.data.sample import Bucket
+from sora_train.errors import ConfigError, Fault
+from sora_train.parallel.degrees import resolve_degrees
+from sora_train.tools.plan.memory.worker import DEPTHS
+
+GIB = 2**30
+ALLOWANCE = int(1.5 * GIB)
+"""On a GPU, beside tensors: CUDA's context (about 0.6 GiB), NCCL's buffers, workspaces of kernels."""
+SLACK = 0.03
+"""On a GPU, of what is not held from step to step: what the allocator cannot hand out, in pieces between others."""
+SECONDS = 600.0
+"""How long one count may take."""
+KINDS = ("weights", "gradients", "optimizer", "ema", "activations", "buffers", "encoders")
+SECTIONS = {"model", "text", "vae", "parallel", "optim", "ema", "train"}
+"""Of the config: what memory depends on."""
+Peaks = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of the fullest rank at the peak of a training step."""
+
+    weights: int
+    """Masters, and where an engine keeps them besides, the weights that compute."""
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+    """Latents, what blocks keep for backward, and what the one at work computes."""
+    buffers: int
+    """Gathered weights, and on a GPU the allowance."""
+    encoders: int
+    """The frozen VAE and text encoder, and at `encode` what they compute."""
+    peak: int
+    """What is held at the same time at the worst moment: the sum of the parts."""
+    when: str
+    """The moment: `encode`, `forward`, `backward` or `step`."""
+
+
+def memory_of(
+    cfg: Config, world: int, bucket: Bucket, clips: int, device: str = "cuda"
+) -> MemoryPlan:
+    """The plan of one micro-batch of `clips` clips of this bucket in the layout of cfg.parallel over `world` ranks.
+
+    `device` is what is planned for, `cuda` or `cpu`; nothing of it need be here.
+
+    Raises:
+        ConfigError: the degrees do not fill the ranks, or the task is not text_to_video.
+        Fault: the process that counts failed or took longer than SECONDS.
+    """
+    if cfg.task != "text_to_video":
+        raise ConfigError(f"task={cfg.task} is not planned; plan an experiment of text_to_video")
+    asked, world = smallest_alike(planned_for(cfg, device), world)
+    peaks = peaks_of(asked, world, bucket, clips)
+    frozen = ask(asked, 1, bucket, clips, "encoders")
+    return plan_of(peaks, frozen["weights"], frozen["encode"], device)
+
+
+def planned_for(cfg: Config, device: str) -> Config:
+    """The config with what `auto` would be on that device written out, and without what a count cannot do."""
+    model, parallel = {"compile": "off"}, dict[str, Any]()
+    if device == "cuda":
+        if cfg.model.attention != "math":
+            model["attention"] = "sdpa"
+        if cfg.parallel.param_dtype == "auto":
+            parallel["param_dtype"] = "bfloat16"
+    return cfg.model_copy(
+        update={
+            "model": cfg.model.model_copy(update=model),
+            "parallel": cfg.parallel.model_copy(update=parallel),
+        }
+    )
+
+
+def smallest_alike(cfg: Config, world: int) -> tuple[Config, int]:
+    """The same shards, tokens and accumulation with at most two replicas, whose ranks all hold the same."""
+    degrees = resolve_degrees(cfg.parallel, world)
+    replicas = min(2, degrees.dp_replicate)
+    accumulated = min(2, -(-cfg.train.micro_batches // (degrees.dp_replicate * degrees.dp_shard)))
+    parallel = {"dp_replicate": replicas, "dp_shard": degrees.dp_shard}
+    train = {"micro_batches": accumulated * replicas * degrees.dp_shard}
+    alike = cfg.model_copy(
+        update={
+            "parallel": cfg.parallel.model_copy(update=parallel),
+            "train": cfg.train.model_copy(update=train),
+        }
+    )
+    return alike, replicas * degrees.dp_shard * degrees.cp
+
+
+def peaks_of(cfg: Config, world: int, bucket: Bucket, clips: int) -> Peaks:
+    """Bytes by kind at the height of each moment, at the model's depth."""
+    layers, every = cfg.model.num_layers, cfg.parallel.checkpoint_every
+    low = DEPTHS[0] + (layers - DEPTHS[0]) % every
+    step = -(-(DEPTHS[1] - DEPTHS[0]) // every) * every
+    if layers <= low + step:
+        return at_depth(cfg, layers, world, bucket, clips)
+    some, more = (at_depth(cfg, depth, world, bucket, clips) for depth in (low, low + step))
+    return {
+        moment: {
+            kind: some[moment].get(kind, 0)
+            + (more[moment].get(kind, 0) - some[moment].get(kind, 0)) * (layers - low) // step
+            for kind in {*some[moment], *more[moment]}
+        }
+        for moment in some
+    }
+
+
+def at_depth(cfg: Config, layers: int, world: int, bucket: Bucket, clips: int) -> Peaks:
+    model = cfg.model.model_copy(update={"num_layers": layers})
+    found = ask(cfg.model_copy(update={"model": model}), world, bucket, clips, "step")
+    return cast(Peaks, found["peaks"])
+
+
+def plan_of(peaks: Peaks, frozen: int, encode: int, device: str) -> MemoryPlan:
+    """The worst moment, encoding and the device's own needs added."""
+    lasting = {kind: peaks["forward"].get(kind, 0) for kind in ("weights", "optimizer", "ema")}
+    moments = {moment: {**parts, "encoders": frozen} for moment, parts in peaks.items()}
+    moments["encode"] = {**lasting, "encoders": frozen + encode}
+    if device == "cuda":
+        for parts in moments.values():
+            passing = sum(parts.get(kind, 0) for kind in ("activations", "buffers", "gradients"))
+            parts["buffers"] = parts.get("buffers", 0) + ALLOWANCE + int(SLACK * passing)
+    when = max(moments, key=lambda moment: sum(moments[moment].values()))
+    parts = {kind: moments[when].get(kind, 0) for kind in KINDS}
+    return MemoryPlan(**parts, peak=sum(parts.values()), when=when)
+
+
+def ask(cfg: Config, world: int, bucket: Bucket, clips: int, part: str) -> dict[str, Any]:
+    """What the counting process says; what was asked before is remembered."""
+    sections = cfg.model_dump(mode="json", include=SECTIONS)
+    if part == "encoders":
+        sections = {name: sections[name] for name in ("model", "text", "vae")}
+        sections["model"] = {"in_channels": cfg.model.in_channels}
+    question = (bucket.frames, bucket.height, bucket.width), world, clips, part
+    _ASKED[key := json.dumps([sections, question], sort_keys=True)] = (cfg, *question)
+    try:
+        return _remembered(key)
+    finally:
+        del _ASKED[key]
+
+
+_ASKED: dict[str, tuple[Config, tuple[int, int, int], int, int, str]] = {}
+
+
+@lru_cache(maxsize=4096)
+def _remembered(key: str) -> dict[str, Any]:
+    cfg, bucket, world, clips, part = _ASKED[key]
+    asked = {
+        "config": cfg.model_dump_json(), "bucket": bucket, "world": world, "clips": clips,
+        "part": part,
+    }  # fmt: skip
+    found = Counter.shared().ask(json.dumps(asked))
+    if "error" in found:
+        if found.get("user"):
+            raise ConfigError(found["error"])
+        raise Fault(f"memory could not be counted: {found['error']}")
+    return found
+
+
+class Counter:
+    """The process that counts; started when it is first asked, and there until this one ends."""
+
+    _shared: "Counter | None" = None
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "sora_train.tools.plan.memory.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        atexit.register(self.close)
+
+    @classmethod
+    def shared(cls) -> "Counter":
+        if cls._shared is None or cls._shared.process.poll() is not None:
+            cls._shared = cls()
+        return cls._shared
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """The answer to one question. Raises Fault where none comes."""
+        process = self.process
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(line.encode() + b"\n")
+            process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], SECONDS)
+            answer = process.stdout.readline() if ready else b""
+        except BrokenPipeError:
+            answer = b""
+        if not answer:
+            ended = process.poll() is not None
+            self.close()
+            said = "ended" if ended else f"gave no answer within {SECONDS:.0f} s"
+            raise Fault(f"the process that counts memory {said}; plan again")
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()

@@ -1,0 +1,240 @@
+"""The plan of a run: for each stage work, layout, memory, step, checkpoints, hours and cost, as plain values.
+
+What the terminal, the page and the JSON show is all read from what `plan_run` returns, so they cannot differ.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from sora_train.config import Config
+from sora_train.errors import ConfigError, UserError
+from sora_train.models.memory import text_parameters, transformer_parameters
+from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.transformer.dit import VideoDiT
+from sora_train.parallel.checks.volume import units_of
+from sora_train.parallel.degrees import check_degrees, resolve_degrees
+from sora_train.tools.plan.assumptions import Assumptions
+from sora_train.tools.plan.search import (
+    Candidate,
+    Found,
+    describe_options,
+    guess_bytes,
+    overrides_of,
+    search,
+    too_large,
+    with_memory,
+)
+from sora_train.tools.plan.time.cluster import GB, GIB, Cluster
+from sora_train.tools.plan.time.failures import schedule
+from sora_train.tools.plan.time.step import Bench, step_plan
+from sora_train.tools.plan.time.work import Imbalance, StageWork, stage_work
+
+Values = dict[str, Any]
+Progress = Callable[[str, int, int], None]
+SAVE_SECONDS = 0.05
+"""Of a save besides the copy to the host."""
+MEMORY_PARTS = (
+    "weights", "gradients", "optimizer", "ema", "activations", "buffers", "encoders",
+)  # fmt: skip
+
+
+def plan_run(
+    cfg: Config,
+    stages: tuple[Config, ...],
+    cluster: Cluster,
+    assume: Assumptions,
+    progress: Progress,
+) -> Values:
+    """The plan of a run and its stages (none: the run itself is the only one).
+
+    Raises:
+        ConfigError: something cannot be planned, or the config's own layout does not fit (plan.keep_layout).
+        UserError: no layout fits the memory.
+    """
+    if assume.measured and not (cfg.data.cost_a or cfg.data.cost_b):
+        raise ConfigError(
+            "plan.measured=true, but data.cost_a and data.cost_b are 0; give the two that `sora bench cost` printed"
+        )
+    names = [stage.name for stage in cfg.stages] or [cfg.name]
+    planned, notes, units = [], dict[str, None](), _Units()
+    for name, stage in zip(names, stages or (cfg,), strict=True):
+
+        def told(what: str, done: int, of: int, name: str = name) -> None:
+            progress(f"{name}: {what}", done, of)
+
+        work = stage_work(stage, assume)
+        notes.update(dict.fromkeys(work.notes))
+        bench = Bench(work, cluster, assume, units.of(stage), Imbalance(work))
+        planned.append(_stage(name, bench, told))
+    total = {key: sum(stage[key] for stage in planned) for key in ("hours", "gpu_hours", "cost")}
+    mix = "plan.mix" if assume.mix else "classes by their probability, buckets of a class alike"
+    return {
+        "name": cfg.name,
+        "cluster": {"name": str(cluster), "gpus": cluster.gpus, "nodes": cluster.nodes,
+                    "memory_gib": cluster.gpu.memory_gib, **cluster.gpu.model_dump()},
+        "parameters": transformer_parameters(cfg.model)[0]
+        + (text_parameters(cfg.text) if cfg.text.trainable else 0),
+        "stages": planned,
+        "total": {**total, "days": total["hours"] / 24},
+        "notes": [f"shares of the clips are assumed: {mix}", *notes],
+        "assumptions": assume.model_dump(),
+    }  # fmt: skip
+
+
+class _Units:
+    """Shapes of the parameters by model, each built once, without memory."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[list[torch.Size]]] = {}
+
+    def of(self, cfg: Config) -> list[list[torch.Size]]:
+        key = cfg.model.model_dump_json() + cfg.text.model_dump_json()
+        if key not in self._known:
+            # A frozen text encoder is no part of what is sharded, and may not be on this machine.
+            if cfg.text.trainable:
+                model: nn.Module = TextToVideo(cfg.model, cfg.text, empty=True)
+            else:
+                with torch.device("meta"):
+                    model = VideoDiT(cfg.model)
+            self._known[key] = units_of(model)
+        return self._known[key]
+
+
+def _stage(name: str, bench: Bench, progress: Progress) -> Values:
+    found = own_layout(bench) if bench.assume.keep_layout else search(bench, progress)
+    if not found.best:
+        nearest = "; ".join(f"{each.name}: {each.reason}" for each in found.refused[:3])
+        raise UserError(
+            f"stage {name}: none of {found.tried} layouts fits {bench.cluster} "
+            f"({nearest or 'train.micro_batches leaves ranks idle'}); take more GPUs or larger ones, smaller buckets, "
+            "or another train.micro_batches"
+        )
+    best = found.best[0]
+    cfg, step = best.cfg, best.step
+    saves = _saves(bench, best)
+    hours = cfg.train.steps * step.seconds / 3600 / saves["goodput"]
+    gpus = bench.cluster.gpus
+    return {
+        "name": name,
+        "steps": cfg.train.steps,
+        "layout": best.name,
+        "options": best.options,
+        "overrides": overrides_of(cfg),
+        "memory": memory_values(best),
+        "micro_batches": cfg.train.micro_batches,
+        "slots": step.slots,
+        "buckets": _buckets(bench.stage, best),
+        "step": {
+            "seconds": step.seconds, "parts": step.parts, "tokens": step.tokens, "clips": step.clips,
+            "tflop": step.flops / 1e12, "recomputed_tflop": step.recomputed / 1e12,
+            "mfu": step.mfu, "tokens_per_second": step.tokens / step.seconds,
+            "imbalance": step.imbalance,
+        },
+        "communication": {
+            "gb": {kind: value / GB for kind, value in sorted(step.volume.items())},
+            "bytes": dict(sorted(step.volume.items())),
+            "seconds": step.gather, "not_hidden": step.exposed,
+        },
+        "saves": saves,
+        "hours": hours,
+        "gpu_hours": hours * gpus,
+        "cost": hours * gpus * bench.cluster.gpu.price,
+        "tried": found.tried,
+        "candidates": [_row(each, best) for each in found.best],
+        "refused": [asdict(each) for each in found.refused],
+    }  # fmt: skip
+
+
+def own_layout(bench: Bench) -> Found:
+    """The config's own layout, checked and counted.
+
+    Raises:
+        ConfigError: it does not fill the cluster or divide the model.
+    """
+    cfg = bench.stage.cfg
+    try:
+        degrees = resolve_degrees(cfg.parallel, bench.cluster.gpus)
+        check_degrees(cfg, degrees)
+    except ConfigError as error:
+        raise ConfigError(f"cluster={bench.cluster}: {error}") from error
+    parallel = {"dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
+    cfg = cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=parallel)})
+    guess, _ = guess_bytes(bench, cfg, degrees)
+    step = step_plan(bench, cfg, degrees)
+    candidate = Candidate(cfg, degrees, step, None, guess)
+    if bench.assume.counted:
+        candidate = with_memory(bench, candidate)
+    cap = bench.cluster.memory * (1 - bench.assume.reserve)
+    if candidate.bytes > cap:
+        over = (candidate.bytes - cap) / GIB
+        return Found([], [too_large(candidate.name, over)], 1)
+    return Found([candidate], [], 1)
+
+
+def memory_values(candidate: Candidate) -> Values:
+    """Bytes by what they are for; one number where they were not counted."""
+    memory = candidate.memory
+    if memory is None:
+        return {
+            "estimated": round(candidate.guess),
+            "peak": round(candidate.guess),
+            "when": "estimated",
+        }
+    return {**{part: getattr(memory, part) for part in MEMORY_PARTS},
+            "peak": memory.peak, "when": memory.when}  # fmt: skip
+
+
+def _row(each: Candidate, best: Candidate) -> Values:
+    return {
+        "layout": each.name, "options": describe_options(each.cfg), "seconds": each.step.seconds,
+        "mfu": each.step.mfu, "slower": each.step.seconds / best.step.seconds - 1,
+        "memory": memory_values(each), "overrides": overrides_of(each.cfg),
+    }  # fmt: skip
+
+
+def _buckets(stage: StageWork, best: Candidate) -> list[Values]:
+    rows = []
+    for share, time in zip(stage.micro_share, best.step.buckets, strict=True):
+        work = time.work
+        rows.append(
+            {
+                "name": work.bucket.name, "class": work.class_name, "tokens": work.tokens,
+                "share": work.share, "clips": work.clips, "micro_batch_share": share,
+                "tflop_a_clip": work.model_flops / 1e12,
+                "tflop_a_micro_batch": work.clips * work.model_flops / 1e12,
+                "seconds": time.total,
+                "parts": {
+                    "matrix products": time.products, "attention": time.attention,
+                    "norms and gates": time.passes, "computed again": time.recompute,
+                    "frozen encoders": time.encode,
+                    "token exchange": time.exchange + time.ring, "offload": time.offload,
+                },
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _saves(bench: Bench, best: Candidate) -> Values:
+    cfg, assume, cluster = best.cfg, bench.assume, bench.cluster
+    trained = transformer_parameters(cfg.model)[0]
+    trained += text_parameters(cfg.text) if cfg.text.trainable else 0
+    copies = 2 + len(cfg.ema.more) + len(cfg.ema.post_hoc) + (2 if cfg.optim.name == "adamw" else 0)
+    total = 4.0 * trained * copies
+    shards = best.degrees.shards if cfg.parallel.engine == "fsdp" else cluster.gpus
+    stall = SAVE_SECONDS + total / shards / (cluster.gpu.host_gb_s * GB)
+    move = total / (assume.storage_gb_s * GB)
+    found = schedule(
+        3600 * cluster.gpu.mtbf_hours / cluster.gpus,
+        stall,
+        move,
+        60 * assume.restart_minutes + move,
+    )
+    return {
+        **asdict(found), "gb": total / GB,
+        "every": max(1, round(found.interval / best.step.seconds)),
+        "sync_every": max(1, round(found.sync_interval / best.step.seconds)),
+    }  # fmt: skip

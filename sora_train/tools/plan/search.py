@@ -1,0 +1,360 @@
+"""Which layouts and memory options there are, which fit, and which is fastest.
+
+Layouts are tried with their memory options from the cheapest on, by the model of models/memory.py, and the first that
+fits is timed; then the fastest are checked by what `memory_of` counts.
+"""
+
+from bisect import insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sora_train.config import Config
+from sora_train.data.tape.tape import slot_efficiency
+from sora_train.errors import ConfigError
+from sora_train.models.memory import (
+    Clip,
+    clip_bytes,
+    fixed_bytes,
+    text_parameters,
+    transformer_parameters,
+)
+from sora_train.parallel.degrees import Degrees, check_degrees, describe_layout
+from sora_train.tools.plan.memory.encoders import text_bytes
+from sora_train.tools.plan.memory.plan import ALLOWANCE, SLACK, MemoryPlan, memory_of
+from sora_train.tools.plan.time.cluster import GIB
+from sora_train.tools.plan.time.step import Bench, StepPlan, step_plan
+from sora_train.tools.plan.time.work import Work
+
+MOST_CP = 64
+MAX_LAYOUTS = 1500
+SHOWN = 5
+CHECKED = 8
+"""Fastest candidates whose memory is counted before the search gives up."""
+
+DEEPSPEED_MUST_SAVE = 0.02
+"""Share of a step by which a DeepSpeed engine must be faster to be preferred: FSDP2 also keeps replicas, compiles
+every block and reads weights from anywhere."""
+MEMORY_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"activation_checkpointing": "none"},
+    {"activation_checkpointing": "selective", "checkpoint_keep": ("attention", "matmul")},
+    {"activation_checkpointing": "selective", "checkpoint_keep": ("attention", "matmul"), "mlp_chunks": 4},
+    {"activation_checkpointing": "full", "checkpoint_every": 4},
+    {"activation_checkpointing": "full", "checkpoint_every": 2},
+    {"activation_checkpointing": "selective", "checkpoint_keep": ("attention",)},
+    {"activation_checkpointing": "full"},
+    {"activation_checkpointing": "full", "mlp_chunks": 4},
+    {"activation_checkpointing": "full", "offload_activations": True},
+    {"activation_checkpointing": "full", "offload_activations": True, "mlp_chunks": 8},
+)  # fmt: skip
+"""From the fastest to the smallest."""
+PLAIN: dict[str, Any] = {
+    "activation_checkpointing": "none", "checkpoint_every": 1, "checkpoint_keep": ("attention", "matmul"),
+    "mlp_chunks": 1, "offload_activations": False, "offload_optimizer": False, "offload_params": False,
+    "accumulate": "whole",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with its memory options."""
+
+    cfg: Config
+    degrees: Degrees
+    step: StepPlan
+    memory: MemoryPlan | None
+    """None where it was not counted: slower ones."""
+    guess: float
+    """Bytes by models/memory.py."""
+
+    @property
+    def name(self) -> str:
+        return describe_layout(self.cfg.parallel.engine, self.degrees)
+
+    @property
+    def options(self) -> str:
+        return describe_options(self.cfg)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The smaller the better."""
+        handicap = 1 if self.cfg.parallel.engine == "fsdp" else 1 + DEEPSPEED_MUST_SAVE
+        return self.step.seconds * handicap, self.bytes
+
+    @property
+    def bytes(self) -> float:
+        return self.memory.peak if self.memory else self.guess
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A layout, and why it is not recommended."""
+
+    name: str
+    reason: str
+    over: float = 0.0
+    """GiB that it lacks."""
+
+
+@dataclass(frozen=True)
+class Found:
+    best: list[Candidate]
+    """Fitting ones, the fastest first."""
+    refused: list[Refused]
+    tried: int
+
+
+def describe_options(cfg: Config) -> str:
+    """Memory options in words."""
+    wanted = cfg.parallel
+    mode = wanted.activation_checkpointing
+    kept = "+".join(wanted.checkpoint_keep)
+    every = f" every {wanted.checkpoint_every}" if wanted.checkpoint_every > 1 else ""
+    said = [
+        {"none": "", "full": f"full{every}", "selective": f"selective ({kept}){every}"}[mode],
+        f"mlp_chunks {wanted.mlp_chunks}" if wanted.mlp_chunks > 1 else "",
+        "offload activations" if wanted.offload_activations else "",
+        "offload moments" if wanted.offload_optimizer else "",
+        "sharded gradients" if wanted.accumulate == "sharded" else "",
+    ]
+    return ", ".join(part for part in said if part) or "none"
+
+
+def overrides_of(cfg: Config) -> list[str]:
+    """What sets this layout and these options, ready to paste."""
+    wanted = cfg.parallel
+    found = [
+        f"parallel.{name}={getattr(wanted, name)}"
+        for name in ("engine", "dp_replicate", "dp_shard", "ulysses", "ring")
+    ]
+    found.append(f"parallel.activation_checkpointing={wanted.activation_checkpointing}")
+    if wanted.activation_checkpointing == "selective":
+        found.append(f"parallel.checkpoint_keep=[{','.join(wanted.checkpoint_keep)}]")
+    for name, usual in (("checkpoint_every", 1), ("mlp_chunks", 1), ("accumulate", "whole")):
+        if getattr(wanted, name) != usual:
+            found.append(f"parallel.{name}={getattr(wanted, name)}")
+    for name in ("offload_activations", "offload_optimizer"):
+        if getattr(wanted, name):
+            found.append(f"parallel.{name}=true")
+    return found
+
+
+def divisors(number: int) -> list[int]:
+    return [k for k in range(1, number + 1) if number % k == 0]
+
+
+def layouts(bench: Bench) -> Iterator[tuple[str, Degrees]]:
+    """Engines and degrees that fill the cluster, divide the heads and leave few slots idle."""
+    world, cfg = bench.cluster.gpus, bench.stage.cfg
+    per_node = bench.cluster.gpu.gpus_per_node
+    for cp in divisors(world):
+        if cp > MOST_CP:
+            break
+        ranks = world // cp
+        if slot_efficiency(cfg.train.micro_batches, ranks) < cfg.elastic.min_efficiency - 1e-9:
+            continue
+        for ulysses in divisors(cp):
+            if cfg.model.num_heads % ulysses or ulysses > per_node:
+                continue
+            for shard in divisors(ranks):
+                shards = shard * cp
+                # Groups that lie across nodes without filling them talk more than they save.
+                if shards > per_node and shards % per_node and shards != world:
+                    continue
+                yield "fsdp", Degrees(ranks // shard, shard, ulysses, cp // ulysses)
+            for engine in ("zero1", "zero2", "zero3"):
+                if world > 1:
+                    yield engine, Degrees(1, ranks, ulysses, cp // ulysses)
+
+
+def with_layout(cfg: Config, engine: str, degrees: Degrees, options: dict[str, Any]) -> Config:
+    """The configuration with this layout; the whole is checked as a fresh one is."""
+    parallel = {
+        **PLAIN, **options, "engine": engine, "dp_replicate": degrees.dp_replicate,
+        "dp_shard": degrees.dp_shard, "ulysses": degrees.ulysses, "ring": degrees.ring,
+    }  # fmt: skip
+    return cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=parallel)})
+
+
+def guess_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, Work]:
+    """Bytes of a rank by models/memory.py, and the bucket that needs most."""
+    model, text, w = cfg.model, cfg.text, bench.size
+    shards, cp = degrees.shards, degrees.cp
+    moments = 2 if cfg.optim.name == "adamw" else 0
+    averages = 1 + len(cfg.ema.more) + len(cfg.ema.post_hoc)
+    split = cfg.parallel.model_copy(
+        update={"dp_shard": shards, "dp_replicate": degrees.dp_replicate}
+    )
+    fixed = fixed_bytes(
+        model, text, split, w=w, moments=moments, micro_batches=cfg.train.micro_batches * cp,
+        averages=averages,
+    )  # fmt: skip
+    trained = transformer_parameters(model)[0]
+    if cfg.parallel.engine in ("zero1", "zero2"):
+        # Weights whole in the compute precision; gradients whole, in ZeRO-2 only until they are reduced.
+        fixed += trained * w + (trained * 4 if cfg.parallel.engine == "zero1" else 0)
+
+    # Of a published encoder models/memory.py knows no sizes.
+    frozen, caption = text_bytes(text)
+    if not text.trainable:
+        fixed += frozen - text_parameters(text) * 4
+    at_rest = fixed
+    if bench.cluster.device == "cuda":
+        fixed += ALLOWANCE
+
+    def needs(work: Work) -> float:
+        clip = Clip(-(-work.tokens // cp), work.frames, text.max_length)
+        return work.clips * clip_bytes(model, text, clip, w, bench.cluster.device, cfg.parallel)
+
+    worst = max(bench.stage.works, key=needs)
+    # While captions are encoded no activations are there.
+    encoding = at_rest + max(work.clips for work in bench.stage.works) * caption
+    return max(fixed + (1 + SLACK) * needs(worst), encoding), worst
+
+
+def search(bench: Bench, progress: Callable[[str, int, int], None]) -> Found:
+    """Try all layouts; `progress(what, done, of)` is told how far it is."""
+    cap = bench.cluster.memory * (1 - bench.assume.reserve)
+    candidates: list[Candidate] = []
+    refused: list[Refused] = []
+    todo = list(layouts(bench))[:MAX_LAYOUTS]
+    for number, (engine, degrees) in enumerate(todo):
+        progress("layouts", number, len(todo))
+        found = cheapest_that_fits(bench, engine, degrees, cap)
+        if isinstance(found, Candidate):
+            candidates.append(found)
+        else:
+            refused.append(found)
+    best = fastest(bench, candidates, refused, cap, progress)
+    return Found(best, _reasons(bench, best, candidates, refused), len(todo))
+
+
+def fastest(
+    bench: Bench,
+    candidates: list[Candidate],
+    refused: list[Refused],
+    cap: float,
+    progress: Callable[[str, int, int], None],
+) -> list[Candidate]:
+    """The fastest of each kind, fastest first; the first `plan.counted` of them have their memory counted.
+
+    Always the fastest that waits is looked at. One that is counted and does not fit waits again with smaller, slower
+    memory options, or is refused; so what is found first is the fastest that fits.
+    """
+    waiting = sorted(candidates, key=lambda each: each.rank)
+    best: list[Candidate] = []
+    checked = 0
+    while waiting and len(best) < SHOWN:
+        candidate = waiting.pop(0)
+        if _kind(candidate.name) in {_kind(each.name) for each in best}:
+            continue  # a slower one of a kind that is there already
+        if len(best) >= bench.assume.counted or checked == CHECKED:
+            best.append(candidate)
+            continue
+        progress("memory", checked, CHECKED)
+        checked += 1
+        counted = with_memory(bench, candidate)
+        if counted.bytes <= cap:
+            best.append(counted)
+            continue
+        smaller = with_smaller_options(bench, counted, cap)
+        if isinstance(smaller, Candidate):
+            insort(waiting, smaller, key=lambda each: each.rank)
+        else:
+            refused.append(smaller)
+    return best
+
+
+def cheapest_that_fits(
+    bench: Bench, engine: str, degrees: Degrees, cap: float, first: int = 0
+) -> Candidate | Refused:
+    """The layout with the first memory options, of those after `first`, that are guessed to fit."""
+    ranks = bench.cluster.gpus // degrees.cp
+    several = bench.stage.cfg.train.micro_batches > ranks and engine == "fsdp"
+    least = float("inf")
+    for options in MEMORY_OPTIONS[first:]:
+        for extra in _extras(several and degrees.shards > 1):
+            cfg = with_layout(bench.stage.cfg, engine, degrees, {**options, **extra})
+            needed, _ = guess_bytes(bench, cfg, degrees)
+            least = min(least, needed)
+            if needed <= cap:
+                return Candidate(cfg, degrees, step_plan(bench, cfg, degrees), None, needed)
+    over = (least - cap) / GIB
+    return too_large(describe_layout(engine, degrees), over)
+
+
+def _extras(several: bool) -> list[dict[str, Any]]:
+    plain: dict[str, Any] = {}
+    sharded = {"accumulate": "sharded"}
+    return [plain, sharded] if several else [plain]
+
+
+def with_smaller_options(bench: Bench, counted: Candidate, cap: float) -> Candidate | Refused:
+    """The layout with the next memory options that are guessed to fit, after some that were counted and do not."""
+    at = next(
+        (n for n, o in enumerate(MEMORY_OPTIONS) if _has(counted.cfg, o)), len(MEMORY_OPTIONS)
+    )
+    engine = counted.cfg.parallel.engine
+    following = cheapest_that_fits(bench, engine, counted.degrees, cap, at + 1)
+    if isinstance(following, Refused):
+        return too_large(counted.name, (counted.bytes - cap) / GIB)
+    return following
+
+
+def too_large(name: str, over: float) -> Refused:
+    return Refused(name, f"memory over by {over:,.1f} GiB at the least", over)
+
+
+def _has(cfg: Config, options: dict[str, Any]) -> bool:
+    return all(
+        getattr(cfg.parallel, name) == value
+        for name, value in {**PLAIN, **options}.items()
+        if name != "accumulate"
+    )
+
+
+def with_memory(bench: Bench, candidate: Candidate) -> Candidate:
+    """The candidate with the memory of its worst bucket counted."""
+    _, worst = guess_bytes(bench, candidate.cfg, candidate.degrees)
+    counted = memory_of(
+        candidate.cfg, bench.cluster.gpus, worst.bucket, worst.clips, bench.cluster.device
+    )
+    return replace(candidate, memory=counted)
+
+
+def _reasons(
+    bench: Bench, best: list[Candidate], candidates: list[Candidate], refused: list[Refused]
+) -> list[Refused]:
+    """One line for each kind of layout that is not among the best: the nearest of its kind."""
+    if not best:
+        return sorted(refused, key=lambda each: each.over)[:SHOWN]
+    found, chosen = [], {_kind(each.name) for each in best}
+    for each in candidates:
+        if _kind(each.name) not in chosen:
+            chosen.add(_kind(each.name))
+            slower = 100 * (each.step.seconds / best[0].step.seconds - 1)
+            if slower >= 0:
+                found.append(Refused(f"{each.name} ({each.options})", f"slower by {slower:.1f} %"))
+    for no in sorted(refused, key=lambda each: each.over):
+        if _kind(no.name) not in chosen:
+            chosen.add(_kind(no.name))
+            found.append(no)
+    return found[:8] + _undivided(bench)
+
+
+def _kind(name: str) -> str:
+    """The words of a layout without its numbers, bar those of context parallelism."""
+    head, *rest = name.split(" x ")
+    return " x ".join([head.split(" ")[0], *(part.split(" ")[0] for part in rest)])
+
+
+def _undivided(bench: Bench) -> list[Refused]:
+    cfg, per_node = bench.stage.cfg, bench.cluster.gpu.gpus_per_node
+    found = []
+    for ulysses in divisors(min(per_node, bench.cluster.gpus)):
+        degrees = Degrees(1, max(1, bench.cluster.gpus // ulysses), ulysses, 1)
+        try:
+            check_degrees(cfg, degrees)
+        except ConfigError as error:
+            found.append(Refused(f"ulysses {ulysses}", str(error).split(";")[0]))
+    return found

@@ -1,0 +1,1 @@
+"""The time of a step and of a run: work, links, failures, from published rates and measurements."""

@@ -1,0 +1,192 @@
+"""What a stage computes: its buckets, the clips of a micro-batch of each, and their floating-point operations."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from sora_train.config import Config
+from sora_train.config.schema import closest
+from sora_train.data.sample import Bucket
+from sora_train.data.tape.buckets import BucketSpec
+from sora_train.data.tape.micro_batches import micro_batch_sizes
+from sora_train.data.tape.tape import Tape, row_costs
+from sora_train.errors import ConfigError
+from sora_train.models.flops import text_flops, transformer_flops
+from sora_train.tools.plan.assumptions import Assumptions
+from sora_train.tools.plan.memory.encoders import sizes_of_vae
+from sora_train.tools.plan.time.encoders import caption_flops, geometry_of, vae_flops
+from sora_train.training.pipeline.plan import bucket_table, cost_model, memory_cap, token_counter
+
+MANY = 10**9  # clips of a bucket, so that none is short of a micro-batch
+TAPE_CLIPS = 400_000  # most clips of the tape from which imbalance is read
+
+
+@dataclass(frozen=True)
+class Work:
+    """A bucket: what one of its clips costs forward, in operations, and how many make a micro-batch."""
+
+    bucket: Bucket
+    class_name: str
+    tokens: int
+    frames: int
+    """Latent frames."""
+    share: float
+    """Of all clips."""
+    clips: int
+    products: float
+    attention: float
+    text: float
+    """A trained text encoder's."""
+    encode: float
+    """The frozen VAE's; 0 where latents are stored."""
+    caption: float
+    """A frozen text encoder's."""
+
+    @property
+    def model_flops(self) -> float:
+        """Of training on one clip: forward and backward, attention counted, recomputation not."""
+        return 3 * (self.products + self.attention + self.text)
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """All buckets of a stage that hold clips, and what was taken for granted."""
+
+    works: tuple[Work, ...]
+    notes: tuple[str, ...]
+    cfg: Config
+
+    @property
+    def micro_share(self) -> list[float]:
+        """Share of the micro-batches that are of each bucket."""
+        counts = np.array([work.share / work.clips for work in self.works])
+        return (counts / counts.sum()).tolist()
+
+    def mean(self, values: list[float]) -> float:
+        """Over micro-batches, of a number of each bucket's."""
+        return float(np.dot(self.micro_share, values))
+
+
+def text_tokens(cfg: Config) -> int:
+    """Caption tokens that are attended to: all places with Wan's padding, else half of them on average."""
+    return cfg.text.max_length if cfg.text.padding == "wan" else cfg.text.max_length // 2
+
+
+def stage_work(cfg: Config, assume: Assumptions) -> StageWork:
+    """Raises ConfigError for a task or a length that cannot be planned, or a mix that names no bucket."""
+    if cfg.task != "text_to_video":
+        raise ConfigError(
+            f"task={cfg.task} is not planned; `sora plan` knows the text-to-video transformer, so name an experiment "
+            "of task=text_to_video"
+        )
+    if not cfg.train.steps:
+        raise ConfigError(
+            f"train.epochs={cfg.train.epochs:g} needs the clips to be counted; for a plan set "
+            "train.steps=N train.epochs=0"
+        )
+    geometry, said = geometry_of(cfg)
+    arch = sizes_of_vae(cfg)
+    patch = cfg.model.patch_size
+    table = bucket_table(cfg, geometry, patch)
+    tokens_of, shares = token_counter(geometry, patch), shares_of(table, assume.mix)
+    buckets = [spec.bucket for spec in table]
+    counts = [MANY if share > 0 else 0 for share in shares]
+    sizes = micro_batch_sizes(
+        buckets, counts, tokens_of, cost_model(cfg), cfg.data.micro_batch,
+        cfg.data.micro_batch_tokens, table=cfg.data.micro_batch_table,
+        memory=memory_cap(cfg, geometry, tokens_of),
+    )  # fmt: skip
+    works = []
+    for spec, share in zip(table, shares, strict=True):
+        if share <= 0:
+            continue
+        bucket = spec.bucket
+        shape = geometry.latent_shape(bucket.frames, bucket.height, bucket.width)
+        tokens, text = tokens_of(bucket), text_tokens(cfg)
+        attention = 4.0 * cfg.model.num_layers * cfg.model.dim * tokens * (tokens + text)
+        whole = transformer_flops(cfg.model, tokens, text, shape[1])
+        pixels = bucket.frames * bucket.height * bucket.width
+        stored = cfg.data.cache != "none"
+        works.append(
+            Work(
+                bucket, spec.class_name, tokens, shape[1], share, sizes[bucket],
+                whole - attention, attention,
+                float(text_flops(cfg.text, text)) if cfg.text.trainable else 0.0,
+                0.0 if stored else vae_flops(arch, pixels),
+                0.0 if stored or cfg.text.trainable else caption_flops(cfg.text),
+            )
+        )  # fmt: skip
+    notes = [said] if said else []
+    if cfg.data.cache != "none":
+        notes.append("latents come from the cache: encoding all clips once is not counted")
+    return StageWork(tuple(works), tuple(notes), cfg)
+
+
+def shares_of(table: list[BucketSpec], mix: dict[str, float]) -> list[float]:
+    """Share of the clips of each bucket; a name of `mix` is a bucket's or a class's.
+
+    Raises:
+        ConfigError: `mix` names neither, or leaves nothing.
+    """
+    sizes = Counter(spec.class_name for spec in table)
+    if not mix:
+        weights = [spec.probability / sizes[spec.class_name] for spec in table]
+    else:
+        known = {spec.bucket.name for spec in table} | set(sizes)
+        for name, value in mix.items():
+            if name not in known:
+                near = closest(name, known)
+                remedy = f"did you mean {near}? " if near else ""
+                raise ConfigError(
+                    f"plan.mix names {name!r}; {remedy}buckets are {', '.join(sorted(known))}"
+                )
+            if value < 0:
+                raise ConfigError(f"plan.mix.{name}={value:g} is no share; give 0 or more")
+        weights = [
+            mix.get(spec.bucket.name, mix.get(spec.class_name, 0.0) / sizes[spec.class_name])
+            for spec in table
+        ]
+    if not sum(weights) > 0:
+        raise ConfigError("plan.mix leaves no clips; give one bucket a share above 0")
+    return [weight / sum(weights) for weight in weights]
+
+
+class Imbalance:
+    """Share of a row that an average rank waits for the slowest one, read from a tape over clips drawn by the mix."""
+
+    def __init__(self, stage: StageWork):
+        self.stage = stage
+        self._tape = cache(self._make)
+        self.of = cache(self._of)
+
+    def _make(self) -> Tape:
+        cfg, works = self.stage.cfg, self.stage.works
+        clips = 1 / sum(share / work.clips for share, work in zip(self._shares, works, strict=True))
+        wanted = int(4 * clips * cfg.train.micro_batches)
+        rows = min(TAPE_CLIPS, max(20_000, wanted))
+        draws = np.random.default_rng(cfg.seed).choice(len(works), rows, p=self._shares)
+        cost = cost_model(cfg)
+        tokens = {work.bucket: work.tokens for work in works}
+        return Tape(
+            draws, np.arange(rows) // 1000, [work.bucket for work in works],
+            {work.bucket: work.clips for work in works},
+            seed=cfg.seed, group=cfg.data.group, window_shards=cfg.data.window_shards,
+            cost=lambda bucket: cost(tokens[bucket]),
+        )  # fmt: skip
+
+    @property
+    def _shares(self) -> list[float]:
+        return [work.share for work in self.stage.works]
+
+    def _of(self, ranks: int) -> float:
+        """`ranks` are those that work on different micro-batches."""
+        if ranks == 1 or len(self.stage.works) == 1:
+            return 0.0
+        tape, micro_batches = self._tape(), self.stage.cfg.train.micro_batches
+        steps = max(1, min(50, tape.per_epoch // micro_batches))
+        costs = row_costs(tape, micro_batches, ranks, steps=steps)
+        busy = costs.sum(axis=1) / np.maximum(1, (costs > 0).sum(axis=1))
+        most = costs.max(axis=1)
+        return float((most - busy).sum() / most.sum())

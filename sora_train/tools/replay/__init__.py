@@ -1,0 +1,1 @@
+"""`sora replay`: a step of a run rebuilt on one machine."""

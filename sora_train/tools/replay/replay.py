@@ -1,0 +1,367 @@
+"""`sora replay RUN --step N`: any step of any run again, on one machine, whatever it was trained on.
+
+What a step consumes and every draw are functions of (config, manifest, seed, step), so the run's own
+config, the tape and the code of training give its micro-batches again; the weights are those of the
+nearest checkpoint. Nothing is written into the run but the replay itself.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sora_train import checkpoint as checkpoints
+from sora_train.checkpoint import Checkpoint
+from sora_train.config import Config, ParallelConfig
+from sora_train.data.decode.frames import is_digest_of
+from sora_train.data.manifest import Manifest
+from sora_train.data.sample import ClipBatch
+from sora_train.data.storage.remote import is_remote
+from sora_train.diffusion.spec import DiffusionSpec
+from sora_train.errors import UserError
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.monitoring.run_folder import Part, parts_of
+from sora_train.objectives import Term
+from sora_train.objectives.spec import build_spec, spec_of
+from sora_train.parallel.context.peers import Peers
+from sora_train.parallel.degrees import resolve_degrees
+from sora_train.parallel.engine import resolve_param_dtype
+from sora_train.parallel.mesh import build_mesh
+from sora_train.parallel.parallelize import apply_fsdp
+from sora_train.runtime import world as distributed
+from sora_train.runtime.world import ControlPlane, World
+from sora_train.sampling.api import attending_here, shipped_config
+from sora_train.training.outputs.step_picture import samples_of, table_of, write_replay
+from sora_train.training.resilience.initialise import require_fitting, source_of, take_weights
+from sora_train.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which step of a run (counted as metrics.jsonl does, the first is 1), and how it is looked at.
+
+    `rank` of `ranks` picks one rank's share (default: all of the step, dealt out over the ranks that
+    trained it); `checkpoint` names the weights (default: the newest before the step; 0: those drawn
+    from the seed).
+    """
+
+    run: Path
+    step: int
+    rank: int | None = None
+    ranks: int | None = None
+    out: Path | None = None
+    loss: bool = True
+    checkpoint: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run's files say about a step, before anything is built. Each `cp` neighbours of its ranks shared
+    their clips."""
+
+    cfg: Config
+    row: dict[str, float]
+    tape_step: int
+    ranks: int
+    cp: int
+    weights: Checkpoint | None
+    newest: Checkpoint | None
+
+
+def replay(request: Request, trainer_cls: type[Trainer] = Trainer) -> str:
+    """Rebuild a step, write its sheet and its facts, and return what is to be printed.
+
+    A project with a Trainer of its own hands it over, so that its model, data and objective are used.
+
+    Raises:
+        UserError: no such run, step, rank or checkpoint, or the sources are not what they were.
+        Fault: the clips cannot be read, or nothing can be written.
+    """
+    plan = look(request)
+    world = distributed.start(request.device, plan.cfg.run.threads)
+    try:
+        return _replay(request, plan, trainer_cls, world)
+    finally:
+        distributed.stop(world)
+
+
+def _replay(request: Request, plan: Plan, trainer_cls: type[Trainer], world: World) -> str:
+    torch.use_deterministic_algorithms(world.device.type == "cpu")
+    parts = plan.ranks // plan.cp
+    rank, ranks = (0, 1) if request.rank is None else (request.rank // plan.cp, parts)
+    trainer, model = rebuilt(request, plan, trainer_cls, World(rank, ranks, 0, 1, world.device))
+    try:
+        batches = _read(trainer, plan.tape_step)
+        entries = range(rank, rank + ranks * len(batches), ranks)
+        places = [(entry % parts * plan.cp, entry // parts) for entry in entries]
+        terms: list[dict[str, Term]] = []
+        totals: dict[str, float] = {}
+        if model is not None:
+            model = _computing(model, plan.cfg, world)
+            with torch.no_grad():
+                terms = [trainer.objective.terms(model, batch) for batch in batches]
+            for weights in map(trainer.objective.weights, batches):
+                totals = {name: totals.get(name, 0.0) + value for name, value in weights.items()}
+        samples = samples_of(
+            trainer.objective, trainer.data.manifest, batches, places, terms, totals
+        )
+        about = _about(request, plan, terms, totals, world)
+        clips = {(clip.row, clip.epoch): clip for batch in batches for clip in batch.clips}
+        title = _title(about)
+        out = request.out or request.run / "replay" / _folder_name(request)
+        written = write_replay(out, about, title, samples, clips, trainer.vae)
+    finally:
+        trainer.data.close()
+    return "\n".join([table_of(samples), "", title, *(f"wrote {path}" for path in written)])
+
+
+def _read(trainer: Trainer, tape_step: int) -> list[ClipBatch]:
+    """The micro-batches of a step. Raises UserError where a clip is not what was trained, or cannot be read."""
+    manifest = trainer.data.manifest
+    failed_then = set(trainer.data.loader.quarantine.rows())
+    batches = trainer.data.step(tape_step)
+    for batch in batches:
+        changed = {lost.row: f"{lost.reason}: {lost.detail}" for lost in batch.failures}
+        changed = {row: why for row, why in changed.items() if row not in failed_then}
+        changed |= {
+            clip.row: "its bytes changed"
+            for clip in batch.clips
+            if clip.pixels is not None and not _as_indexed(manifest, clip.row)
+        }
+        for row, why in changed.items():
+            raise UserError(
+                f"clip {manifest.key[row]!r} of {manifest.path(row)} was trained in this step and is not what it was "
+                f"({why}); restore the files that data.source had"
+            )
+    return batches
+
+
+def _as_indexed(manifest: Manifest, row: int) -> bool:
+    """Whether a clip's bytes have the digest of the index; those of a store are compared as they are read."""
+    path, digest = manifest.path(row), str(manifest.sample_digest[row])
+    if is_remote(path) or not digest:
+        return True
+    with Path(path).open("rb") as file:
+        file.seek(int(manifest.offset[row]))
+        return is_digest_of(digest, file.read(int(manifest.length[row])))
+
+
+def look(request: Request) -> Plan:
+    """Find the step in the run's files. Raises UserError where it is not there."""
+    run, step = request.run, request.step
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} has no config.yaml; give the folder of a run")
+    metrics = run / "metrics.jsonl"
+    rows = {int(row["step"]): row for row in read_metrics(metrics)} if metrics.exists() else {}
+    found = checkpoints.list_checkpoints(run / "checkpoints")
+    reached = max([*rows, *(checkpoint.step for checkpoint in found)], default=0)
+    if not 1 <= step <= reached:
+        raise UserError(
+            f"--step {step}: {run} has trained the steps 1 to {reached}; give one of them"
+            if reached
+            else f"--step {step}: {run} has not trained a step yet"
+        )
+    part = _part_of(run, step)
+    cfg = shipped_config(run, part.config if part else "config.yaml")
+    ranks = request.ranks or (part.ranks if part else None)
+    if request.rank is not None and ranks is None:
+        raise UserError(
+            f"--rank {request.rank}: run.json of {run} does not say how many ranks trained; add --of RANKS"
+        )
+    if request.rank is not None and ranks is not None and not 0 <= request.rank < ranks:
+        raise UserError(
+            f"--rank {request.rank}: step {step} was trained on {ranks} rank(s), 0 to {ranks - 1}; give one of them, "
+            "or --of RANKS to deal it out otherwise"
+        )
+    cp = cfg.parallel.ulysses * cfg.parallel.ring
+    if (ranks or cp) % cp:
+        raise UserError(
+            f"--of {ranks}: each {cp} ranks of the run share their clips (parallel.ulysses={cfg.parallel.ulysses}, "
+            f"parallel.ring={cfg.parallel.ring}); give a multiple of {cp}"
+        )
+    return Plan(
+        _on_one_machine(cfg, run),
+        rows.get(step, {}),
+        _tape_step(step, rows),
+        ranks or cp,
+        cp,
+        _weights(request, cfg, found) if request.loss else None,
+        found[-1] if found else None,
+    )
+
+
+def _part_of(run: Path, step: int) -> Part | None:
+    """The part of the run that trained a step."""
+    parts = [part for part in parts_of(run) if part.step < step]
+    return parts[-1] if parts else None
+
+
+def _tape_step(step: int, rows: dict[int, dict[str, float]]) -> int:
+    """The step of the tape (counted from 0) that a step trained: the rows say where clips were skipped."""
+
+    def ahead(known: int) -> int:
+        return int(rows[known].get("train/data_step", known)) - known
+
+    before = max((known for known in rows if known <= step), default=None)
+    after = min((known for known in rows if known >= step), default=None)
+    leads = {ahead(known) for known in (before, after) if known is not None}
+    if len(leads) > 1:
+        raise UserError(
+            f"--step {step}: clips were skipped between the logged steps {before} and {after}, and which of the two "
+            "tapes this step trained was not logged; give one of the logged steps"
+        )
+    return step - 1 + (leads.pop() if leads else 0)
+
+
+def _weights(request: Request, cfg: Config, found: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint that was asked for, or the newest before the step; None: the weights the run began with."""
+    if request.checkpoint == 0:
+        return None
+    if request.checkpoint is not None:
+        return checkpoints.find(request.run, request.checkpoint)
+    before = [checkpoint for checkpoint in found if checkpoint.step < request.step]
+    if before:
+        return before[-1]
+    if found and (request.step > 1 and found[0].step > cfg.checkpoint.every > 0):
+        raise UserError(
+            f"--step {request.step}: the checkpoints before it were removed (checkpoint.keep_last="
+            f"{cfg.checkpoint.keep_last}), the oldest left is {found[0].step}; add --checkpoint {found[0].step} to "
+            "take these later weights, --checkpoint 0 for those the run began with, or --no-loss"
+        )
+    return None
+
+
+def _on_one_machine(cfg: Config, run: Path) -> Config:
+    """The config with what concerns the machine and not the numbers set for this one; as a dry run it leaves no
+    trace in the run's caches."""
+    changes: dict[str, Any] = {
+        "run": cfg.run.model_copy(update={"dir": str(run)}),
+        "parallel": ParallelConfig(param_dtype=cfg.parallel.param_dtype),
+        "data": cfg.data.model_copy(update={"prefetch": 0}),
+        "elastic": cfg.elastic.model_copy(update={"min_efficiency": 0.0}),
+        "dry_run": True,
+    }
+    return cfg.model_copy(update=changes)
+
+
+def rebuilt(
+    request: Request, plan: Plan, trainer_cls: type[Trainer], world: World
+) -> tuple[Trainer, nn.Module | None]:
+    """A trainer with its data and objective as for training, and its model with the weights of the plan.
+
+    It is not run: no folder is locked and no engine made. Raises UserError where checkpoint or sources do not fit.
+    """
+    cfg = plan.cfg
+    state = plan.newest.state() if plan.newest else None
+    trainer = trainer_cls.__new__(trainer_cls)
+    trainer.world, trainer.state_before = world, state
+    alone = World(0, 1, 0, 1, world.device)
+    trainer.control = ControlPlane(alone)
+    trainer.peers = Peers(trainer.control, resolve_degrees(ParallelConfig(), alone.size))
+    trainer.folder = SimpleNamespace(path=request.run)  # type: ignore[assignment]
+    cfg = cfg.model_copy(update={"model": attending_here(cfg.model, world.device)})
+    trainer.cfg = cfg
+    model = trainer.build_model() if request.loss or cfg.task == "vae" else None
+    trainer.vae = (
+        model if isinstance(model, VideoVAE) else VideoVAE.from_config(cfg.vae).to(world.device)
+    )
+    stored = DiffusionSpec.from_dict(state["spec"]) if state and state["spec"] else None
+    if stored is not None and stored.vae_digest != trainer.vae.digest():
+        raise UserError(
+            f"{request.run} was trained on the latents of another VAE than vae.path={cfg.vae.path!r} now holds; "
+            "restore that folder"
+        )
+    if model is not None:
+        _fill(model, plan, trainer.vae)
+        trainer.spec = build_spec(cfg, trainer.vae, model)
+    else:
+        trainer.spec = spec_of(cfg, trainer.vae, stored.text_digest if stored else "")
+    trainer.data = trainer.build_data(model)
+    trainer.data.loader.quarantine.detach()
+    if state:
+        trainer.data.sources.require_following(state)
+        trainer.data.loader.quarantine.restore(state["quarantine"], record=False)
+    trainer.objective = trainer.build_objective()
+    return trainer, model if request.loss else None
+
+
+def _fill(model: nn.Module, plan: Plan, vae: VideoVAE) -> None:
+    """Give the model the weights of the plan's checkpoint, or those its run began with."""
+    if plan.weights is not None:
+        tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+        checkpoints.load_part(plan.weights, tensors, "model.")
+    elif plan.cfg.init.run:
+        found = source_of(plan.cfg)
+        require_fitting(plan.cfg, model, vae, found)
+        take_weights(
+            plan.cfg, found, {name: value.detach() for name, value in model.named_parameters()}
+        )
+
+
+def _computing(model: nn.Module, cfg: Config, world: World) -> nn.Module:
+    """The model on its device, computing in the precision that training has there."""
+    dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
+    return apply_fsdp(model.to(world.device), build_mesh(cfg.parallel, world), dtype)
+
+
+def _about(
+    request: Request,
+    plan: Plan,
+    terms: Sequence[dict[str, Term]],
+    totals: dict[str, float],
+    world: World,
+) -> dict[str, Any]:
+    """What replay.json says of the step itself."""
+    about: dict[str, Any] = {
+        "run": str(request.run),
+        "step": request.step,
+        "tape_step": plan.tape_step,
+        "ranks": plan.ranks,
+        "rank": request.rank,
+        "logged_loss": plan.row.get("train/loss"),
+    }
+    if not terms:
+        return about
+    step = plan.weights.step if plan.weights else 0
+    sums = {name: sum(float(part[name].sum) for part in terms if name in part) for name in totals}
+    return about | {
+        "checkpoint": step,
+        "steps_before": request.step - 1 - step,
+        "loss": sum(value / max(totals[name], 1.0) for name, value in sums.items()),
+        "computed": f"{resolve_param_dtype(plan.cfg.parallel.param_dtype, world.device)} on {world.device}",
+    }
+
+
+def _title(about: dict[str, Any]) -> str:
+    """The step, its loss and under which weights, in a sentence."""
+    who = "" if about["rank"] is None else f", rank {about['rank']} of {about['ranks']}"
+    text = f"step {about['step']} of {about['run']}{who}"
+    if "loss" not in about:
+        return text
+    name = f"checkpoint {about['checkpoint']}" if about["checkpoint"] else "step 0"
+    ahead = about["steps_before"]
+    where = (
+        "the very weights before this step"
+        if ahead == 0
+        else f"{abs(ahead)} steps {'older' if ahead > 0 else 'newer'} than those it was trained with"
+    )
+    logged = about["logged_loss"]
+    beside = "" if logged is None or about["rank"] is not None else f", logged {logged:.6f}"
+    return f"{text}: loss {about['loss']:.6f}{beside}, under the weights of {name}, {where}"
+
+
+def _folder_name(request: Request) -> str:
+    rank = "" if request.rank is None else f"-rank-{request.rank}"
+    return f"step-{request.step:06d}{rank}"
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What a replay wrote in JSON."""
+    return json.loads((folder / "replay.json").read_text())

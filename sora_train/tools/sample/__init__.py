@@ -1,0 +1,1 @@
+"""`sora sample`: clips from a checkpoint."""

@@ -1,0 +1,189 @@
+"""The `sora sample` command: its flags, what they mean as values, and its help."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sora_train.errors import UserError
+
+Ckpt = Annotated[str, typer.Option(help="A run folder, or RUN@STEP for an older checkpoint.")]
+Weights = Annotated[
+    str,
+    typer.Option("--ema", metavar="TAG", help="Another average, one of ema.more: 0.9999; or live."),
+]
+Out = Annotated[Path, typer.Option(help="Folder for the mp4 files and the contact sheet.")]
+Prompt = Annotated[list[str] | None, typer.Option(help="What to show; may be given several times.")]
+Prompts = Annotated[Path | None, typer.Option(help="A text file with one prompt a line.")]
+NegativePrompt = Annotated[str, typer.Option(help="What guidance leads away from.")]
+Op = Annotated[
+    str,
+    typer.Option(
+        help="What to make: t2v, t2i, i2v, extend, extend-back, infill, connect, loop or edit."
+    ),
+]
+Image = Annotated[Path | None, typer.Option(help="The image a clip begins with.")]
+LastImage = Annotated[Path | None, typer.Option(help="The image a clip ends with.")]
+Video = Annotated[
+    list[Path] | None, typer.Option(help="The video to work on; twice for --op connect.")
+]
+FramesGiven = Annotated[
+    int | None, typer.Option(min=1, help="Frames taken from each video, at the clip's rate.")
+]
+Gap = Annotated[
+    str | None, typer.Option(metavar="A:B", help="Frames A to B - 1 are made anew (infill).")
+]
+Strength = Annotated[
+    str | None,
+    typer.Option(
+        metavar="S[,S...]",
+        help="How much an edit changes, 0 to 1; several are spread over the clip.",
+    ),
+]
+ConditionNoise = Annotated[
+    float, typer.Option(min=0, max=1, help="Noise level at which given frames are shown.")
+]
+Size = Annotated[
+    str | None, typer.Option(metavar="WxH", help="Pixels; as in training if left out.")
+]
+Frames = Annotated[
+    int | None, typer.Option(min=1, help="Frames of a clip, given ones too; as in training.")
+]
+Fps = Annotated[float | None, typer.Option(help="Frames a second; as in training if left out.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same clip.")]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Solver steps; those of the run if left out.")
+]
+Solver = Annotated[
+    str | None, typer.Option(help="euler, heun or unipc; that of the run if left out.")
+]
+GuidanceScale = Annotated[float | None, typer.Option(min=1, help="1 switches guidance off.")]
+ConditionScale = Annotated[
+    float | None, typer.Option(min=0, help="Guidance by the given frames; 1 switches it off.")
+]
+GuidanceInterval = Annotated[
+    str | None, typer.Option(metavar="A:B", help="Guide only at noise levels from A to B.")
+]
+GuidanceRescale = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of guidance's extra contrast taken back.")
+]
+Num = Annotated[int, typer.Option(min=1, help="Clips a prompt.")]
+
+
+def sample(
+    ckpt: Ckpt,
+    out: Out = Path("samples"),
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    negative_prompt: NegativePrompt = "",
+    op: Op = "t2v",
+    image: Image = None,
+    last_image: LastImage = None,
+    video: Video = None,
+    frames_given: FramesGiven = None,
+    gap: Gap = None,
+    strength: Strength = None,
+    condition_noise: ConditionNoise = 0.0,
+    size: Size = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    solver: Solver = None,
+    guidance_scale: GuidanceScale = None,
+    condition_scale: ConditionScale = None,
+    guidance_interval: GuidanceInterval = None,
+    guidance_rescale: GuidanceRescale = None,
+    num: Num = 1,
+    ema: Weights = "ema",
+) -> None:
+    """Sample clips from a checkpoint into mp4 files and a contact sheet.
+
+    \b
+    sora sample --ckpt runs/quickstart --prompt "red circle moves left" --num 4
+    sora sample --ckpt runs/quickstart@600 --prompts prompts.txt --out clips --seed 7
+    sora sample --ckpt RUN --prompt "..." --op i2v --image first.png --last-image last.png
+    sora sample --ckpt RUN --prompt "..." --op extend --video a.mp4 --frames-given 9
+    sora sample --ckpt RUN --prompt "..." --op infill --video a.mp4 --gap 5:13
+    sora sample --ckpt RUN --prompt "..." --op connect --video a.mp4 --video b.mp4
+    sora sample --ckpt RUN --prompt "..." --op loop --video a.mp4
+    sora sample --ckpt RUN --prompt "..." --op edit --video a.mp4 --strength 0.6
+    """
+    from sora_train.sampling.operations import Request
+    from sora_train.tools.terminal import sample_clips
+
+    settings: dict[str, Any] = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale}
+    settings |= {"condition_scale": condition_scale, "guidance_rescale": guidance_rescale}
+    settings["guidance_from"], settings["guidance_to"] = _interval(guidance_interval)
+    how = {"seed": seed, "num": num, "condition_noise": condition_noise}
+    written = sample_clips(
+        ckpt=ckpt,
+        prompts=[*(prompt or []), *prompt_lines(prompts)],
+        request=Request(
+            op, image, last_image, tuple(video or ()), frames_given, _gap(gap), _levels(strength)
+        ),
+        shape=(_size(size), frames, fps),
+        settings=settings,
+        how={**how, "negative_prompt": negative_prompt},
+        out=out,
+        weights=ema,
+    )
+    for path in written:
+        print(path)
+
+
+def prompt_lines(path: Path | None) -> list[str]:
+    """The prompts of a text file, one a line."""
+    if path is None:
+        return []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read as text: {error}") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"--prompts {path} holds no prompts; write one a line")
+    return lines
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """WxH -> (width, height)."""
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise UserError(f"--size is '{text}'; write WIDTHxHEIGHT in pixels, for example 64x48")
+    return int(width), int(height)
+
+
+def _gap(text: str | None) -> tuple[int, int] | None:
+    """A:B -> (A, B)."""
+    if text is None:
+        return None
+    first, _, end = text.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise UserError(f"--gap is '{text}'; write FIRST:END in frames, for example 5:13")
+    return int(first), int(end)
+
+
+def _levels(text: str | None) -> tuple[float, ...]:
+    """S,S,... -> numbers."""
+    try:
+        return () if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--strength is '{text}'; write a number from 0 to 1, or several such as 0.2,0.9"
+        ) from None
+
+
+def _interval(text: str | None) -> tuple[float | None, float | None]:
+    """A:B -> (A, B)."""
+    if text is None:
+        return None, None
+    lowest, _, highest = text.partition(":")
+    try:
+        return float(lowest), float(highest)
+    except ValueError:
+        raise UserError(
+            f"--guidance-interval is '{text}'; write noise levels LOWEST:HIGHEST, for example 0.1:0.8"
+        ) from None

@@ -1,0 +1,1 @@
+"""What the runs of a sweep say together: tables, paired differences, a page."""

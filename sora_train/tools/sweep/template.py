@@ -1,0 +1,54 @@
+"""What all runs of a sweep have in common: how one is composed, and the command that trains it."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sora_train.config import Config
+from sora_train.config.compose import compose
+from sora_train.errors import ConfigError
+from sora_train.tools.sweep.axes import Job
+
+
+@dataclass(frozen=True)
+class Template:
+    fixed: list[str]
+    config_cls: type[Config] = Config
+    config_dir: Path | None = None
+    yaml_file: Path | None = None
+    script: str | None = None
+    """A training file of one's own; None for `sora_train.train`."""
+
+    def compose(self, more: Sequence[str] = ()) -> Config:
+        return compose(
+            [*self.fixed, *more],
+            config_cls=self.config_cls,
+            config_dir=self.config_dir,
+            yaml_file=self.yaml_file,
+        ).config
+
+    def of(self, job: Job, folder: Path) -> list[str]:
+        """The overrides of one run, beyond those that all share."""
+        return [*job.overrides, f'run.dir="{folder / job.id}"']
+
+    def composed(self, jobs: Sequence[Job], folder: Path) -> dict[str, Config]:
+        """The configuration of each run. ConfigError for a wrong one, with the run's name but for the first."""
+        found: dict[str, Config] = {}
+        for job in jobs:
+            try:
+                found[job.id] = self.compose(self.of(job, folder))
+            except ConfigError as error:
+                raise ConfigError(f"{job.id}: {error}" if found else str(error)) from error
+        return found
+
+    def command(self, job: Job, folder: Path, config: Config) -> list[str]:
+        """Train one run here, in a process of its own, or in several where `launch.ranks` says so."""
+        launcher = ["-m", "sora_train", "launch", "local"]
+        start = [self.script] if self.script else ["-m", "sora_train.train"]
+        if config.launch.ranks > 1:
+            start = [*launcher, *([self.script] if self.script else [])]
+        given = [str(self.yaml_file)] if self.yaml_file is not None else []
+        if self.config_dir is not None:
+            given += ["--config-dir", str(self.config_dir)]
+        return [sys.executable, *start, *given, *self.fixed, *self.of(job, folder)]

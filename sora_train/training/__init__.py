@@ -1,0 +1,1 @@
+"""The training loop and all it holds: the Trainer, its parts, its state."""

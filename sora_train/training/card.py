@@ -1,0 +1,257 @@
+"""The card printed before step 1: what will be trained, on what, at what cost."""
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sora_train.data.tape.tape import nearby_efficiencies, row_costs, slot_efficiency
+from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.transformer.attention_backends import describe
+from sora_train.parallel.compile import resolve_compile
+from sora_train.parallel.degrees import describe_layout
+from sora_train.runtime.world import allocator
+from sora_train.tools.plan.model_sizes import flops_per_token
+
+if TYPE_CHECKING:
+    from sora_train.training.trainer import Trainer
+
+# Share of a plain matrix product's speed that training steps were seen to reach on CPUs and GPUs.
+ASSUMED_UTILISATION = 0.4
+
+
+def print_card(trainer: "Trainer") -> None:
+    """Parameters, clips by bucket, drops by reason, batch, epochs, memory and expected time."""
+    if not trainer.world.is_main:
+        return
+    console = Console()
+    console.print(run_table(trainer))
+    console.print(bucket_table(trainer))
+    for reason, count in sorted(trainer.data.assignment.dropped().items()):
+        console.print(f"dropped: {count} clips ({reason})")
+        for detail in details(trainer, reason):
+            console.print(f"  {detail}", style="dim", highlight=False)
+
+
+def run_table(trainer: "Trainer") -> Table:
+    cfg, data, part = trainer.cfg, trainer.data, trainer.data.part(trainer.data_step)
+    clips, tokens = mean_step(trainer)
+    table = Table(
+        title=f"{cfg.name} -> {trainer.folder.path}", show_header=False, title_justify="left"
+    )
+    left = cfg.train.steps - trainer.step
+    rows = {
+        "trainable parameters": f"{trainer.params:,}",
+        "device": f"{trainer.world.device}, {trainer.world.size} rank(s), {torch.get_num_threads()} thread(s)",
+        "layout": describe_layout(cfg.parallel.engine, trainer.degrees),
+        "steps": f"{trainer.step} -> {cfg.train.steps}" + (" (resumed)" if trainer.step else ""),
+        "a step": f"{cfg.train.micro_batches} micro-batch(es), {clips:.1f} clips, {tokens:,.0f} tokens on average",
+        "an epoch": f"{part.clips_per_epoch:,} clips, {part.per_epoch / data.micro_batches:.1f} steps; "
+        f"the run is {data.epoch_at(cfg.train.steps):.1f} epochs",
+        "ranks at work": busy_ranks(trainer),
+        **shared_clips(trainer),
+        **{
+            f"clips{name}": f"{found['used']:,} used + {found['dropped']:,} dropped + {found['failed']:,} "
+            f"failed before = {found['total']:,}"
+            for name, found in accounts(trainer).items()
+        },
+        **joining(trainer),
+        "held-out clips": str(len(data.val_clips)),
+        **model_rows(trainer, tokens / max(clips, 1)),
+        **memory_rows(trainer),
+        **({"self-test": str(trainer.self_tested)} if trainer.self_tested else {}),
+        "memory of weights and optimizer": f"{state_bytes(trainer) / 2**20:,.0f} MiB a rank",
+        "checkpoints": trainer.space.row(),
+        "expected time": f"about {duration(left * step_seconds(trainer))} for {left} steps",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def memory_rows(trainer: "Trainer") -> dict[str, str]:
+    """The memory options that are on, and on a GPU the allocator's settings; docs/memory.md."""
+    wanted = trainer.cfg.parallel
+    kept = " and ".join(wanted.checkpoint_keep) or "nothing"
+    which = f"one block in {wanted.checkpoint_every}" if wanted.checkpoint_every > 1 else "blocks"
+    said = {
+        "none": "",
+        "full": f"{which} computed again in backward",
+        "selective": f"{which} computed again in backward but for {kept}",
+    }[wanted.activation_checkpointing]
+    options = [
+        said,
+        "activations on the host" if wanted.offload_activations else "",
+        f"MLPs in {wanted.mlp_chunks} parts" if wanted.mlp_chunks > 1 else "",
+        "moments on the host" if wanted.offload_optimizer else "",
+        "weights on the host" if wanted.offload_params else "",
+    ]
+    told = ", ".join(option for option in options if option)
+    rows = {"memory saved by": told} if told else {}
+    if trainer.world.device.type == "cuda":
+        rows["allocator"] = allocator()
+    return rows
+
+
+def model_rows(trainer: "Trainer", tokens: float) -> dict[str, str]:
+    """Operations for each token of a clip of `tokens`, the attention kernel, and compilation; {} for a VAE."""
+    cfg = trainer.cfg
+    if cfg.task != "text_to_video":
+        return {}
+    dtype = getattr(trainer.engine, "param_dtype", torch.float32)
+    masked = cfg.text.padding == "masked"
+    flops = flops_per_token(cfg.model, max(1, round(tokens)), cfg.text.max_length // 2)
+    return {
+        "a token": f"{flops / 1e9:.3g} GFLOP forward and backward, in clips of {tokens:,.0f} tokens",
+        "attention": describe(cfg.model, trainer.world.device, dtype, masked_captions=masked),
+        "compiled": "no (zero3 gathers weights inside a block)"
+        if cfg.parallel.engine == "zero3"
+        else compiled(cfg.model.compile, trainer.world.device),
+    }
+
+
+def compiled(wanted: str, device: torch.device) -> str:
+    mode = resolve_compile(wanted, device)
+    said = "no" if mode == "off" else f"every block, {mode}"
+    return f"{said} (chosen by auto)" if wanted == "auto" else said
+
+
+def shared_clips(trainer: "Trainer") -> dict[str, str]:
+    """Over how many ranks a clip's tokens are cut, where they are."""
+    degrees = trainer.degrees
+    if degrees.cp == 1:
+        return {}
+    return {
+        "a clip": f"its tokens are cut over {degrees.cp} ranks, ulysses {degrees.ulysses} x ring {degrees.ring}"
+    }
+
+
+def accounts(trainer: "Trainer") -> dict[str, dict[str, int]]:
+    """The account of all clips, and where there are several sources that of each, by what is put behind "clips"."""
+    data = trainer.data
+    found = {"": data.account()}
+    if len(data.sources.names) > 1:
+        found |= {f" of {name}": own for name, own in data.account_by_source().items()}
+    return found
+
+
+def joining(trainer: "Trainer") -> dict[str, str]:
+    """What the sources have gained since the run began, and from which step on it is trained."""
+    data = trainer.data
+    if not data.sources.grown:
+        return {}
+    *_, before, now = data.sources.blocks
+    step = data.sources.stocks[-1].first / data.micro_batches
+    return {"new clips": f"{now - before:,}, which join at the end of this epoch (step {step:g})"}
+
+
+def busy_ranks(trainer: "Trainer") -> str:
+    """How much of the ranks' time the step's micro-batches fill, and what nearby world sizes would."""
+    micro_batches, ranks = trainer.cfg.train.micro_batches, trainer.world.dp_size
+    tape = trainer.data.part(trainer.data_step)
+    steps = max(1, min(64, tape.per_epoch // micro_batches))
+    costs = row_costs(
+        tape, micro_batches, ranks, first_step=-(-tape.first // micro_batches), steps=steps
+    )
+    predicted = costs.sum() / (costs.max(axis=1).sum() * ranks)
+    text = (
+        f"{slot_efficiency(micro_batches, ranks):.0%} of the slots hold a micro-batch, "
+        f"{predicted:.1%} of the time is work (predicted, first {steps} step(s))"
+    )
+    if micro_batches % ranks:
+        text += f"; nearby: {nearby_efficiencies(micro_batches, ranks)}"
+    elif tape.group % ranks:
+        text += f"; data.group={tape.group} is no multiple of {ranks} ranks, so rows mix costs"
+    return text
+
+
+def bucket_table(trainer: "Trainer") -> Table:
+    data = trainer.data
+    table = Table(title="buckets", title_justify="left")
+    for column in ("frames x height x width", "clips", "tokens a clip", "clips a micro-batch"):
+        table.add_column(column, justify="right")
+    counts = data.assignment.clips_per_bucket(data.table)
+    sizes = data.part(trainer.data_step).sizes
+    for spec in data.table:
+        count = counts.get(spec.bucket.name, 0)
+        size = str(sizes.get(spec.bucket, "rests")) if count else "no clip fits"
+        table.add_row(spec.bucket.name, f"{count:,}", str(data.tokens_of(spec.bucket)), size)
+    return table
+
+
+def details(trainer: "Trainer", reason: str) -> list[str]:
+    """The first few dropped clips by name, so that a person can look at them."""
+    manifest, reasons = trainer.data.manifest, trainer.data.assignment.reasons
+    rows = [row for row in range(len(manifest)) if reasons[row] == reason][:3]
+    return [f"{manifest.key[row]}: {manifest.drop_detail[row] or 'see buckets'}" for row in rows]
+
+
+def mean_step(trainer: "Trainer") -> tuple[float, float]:
+    """Clips and tokens of an average step."""
+    data, part = trainer.data, trainer.data.part(trainer.data_step)
+    epoch = part.epoch(0)
+    sizes = np.diff(epoch.starts).tolist()
+    tokens = sum(
+        data.tokens_of(part.buckets[bucket]) * size
+        for bucket, size in zip(epoch.bucket, sizes, strict=True)
+    )
+    steps = part.per_epoch / data.micro_batches
+    return part.clips_per_epoch / steps, tokens / steps
+
+
+def state_bytes(trainer: "Trainer") -> float:
+    """float32 weights, gradients, two moments (unless they are on the host) and the averages, over the ranks that
+    share them."""
+    shards = trainer.world.size // trainer.degrees.dp_replicate
+    moments = trainer.cfg.optim.name == "adamw" and not trainer.cfg.parallel.offload_optimizer
+    copies = (4 if moments else 2) + len(trainer.ema.shadows)
+    return trainer.params * 4 * copies / shards
+
+
+def step_seconds(trainer: "Trainer") -> float:
+    """A guess from the model's FLOPs and the speed of one matrix product, measured now."""
+    model = trainer.engine.model
+    data, part = trainer.data, trainer.data.part(trainer.data_step)
+    steps = part.per_epoch / data.micro_batches
+    if isinstance(model, TextToVideo):
+        text = trainer.cfg.text.max_length // 2
+        epoch = part.epoch(0)
+        mean = sum(
+            model.flops(data.tokens_of(part.bucket_of(int(row))), text) for row in epoch.rows[:64]
+        )
+        forward = mean / min(64, len(epoch.rows)) * part.clips_per_epoch / steps
+    else:
+        pixels = sum(
+            spec.bucket.frames * spec.bucket.height * spec.bucket.width
+            * data.assignment.clips_per_bucket(data.table).get(spec.bucket.name, 0)
+            for spec in data.table
+        )  # fmt: skip
+        # Convolutions of constant resolution cost about two operations a weight and pixel of their level.
+        forward = 2.0 * trainer.params * pixels / trainer.vae.spatial_factor**2 * 4 / steps
+    return 3 * forward / trainer.world.size / (matmul_flops(trainer) * ASSUMED_UTILISATION)
+
+
+def matmul_flops(trainer: "Trainer") -> float:
+    """Floating-point operations a second of a matrix product of the training precision."""
+    device = trainer.world.device
+    size = 4096 if device.type == "cuda" else 768
+    dtype = getattr(trainer.engine, "param_dtype", torch.float32)
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(3):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 2:
+        return f"{hours:.1f} h"
+    return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"

@@ -1,0 +1,1 @@
+"""Optimizers, learning rates and the averages of the weights."""

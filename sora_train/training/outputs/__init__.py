@@ -1,0 +1,1 @@
+"""What a run leaves behind: samples, scores, pictures of steps, the exported autoencoder, the summary."""

@@ -1,0 +1,281 @@
+"""Assembles what a run trains on: sources, buckets, the tape, stored latents and held-out clips."""
+
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from sora_train.config import Config
+from sora_train.data.index.sources import Sources, Stock, open_together
+from sora_train.data.loader import Loader
+from sora_train.data.manifest import Manifest
+from sora_train.data.sample import Bucket, Clip, ClipBatch, Failure
+from sora_train.data.tape.buckets import Assignment, BucketSpec
+from sora_train.data.tape.mixture import Splice
+from sora_train.data.tape.tape import Tape, require_efficiency
+from sora_train.errors import Fault, Preempted
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.objectives import to_pixels
+from sora_train.runtime import preemption as notices
+from sora_train.runtime.world import ControlPlane, World
+from sora_train.training.pipeline.encoding import CacheFiller, fill_cache, open_caches, open_filler
+from sora_train.training.pipeline.plan import (
+    assigned,
+    bucket_table,
+    cost_model,
+    data_as_read,
+    memory_cap,
+    plan,
+    require_stored,
+    token_counter,
+)
+from sora_train.training.pipeline.shared_batches import read_together
+
+
+class HasPath(Protocol):
+    """The folder of a run, or what stands for it."""
+
+    path: Path
+
+
+@dataclass
+class TrainingData:
+    """Everything the loop asks about data. `step()` is the only call on its hot path."""
+
+    manifest: Manifest
+    table: list[BucketSpec]
+    assignment: Assignment
+    sources: Sources
+    tape: Splice
+    loader: Loader
+    tokens_of: Callable[[Bucket], int]
+    val_clips: list[Clip]
+    micro_batches: int
+    filler: CacheFiller | None = None
+    """Encodes what the cache lacks, where there is one."""
+    control: ControlPlane | None = None
+    """Through which ranks that read the same micro-batches agree; None where there are none."""
+    _waited: float = field(default=0.0, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        cfg: Config,
+        vae: VideoVAE,
+        model: nn.Module | None,
+        world: World,
+        control: ControlPlane,
+        folder: "HasPath",
+        state: Mapping[str, Any] | None = None,
+    ) -> "TrainingData":
+        """Open the sources, plan the tape, encode what is to be cached.
+
+        `state` is that of the checkpoint the run goes on from: rows keep their numbers, and what the
+        sources have gained since then joins at the end of the epoch. Without a model nothing can be
+        trained on what is built, only looked at.
+
+        Raises:
+            UserError: no such source, no caption, no clip that fits a bucket, too many dropped, or
+                a world size that would leave too many ranks idle.
+        """
+        require_efficiency(cfg.train.micro_batches, world.dp_size, cfg.elastic.min_efficiency)
+        stocks = Stock.listed(state) if state else []
+        sources = open_together(cfg, world, control, folder.path, stocks)
+        train = sources.train
+        reads_vae_latents = cfg.task == "text_to_video"
+        patch = cfg.model.patch_size if reads_vae_latents else (1, 1, 1)
+        table = bucket_table(cfg, vae, patch)
+        tokens_of = token_counter(vae, patch)
+        sources, tape, assignment = plan(
+            cfg, sources, table, tokens_of, cost_model(cfg, model),
+            memory=memory_cap(cfg, vae, tokens_of), step=state["data_step"] if state else 0,
+        )  # fmt: skip
+        vae_digest = vae.digest()
+        for manifest in (train, sources.val):
+            require_stored(cfg, manifest, table, vae, vae_digest, model)
+        caches = open_caches(cfg, vae_digest, model, folder.path / "cache", world)
+        loader = Loader(
+            train, tape, cfg.buckets, data_as_read(cfg),
+            seed=cfg.seed, micro_batches=cfg.train.micro_batches, rank=world.dp_rank, world_size=world.dp_size,
+            vae_digest=vae_digest, vae_dtype=cfg.vae.dtype, cache=caches.latents, texts=caches.texts,
+            run_dir=folder.path, reasons=assignment.reasons, speaks=world.cp_rank == 0,
+        )  # fmt: skip
+        filler = open_filler(cfg, loader, vae, world.device, caches)
+        if filler is not None and cfg.data.cache == "latents":
+            fill_cache(filler, world, "encoding clips", notices.pending)
+            if control.sum([float(notices.pending())])[0]:
+                raise Preempted(
+                    "told to leave while clips were being encoded; those that are stay, the same command goes on"
+                )
+        val_clips = (
+            []
+            if cfg.dry_run
+            else read_validation(cfg, sources.val, table, vae, reads_vae_latents, control)
+        )
+        if filler is not None:
+            val_clips = [filler.with_text(clip) for clip in val_clips]
+        return cls(
+            train, table, assignment, sources, tape, loader, tokens_of, val_clips, cfg.train.micro_batches,
+            filler, control if world.cp > 1 else None,
+        )  # fmt: skip
+
+    def step(self, step: int) -> list[ClipBatch]:
+        """This rank's micro-batches of optimizer step `step` (0-based)."""
+        before = self.loader.wait_seconds
+        batches = self._read(step)
+        self._waited += self.loader.wait_seconds - before
+        return batches
+
+    def _read(self, step: int) -> list[ClipBatch]:
+        loader, filler = self.loader, self.filler
+        if self.control is not None:
+            return read_together(
+                lambda: loader.step(step),
+                lambda failure: loader.record(step, failure, on_disk=loader.speaks),
+                filler,
+                self.control,
+            )
+        batches = loader.step(step)
+        return batches if filler is None else [filler.filled(batch) for batch in batches]
+
+    def rows_at(self, step: int) -> list[int]:
+        """The rows that this rank reads in a step."""
+        return self.loader.rows_at(step)
+
+    def idle(self, step: int) -> ClipBatch:
+        """A micro-batch without clips, as a rank holds that has nothing to do in a step."""
+        return self.loader.idle(step)
+
+    def take_wait_seconds(self) -> float:
+        """Seconds waited for data since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def part(self, step: int) -> Tape:
+        """The tape that a step is drawn from, as long as neither the mix nor the sources change."""
+        return self.tape.at(step * self.micro_batches)
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs begun and done before a step."""
+        return self.tape.epochs_before(step * self.micro_batches)
+
+    def plan_digest(self, index: int) -> str:
+        """Names the plan of the epoch that micro-batch `index` belongs to: which rows, in which micro-batches."""
+        part = self.tape.at(index)
+        epoch = part.epoch((index - part.first) // part.per_epoch)
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (epoch.rows, epoch.starts, epoch.bucket):
+            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        return digest.hexdigest()
+
+    def with_steps(self, cfg: Config) -> Config:
+        """The config with `train.epochs` told in steps, which the learning rate and the end go by."""
+        if not cfg.train.epochs:
+            return cfg
+        steps = math.ceil(self.tape.index_after(cfg.train.epochs) / self.micro_batches)
+        train = cfg.train.model_copy(update={"steps": steps, "epochs": 0.0})
+        return cfg.model_copy(update={"train": train})
+
+    def account(self) -> dict[str, int]:
+        """Clips of all sources, held-out ones left out: `used + dropped + failed = total`.
+
+        `dropped` fit no bucket or were known to be unusable, `failed` did not decode in this run.
+        """
+        parts = self.account_by_source().values()
+        return {name: sum(part[name] for part in parts) for name in next(iter(parts))}
+
+    def account_by_source(self) -> dict[str, dict[str, int]]:
+        """`account` of each source."""
+        self.loader.quarantine.refresh()
+        found = {}
+        failed_rows = np.array(self.loader.quarantine.rows(), int)
+        for number, name in enumerate(self.sources.names):
+            own = self.sources.source_of_row == number
+            total, failed = int(own.sum()), int(own[failed_rows].sum())
+            dropped = int((self.assignment.reasons[own] != "").sum())
+            found[name] = {
+                "used": total - dropped - failed,
+                "dropped": dropped,
+                "failed": failed,
+                "total": total,
+            }
+        return found
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def without_failed(
+    cfg: Config,
+    manifest: Manifest,
+    clips: list[Clip],
+    failures: list[Failure],
+    control: ControlPlane,
+) -> list[Clip]:
+    """The clips that no rank failed to decode, so that all ranks hold the same; the others are named.
+
+    Raises Fault where they are more than `data.max_drop_fraction`.
+    """
+    mine = {failure.row: f"{failure.reason}, {failure.detail}" for failure in failures}
+    failed: dict[int, str] = {}
+    for found in control.gather_objects(mine):
+        assert isinstance(found, dict)
+        failed |= found
+    if not failed:
+        return clips
+    named = "; ".join(f"{manifest.key[row]}: {why}" for row, why in list(failed.items())[:3])
+    share = len(failed) / (len(clips) + len(mine))
+    if share > cfg.data.max_drop_fraction:
+        raise Fault(
+            f"{share:.1%} of the held-out clips do not decode, more than data.max_drop_fraction="
+            f"{cfg.data.max_drop_fraction:g} ({named}); mend or remove them"
+        )
+    if control.world.is_main:
+        print(f"held-out clips left out: {len(failed)} ({named})", file=sys.stderr, flush=True)
+    return [clip for clip in clips if clip.row not in failed]
+
+
+def read_validation(
+    cfg: Config,
+    manifest: Manifest,
+    table: list[BucketSpec],
+    vae: VideoVAE,
+    with_latents: bool,
+    control: ControlPlane,
+) -> list[Clip]:
+    """The held-out clips that fit a bucket, decoded once, with their main captions; their latents too
+    where a VAE is frozen.
+
+    Those that fail are named, and bounded by `data.max_drop_fraction` as training clips are.
+    """
+    assignment = assigned(cfg, manifest, table)
+    rows = np.flatnonzero(assignment.bucket_of_row >= 0)[: cfg.validation.max_clips]
+    if len(rows) == 0 or cfg.validation.every == 0:
+        return []
+    kept = np.full(len(manifest), -1)
+    kept[rows] = assignment.bucket_of_row[rows]
+    buckets = [spec.bucket for spec in table]
+    tape = Tape(kept, manifest.shard, buckets, dict.fromkeys(buckets, 1), seed=cfg.seed)
+    device = next(vae.parameters()).device
+    data = data_as_read(cfg).model_copy(update={"max_drop_fraction": 1.0, "caption_weights": {}})
+    with Loader(manifest, tape, cfg.buckets, data, seed=cfg.seed, micro_batches=1) as loader:
+        clips, failures = loader.decode_rows(rows.tolist())
+    clips = without_failed(cfg, manifest, clips, failures, control)
+    if not with_latents:
+        return clips
+    with torch.no_grad():
+        return [
+            clip
+            if clip.latents is not None
+            else replace(
+                clip, latents=vae.encode(to_pixels([clip], device))[0].float().cpu().numpy()
+            )
+            for clip in clips
+        ]

@@ -1,0 +1,191 @@
+"""Fills the cache with what frozen networks make of clips and captions: before step 1, or as they are trained.
+
+Before step 1 clips are encoded in chunks that are cut from the manifest, so that stored latents depend
+on neither the world size nor on where a run was cut off. In training they are encoded one by one, as
+without a cache: the numbers of a clip's first step are then exactly those of an uncached run.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from sora_train.base.progress import Progress
+from sora_train.config import Config
+from sora_train.data.latents.cache import LatentCache, TextCache
+from sora_train.data.latents.provenance import require_same, write_made_with
+from sora_train.data.loader import Chunk, Loader
+from sora_train.data.manifest import text_digest
+from sora_train.data.sample import Clip, ClipBatch
+from sora_train.models.text.encoder import TextEncoder
+from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.objectives import to_pixels
+from sora_train.objectives.posterior import encode_posterior
+from sora_train.runtime.world import World
+from sora_train.training.pipeline.plan import made_with
+
+CACHE_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Where latents are stored, and the embeddings of the frozen text encoder; None: nowhere."""
+
+    latents: LatentCache | None = None
+    texts: TextCache | None = None
+    encoder: TextEncoder | None = None
+
+
+def open_caches(
+    cfg: Config, vae_digest: str, model: nn.Module | None, own_folder: Path, world: World
+) -> Caches:
+    """The caches of a run that wants some, in `data.cache_dir` or a folder of its own.
+
+    A run may change its mind about its own folder: what was stored by other settings is not found
+    any more. Raises UserError where a folder that is named was filled with other settings.
+    """
+    if cfg.data.cache == "none" or cfg.task != "text_to_video":
+        return Caches()
+    frozen = model if isinstance(model, TextToVideo) and not cfg.text.trainable else None
+    digest = frozen.text_digest() if frozen else ""
+    made = made_with(cfg, vae_digest, digest)
+    folder = Path(cfg.data.cache_dir).expanduser() if cfg.data.cache_dir else own_folder
+    if cfg.data.cache_dir:
+        require_same(folder, made, "data.cache_dir")
+    # A dry run looks and leaves no trace.
+    if world.is_main and not cfg.dry_run:
+        write_made_with(folder, made)
+    if frozen is None:
+        return Caches(LatentCache(folder))
+    texts = TextCache(folder, digest, cfg.data.cache_text_gb * 1e9)
+    return Caches(LatentCache(folder), texts, frozen.frozen_encoder)
+
+
+class CacheFiller:
+    """Encodes what the cache lacks, on this rank's device, and stores it.
+
+    Latents are stored by the loader, with their log-variance where `data.latents=sample`; embeddings
+    in `texts`, made by `text`, the frozen encoder, as far as there is room.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        vae: VideoVAE,
+        device: torch.device,
+        texts: TextCache | None = None,
+        text: TextEncoder | None = None,
+    ):
+        self.loader, self.vae, self.device = loader, vae, device
+        self.texts, self.text = texts, text
+
+    @torch.no_grad()
+    def encode(self, clips: Sequence[Clip]) -> list[Clip]:
+        """Clips of one shape with their latents instead of pixels, encoded together."""
+        pixels = to_pixels(list(clips), self.device)
+        if not self.loader.drawn:
+            means = _array(self.vae.encode(pixels))
+            return [
+                replace(clip, pixels=None, latents=mean)
+                for clip, mean in zip(clips, means, strict=True)
+            ]
+        means, logvars = map(_array, encode_posterior(self.vae, pixels))
+        return [
+            replace(clip, pixels=None, latents=mean, logvar=logvar)
+            for clip, mean, logvar in zip(clips, means, logvars, strict=True)
+        ]
+
+    def store(self, clips: Sequence[Clip]) -> list[Clip]:
+        """`encode`, and into the cache."""
+        encoded = self.encode(clips)
+        for clip in encoded:
+            assert clip.latents is not None
+            self.loader.store(clip.row, clip.latents, clip.logvar)
+        return encoded
+
+    def fill(self, chunks: Sequence[Chunk]) -> Iterator[int]:
+        """Encode chunk by chunk; after each, how many clips are done."""
+        done = 0
+        for _, clips, failures in self.loader.chunks(chunks):
+            if clips:
+                self.store(clips)
+            done += len(clips) + len(failures)
+            yield done
+
+    def embed(self, caption: str) -> np.ndarray:
+        """A caption's embedding (L, D), float32: the stored one, or made now and stored."""
+        assert self.texts is not None and self.text is not None
+        found = self.texts.get(caption)
+        if found is None:
+            embedding = self.text.to(self.device).embedding(caption)
+            found = _array(embedding)
+            self.texts.put(caption, found, _stored_as(embedding.dtype))
+        return found
+
+    def lacks(self, clip: Clip) -> bool:
+        """Whether anything is to be encoded of a clip, or looked for anew."""
+        return clip.latents is None or (self.texts is not None and clip.text is None)
+
+    def filled(self, batch: ClipBatch) -> ClipBatch:
+        """A micro-batch, its clips that are not stored yet encoded one by one and stored."""
+        clips = [self.with_text(self.with_latents(clip)) for clip in batch.clips]
+        return replace(batch, clips=clips)
+
+    def with_latents(self, clip: Clip) -> Clip:
+        """A clip with its latents; what was decoded ahead may have been stored since then."""
+        if clip.latents is not None:
+            return clip
+        found = self.loader.cached(clip.row)
+        if found is None:
+            return self.store([clip])[0]
+        return replace(clip, pixels=None, latents=found[0], logvar=found[1])
+
+    def with_text(self, clip: Clip) -> Clip:
+        """A clip with the embedding of its caption, where embeddings are stored."""
+        if clip.text is not None or self.texts is None:
+            return clip
+        return replace(clip, text=self.embed(clip.caption))
+
+
+def open_filler(
+    cfg: Config, loader: Loader, vae: VideoVAE, device: torch.device, caches: Caches
+) -> CacheFiller | None:
+    """What fills a run's caches, where it has some."""
+    if caches.latents is None or cfg.dry_run:
+        return None
+    return CacheFiller(loader, vae, device, caches.texts, caches.encoder)
+
+
+def fill_cache(
+    filler: CacheFiller, world: World, title: str, stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Encode every clip that is not stored yet, chunk by chunk, the chunks dealt out over the ranks.
+
+    `stop` is asked after every chunk; what was encoded stays.
+    """
+    chunks = filler.loader.cache_chunks(CACHE_CHUNK, world.rank, world.size)
+    total = sum(len(rows) for _, rows in chunks)
+    with Progress(max(total, 1), title, enabled=world.is_main and total > 0) as progress:
+        for done in filler.fill(chunks):
+            progress.update(done)
+            if stop():
+                return
+
+
+def distinct(captions: Sequence[str]) -> list[str]:
+    """The captions, each once, in an order that tells nothing of where they come from."""
+    return sorted(set(captions), key=text_digest)
+
+
+def _array(values: torch.Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()
+
+
+def _stored_as(dtype: torch.dtype) -> str:
+    """A type that loses nothing."""
+    name = str(dtype).removeprefix("torch.")
+    return name if name in ("bfloat16", "float16") else "float32"

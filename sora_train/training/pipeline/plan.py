@@ -1,0 +1,261 @@
+"""What a run will train on, before any clip is read: buckets, costs, micro-batch sizes and the tape."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import nn
+
+from sora_train.config import Config, DataConfig
+from sora_train.data.index.sources import Sources
+from sora_train.data.latents.check import (
+    first_of_each,
+    refuse_latents,
+    require_latents,
+    require_text,
+)
+from sora_train.data.latents.provenance import Made, decoder_name, latents_made_with, text_made_with
+from sora_train.data.loader import backend_of
+from sora_train.data.manifest import Manifest
+from sora_train.data.sample import Bucket
+from sora_train.data.tape.buckets import NO_BUCKET, Assignment, BucketSpec, assign, build_buckets
+from sora_train.data.tape.micro_batches import GB, MemoryCap, micro_batch_sizes
+from sora_train.data.tape.mixture import Change, Splice, repeats_of
+from sora_train.data.tape.shuffle import samples_an_epoch
+from sora_train.data.tape.tape import Share, Tape
+from sora_train.errors import UserError
+from sora_train.models import memory as sizes_in_memory
+from sora_train.models.flops import training_flops
+from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.transformer.dit import check_patches
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.models.vae.geometry import Geometry
+
+
+def bucket_table(
+    cfg: Config, vae: VideoVAE | Geometry, patch: tuple[int, int, int]
+) -> list[BucketSpec]:
+    """The buckets whose clips the VAE and the patch embedding take.
+
+    Raises:
+        ConfigError: the buckets do not fit the VAE.
+        UserError: a bucket reaches past the transformer's rotary positions.
+    """
+    table = build_buckets(
+        cfg.buckets,
+        temporal_factor=vae.frame_step,
+        spatial_multiple=vae.spatial_factor * math.lcm(*patch[1:]),
+    )
+    if cfg.task == "text_to_video":
+        for spec in table:
+            shape = spec.bucket.frames, spec.bucket.height, spec.bucket.width
+            check_patches(cfg.model, *vae.latent_shape(*shape)[1:])
+    return table
+
+
+def token_counter(vae: VideoVAE | Geometry, patch: tuple[int, int, int]) -> Callable[[Bucket], int]:
+    """Tokens of one clip of a bucket, after the VAE and the patch embedding."""
+
+    def tokens(bucket: Bucket) -> int:
+        _, frames, rows, columns = vae.latent_shape(bucket.frames, bucket.height, bucket.width)
+        return (frames // patch[0]) * (rows // patch[1]) * (columns // patch[2])
+
+    return tokens
+
+
+def data_as_read(cfg: Config) -> DataConfig:
+    """The section `data` with what a task that trains on pixels cannot use switched off."""
+    if cfg.task == "text_to_video":
+        return cfg.data
+    return cfg.data.model_copy(update={"stored_latents": "ignore", "stored_text": "ignore"})
+
+
+def assigned(cfg: Config, manifest: Manifest, table: list[BucketSpec]) -> Assignment:
+    """The bucket of every row of a run's manifest."""
+    latents = data_as_read(cfg).stored_latents == "use"
+    return assign(manifest, table, cfg.buckets, cfg.seed, latents=latents)
+
+
+def require_stored(
+    cfg: Config,
+    manifest: Manifest,
+    table: list[BucketSpec],
+    vae: VideoVAE,
+    vae_digest: str,
+    model: nn.Module | None,
+) -> None:
+    """Raises UserError where latents or embeddings of the shards are not those of this run's networks."""
+    data = data_as_read(cfg)
+    if not manifest.members.any():
+        return
+    fitting = np.flatnonzero(assigned(cfg, manifest, table).bucket_of_row >= 0).tolist()
+    rows = first_of_each(manifest.members, fitting)
+    if data.stored_latents == "use":
+        if cfg.task == "text_to_video" and cfg.objective.needs_pixels:
+            refuse_latents(manifest, rows)
+        now = made_with(cfg, vae_digest)
+        drawn = data.latents == "sample"
+        require_latents(manifest, rows, vae_digest, vae.latent_shape, drawn=drawn, now=now)
+    if data.stored_text == "use" and isinstance(model, TextToVideo):
+        digest = model.text_digest()
+        require_text(
+            manifest, rows, digest, cfg.text.trainable, cfg.text.max_length,
+            now=made_with(cfg, vae_digest, digest),
+        )  # fmt: skip
+
+
+def made_with(cfg: Config, vae_digest: str, text_digest: str = "") -> Made:
+    """What latents, and the embeddings of a frozen text encoder with that digest, are made with by this config."""
+    decoder = decoder_name(backend_of(cfg.data))
+    made = {"latents": latents_made_with(vae_digest, cfg.vae.dtype, decoder)}
+    if text_digest and not cfg.text.trainable:
+        made["text"] = text_made_with(text_digest, cfg.text.padding, cfg.text.max_length)
+    return made
+
+
+def plan(
+    cfg: Config,
+    sources: Sources,
+    table: list[BucketSpec],
+    tokens_of: Callable[[Bucket], int],
+    cost: Callable[[int], float],
+    *,
+    memory: MemoryCap | None = None,
+    step: int = 0,
+) -> tuple[Sources, Splice, Assignment]:
+    """The bucket of every clip and the tape over them, for a run that stands at `step`.
+
+    Where the sources have grown the new clips join at the end of the epoch, which the sources
+    returned say. Raises UserError where no clip fits a bucket, or a micro-batch does not fit the memory.
+    """
+    assignment = assigned(cfg, sources.train, table)
+    if not (assignment.bucket_of_row >= 0).any():
+        raise UserError(no_clip_fits(sources.train, assignment, table))
+    buckets = [spec.bucket for spec in table]
+
+    def make(change: Change, shares: Sequence[Share], first_epoch: int) -> Tape:
+        bucket_of_row = assignment.bucket_of_row.copy()
+        bucket_of_row[change.rows :] = NO_BUCKET
+        counts = _counts(sources, bucket_of_row, len(table))
+        met = [
+            samples_an_epoch(count, share.repeats)
+            for count, share in zip(counts, shares, strict=True)
+        ]
+        sizes = micro_batch_sizes(
+            buckets, np.sum(met, axis=0).tolist(), tokens_of, cost,
+            cfg.data.micro_batch, cfg.data.micro_batch_tokens,
+            table=cfg.data.micro_batch_table, memory=memory,
+        )  # fmt: skip
+        return Tape(
+            bucket_of_row, sources.train.shard, buckets, sizes,
+            seed=cfg.seed, group=cfg.data.group, window_shards=cfg.data.window_shards,
+            cost=lambda bucket: cost(tokens_of(bucket)),
+            source_of_row=sources.source_of_row, mix=shares,
+            first=change.first, first_epoch=first_epoch,
+        )  # fmt: skip
+
+    joined = len(sources.stocks) - sources.grown
+    tape = Splice(_changes(cfg, sources, assignment, len(table), joined), make)
+    if sources.grown:
+        sources = sources.joined_at(tape.end_of_epoch(step * cfg.train.micro_batches))
+        tape = Splice(_changes(cfg, sources, assignment, len(table), joined + 1), make)
+    return sources, tape, assignment
+
+
+def _changes(
+    cfg: Config, sources: Sources, assignment: Assignment, num_buckets: int, joined: int
+) -> list[Change]:
+    """What the tape is made of, part by part: the mixes of `data.mix`, and the first stocks that joined."""
+    mixes = [(mix.from_step * cfg.train.micro_batches, mix) for mix in cfg.data.mix]
+    stocks = list(zip(sources.stocks, sources.blocks, strict=True))[:joined]
+    changes = []
+    for first in sorted({0, *(first for first, _ in mixes), *(stock.first for stock, _ in stocks)}):
+        rows = [rows for stock, rows in stocks if stock.first <= first][-1]
+        mix = next((mix for begin, mix in reversed(mixes) if begin <= first), None)
+        if mix is None or len(sources.names) == 1:
+            repeats = (1.0,) * len(sources.names)
+        elif mix.weights:
+            known = assignment.bucket_of_row[:rows]
+            clips = [int(count.sum()) for count in _counts(sources, known, num_buckets)]
+            repeats = repeats_of([mix.weights.get(name, 0.0) for name in sources.names], clips)
+        else:
+            repeats = tuple(mix.repeats.get(name, 1.0) for name in sources.names)
+        changes.append(Change(first, rows, repeats))
+    return changes
+
+
+def _counts(sources: Sources, bucket_of_row: np.ndarray, buckets: int) -> list[np.ndarray]:
+    """Clips of each bucket, source by source."""
+    source = sources.source_of_row[: len(bucket_of_row)]
+    return [
+        np.bincount(bucket_of_row[(source == number) & (bucket_of_row >= 0)], minlength=buckets)
+        for number in range(len(sources.names))
+    ]
+
+
+def cost_model(cfg: Config, model: nn.Module | None = None) -> Callable[[int], float]:
+    """Cost of a clip of so many tokens; a * S + b * S^2 for a transformer, a * S for the VAE.
+
+    `data.cost_a` and `data.cost_b`, where given, are a and b. Else they are floating-point
+    operations: those of `model`, or without one of the model that `cfg` describes.
+    """
+    a, b = cfg.data.cost_a, cfg.data.cost_b
+    if a or b:
+        return lambda tokens: a * tokens + b * tokens * tokens
+    text_tokens = cfg.text.max_length // 2
+    if isinstance(model, TextToVideo):
+        return lambda tokens: float(model.flops(tokens, text_tokens))
+    if model is None and cfg.task == "text_to_video":
+        return lambda tokens: training_flops(cfg.model, cfg.text, tokens, text_tokens)
+    return float
+
+
+def memory_cap(
+    cfg: Config, vae: VideoVAE | Geometry, tokens_of: Callable[[Bucket], int]
+) -> MemoryCap | None:
+    """What `data.memory_gb` leaves for clips, or None without it.
+
+    Everything comes from the config, nothing from the ranks or the machine, so that the plan is the
+    same everywhere. Captions count at `text.max_length`.
+
+    Raises:
+        UserError: the task is one whose memory is not known.
+    """
+    if not cfg.data.memory_gb:
+        return None
+    if cfg.task != "text_to_video":
+        raise UserError(
+            f"data.memory_gb={cfg.data.memory_gb:g}: what task={cfg.task} keeps in memory is not known; set "
+            "data.memory_gb=0 and choose data.micro_batch yourself"
+        )
+    w = sizes_in_memory.compute_bytes(cfg.parallel.param_dtype, cfg.run.device)
+
+    def of_clip(bucket: Bucket) -> float:
+        frames = vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
+        clip = sizes_in_memory.Clip(tokens_of(bucket), frames, cfg.text.max_length)
+        return sizes_in_memory.clip_bytes(
+            cfg.model, cfg.text, clip, w, cfg.run.device, cfg.parallel
+        )
+
+    fixed = sizes_in_memory.fixed_bytes(
+        cfg.model, cfg.text, cfg.parallel,
+        w=w, moments=2 if cfg.optim.name == "adamw" else 0, micro_batches=cfg.train.micro_batches,
+        averages=1 + len(cfg.ema.more) + len(cfg.ema.post_hoc),
+    )  # fmt: skip
+    return MemoryCap(cfg.data.memory_gb * GB, fixed, of_clip)
+
+
+def no_clip_fits(manifest: Manifest, assignment: Assignment, table: list[BucketSpec]) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in assignment.dropped().items())
+    unusable = np.flatnonzero(manifest.drop_reason != "")
+    if len(unusable) == len(manifest) > 0:
+        key, detail = manifest.key[unusable[0]], manifest.drop_detail[unusable[0]]
+        return (
+            f"no clip of data.source={manifest.root} can be used ({reasons}), {key} for one: {detail}; "
+            "mend or replace these files"
+        )
+    names = ", ".join(spec.bucket.name for spec in table)
+    return (
+        f"no clip fits any bucket ({reasons or 'the source is empty'}); the buckets (frames x height x width) are "
+        f"{names}: add shorter or smaller ones under buckets.classes, or raise buckets.max_upscale"
+    )

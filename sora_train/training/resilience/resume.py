@@ -1,0 +1,346 @@
+"""Going on: from which checkpoint, what may have changed since it was written, and whether it is really the same.
+
+The newest complete checkpoint whose digests are right is taken; those that are not are told and passed
+over. Keys of the configuration that changed are refused or recorded by their class
+(`config/resumption.py`). With `resume.run` a new run folder begins from another run's checkpoint.
+"""
+
+import fnmatch
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.checkpoint import FileSystemReader
+
+from sora_train import checkpoint as checkpoints
+from sora_train.base.files import write_atomically
+from sora_train.checkpoint import Checkpoint
+from sora_train.config import Config
+from sora_train.config.resumption import changes, differences, resume_class
+from sora_train.errors import ConfigError, Fault, UserError
+from sora_train.monitoring.metrics import read_metrics
+from sora_train.monitoring.run_folder import CHANGES, RunFolder
+from sora_train.runtime.world import ControlPlane
+from sora_train.training.resilience.probe import require_same_probe
+from sora_train.training.resilience.rollback import discard_abandoned
+
+if TYPE_CHECKING:
+    from sora_train.training.trainer import Trainer
+
+ASIDE = "damaged-"
+PASSED_OVER = "passed_over.txt"
+"""Beside the checkpoints: those that were not taken, and why."""
+
+Change = tuple[str, Any, Any]
+"""Dotted key, value of the checkpoint, value now."""
+
+
+STATE = frozenset({
+    "step", "data_step", "epoch", "samples_seen", "dropped", "captions_cut", "forked_from", "owed", "row", "task",
+    "config", "spec", "manifest_digest", "stocks", "quarantine", "probe", "judge", "plan",
+})  # fmt: skip
+"""What a run cannot go on exactly without."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on: a checkpoint with its state, and the run it was forked from, if it was."""
+
+    found: Checkpoint
+    state: dict[str, Any]
+    forked_from: str = ""
+
+
+def starting_point(cfg: Config, folder: RunFolder, control: ControlPlane) -> Start | None:
+    """The run folder's own newest checkpoint, else the one of `resume.run`, else None; the same on all ranks.
+
+    Raises:
+        UserError: `resume.run` has no such checkpoint, or the folder holds a run that was not forked from it.
+    """
+    if cfg.checkpoint.resume == "never":
+        control.together(lambda: _refuse_older(folder))
+        return None
+    if control.world.is_main:
+        discard_abandoned(folder.path)
+    own = choose(folder.checkpoints, control)
+    if own is not None:
+        state = whole_state(own)
+        origin = state.get("forked_from", "")
+        if cfg.resume.run and not _same_run(origin, cfg.resume.run):
+            raise UserError(
+                f"run.dir={folder.path} holds a run that was {_origin(state)}, and resume.run={cfg.resume.run} would "
+                "fork it anew; drop resume.run to go on with it, or give another run.dir"
+            )
+        return Start(own, state, origin)
+    if not cfg.resume.run:
+        return None
+    run, step = split_step(cfg.resume.run)
+    found = control.together(lambda: checkpoints.find(run, step))
+    why = damage(found, control)
+    if why:
+        raise UserError(f"resume.run={cfg.resume.run}: {why}; choose another step with FOLDER@STEP")
+    state = whole_state(found)
+    if control.world.is_main:
+        _take_history(run, folder, state["step"])
+    return Start(found, state, cfg.resume.run)
+
+
+def whole_state(found: Checkpoint) -> dict[str, Any]:
+    """A checkpoint's state. Raises UserError where it lacks what going on needs."""
+    state = found.state()
+    lacking = sorted(STATE - set(state))
+    if lacking and "imported_from" not in state:
+        raise UserError(
+            f"{found.path} holds no {', '.join(lacking)}, so a run cannot go on from it exactly; start another run.dir "
+            "with its weights: init.run and init.weights"
+        )
+    return state
+
+
+def split_step(text: str) -> tuple[Path, int | None]:
+    """FOLDER@STEP as its parts; a folder whose name looks like that is a folder."""
+    run, at, step = text.rpartition("@")
+    if at and step.isdigit() and not Path(text).exists():
+        return Path(run), int(step)
+    return Path(text), None
+
+
+def _same_run(one: str, other: str) -> bool:
+    """Whether two texts name the same step of the same run."""
+    if not one:
+        return False
+    (a, step_a), (b, step_b) = split_step(one), split_step(other)
+    return a.resolve() == b.resolve() and step_a == step_b
+
+
+def _origin(state: dict[str, Any]) -> str:
+    return f"forked from {state['forked_from']}" if state.get("forked_from") else "begun anew"
+
+
+def _take_history(run: Path, folder: RunFolder, step: int) -> None:
+    """The rows up to the fork, so that charts and tables of the new run are whole."""
+    for name in (folder.metrics.name, CHANGES):
+        if (run / name).is_file() and not (folder.path / name).exists():
+            rows = [row for row in read_metrics(run / name) if row["step"] <= step]
+            write_atomically(folder.path / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# -- choosing a checkpoint ----------------------------------------------------------------------------
+
+
+def choose(folder: Path, control: ControlPlane) -> Checkpoint | None:
+    """The newest checkpoint that is complete and undamaged; rank 0 tells why newer ones are passed over."""
+    listed = control.broadcast(_listed(folder) if control.world.is_main else None)
+    assert isinstance(listed, list)
+    why = ""
+    for path, lacks in listed:
+        found = Checkpoint(path, int(path.name.removeprefix("step-")))
+        why = lacks or damage(found, control)
+        if not why:
+            return found
+        if control.world.is_main:
+            Console(stderr=True).print(f"passed over: {why}", highlight=False, soft_wrap=True)
+            _set_aside(path, why)
+    if listed:
+        raise Fault(
+            f"none of the {len(listed)} checkpoints in {folder} is whole, the newest: {why}; they are kept there as "
+            f"{ASIDE}..., give another run.dir to start anew"
+        )
+    return None
+
+
+def _set_aside(path: Path, why: str) -> None:
+    """Keep a damaged checkpoint under another name, so that nobody counts on it, and note why."""
+    with (path.parent / PASSED_OVER).open("a") as file:
+        file.write(f"{why}\n")
+    aside = path.with_name(f"{ASIDE}{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.replace(aside)
+
+
+def _refuse_older(folder: RunFolder) -> None:
+    """Raises UserError where checkpoints of an earlier run would be mixed with those of a new one."""
+    found = checkpoints.list_checkpoints(folder.checkpoints)
+    if found and folder.is_main:
+        raise UserError(
+            f"run.dir={folder.path} holds checkpoints up to step {found[-1].step}, and checkpoint.resume=never starts "
+            "anew beside them; give another run.dir, or remove that folder"
+        )
+
+
+def _listed(folder: Path) -> list[tuple[Path, str]]:
+    """Checkpoints newest first, each with why it is not complete, or an empty string."""
+    paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    newest = sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return [(path, checkpoints.why_incomplete(path)) for path in newest]
+
+
+def damage(found: Checkpoint, control: ControlPlane) -> str:
+    """Which file does not match its digest, or an empty string; the ranks share the reading."""
+    world = control.world
+    mine = checkpoints.damaged(found, part=world.rank, parts=world.size)
+    said = [text for text in control.gather_objects(mine) if text]
+    return str(said[0]) if said else ""
+
+
+# -- what has changed since ---------------------------------------------------------------------------
+
+
+def allowed_changes(cfg: Config, state: dict[str, Any]) -> list[Change]:
+    """The recorded keys that differ from those of a checkpoint.
+
+    Raises:
+        ConfigError: a refused key differs; it names up to five, with both values.
+    """
+    saved = _with_defaults(state["config"], cfg)
+    now = cfg.model_dump(mode="json")
+    if cfg.train.epochs:
+        # A run of epochs has them told in steps once its tape is known.
+        now["train"] |= {key: saved["train"][key] for key in ("steps", "epochs")}
+    found = changes(saved, now)
+    refused = [change for change in found if resume_class(change[0]) != "recorded"]
+    if refused:
+        said = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in refused[:5])
+        raise ConfigError(
+            f"run.dir={cfg.run.dir} holds another experiment: {said}; "
+            "use the old values to go on, or another run.dir to start anew"
+        )
+    return found
+
+
+def require_same_spec(now: dict[str, Any] | None, start: Start) -> None:
+    """Raises ConfigError where the diffusion spec, digests of VAE and text encoder included, is another."""
+    before = json.loads(json.dumps(start.state["spec"]))
+    found = differences(before, json.loads(json.dumps(now)), "spec")
+    if found:
+        said = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in found[:5])
+        raise ConfigError(
+            f"{start.found.path} was trained with another diffusion spec: {said}; give the VAE and the text encoder "
+            "of that run, or another run.dir"
+        )
+
+
+def _with_defaults(saved: dict[str, Any], cfg: Config) -> dict[str, Any]:
+    """A key that came after the checkpoint was written had its default's meaning."""
+
+    def merged(default: Any, value: Any) -> Any:
+        if isinstance(default, dict) and isinstance(value, dict):
+            return default | {k: merged(default.get(k), v) for k, v in value.items()}
+        return value
+
+    return merged(type(cfg)().model_dump(mode="json"), saved)
+
+
+def record_changes(trainer: "Trainer", found: list[Change]) -> None:
+    """Show what changed and write it down with the step from which it counts; rank 0 alone."""
+    if not found or not trainer.world.is_main or trainer.cfg.dry_run:
+        return
+    table = Table(title=f"changed from step {trainer.step} on", title_justify="left")
+    for column in ("key", "was", "is"):
+        table.add_column(column)
+    for key, old, new in found:
+        table.add_row(key, str(old), str(new))
+    Console().print(table)
+    path = trainer.folder.path / CHANGES
+    rows = [{"step": trainer.step, "key": key, "was": old, "is": new} for key, old, new in found]
+    before = path.read_text() if path.exists() else ""
+    new_lines = "".join(json.dumps(row) + "\n" for row in rows)
+    # A start that is made again after a crash says the same again.
+    if not before.endswith(new_lines):
+        write_atomically(path, before + new_lines)
+
+
+# -- loading ------------------------------------------------------------------------------------------
+
+
+def restore(trainer: "Trainer", start: Start, changed: list[Change]) -> None:
+    """Bring a trainer to where the checkpoint stands, and see that it is the same there.
+
+    Raises:
+        UserError: tensors are missing, left over or of another shape.
+        Fault: the probe's loss is another than when the checkpoint was written.
+    """
+    state = start.state
+    trainer.data.sources.require_following(state)
+    trainer.objective.require_same(state)
+    _load(trainer, start.found)
+    trainer.data.loader.quarantine.restore(state["quarantine"], record=trainer.world.is_main)
+    trainer.restore(state)
+    if start.found.path.parent != trainer.folder.checkpoints:
+        trainer.saved = None
+    require_step(trainer)
+    if not trainer.cfg.resume.allow_missing:
+        inexact = ("model.", "vae.", "text.", "parallel.", "run.")
+        exactly = not any(key.startswith(inexact) for key, _, _ in changed)
+        require_same_probe(trainer, state, exactly=exactly)
+    _find_place(trainer, state)
+    record_changes(trainer, changed)
+
+
+def _load(trainer: "Trainer", found: Checkpoint) -> None:
+    """Fill all tensors but those that `resume.allow_missing` lets the checkpoint lack."""
+    wanted, patterns = trainer.tensors(), trainer.cfg.resume.allow_missing
+    lacking = set(wanted) - set(FileSystemReader(found.path).read_metadata().state_dict_metadata)
+    let_go = {name for name in lacking if any(fnmatch.fnmatchcase(name, one) for one in patterns)}
+    for pattern in patterns:
+        if not fnmatch.filter(wanted, pattern):
+            raise ConfigError(
+                f"resume.allow_missing holds {pattern!r}, and this run has no tensor of that name; drop it"
+            )
+    checkpoints.load(
+        found,
+        {name: tensor for name, tensor in wanted.items() if name not in let_go},
+        trainer.control,
+        verified=True,
+    )
+    trainer.engine.weights_changed()
+    trainer.ema.begin_with(trainer.engine.weights, let_go)
+    if let_go and trainer.world.is_main:
+        Console(stderr=True).print(
+            f"{len(let_go)} tensors begin anew, which {found.path} lacks: {', '.join(sorted(let_go)[:5])}"
+            f"{' ...' if len(let_go) > 5 else ''}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _find_place(trainer: "Trainer", state: dict[str, Any]) -> None:
+    """Go on in the tape where the checkpoint left it.
+
+    With another number of micro-batches a step that is the next step's first one; with other
+    micro-batches it is the next epoch, since what is left of this one cannot be told. What is passed
+    over is said.
+    """
+    data, per_step = trainer.data, int(state["config"]["train"]["micro_batches"])
+    same = data.plan_digest(state["data_step"] * per_step) == state["plan"]
+    epoch = math.ceil(state["epoch"])
+    # What was left out by going back lies behind the checkpoint's own place.
+    wanted = trainer.data_step * per_step if same else data.tape.index_after(epoch)
+    trainer.data_step = math.ceil(wanted / data.micro_batches)
+    over = trainer.data_step * data.micro_batches - wanted
+    said = (
+        f"{over} micro-batch(es) are passed over, so that a step begins where one did"
+        if over
+        else ""
+    )
+    if not same:
+        said = (
+            f"the tape is another than that of the checkpoint, so the run goes on with epoch {epoch}, and "
+            f"{epoch - state['epoch']:.1%} of the one it was in is passed over"
+        )
+    if said and trainer.world.is_main:
+        Console().print(said, highlight=False)
+
+
+def require_step(trainer: "Trainer") -> None:
+    """Raises ConfigError where a checkpoint's step lies beyond the run's end, which would train nothing."""
+    if trainer.step > trainer.cfg.train.steps:
+        raise ConfigError(
+            f"run.dir={trainer.cfg.run.dir} stands at step {trainer.step}, beyond train.steps="
+            f"{trainer.cfg.train.steps}; raise train.steps, or fork an earlier step with resume.run"
+        )

@@ -1,0 +1,122 @@
+"""What a step tells beside its loss: the loss by noise level, bucket and task, and what the work amounts to.
+
+Every rank adds up its own clips, the sums travel with the step's one exchange, and the same sums give
+the same row on every rank. Names are fixed by the config, so all ranks send equally many.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from sora_train.config import Config
+from sora_train.data.sample import ClipBatch
+from sora_train.diffusion.condition_masks import KINDS
+from sora_train.models.flops import training_flops
+from sora_train.objectives import Term
+from sora_train.training.pipeline.data import TrainingData
+
+EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Edges of the bands of noise levels; the last band holds its upper edge."""
+FAILURES = 2
+"""Where the clips that failed stand in the sums."""
+BANDS = tuple(f"{low:g}-{high:g}" for low, high in pairwise(EDGES))
+
+Parts = dict[str, Term]
+
+
+def band_of(t: float) -> int:
+    """The band of a noise level in [0, 1]; each holds its lower edge."""
+    return next((i for i, edge in enumerate(EDGES[1:-1]) if t < edge), len(BANDS) - 1)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip of a step: where it counts, and its part of the loss with its weight."""
+
+    groups: tuple[str, ...]
+    loss: float
+    weight: float
+
+
+class StepNumbers:
+    """The sums of one run's steps, and what they mean."""
+
+    def __init__(self, cfg: Config, data: TrainingData, ranks: int, peak_flops: float | None):
+        """`ranks` share the work; `peak_flops` is what one of their devices could do, None where that is unknown."""
+        self.tokens_of = data.tokens_of
+        self.flows = cfg.task == "text_to_video"
+        self.peak = None if peak_flops is None else peak_flops * ranks
+        buckets = dict.fromkeys(spec.bucket.name for spec in data.table)
+        self.names: list[str] = []
+        if self.flows:
+            self.names = [f"by_t/{band}" for band in BANDS]
+            self.names += [f"by_bucket/{name}" for name in buckets]
+            self.names += [f"by_task/{kind}" for kind in KINDS]
+        self._place = {name: number for number, name in enumerate(self.names)}
+        self._flops = {
+            tokens: 3.0 * training_flops(cfg.model, cfg.text, tokens, cfg.text.max_length)
+            for tokens in {data.tokens_of(spec.bucket) for spec in data.table}
+            if self.flows
+        }
+
+    def sums(self, batches: Sequence[ClipBatch], parts: Sequence[Parts]) -> list[float]:
+        """This rank's sums of a step, in an order that `row` knows: clips, tokens, failures first."""
+        clips = tokens = failures = held = flops = 0.0
+        for batch in batches:
+            each = self.tokens_of(batch.micro_batch.bucket)
+            clips += batch.weight
+            tokens += batch.weight * each
+            failures += len(batch.failures)
+            # A slot without clips still trains one that counts for nothing.
+            held += max(1, len(batch.clips)) * each
+            flops += batch.weight * self._flops.get(each, 0.0)
+        losses, weights = [0.0] * len(self.names), [0.0] * len(self.names)
+        for batch, terms in zip(batches, parts, strict=True):
+            for clip in clips_of(batch, terms):
+                for group in clip.groups:
+                    at = self._place.get(group)
+                    if at is not None:
+                        losses[at] += clip.loss
+                        weights[at] += clip.weight
+        return [clips, tokens, failures, held, flops, *losses, *weights]
+
+    def row(self, sums: Sequence[float]) -> dict[str, float]:
+        """Metrics of a step from the sums over all ranks; rates are still per step, see `rates`."""
+        clips, tokens, _, held, flops = sums[:5]
+        losses, weights = sums[5 : 5 + len(self.names)], sums[5 + len(self.names) :]
+        row = {
+            "train/tokens_per_second": tokens,
+            "train/clips": clips,
+            "train/clips_per_second": clips,
+            "train/padding": 1.0 - tokens / held if held else 0.0,
+        }
+        if self.flows:
+            row["train/tflops"] = flops / 1e12
+        for name, loss, weight in zip(self.names, losses, weights, strict=True):
+            if weight > 0:
+                row[f"train/{name}"] = loss / weight
+        return row
+
+    def rates(self, row: dict[str, float], seconds: float) -> dict[str, float]:
+        """What `row` gives for a step is given a second, and MFU where the peak is known."""
+        names = ("train/tokens_per_second", "train/clips_per_second", "train/tflops")
+        rates = {name: row[name] / seconds for name in names if name in row}
+        if self.peak and "train/tflops" in rates:
+            rates["train/mfu"] = rates["train/tflops"] * 1e12 / self.peak
+        return rates
+
+
+def clips_of(batch: ClipBatch, terms: Parts) -> Iterator[Clip]:
+    """The clips of a micro-batch with the groups they count in; none where an objective does not tell of them."""
+    told = [
+        term for term in terms.values() if term.clips is not None and term.of_samples is not None
+    ]
+    if len(told) != 1 or len(terms) != 1 or not batch.clips:
+        return
+    about, losses = told[0].clips, told[0].of_samples
+    assert about is not None and losses is not None
+    bucket = f"by_bucket/{batch.micro_batch.bucket.name}"
+    told_of = (about.times.tolist(), about.kinds, about.weights.tolist(), losses.double().tolist())
+    for t, kind, weight, loss in zip(*told_of, strict=True):
+        groups = (f"by_t/{BANDS[band_of(t)]}", bucket, f"by_task/{kind}")
+        yield Clip(groups, loss, weight)
