@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -11,10 +10,6 @@ from PIL import Image
 from sora_train.base.contact_sheet import contact_sheet
 from sora_train.base.files import write_atomically
 from sora_train.data.decode.video_io import encode_h264
-from sora_train.sampling.pipeline import ClipShape, sample_clips
-
-if TYPE_CHECKING:
-    from sora_train.training.trainer import Trainer
 
 
 def save_clips(
@@ -47,45 +42,3 @@ def save_stills(clips: list[np.ndarray], paths: list[Path]) -> list[Path]:
             os.replace(partial, still)
             stills.append(still)
     return stills
-
-
-def write_samples(trainer: "Trainer") -> None:
-    """Sample the configured prompts into samples/step-N; every rank computes, rank 0 writes."""
-    prompts = sample_prompts(trainer)
-    if not prompts:
-        return
-    model = trainer.engine.model
-    model.eval()
-    try:
-        shape = sample_shape(trainer)
-        clips = sample_clips(
-            model, trainer.vae, trainer.spec, prompts, shape, seed=trainer.cfg.sample.seed,
-            on_step=lambda _: trainer.health.heed(),
-        )  # fmt: skip
-    finally:
-        model.train()
-    if trainer.world.is_main:
-        save_clips(
-            trainer.folder.samples(trainer.step),
-            clips,
-            prompts,
-            fps=shape.fps,
-            seeds=[trainer.cfg.sample.seed] * len(prompts),
-        )
-
-
-def sample_prompts(trainer: "Trainer") -> list[str]:
-    """`sample.prompts`, else the captions of held-out clips, else of training clips."""
-    configured = list(trainer.cfg.sample.prompts)
-    held_out = [clip.caption for clip in trainer.data.val_clips]
-    trained = [str(trainer.data.manifest.caption[row]) for row in trainer.data.tape.rows[:8]]
-    return (configured or held_out or trained)[: trainer.cfg.sample.max_prompts]
-
-
-def sample_shape(trainer: "Trainer") -> ClipShape:
-    """The bucket with the most clips, a video's if there is any; the longest among equals."""
-    data = trainer.data
-    counts = data.assignment.clips_per_bucket(data.table)
-    filled = [spec.bucket for spec in data.table if counts.get(spec.bucket.name, 0) > 0]
-    bucket = max(filled, key=lambda b: (b.frames > 1, counts[b.name], b.frames))
-    return ClipShape(bucket.frames, bucket.height, bucket.width, trainer.cfg.buckets.fps)

@@ -35,7 +35,6 @@ from sora_train.parallel.materialise import fill
 from sora_train.runtime import world as distributed
 from sora_train.runtime.health import Health, longest_wait, record_collectives
 from sora_train.runtime.world import ControlPlane, World
-from sora_train.sampling.files import sample_shape, write_samples
 from sora_train.training.accounts import Accounts
 from sora_train.training.card import print_card
 from sora_train.training.checkpointing import make_saver, measure_space, prepare, record
@@ -43,6 +42,7 @@ from sora_train.training.optim.ema import Ema
 from sora_train.training.optim.ema_snapshots import snapshots_every, write_snapshot
 from sora_train.training.optim.optim import build_optimizer, lr_at
 from sora_train.training.outputs.finish import finish
+from sora_train.training.outputs.samples import sample_prompts, sample_shape, write_samples
 from sora_train.training.pipeline.data import TrainingData
 from sora_train.training.resilience.debug_mode import start_debug
 from sora_train.training.resilience.initialise import (
@@ -500,8 +500,20 @@ class Trainer:
         """Sample clips of the averaged weights into the run folder."""
         if self.cfg.sample.every == 0 or self.cfg.task == "vae":
             return
+        prompts = sample_prompts(self.cfg, self.data)
+        if not prompts:
+            return
         with self.health.phase("samples"), self.averaged():
-            write_samples(self)
+            write_samples(
+                self.folder.samples(self.step) if self.world.is_main else None,
+                self.engine.model,
+                self.vae,
+                self.spec,
+                prompts,
+                sample_shape(self.cfg, self.data),
+                seed=self.cfg.sample.seed,
+                on_step=lambda _: self.health.heed(),
+            )
 
     def state(self) -> dict[str, Any]:
         """Everything of a checkpoint that is not a tensor."""
@@ -518,7 +530,7 @@ class Trainer:
             "config": self.cfg.model_dump(mode="json"),
             "spec": self.spec.to_dict() if self.spec else None,
             "objective": self.objective.facts(),
-            "sample_shape": asdict(sample_shape(self)),
+            "sample_shape": asdict(sample_shape(self.cfg, self.data)),
             "manifest_digest": self.data.sources.digest(),
             "stocks": [asdict(stock) for stock in self.data.sources.stocks],
             "quarantine": self.data.loader.quarantine.lines(),

@@ -10,8 +10,8 @@ from sora_train.data.sample import Clip
 from sora_train.data.shapes.oracle import CHANCE, score
 from sora_train.data.shapes.world import Prompt, eval_prompts, render, scene_of
 from sora_train.objectives import to_pixels
-from sora_train.sampling.files import sample_shape
 from sora_train.sampling.pipeline import ClipShape, sample_clips, to_uint8
+from sora_train.training.outputs.samples import sample_shape
 
 if TYPE_CHECKING:
     from sora_train.training.trainer import Trainer
@@ -25,7 +25,8 @@ def oracle_scores(trainer: "Trainer") -> dict[str, Scores]:
     `ceiling_clean` is the oracle on rendered clips of the same prompts, `ceiling_vae` on the VAE's
     reconstructions of them: what a perfect model could reach.
     """
-    count, shape = trainer.cfg.sample.oracle_prompts, sample_shape(trainer)
+    cfg = trainer.cfg
+    count, shape = cfg.sample.oracle_prompts, sample_shape(cfg, trainer.data)
     scores: dict[str, Scores] = {}
     prompts = {
         name: eval_prompts(count, held_out=held_out)
