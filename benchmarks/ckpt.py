@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sora_train.checkpoint.saver import Saver
 from sora_train.checkpoint.space import MIB, bytes_of
-from sora_train.config.sections.run import CheckpointConfig
+from sora_train.config.sections.outputs import CheckpointConfig
 from sora_train.errors import UserError
 from sora_train.runtime.world import World, start, stop
 from sora_train.tools.measuring import Measured, Result, Stats

@@ -26,7 +26,7 @@ from sora_train.checkpoint.layout import (
 )
 from sora_train.checkpoint.reading import damaged
 from sora_train.checkpoint.retention import METRIC, Retention
-from sora_train.config.sections.run import CheckpointConfig
+from sora_train.config.sections.outputs import CheckpointConfig
 from sora_train.errors import Fault
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0

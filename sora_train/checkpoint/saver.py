@@ -23,7 +23,7 @@ from sora_train.checkpoint.remote import Remote
 from sora_train.checkpoint.retention import prune
 from sora_train.checkpoint.saving import write
 from sora_train.checkpoint.staging import Staging
-from sora_train.config.sections.run import CheckpointConfig
+from sora_train.config.sections.outputs import CheckpointConfig
 from sora_train.errors import Fault
 from sora_train.runtime.world import ControlPlane, World
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sora_train.config.sections.run import CheckpointConfig
+from sora_train.config.sections.outputs import CheckpointConfig
 from sora_train.errors import UserError
 
 MIB = 2**20

@@ -16,24 +16,27 @@ from sora_train.config.sections.health import HealthConfig
 from sora_train.config.sections.launch import LaunchConfig
 from sora_train.config.sections.loss_health import LossHealthConfig
 from sora_train.config.sections.model import ModelConfig, TextConfig, VaeConfig
-from sora_train.config.sections.parallel import ParallelConfig
-from sora_train.config.sections.run import (
-    CheckpointConfig,
+from sora_train.config.sections.objective import (
     ConditioningConfig,
-    ElasticConfig,
-    EmaConfig,
-    InitConfig,
     LossConfig,
     ObjectiveConfig,
-    OptimConfig,
+    VaeObjectiveConfig,
+)
+from sora_train.config.sections.optim import EmaConfig, OptimConfig
+from sora_train.config.sections.outputs import (
+    CheckpointConfig,
+    SampleConfig,
+    TrackerConfig,
+    ValidationConfig,
+)
+from sora_train.config.sections.parallel import ParallelConfig
+from sora_train.config.sections.run import (
+    ElasticConfig,
+    InitConfig,
     ResumeConfig,
     RunConfig,
-    SampleConfig,
     StageConfig,
-    TrackerConfig,
     TrainConfig,
-    VaeObjectiveConfig,
-    ValidationConfig,
 )
 from sora_train.config.sections.sweep import SweepConfig
 

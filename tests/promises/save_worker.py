@@ -24,7 +24,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint.points import VARIABLE
 from sora_train.checkpoint.saver import Saver
-from sora_train.config.sections.run import CheckpointConfig
+from sora_train.config.sections.outputs import CheckpointConfig
 from sora_train.runtime.world import ControlPlane, World
 
 TIMEOUT = timedelta(seconds=90)

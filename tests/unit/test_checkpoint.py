@@ -25,7 +25,7 @@ from sora_train.checkpoint.retention import Retention
 from sora_train.checkpoint.saver import Saver
 from sora_train.checkpoint.space import Space, require_space, space_for
 from sora_train.checkpoint.staging import Staging
-from sora_train.config.sections.run import CheckpointConfig
+from sora_train.config.sections.outputs import CheckpointConfig
 from sora_train.errors import Fault, UserError
 from sora_train.runtime.world import World
 

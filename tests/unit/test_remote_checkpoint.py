@@ -19,7 +19,7 @@ from sora_train.checkpoint.layout import name_of
 from sora_train.checkpoint.remote import Remote
 from sora_train.checkpoint.saver import Saver
 from sora_train.config import Config
-from sora_train.config.sections.run import CheckpointConfig
+from sora_train.config.sections.outputs import CheckpointConfig
 from sora_train.data.storage.remote import _of_scheme, filesystem
 from sora_train.errors import ConfigError, Fault
 from sora_train.runtime.world import World

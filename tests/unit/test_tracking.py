@@ -18,7 +18,7 @@ from PIL import Image
 
 from sora_train.base.contact_sheet import contact_sheet
 from sora_train.cli import run as cli_run
-from sora_train.config.sections.run import TrackerConfig
+from sora_train.config.sections.outputs import TrackerConfig
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import UserError
 from sora_train.monitoring.tracking import feed as tracking_feed
@@ -342,7 +342,7 @@ def test_the_tracker_ends_after_its_parent(tmp_path: Path):
     add_rows(run_dir, 1)
     # The parent starts the tracker and dies at once, without a word to it.
     code = (
-        "import os, sys; from pathlib import Path; from sora_train.config.sections.run import TrackerConfig;"
+        "import os, sys; from pathlib import Path; from sora_train.config.sections.outputs import TrackerConfig;"
         "from sora_train.monitoring.tracking.process import start_tracker;"
         "start_tracker(TrackerConfig(kind='tensorboard'), Path(sys.argv[1])); os._exit(0)"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sora_train.cli import run as cli_run
-from sora_train.config.sections.run import TrackerConfig
+from sora_train.config.sections.outputs import TrackerConfig
 from sora_train.monitoring.tracking import process as tracking
 from sora_train.monitoring.tracking.process import start_tracker
 

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 
-from sora_train.config.sections.run import TrackerConfig
+from sora_train.config.sections.outputs import TrackerConfig
 from sora_train.monitoring.goodput import note_start
 from sora_train.monitoring.tracking.feed import Feed
 from sora_train.monitoring.tracking.process import start_tracker

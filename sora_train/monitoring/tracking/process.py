@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sora_train.config.sections.run import TrackerConfig
+from sora_train.config.sections.outputs import TrackerConfig
 
 FOLDER = "trackers"
 ID_FILE = "wandb_run_id"

@@ -1,0 +1,200 @@
+"""What is learned: the loss of the diffusion transformer and that of the video autoencoder."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from sora_train.config.sections.base import Section
+from sora_train.config.sections.data import FloatList
+from sora_train.errors import ConfigError
+
+
+class LossConfig(Section):
+    reduce: Literal["per_sample", "per_token"] = "per_sample"
+    """What counts alike in the mean over a step: every clip, or every video token trained on, so that a long clip
+    weighs more than an image."""
+
+
+class ConditioningConfig(Section):
+    i2v: float = Field(0.0, ge=0, le=1)
+    """Share of clips trained with their first latent frame given (image to video)."""
+    i2v_last: float = Field(0.0, ge=0, le=1)
+    """Share trained with their last frame given, as a single image."""
+    i2v_both: float = Field(0.0, ge=0, le=1)
+    """Share trained with their first and last frame given, as single images."""
+    extend: float = Field(0.0, ge=0, le=1)
+    """Share trained with their first k latent frames given, k drawn (extension forwards)."""
+    extend_back: float = Field(0.0, ge=0, le=1)
+    """Share trained with their last k latent frames given (extension backwards)."""
+    infill: float = Field(0.0, ge=0, le=1)
+    """Share trained with all latent frames given but a gap of any length between the ends."""
+    connect: float = Field(0.0, ge=0, le=1)
+    """Share trained with the first k and the last k latent frames given (two clips joined)."""
+    loop: float = Field(0.0, ge=0, le=1)
+    """Share trained as loops: the clip plays to its middle and back, and its first frame, which is its last too, is
+    given at both ends."""
+    every_nth: float = Field(0.0, ge=0, le=1)
+    """Share trained with every n-th latent frame given, n >= 2 drawn (interpolation)."""
+    random: float = Field(0.0, ge=0, le=1)
+    """Share trained with any of their latent frames given, one to all but one."""
+
+
+class ObjectiveConfig(Section):
+    time_law: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
+    """Distribution of the noise level t in training."""
+    time_mean: float = 0.0
+    """Mean of logit(t) under `logit_normal`; positive means noisier."""
+    time_std: float = Field(1.0, gt=0)
+    """Standard deviation of logit(t)."""
+    high_noise_share: float = Field(0.0, ge=0, le=1)
+    """Share of clips trained at a noise level uniform in [`objective.high_noise_from`, 1] instead, after the shift:
+    the nearly pure noise that sampling starts from (Cosmos-Predict2.5 takes 0.05)."""
+    high_noise_from: float = Field(0.98, ge=0, lt=1)
+    """Where high noise begins."""
+    mode_scale: float = 1.29
+    """Parameter s of the `mode` law (Esser et al. 2024, arXiv:2403.03206, eq. 20)."""
+    shift: float = Field(1.0, gt=0)
+    """Time shift: t' = shift * t / (1 + (shift - 1) * t), in training and sampling alike."""
+    shift_rule: Literal["constant", "resolution", "frame", "length", "root"] = "constant"
+    """`constant`: `objective.shift` for every clip. Others: times a factor that grows with tokens a frame (`frame`),
+    with length (`length`), or with both (`resolution`, Open-Sora 2.0's; `root`, Open-Sora 1.2's)."""
+    weighting: Literal["uniform", "cosmap", "min_snr"] = "uniform"
+    """Factor on the loss by noise level: none, `cosmap` (arXiv:2403.03206) or `min_snr` (arXiv:2303.09556)."""
+    min_snr_gamma: float = Field(5.0, gt=0)
+    """Signal-to-noise ratio above which `min_snr` stops weighing more."""
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """Share of samples trained with the empty caption, so that guidance has a null."""
+    i2v_fraction: float = Field(0.0, ge=0, le=1)
+    """The same as `objective.conditioning.i2v`, which see; only one of them may be set."""
+    conditioning: ConditioningConfig = ConditioningConfig()
+    """Share of clips by what they are given besides their caption; the others get the caption alone (t2v)."""
+    cond_mode: Literal["replace", "concat"] = "replace"
+    """How given frames reach the model: `replace` puts them into the noisy latents and leaves them out of the loss;
+    `concat` adds them and their mask as input channels (Wan 2.1's image-to-video layout)."""
+    condition_noise_share: float = Field(0.0, ge=0, le=1)
+    """Share of clips whose given frames carry a little noise, as generated ones do; with cond_mode=replace."""
+    condition_noise_max: float = Field(0.1, ge=0, le=1)
+    """Their noise levels are uniform from 0 to this."""
+    condition_dropout: float = Field(0.0, ge=0, le=1)
+    """Share of clips from which the given frames are withheld, drawn independently of `objective.caption_dropout`."""
+    num_steps: int = Field(50, ge=1)
+    """Sampler steps stored in the diffusion spec."""
+    guidance_scale: float = Field(4.0, ge=1)
+    """Classifier-free guidance stored in the diffusion spec; 1 switches it off."""
+    condition_scale: float = Field(1.0, ge=0)
+    """Guidance by given frames stored in the diffusion spec; 1 is none, and it costs another call of the model."""
+    guidance_from: float = Field(0.0, ge=0, le=1)
+    """Lowest noise level at which samples are guided, stored in the diffusion spec."""
+    guidance_to: float = Field(1.0, ge=0, le=1)
+    """Highest noise level at which samples are guided (arXiv:2404.07724)."""
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    """How much of the spread that guidance adds is taken back (arXiv:2305.08891), stored in the diffusion spec."""
+    time_grid: Literal["even", "unipc", "flow_match_euler"] = "even"
+    """Times of the sampler's steps: `even` ones, shifted, or those of one of diffusers' two schedulers."""
+    time_rounding: Literal["none", "truncate"] = "none"
+    """`truncate` tells the model noise levels cut off to whole thousandths, as diffusers' UniPC does."""
+    solver: Literal["euler", "heun", "unipc"] = "euler"
+    """ODE solver stored in the diffusion spec."""
+
+    @model_validator(mode="after")
+    def _kinds_add_up(self) -> "ObjectiveConfig":
+        shares = self.conditioning.model_dump()
+        if self.i2v_fraction and any(shares.values()):
+            raise ValueError(
+                f"objective.i2v_fraction={self.i2v_fraction:g} is given beside objective.conditioning; set "
+                f"objective.conditioning.i2v={self.i2v_fraction:g} instead"
+            )
+        if sum(shares.values()) > 1 + 1e-6:
+            raise ValueError(
+                f"objective.conditioning adds up to {sum(shares.values()):g}; its shares are of all clips, so make "
+                "them at most 1 in sum"
+            )
+        if self.cond_mode == "concat" and self.condition_noise_share:
+            raise ValueError(
+                "objective.condition_noise_share is for cond_mode=replace; with concat given frames have no noise "
+                "level of their own, so set it to 0"
+            )
+        return self
+
+    @property
+    def mix(self) -> tuple[tuple[str, float], ...]:
+        """(kind, probability) of every kind that is trained and of t2v; probabilities sum to 1."""
+        shares = self.conditioning.model_dump() | (
+            {"i2v": self.i2v_fraction} if self.i2v_fraction else {}
+        )
+        rest = max(0.0, 1.0 - sum(shares.values()))
+        return (("t2v", rest), *((kind, share) for kind, share in shares.items() if share > 0))
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether given frames are encoded from pixels of their own, which stored latents lack."""
+        return self.cond_mode == "concat" or any(
+            kind not in ("t2v", "i2v", "extend") for kind, _ in self.mix
+        )
+
+
+class VaeObjectiveConfig(Section):
+    mse: float = Field(1.0, ge=0)
+    """Weight of the mean squared pixel error. It teaches small saturated things first, which an absolute error, whose
+    best guess is the median, leaves out for thousands of steps."""
+    l1: float = Field(0.1, ge=0)
+    """Weight of the mean absolute pixel error, which sharpens what is nearly right."""
+    kl: float = Field(1e-5, ge=0)
+    """Weight of the KL divergence from a unit Gaussian."""
+    gradient: float = Field(0.1, ge=0)
+    """Weight of the absolute error of spatial and temporal differences: sharp edges without a learned loss."""
+    lpips: float = Field(0.0, ge=0)
+    """Weight of LPIPS, the distance of VGG16's features, averaged over frames (arXiv:1801.03924); HunyuanVideo took
+    0.1."""
+    lpips_path: str = ""
+    """Its weights: torchvision's VGG16 and the published linear layers, one .safetensors or .pth file, or a folder
+    with both."""
+    adversarial: float = Field(0.0, ge=0)
+    """Weight of what a discriminator says of the reconstruction (hinge loss, a PatchGAN over space and time);
+    HunyuanVideo took 0.05."""
+    adversarial_from: int = Field(0, ge=0)
+    """Step from which the discriminator acts on the autoencoder, which should reconstruct well by then."""
+    adversarial_warmup: int = Field(0, ge=0)
+    """Steps before that in which the discriminator learns alone."""
+    adversarial_adaptive: bool = True
+    """Multiply each clip's adversarial loss by the length of the other pixel terms' gradient over that of its own, as
+    VQGAN does (arXiv:2012.09841, eq. 7), at the pixels; `vae_objective.adversarial` is then a share."""
+    disc_lr: float = Field(1e-4, gt=0)
+    """Learning rate of the discriminator, constant; its optimizer is `optim.name`, without weight decay."""
+    disc_betas: FloatList = (0.5, 0.9)
+    """AdamW's decay of first and second moments, for the discriminator."""
+    disc_channels: int = Field(64, ge=8, multiple_of=8)
+    """Channels of the discriminator's first layer; each further one has twice as many, up to eight times."""
+    disc_layers: int = Field(3, ge=1)
+    """Times the discriminator halves height and width: more layers judge larger patches."""
+
+    @model_validator(mode="after")
+    def _terms_are_whole(self) -> "VaeObjectiveConfig":
+        if self.lpips and not self.lpips_path:
+            raise ValueError(
+                f"vae_objective.lpips={self.lpips:g} needs vae_objective.lpips_path, which is empty; name the file of "
+                "VGG16 and the linear layers, or set vae_objective.lpips=0"
+            )
+        if self.adversarial_warmup > self.adversarial_from:
+            raise ValueError(
+                f"vae_objective.adversarial_warmup={self.adversarial_warmup} begins before step 0: it ends at "
+                f"vae_objective.adversarial_from={self.adversarial_from}, so make it that at most"
+            )
+        if self.adversarial_adaptive and self.adversarial and not self._seen:
+            raise ValueError(
+                "vae_objective.adversarial_adaptive=true weighs the adversarial term against mse, l1, gradient and "
+                "lpips, which are all 0; set it to false, or give one of them a weight"
+            )
+        return self
+
+    @property
+    def _seen(self) -> float:
+        return self.mse + self.l1 + self.gradient + self.lpips
+
+    def require_start_before(self, steps: int) -> None:
+        """Raises ConfigError where the adversarial term would begin after the run has ended."""
+        if self.adversarial and self.adversarial_from >= steps:
+            raise ConfigError(
+                f"vae_objective.adversarial_from={self.adversarial_from} is not reached in train.steps={steps}; begin "
+                "earlier, train longer, or set vae_objective.adversarial=0"
+            )

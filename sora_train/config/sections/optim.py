@@ -1,0 +1,67 @@
+"""The optimizer with its learning rate schedule, and the averages of the weights."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from sora_train.config.sections.base import Section
+from sora_train.config.sections.data import FloatList
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` (no momentum) is for parity tests: AdamW hides a wrong gradient scale."""
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    text_lr_scale: float = Field(1.0, gt=0)
+    """Factor on the learning rate of a trainable text encoder."""
+    betas: FloatList = (0.9, 0.99)
+    """AdamW's decay of first and second moments."""
+    eps: float = Field(1e-10, gt=0)
+    """AdamW's epsilon; small, since QK-norm and zero-initialised layers make gradients small."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Applied to matrices only, never to norms, biases and modulation tables."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps over which the learning rate rises linearly from zero."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the learning rate after warm-up, down to `optim.final_lr_fraction` by the end of the run."""
+    final_lr_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of the peak that the learning rate falls to by the end of the run."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
+
+
+class EmaConfig(Section):
+    decay: float = Field(0.999, ge=0, lt=1)
+    """Decay of the weights' average a step; the start is ramped as min(decay, (1 + step) / (10 + step))."""
+    more: FloatList = ()
+    """Decays of further averages kept beside, each as large as the weights: [0.99, 0.9999] are `ema_99` and
+    `ema_9999` in checkpoints, and `sora sample --ema 0.99` samples from one."""
+    post_hoc: FloatList = ()
+    """Widths sigma_rel of power-function averages kept beside, usually [0.05, 0.10]: of their snapshots `sora ckpt
+    average RUN --sigma-rel 0.12` makes the average of any other width when training is over (arXiv:2312.02696)."""
+    snapshot_every: int = Field(0, ge=0)
+    """Steps between snapshots of the `ema.post_hoc` averages; 0: as often as checkpoints. All of them are kept."""
+    snapshot_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Precision of the snapshots."""
+
+    @model_validator(mode="after")
+    def _averages_are_told_apart(self) -> "EmaConfig":
+        bad = [value for value in self.more if not 0 <= value < 1]
+        if bad:
+            raise ValueError(
+                f"ema.more holds {bad[0]:g}; a decay is from 0 to below 1, such as 0.9999"
+            )
+        bad = [value for value in self.post_hoc if not 0.001 <= value <= 0.288]
+        if bad:
+            raise ValueError(
+                f"ema.post_hoc holds {bad[0]:g}; a sigma_rel is from 0.001 to 0.288, such as 0.05"
+            )
+        for key, values in (("more", self.more), ("post_hoc", self.post_hoc)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"ema.{key}={list(values)} holds a value twice; give each once")
+        if self.decay in self.more:
+            raise ValueError(
+                f"ema.more holds {self.decay:g}, which is ema.decay and kept already; leave it out"
+            )
+        return self
