@@ -7,29 +7,23 @@ is the same job as `sora train`, and what torchrun starts on every rank. A proje
 folder and nothing is trained, with `--frozen FILE` a rank reads it from there.
 """
 
-import argparse
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sora_train.config import Config
-from sora_train.config.compose import compose, split_yaml_file
-from sora_train.config.job import Frozen, freeze, thaw
-from sora_train.config.stages import compose_stages, train_stages
-from sora_train.errors import UserError, run_command
+from sora_train.config.compose import split_yaml_file
+from sora_train.config.job import OPTIONS, JobConfig, compose_job, freeze
+from sora_train.errors import run_command
 from sora_train.runtime.preemption import listening
 from sora_train.tools.launch.check import check_job
 from sora_train.tools.sweep.run import run_sweep
 
 if TYPE_CHECKING:
     from sora_train.training.trainer import Trainer
-
-OPTIONS = argparse.ArgumentParser(prog="sora train", add_help=False, allow_abbrev=False)
-OPTIONS.add_argument("--config-dir", type=Path)
-OPTIONS.add_argument("-m", "--multirun", action="store_true")
-OPTIONS.add_argument("--freeze", action="store_true")
-OPTIONS.add_argument("--frozen", type=Path)
 
 
 def main(
@@ -50,10 +44,10 @@ def train(trainer_cls: "type[Trainer] | None", config_cls: type[Config], argv: l
         yaml_file, overrides = split_yaml_file(rest)
         script = sys.argv[0] if own else None
         return run_sweep(overrides, config_cls, options.config_dir, yaml_file, script)
-    frozen = described(argv, config_cls)
+    job = compose_job(argv, config_cls)
     if options.freeze:
-        check_job(frozen)
-        print(freeze(frozen))
+        check_job(job)
+        print(freeze(job))
         return 0
     if trainer_cls is None:
         # Torch loads only once the config is known to be right.
@@ -61,39 +55,50 @@ def train(trainer_cls: "type[Trainer] | None", config_cls: type[Config], argv: l
 
         trainer_cls = Trainer
     with listening():
-        if frozen.stages:
-            train_stages(frozen.config, frozen.stages, trainer_cls)
+        if job.stages:
+            train_stages(job, trainer_cls)
         else:
-            trainer_cls(frozen.config).train()
+            trainer_cls(job.config).train()
     return 0
 
 
-def described(argv: list[str], config_cls: type[Config] = Config) -> Frozen:
-    """The run that a command line describes, with its stages, composed and checked; or read, where it was frozen."""
-    options, rest = OPTIONS.parse_known_args(argv)
-    yaml_file, overrides = split_yaml_file(rest)
-    if options.frozen:
-        if rest:
-            raise UserError(
-                f"--frozen {options.frozen} is a whole configuration, which '{rest[0]}' would change; launch the job "
-                "again with that"
-            )
-        return thaw(options.frozen, config_cls)
+def train_stages(job: JobConfig, trainer_cls: "type[Trainer]") -> None:
+    """Train every stage that is not finished, in order, in this process."""
+    from sora_train.runtime import world as distributed
+    from sora_train.runtime.health import longest_wait, record_collectives
 
-    def composed(more: list[str]) -> Config:
-        return compose(
-            [*overrides, *more],
-            config_cls=config_cls,
-            config_dir=options.config_dir,
-            yaml_file=yaml_file,
-        ).config
+    cfg = job.config
+    record_collectives(cfg.run.dir)
+    wait = longest_wait(cfg.health)
+    # One process group for all stages: a job may join its rendezvous only once.
+    world = distributed.start(
+        cfg.run.device, cfg.run.threads, wait, timedelta(seconds=cfg.health.meeting_seconds)
+    )
+    control = distributed.ControlPlane(world, wait)
+    try:
+        for number, (stage, run) in enumerate(zip(cfg.stages, job.stages, strict=True), start=1):
+            done = control.broadcast(is_finished(run) if world.is_main else None)
+            if world.is_main:
+                tail = ", finished before" if done else ""
+                print(f"stage {number} of {len(job.stages)}: {stage.name}{tail}", flush=True)
+            if not done:
+                trainer_cls(run).train()
+            if run.dry_run:
+                return
+    finally:
+        distributed.stop(world)
 
-    return with_stages(composed([]), composed)
 
+def is_finished(cfg: Config) -> bool:
+    """Whether a stage has its last checkpoint, and the summary that is written after it."""
+    from sora_train.checkpoint import list_checkpoints
 
-def with_stages(config: Config, composed: Callable[[list[str]], Config]) -> Frozen:
-    """A run and its stages, each `composed` with what it overrides."""
-    return Frozen(config, compose_stages(config, composed) if config.stages else ())
+    summary = Path(cfg.run.dir) / "summary.json"
+    if not summary.is_file():
+        return False
+    steps = json.loads(summary.read_text())["steps"]
+    saved = list_checkpoints(Path(cfg.run.dir) / "checkpoints")
+    return bool(saved) and saved[-1].step == steps >= cfg.train.steps
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from sora_train.errors import UserError
 
 STATE, MANIFEST, LATEST, REHEARSAL = "state.json", "MANIFEST.json", "latest", "rehearsal"
 TEMPORARY, REPLACED = ".tmp", ".old"
+EMA_PREFIX = "ema"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,32 @@ def step_of(name: str) -> int | None:
     """The step of a checkpoint's folder name, None for any other name."""
     digits = name.removeprefix("step-")
     return int(digits) if name.startswith("step-") and digits.isdigit() else None
+
+
+def split_step(text: str) -> tuple[Path, int | None]:
+    """RUN or RUN@STEP -> (folder, step or None). A folder that exists under the whole text is that folder.
+
+    Raises:
+        UserError: what stands after the last @ is no step, or nothing stands before it.
+    """
+    folder, at, step = text.rpartition("@")
+    if not at or Path(text).exists():
+        return Path(text), None
+    if not (folder and step.isascii() and step.isdigit()):
+        raise UserError(
+            f"'{text}' is no folder, and the step after @ must be a number, for example {folder or 'RUN'}@500"
+        )
+    return Path(folder), int(step)
+
+
+def tag_of(number: float, kind: str = "") -> str:
+    """`0.9999` -> `9999`, `0.05` of kind `s` (a sigma_rel) -> `s05`: without a dot, since dots part names."""
+    return kind + (f"{number:.12f}".rstrip("0").partition(".")[2] or "0")
+
+
+def prefix_of(tag: str) -> str:
+    """What names of an average's tensors begin with in a checkpoint; the empty tag is the one always kept."""
+    return f"{EMA_PREFIX}_{tag}." if tag else f"{EMA_PREFIX}."
 
 
 def complete(path: Path) -> bool:

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sora_train import checkpoint as checkpoints
+from sora_train.checkpoint.layout import EMA_PREFIX, prefix_of, tag_of
 from sora_train.errors import UserError
-from sora_train.training.optim.ema import PREFIX, prefix_of, tag_of
 
 LIVE = "model."
 CHUNK = 1 << 22
@@ -62,11 +62,11 @@ class StoredTensors:
         """
         if weights == "live":
             return LIVE
-        tag = "" if weights == PREFIX else weights.removeprefix(f"{PREFIX}_")
+        tag = "" if weights == EMA_PREFIX else weights.removeprefix(f"{EMA_PREFIX}_")
         tags = {
-            name.partition(".")[0].removeprefix(PREFIX).removeprefix("_")
+            name.partition(".")[0].removeprefix(EMA_PREFIX).removeprefix("_")
             for name in self.shapes
-            if name.partition(".")[0].partition("_")[0] == PREFIX
+            if name.partition(".")[0].partition("_")[0] == EMA_PREFIX
         }
         for candidate in (tag, *_tags_of_number(tag)):
             if candidate in tags:

@@ -7,17 +7,11 @@ A stage counts its own steps and has its own learning rate schedule. The same co
 the stage that is not finished.
 """
 
-import json
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sora_train.config import Config, StageConfig
 from sora_train.errors import ConfigError
-
-if TYPE_CHECKING:
-    from sora_train.training.trainer import Trainer
 
 Compose = Callable[[list[str]], Config]
 """The run's configuration with some overrides more."""
@@ -28,7 +22,7 @@ def stage_dir(cfg: Config, number: int) -> Path:
 
 
 def overrides_of(cfg: Config, number: int) -> list[str]:
-    """What makes the run's configuration that of a stage."""
+    """The overrides that turn the run's configuration into that of a stage."""
     stage = cfg.stages[number]
     for text in stage.overrides:
         key = text.partition("=")[0].lstrip("+~")
@@ -56,52 +50,13 @@ def _hand_over(cfg: Config, number: int, stage: StageConfig) -> list[str]:
     ]
 
 
-def is_done(cfg: Config) -> bool:
-    """Whether a stage has its last checkpoint, and the summary that is written after it."""
-    from sora_train import checkpoint as checkpoints
-
-    summary = Path(cfg.run.dir) / "summary.json"
-    if not summary.is_file():
-        return False
-    steps = json.loads(summary.read_text())["steps"]
-    found = checkpoints.list_checkpoints(Path(cfg.run.dir) / "checkpoints")
-    return bool(found) and found[-1].step == steps >= cfg.train.steps
-
-
-def compose_stages(cfg: Config, compose: Compose) -> tuple[Config, ...]:
+def compose_stages(cfg: Config, compose_with: Compose) -> tuple[Config, ...]:
     """The configurations of all stages, checked before the first one trains.
 
     Raises:
-        ConfigError: two stages of one name, or a stage that says what the chain does.
+        ConfigError: two stages have one name, or a stage sets a key that belongs to the chain.
     """
     names = [stage.name for stage in cfg.stages]
     if len(set(names)) < len(names):
         raise ConfigError(f"stages have the names {', '.join(names)}; give each a name of its own")
-    return tuple(compose(overrides_of(cfg, number)) for number in range(len(names)))
-
-
-def train_stages(cfg: Config, runs: Sequence[Config], trainer_cls: "type[Trainer]") -> None:
-    """Train every stage that is not finished, in order, in this process."""
-    from sora_train.runtime import world as distributed
-    from sora_train.runtime.health import longest_wait, record_collectives
-
-    names = [stage.name for stage in cfg.stages]
-    # One process group for all of them: a job may join its rendezvous only once.
-    record_collectives(cfg.run.dir)
-    wait = longest_wait(cfg.health)
-    world = distributed.start(
-        cfg.run.device, cfg.run.threads, wait, timedelta(seconds=cfg.health.meeting_seconds)
-    )
-    control = distributed.ControlPlane(world, wait)
-    try:
-        for number, run in enumerate(runs):
-            done = control.broadcast(is_done(run) if world.is_main else None)
-            if world.is_main:
-                tail = ", finished before" if done else ""
-                print(f"stage {number + 1} of {len(runs)}: {names[number]}{tail}", flush=True)
-            if not done:
-                trainer_cls(run).train()
-            if run.dry_run:
-                return
-    finally:
-        distributed.stop(world)
+    return tuple(compose_with(overrides_of(cfg, number)) for number in range(len(names)))

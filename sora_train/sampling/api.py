@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sora_train import checkpoint as checkpoints
+from sora_train.checkpoint.layout import split_step
 from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.config import Config, ModelConfig
 from sora_train.config.compose import load_yaml
@@ -259,10 +260,8 @@ def load(
     Raises:
         UserError: no such run or checkpoint, or the checkpoint is not one of a text-to-video model.
     """
-    folder, at, suffix = str(run).rpartition("@")
-    if at and suffix.isdigit() and not Path(run).exists():
-        run, step = folder, int(suffix)
-    looked = look(Path(run), step)
+    folder, named_step = split_step(str(run))
+    looked = look(folder, named_step if step is None else step)
     prefix = StoredTensors(looked.found).prefix(weights)
     found, cfg, spec = looked.found, looked.cfg, looked.spec
     vae = VideoVAE.from_config(cfg.vae)

@@ -44,12 +44,13 @@ def sample_clips(
     request.check()
     if not prompts:
         raise UserError('no prompt is given; add --prompt "..." or --prompts FILE')
-    run_dir, step = split_ckpt(ckpt)
+    from sora_train.checkpoint.layout import split_step
     from sora_train.checkpoint.tensors import StoredTensors
     from sora_train.models.vae.autoencoder import read_geometry
     from sora_train.sampling.api import changed, fitting_shape, load, look
     from sora_train.sampling.operations import prepare
 
+    run_dir, step = split_step(ckpt)
     looked = look(run_dir, step)
     StoredTensors(looked.found).prefix(weights)
     spec = changed(looked.spec, settings)
@@ -301,14 +302,14 @@ def ckpt_export(
     _require_diffusers("--to", layout)
     if max_shard_gb <= 0:
         raise UserError(f"--max-shard-gb {max_shard_gb:g} holds nothing; 5 is usual")
+    from sora_train.checkpoint.layout import split_step
     from sora_train.tools.convert.to_diffusers import export_pipeline
 
-    folder, at, step = run.rpartition("@")
-    named = at and step.isdigit() and not Path(run).exists()
+    run_dir, step = split_step(run)
+    max_shard_bytes = int(max_shard_gb * 1e9)
     return export_pipeline(
-        Path(folder if named else run), out, step=int(step) if named else None,
-        weights=weights, fps=fps, max_shard_bytes=int(max_shard_gb * 1e9),
-    )  # fmt: skip
+        run_dir, out, step=step, weights=weights, fps=fps, max_shard_bytes=max_shard_bytes
+    )
 
 
 def _require_diffusers(flag: str, layout: str) -> None:
@@ -379,16 +380,6 @@ def write_report(run_dir: Path) -> str:
     from sora_train.monitoring.report.report import write_report as write
 
     return f"wrote {write(run_dir)}"
-
-
-def split_ckpt(text: str) -> tuple[Path, int | None]:
-    """RUN or RUN@STEP -> (folder, step or None)."""
-    folder, at, step = text.rpartition("@")
-    if not at or Path(text).exists():
-        return Path(text), None
-    if not step.isdigit():
-        raise UserError(f"'{text}': the step after @ must be a number, for example {folder}@500")
-    return Path(folder), int(step)
 
 
 def count(manifest: "Manifest", captions: Sequence[str] = ()) -> str:

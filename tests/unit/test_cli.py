@@ -14,7 +14,6 @@ from sora_train.cli import run
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError, Fault, UserError, run_command
 from sora_train.tools.config.project import create
-from sora_train.tools.terminal import split_ckpt
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -224,11 +223,3 @@ def test_init_writes_a_project_whose_files_compose(tmp_path: Path, monkeypatch: 
         create(Path("my_project"))
     with pytest.raises(UserError, match="no name for a project"):
         create(Path("my project"))
-
-
-def test_a_run_and_a_step_are_told_apart(tmp_path: Path):
-    assert split_ckpt("runs/a@500") == (Path("runs/a"), 500)
-    assert split_ckpt("runs/a") == (Path("runs/a"), None)
-    odd = tmp_path / "a@b"
-    odd.mkdir()
-    assert split_ckpt(str(odd)) == (odd, None)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sora_train.checkpoint import find, list_checkpoints
+from sora_train.checkpoint.layout import prefix_of, tag_of
 from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError, Fault
-from sora_train.training.optim.ema import Ema, prefix_of, shadow_of, tag_of
+from sora_train.training.optim.ema import Ema, shadow_of
 from sora_train.training.optim.ema_profiles import (
     WIDEST,
     Profile,

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from sora_train.cli import run
 from sora_train.config import Config, LaunchConfig
-from sora_train.config.job import Frozen, freeze, thaw
+from sora_train.config.job import JobConfig, freeze, thaw
 from sora_train.config.sections.launch import limit_seconds
 from sora_train.errors import EXIT_FAULT, EXIT_REQUEUE, EXIT_USER, ConfigError, Fault, UserError
 from sora_train.tools.launch import k8s, local, node, slurm
@@ -378,8 +378,8 @@ def test_told_to_leave_before_torch_is_there_is_told_to_leave() -> None:
 
 def test_an_edited_configuration_is_no_longer_frozen(tmp_path: Path) -> None:
     config = Config.model_validate({"run": {"dir": str(tmp_path)}})
-    path = freeze(Frozen(config))
-    assert thaw(path).config == config and freeze(Frozen(config)) == path
+    path = freeze(JobConfig(config))
+    assert thaw(path).config == config and freeze(JobConfig(config)) == path
     path.write_text(path.read_text().replace("steps: 1000", "steps: 2000"))
     with pytest.raises(Fault, match="it was edited, or this node sees another file"):
         thaw(path)

@@ -48,11 +48,12 @@ def inspect(
     sora ckpt inspect runs/quickstart --tensors exp_avg_sq
     """
     from sora_train.checkpoint import find
+    from sora_train.checkpoint.layout import split_step
     from sora_train.checkpoint.tensors import StoredTensors
     from sora_train.tools.checkpoints import inspect as tools
-    from sora_train.tools.terminal import split_ckpt, table_of
+    from sora_train.tools.terminal import table_of
 
-    found = find(*split_ckpt(ckpt))
+    found = find(*split_step(ckpt))
     stored = StoredTensors(found)
     if tensors is not None:
         print(table_of(tools.TENSOR_COLUMNS, tools.tensor_rows(stored, tensors)))
@@ -68,10 +69,10 @@ def verify(ckpt: At) -> None:
     sora ckpt verify runs/quickstart
     sora ckpt verify runs/quickstart@600
     """
+    from sora_train.checkpoint.layout import split_step
     from sora_train.tools.checkpoints.inspect import verify as check
-    from sora_train.tools.terminal import split_ckpt
 
-    print(check(*split_ckpt(ckpt)))
+    print(check(*split_step(ckpt)))
 
 
 def diff(
@@ -92,11 +93,12 @@ def diff(
     sora ckpt diff runs/a runs/b --tensors model. --limit 50
     """
     from sora_train.checkpoint import find
+    from sora_train.checkpoint.layout import split_step
     from sora_train.checkpoint.tensors import StoredTensors
     from sora_train.tools.checkpoints import diff as checkpoint_diff
-    from sora_train.tools.terminal import split_ckpt, table_of
+    from sora_train.tools.terminal import table_of
 
-    first, second = find(*split_ckpt(one)), find(*split_ckpt(other))
+    first, second = find(*split_step(one)), find(*split_step(other))
     rows = checkpoint_diff.state_rows(first, second)
     if rows:
         print(table_of(("key", one, other), rows), end="\n\n")
@@ -148,18 +150,18 @@ def average(
     sora sample --ckpt runs/wider --prompt "..."
     """
     from sora_train.checkpoint import find
+    from sora_train.checkpoint.layout import split_step
     from sora_train.tools.checkpoints.averaging import average_checkpoints, average_post_hoc
-    from sora_train.tools.terminal import split_ckpt
 
     if sigma_rel is None:
-        found = [find(*split_ckpt(source)) for source in sources]
+        found = [find(*split_step(source)) for source in sources]
         print(average_checkpoints(found, _numbers(weights), out))
         return
     if len(sources) != 1 or weights is not None:
         raise UserError(
             f"--sigma-rel {sigma_rel:g} makes an average of one run's snapshots; give one RUN[@STEP] and no --weights"
         )
-    run_dir, step = split_ckpt(sources[0])
+    run_dir, step = split_step(sources[0])
     print(average_post_hoc(run_dir, step, sigma_rel, out))
 
 

@@ -24,11 +24,9 @@ def fetch(
     sora fetch experiment=quickstart
     sora fetch my.yaml vae.path=Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     """
-    from sora_train.train import described
+    from sora_train.config.job import compose_job
 
-    rest = [*(arguments or []), *(["--config-dir", str(config_dir)] if config_dir else [])]
-    frozen = described(rest)
-    print("\n".join(brought(frozen.stages or (frozen.config,))))
+    print("\n".join(brought(compose_job(arguments or [], config_dir=config_dir).runs)))
 
 
 def brought(configs: "tuple[Config, ...]") -> list[str]:
@@ -53,7 +51,9 @@ def brought(configs: "tuple[Config, ...]") -> list[str]:
 
 
 def here(run: str) -> bool:
-    return Path(run.partition("@")[0]).expanduser().is_dir()
+    from sora_train.checkpoint.layout import split_step
+
+    return split_step(run)[0].expanduser().is_dir()
 
 
 def one(named: "Named") -> str:

@@ -68,12 +68,12 @@ def start(
 
 def described(arguments: list[str], *, alone: bool) -> Run:
     """The run that is named, none where there is no argument."""
-    from sora_train.train import described as composed
+    from sora_train.config.job import compose_job
 
     if not arguments:
         return Run()
     try:
-        return Run(composed(arguments).config)
+        return Run(compose_job(arguments).config)
     except SoraError as error:
         if alone:
             raise

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sora_train.config import Config
 from sora_train.config.compose import split_yaml_file
-from sora_train.config.job import Frozen, freeze
+from sora_train.config.job import JobConfig, freeze, with_stages
 from sora_train.errors import UserError
 from sora_train.tools.launch.check import check_job
 from sora_train.tools.launch.job import Job
@@ -14,7 +14,6 @@ from sora_train.tools.sweep.axes import Job as SweepJob
 from sora_train.tools.sweep.axes import split
 from sora_train.tools.sweep.run import unfinished
 from sora_train.tools.sweep.template import Template
-from sora_train.train import with_stages
 
 
 def array_of(arguments: list[str], config_dir: Path | None) -> tuple[Job, list[Job]]:
@@ -49,12 +48,12 @@ def array_of(arguments: list[str], config_dir: Path | None) -> tuple[Job, list[J
     ]
 
 
-def checked(template: Template, job: SweepJob, config: Config, folder: Path) -> Frozen:
+def checked(template: Template, job: SweepJob, config: Config, folder: Path) -> JobConfig:
     """A run with its stages, which fits its ranks and finds its weights."""
 
-    def composed(more: list[str]) -> Config:
+    def compose_with(more: list[str]) -> Config:
         return template.compose([*template.of(job, folder), *more])
 
-    frozen = with_stages(config, composed)
-    check_job(frozen)
-    return frozen
+    run = with_stages(config, compose_with)
+    check_job(run)
+    return run

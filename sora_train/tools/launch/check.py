@@ -1,18 +1,18 @@
 """What is known of a job before anything of it starts: its ranks fit the layout, and its weights are here."""
 
 from sora_train.config import Config
-from sora_train.config.job import Frozen
+from sora_train.config.job import JobConfig
 from sora_train.errors import ConfigError
 from sora_train.models.hub import absent, weights_named
 from sora_train.parallel.degrees import check_degrees, resolve_degrees
 from sora_train.tools.launch.local import ranks_here
 
 
-def check_job(frozen: Frozen) -> None:
+def check_job(job: JobConfig) -> None:
     """Raises ConfigError where this run, or one of its stages, cannot be what `launch.*` says."""
-    for cfg in frozen.stages or (frozen.config,):
-        check_ranks(cfg, frozen.config)
-        if frozen.config.launch.offline:
+    for cfg in job.runs:
+        check_ranks(cfg, job.config)
+        if job.config.launch.offline:
             check_weights(cfg)
 
 

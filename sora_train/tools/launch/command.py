@@ -107,12 +107,11 @@ def k8s(
 def job_of(arguments: list[str] | None, config_dir: Path | None) -> "Job":
     """The job of a command line, its configuration checked, and frozen in its run folder."""
     from sora_train.config import LaunchConfig
-    from sora_train.config.job import freeze, held
+    from sora_train.config.job import compose_job, freeze, frozen_values
     from sora_train.config.messages import validated
     from sora_train.tools.launch.check import check_job
     from sora_train.tools.launch.job import Job
     from sora_train.tools.launch.local import ranks_here
-    from sora_train.train import described
 
     rest = [*(arguments or []), *(["--config-dir", str(config_dir)] if config_dir else [])]
     script: tuple[str, ...] = ("-m", "sora_train.train")
@@ -126,10 +125,10 @@ def job_of(arguments: list[str] | None, config_dir: Path | None) -> "Job":
             raise typer.Exit(done.returncode)
         path = Path(done.stdout.splitlines()[-1]).resolve()
     else:
-        frozen = described(rest)
-        check_job(frozen)
-        path = freeze(frozen).resolve()
-    values = held(path)["config"]
+        job = compose_job(rest)
+        check_job(job)
+        path = freeze(job).resolve()
+    values = frozen_values(path)["config"]
     cfg, run_dir = validated(LaunchConfig, values["launch"]), Path(values["run"]["dir"])
     name = values["name"] if values["name"] != "default" else run_dir.name
     return Job(name, run_dir.resolve(), path, Path.cwd(), cfg, ranks_here(cfg), script)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from sora_train.config.job import JobConfig
     from sora_train.tools.plan.assumptions import Assumptions
     from sora_train.tools.plan.time.cluster import Cluster
-    from sora_train.train import Frozen
 
 DEFAULT_CLUSTER = "8xH100"
 NO_CLIPS = "data.source is empty"
@@ -86,13 +86,15 @@ def tell(found: dict[str, Any], written: list[str]) -> None:
         console.print(f"wrote {path}", highlight=False)
 
 
-def asked(arguments: list[str], config_dir: Path | None) -> "tuple[Frozen, Cluster, Assumptions]":
+def asked(
+    arguments: list[str], config_dir: Path | None
+) -> "tuple[JobConfig, Cluster, Assumptions]":
     """The run, the machines and the assumptions of a command line.
 
     Raises:
         ConfigError: one of them is wrong.
     """
-    from sora_train.config.compose import parse_overrides, split_yaml_file
+    from sora_train.config.compose import parse_overrides
     from sora_train.config.messages import validated
     from sora_train.config.schema import closest
     from sora_train.errors import ConfigError
@@ -119,30 +121,23 @@ def asked(arguments: list[str], config_dir: Path | None) -> "tuple[Frozen, Clust
             f"plan.{unknown[0]} does not exist; {remedy}there are {', '.join(Assumptions.model_fields)}"
         )
     cluster = parse_cluster(name, settings["cluster"])
-    yaml_file, _ = split_yaml_file(rest)
-    return (
-        _described(rest, config_dir, yaml_file),
-        cluster,
-        validated(Assumptions, settings["plan"]),
-    )
+    return _job(rest, config_dir), cluster, validated(Assumptions, settings["plan"])
 
 
-def _described(arguments: list[str], config_dir: Path | None, yaml_file: Path | None) -> "Frozen":
-    """The run, whose clips need not be there yet."""
+def _job(arguments: list[str], config_dir: Path | None) -> "JobConfig":
+    """The job, whose clips need not be there yet."""
+    from sora_train.config.job import compose_job
     from sora_train.errors import ConfigError
-    from sora_train.train import described
 
-    if config_dir is not None:
-        arguments = [*arguments, "--config-dir", str(config_dir)]
     try:
-        return described(arguments)
+        return compose_job(arguments, config_dir=config_dir)
     except ConfigError as error:
         if NO_CLIPS not in str(error):
             raise
-        return described([*arguments, "data.source=clips_to_come"])
+        return compose_job([*arguments, "data.source=clips_to_come"], config_dir=config_dir)
 
 
-def planned(frozen: "Frozen", cluster: "Cluster", assume: "Assumptions") -> dict[str, Any]:
+def planned(job: "JobConfig", cluster: "Cluster", assume: "Assumptions") -> dict[str, Any]:
     """The plan as plain values, with a bar of progress on standard error."""
     import sys
 
@@ -158,4 +153,4 @@ def planned(frozen: "Frozen", cluster: "Cluster", assume: "Assumptions") -> dict
         def told(what: str, done: int, of: int) -> None:
             bar.update(task, description=what, completed=done, total=of)
 
-        return plan_run(frozen.config, frozen.stages, cluster, assume, told)
+        return plan_run(job.config, job.stages, cluster, assume, told)

@@ -10,23 +10,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sora_train.checkpoint.layout import prefix_of, tag_of
 from sora_train.errors import Fault, Preempted
 from sora_train.parallel.engine import Weights, local, placed_as
 from sora_train.training.optim.ema_profiles import power_decay
 
 Decay = Callable[[int], float]
 """From the 0-based step to what is kept of the average in its update: no other state, so a resumed run has it."""
-PREFIX = "ema"
-
-
-def tag_of(number: float, kind: str = "") -> str:
-    """`0.9999` -> `9999`, `0.05` of kind `s` (a sigma_rel) -> `s05`: without a dot, since dots part names."""
-    return kind + (f"{number:.12f}".rstrip("0").partition(".")[2] or "0")
-
-
-def prefix_of(tag: str) -> str:
-    """What names of an average's tensors begin with in a checkpoint; the empty tag is the one always kept."""
-    return f"{PREFIX}_{tag}." if tag else f"{PREFIX}."
 
 
 def ramped(decay: float) -> Decay:

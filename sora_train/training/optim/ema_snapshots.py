@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from sora_train import checkpoint as checkpoints
+from sora_train.checkpoint.layout import prefix_of
 from sora_train.config import Config
 from sora_train.parallel.engine import local, placed_as
-from sora_train.training.optim.ema import prefix_of
 
 if TYPE_CHECKING:
     from sora_train.training.trainer import Trainer

@@ -3,12 +3,12 @@
 Step and data begin anew, the optimizer's moments too unless `init.optimizer` takes them over.
 """
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from sora_train import checkpoint as checkpoints
+from sora_train.checkpoint.layout import split_step
 from sora_train.config import Config
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
@@ -57,9 +57,7 @@ def take_moments(found: checkpoints.Checkpoint, moments: dict[str, Tensor]) -> N
 
 def source_of(cfg: Config) -> checkpoints.Checkpoint:
     """The checkpoint that `init.run` names. Raises UserError where there is none."""
-    folder, at, step = cfg.init.run.rpartition("@")
-    named = at and step.isdigit() and not Path(cfg.init.run).exists()
-    return checkpoints.find(Path(folder if named else cfg.init.run), int(step) if named else None)
+    return checkpoints.find(*split_step(cfg.init.run))
 
 
 def refuse_imported(run_dir: str, state: dict[str, Any] | None) -> None:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from sora_train import checkpoint as checkpoints
 from sora_train.base.files import write_atomically
 from sora_train.checkpoint import Checkpoint
+from sora_train.checkpoint.layout import split_step
 from sora_train.config import Config
 from sora_train.config.resumption import changes, differences, resume_class
 from sora_train.errors import ConfigError, Fault, UserError
@@ -79,7 +80,7 @@ def starting_point(cfg: Config, folder: RunFolder, control: ControlPlane) -> Sta
         return Start(own, state, origin)
     if not cfg.resume.run:
         return None
-    run, step = split_step(cfg.resume.run)
+    run, step = control.together(lambda: split_step(cfg.resume.run))
     found = control.together(lambda: checkpoints.find(run, step))
     why = damage(found, control)
     if why:
@@ -102,16 +103,10 @@ def whole_state(found: Checkpoint) -> dict[str, Any]:
     return state
 
 
-def split_step(text: str) -> tuple[Path, int | None]:
-    """FOLDER@STEP as its parts; a folder whose name looks like that is a folder."""
-    run, at, step = text.rpartition("@")
-    if at and step.isdigit() and not Path(text).exists():
-        return Path(run), int(step)
-    return Path(text), None
-
-
 def _same_run(one: str, other: str) -> bool:
     """Whether two texts name the same step of the same run."""
+    if one == other:
+        return True
     if not one:
         return False
     (a, step_a), (b, step_b) = split_step(one), split_step(other)
