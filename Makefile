@@ -15,7 +15,7 @@ PYTEST_WORKERS ?= 2
 PYTEST_APART = -n $(PYTEST_WORKERS) --dist loadfile --max-worker-restart=0
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-all test-slurm lint format docs tiny_vae clean
+.PHONY: help env quickstart test test-all test-slurm lint format docs house tiny_vae clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## */\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ format: $(STAMP)  ## let ruff repair what it can
 docs: $(STAMP)  ## write docs/config.md and docs/metrics.md again from the models
 	$(BIN)/python -m sora_train.config.reference
 	$(BIN)/python -m sora_train.monitoring.metrics_reference
+
+house: $(STAMP)  ## draw the rooms of sora_train/ and their imports again: docs/images/house.svg
+	$(BIN)/python tests/house_picture.py docs/images/house.svg
 
 tiny_vae: $(STAMP)  ## train the video autoencoder that the package ships (about 40 minutes on a core)
 	$(BIN)/sora train experiment=tiny_vae
