@@ -23,7 +23,7 @@ BASE = (
     "experiment=parity_tiny", "tracker=none", "model.num_layers=6", "model.num_heads=4",
     "model.head_dim=64", "model.ffn_dim=1024", "model.text_dim=64", "text.trainable=false",
     "optim=adamw", "data.micro_batch=3", "data.cache=none", "data.shapes_image_share=0.0",
-    "objective.i2v_fraction=0.0", "train.steps=3", "validation.every=0", "sample.every=0",
+    "objective.conditioning.i2v=0.0", "train.steps=3", "validation.every=0", "sample.every=0",
     "checkpoint.every=0", "parallel.self_test=false", "run.device=cpu",
     "buckets.classes=[{name: 64px, pixels: 4096, frames: [9], aspect_ratios: ['1:1']}]",
     "text.max_length=48", "model.compile=off", "buckets.max_upscale=4",

@@ -14,7 +14,6 @@ from sora_train.config.sections.data import (
 )
 from sora_train.config.sections.health import HealthConfig
 from sora_train.config.sections.launch import LaunchConfig
-from sora_train.config.sections.loss_health import LossHealthConfig
 from sora_train.config.sections.model import ModelConfig, TextConfig, VaeConfig
 from sora_train.config.sections.objective import (
     ConditioningConfig,
@@ -38,6 +37,7 @@ from sora_train.config.sections.run import (
     StageConfig,
     TrainConfig,
 )
+from sora_train.config.sections.spike_detection import SpikeDetectionConfig
 from sora_train.config.sections.sweep import SweepConfig
 
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
     "InitConfig",
     "LaunchConfig",
     "LossConfig",
-    "LossHealthConfig",
+    "SpikeDetectionConfig",
     "MixConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -98,7 +98,7 @@ class Config(Section):
     text: TextConfig = TextConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     loss: LossConfig = LossConfig()
-    loss_health: LossHealthConfig = LossHealthConfig()
+    spike_detection: SpikeDetectionConfig = SpikeDetectionConfig()
     vae_objective: VaeObjectiveConfig = VaeObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()

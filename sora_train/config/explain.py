@@ -8,6 +8,7 @@ import yaml
 from sora_train.config import Config
 from sora_train.config.compose import DEFAULT, Composed, compose, find_configs, load_yaml
 from sora_train.config.messages import unknown_key
+from sora_train.config.renamed import with_new_names
 from sora_train.config.resumption import MEANING, resume_class
 from sora_train.config.schema import MISSING, Key, flatten, keys, plain, sections
 from sora_train.errors import ConfigError
@@ -70,7 +71,7 @@ def values_of(place: str, config_cls: type[Config] = Config) -> dict[str, Any]:
     if not file.is_file() and (find_configs() / "experiment" / f"{place}.yaml").is_file():
         raise ConfigError(f"there is no file {place}; did you mean 'experiment={place}'?")
     # Runs of other versions must stay comparable, so their keys are not checked.
-    return load_yaml(file)
+    return with_new_names(load_yaml(file))
 
 
 def scalar(value: Any) -> str:

@@ -17,6 +17,7 @@ from sora_train.base.files import write_atomically
 from sora_train.config import Config
 from sora_train.config.compose import Composed, compose, load_yaml, split_yaml_file
 from sora_train.config.messages import validated
+from sora_train.config.renamed import with_new_names
 from sora_train.config.stages import Compose, compose_stages
 from sora_train.errors import Fault, UserError
 
@@ -110,8 +111,10 @@ def thaw(path: Path, config_cls: type[Config] = Config) -> JobConfig:
         ConfigError: the code that reads it has other keys than the code that froze it.
     """
     values = frozen_values(path)
-    stages = tuple(validated(config_cls, stage) for stage in values.get("stages", []))
-    return JobConfig(validated(config_cls, values["config"]), stages)
+    stages = tuple(
+        validated(config_cls, with_new_names(stage)) for stage in values.get("stages", [])
+    )
+    return JobConfig(validated(config_cls, with_new_names(values["config"])), stages)
 
 
 def frozen_values(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import pydantic
 from pydantic_core import ErrorDetails
 
+from sora_train.config.renamed import new_name
 from sora_train.config.schema import (
     MISSING,
     closest,
@@ -47,6 +48,9 @@ def validated(cls: type[T], values: dict[str, Any], sources: Mapping[str, str] |
 
 def unknown_key(name: str, known: list[str]) -> str:
     """The sentence for a key that does not exist."""
+    new = new_name(name)
+    if new is not None:
+        return f"config key '{name}' is now called '{new}'; use that name"
     near = closest(name, known)
     listed = (
         f"known keys: {', '.join(known)}"
@@ -120,8 +124,13 @@ def _remedy(place: _Place, value: Any) -> str:
 
 
 def _origin(path: str, sources: Mapping[str, str]) -> str:
-    source = sources.get(path.split("[")[0], "default")
-    return "" if source in ("default", "command line") else f" ({source})"
+    key = path.split("[")[0]
+    files = (
+        source
+        for name, source in sources.items()
+        if (name == key or name.startswith(key + ".")) and source not in ("default", "command line")
+    )
+    return next((f" ({file})" for file in files), "")
 
 
 def _locate(cls: type[Section], loc: tuple[int | str, ...]) -> _Place:

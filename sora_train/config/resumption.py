@@ -67,7 +67,7 @@ CLASSES: dict[str, ResumeClass] = {
     "sample": "free",
     "tracker": "free",
     "health": "free",
-    "loss_health": "recorded",
+    "spike_detection": "recorded",
 }
 """The class of a key, or of all keys below a section that are not named themselves."""
 

@@ -84,7 +84,7 @@ METRICS: dict[str, Metric] = {
     "train/skipped": Metric(
         "steps",
         "steps skipped since step 0 because loss or gradient norm were not finite or a spike "
-        "(docs/loss_health.md); a row of such a step lacks what is not finite",
+        "(docs/spike_detection.md); a row of such a step lacks what is not finite",
     ),
     "train/rollbacks": Metric("1", "how often the run went back to a checkpoint behind such steps"),
     "train/lost_clips": Metric(

@@ -16,6 +16,7 @@ from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.config import Config, ModelConfig
 from sora_train.config.compose import load_yaml
 from sora_train.config.messages import validated
+from sora_train.config.renamed import with_new_names
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
@@ -202,7 +203,7 @@ def shipped_config(run_dir: Path, name: str = "config.yaml") -> Config:
 
     They were checked when the run began, and a model of one's own is refused by its weights.
     """
-    values = load_yaml(run_dir / name)
+    values = with_new_names(load_yaml(run_dir / name))
     return validated(
         Config, {key: value for key, value in values.items() if key in Config.model_fields}
     )

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
 
-from sora_train.config import LossHealthConfig
+from sora_train.config import SpikeDetectionConfig
 
 GAUSSIAN = 1.4826
 LEAST_DEVIATION = 0.1
@@ -72,7 +72,7 @@ class Tally:
 class Judge:
     """The running statistic and the counters; `state()` goes into the checkpoint."""
 
-    def __init__(self, cfg: LossHealthConfig):
+    def __init__(self, cfg: SpikeDetectionConfig):
         self.cfg = cfg
         self.tally = Tally()
         self.accepted = 0

@@ -107,7 +107,7 @@ class Trainer:
         meeting = timedelta(seconds=cfg.health.meeting_seconds)
         self.world = distributed.start(cfg.run.device, cfg.run.threads, wait, meeting)
         self.step = self.data_step = self.samples_seen = self.dropped = self.captions_cut = 0
-        self.judge = Judge(cfg.loss_health)
+        self.judge = Judge(cfg.spike_detection)
         self.row, self.owed = {}, ["samples"]
         self.saved: tuple[int, list[str]] | None = None
         self.metrics: MetricsFile | None = None

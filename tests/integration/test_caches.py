@@ -136,7 +136,7 @@ def test_told_to_leave_while_clips_are_encoded_a_run_leaves_and_keeps_what_it_ha
         "data.cache=latents",
         "data.shapes_clips=40",
         "train.steps=1",
-        "objective.i2v_fraction=0",
+        "objective.conditioning.i2v=0",
     ]
     cfg = compose([TINY, *small, f"run.dir={tmp_path / 'run'}"]).config
     with monkeypatch.context() as patch:

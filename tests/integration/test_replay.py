@@ -135,7 +135,7 @@ def test_the_run_is_left_as_it_is(run: Path, clips: tuple[str, str], tmp_path: P
 
 
 def test_tokens_that_count_and_stored_latents_too(clips: tuple[str, str], tmp_path: Path):
-    mixed = ["loss.reduce=per_token", "objective.i2v_fraction=0.6", "data.cache=auto"]
+    mixed = ["loss.reduce=per_token", "objective.conditioning.i2v=0.6", "data.cache=auto"]
     run = trained(tmp_path / "run", clips, "train.steps=1", *mixed)
     assert_exact(run, tmp_path / "out", 1)
     assert (tmp_path / "out" / "contact_sheet.png").exists()
@@ -144,7 +144,7 @@ def test_tokens_that_count_and_stored_latents_too(clips: tuple[str, str], tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [["objective.i2v_fraction=0", "objective.conditioning.connect=0.8"], ["task=vae"]],
+    [["objective.conditioning.i2v=0", "objective.conditioning.connect=0.8"], ["task=vae"]],
     ids=["pixels", "vae"],
 )
 def test_other_objectives_too(overrides: list[str], clips: tuple[str, str], tmp_path: Path):

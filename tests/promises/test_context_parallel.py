@@ -210,7 +210,7 @@ def test_ranks_of_one_clip_count_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(spikes, "gather", lambda control, mine: ["a", "a", "b", "b"])
     trainer = SimpleNamespace(
-        cfg=SimpleNamespace(loss_health=SimpleNamespace(draw=False), seed=0), world=worlds[0], control=None, step=6,
+        cfg=SimpleNamespace(spike_detection=SimpleNamespace(draw=False), seed=0), world=worlds[0], control=None, step=6,
         data_step=6, judge=SimpleNamespace(tally=SimpleNamespace(rollbacks=0)), folder=SimpleNamespace(path=tmp_path),
     )  # fmt: skip
     verdict = Verdict(

@@ -101,7 +101,7 @@ def test_the_spec_says_what_the_config_said_when_training_began(run: Path) -> No
     for name in shared - {"conditioning"}:
         assert getattr(spec, name) == getattr(objective, name), name
     assert spec.conditioning == objective.mix
-    assert dict(spec.conditioning)["i2v"] == objective.i2v_fraction
+    assert dict(spec.conditioning)["i2v"] == objective.conditioning.i2v
 
 
 def test_unknown_and_missing_keys_of_the_spec_are_errors(run: Path) -> None:

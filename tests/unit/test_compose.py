@@ -20,6 +20,7 @@ from sora_train.config.compose import (
     split_yaml_file,
 )
 from sora_train.config.explain import diff, explain, show
+from sora_train.config.renamed import with_new_names
 from sora_train.config.schema import default_tree, flatten, keys, plain
 from sora_train.errors import ConfigError
 
@@ -325,6 +326,42 @@ def test_a_yaml_file_is_told_from_overrides():
     assert split_yaml_file(["a.yaml", "x=b.yaml"]) == (Path("a.yaml"), ["x=b.yaml"])
     with pytest.raises(ConfigError, match="one YAML file"):
         split_yaml_file(["a.yaml", "b.yml"])
+
+
+# --- keys that had another name ---
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("loss_health.draw=false", "spike_detection.draw"),
+        ("objective.i2v_fraction=0.5", "objective.conditioning.i2v"),
+    ],
+)
+def test_an_old_key_is_refused_with_the_new_one(tmp_path: Path, old: str, new: str):
+    key, value = old.split("=")
+    for text in (message(old), message("+" + old)):
+        assert f"'{key}'" in text and f"'{new}'" in text
+    section, name = key.split(".")
+    file = write(tmp_path / "a.yaml", f"{section}: {{{name}: {value}}}\n")
+    text = message(yaml_file=file)
+    assert section in text and new.split(".")[0] in text and str(file) in text
+
+
+def test_what_an_earlier_version_wrote_is_read_under_new_names():
+    tree = plain(compose(["experiment=parity_tiny", "spike_detection.window=7"]).config)
+    written = {**tree, "loss_health": tree["spike_detection"]}
+    del written["spike_detection"]
+    conditioning = {**tree["objective"]["conditioning"], "i2v": 0.0}
+    alias_set = {**tree["objective"], "i2v_fraction": 0.25, "conditioning": conditioning}
+    alias_unset = {**tree["objective"], "i2v_fraction": 0.0}
+    before_the_section = {**tree["objective"], "i2v_fraction": 0.25}
+    del before_the_section["conditioning"]
+    for objective in (alias_set, alias_unset):
+        assert with_new_names({**written, "objective": objective}) == tree
+    oldest = with_new_names({**written, "objective": before_the_section})
+    assert oldest["objective"]["conditioning"] == {"i2v": 0.25}
+    assert with_new_names(tree) == tree
 
 
 # --- show, diff, explain ---

@@ -260,9 +260,7 @@ def test_a_loop_ends_as_it_begins_at_its_own_speed(count: int) -> None:
 
 def test_the_config_names_every_kind() -> None:
     assert set(ConditioningConfig.model_fields) == set(KINDS) - {"t2v"}
-    mix = {"objective.i2v_fraction": 0.0} | {
-        f"objective.conditioning.{kind}": 0.05 for kind in KINDS if kind != "t2v"
-    }
+    mix = {f"objective.conditioning.{kind}": 0.05 for kind in KINDS if kind != "t2v"}
     cfg = compose(["experiment=parity_tiny", *[f"{k}={v}" for k, v in mix.items()]]).config
     shares = dict(cfg.objective.mix)
     assert set(shares) == set(KINDS)
@@ -272,9 +270,8 @@ def test_the_config_names_every_kind() -> None:
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["objective.conditioning.i2v=0.2"], "objective.i2v_fraction=0.25 is given beside"),
         (
-            ["objective.i2v_fraction=0", "objective.conditioning.i2v=0.7", "objective.conditioning.loop=0.7"],
+            ["objective.conditioning.i2v=0.7", "objective.conditioning.loop=0.7"],
             "adds up to 1.4",
         ),
         (
@@ -282,7 +279,7 @@ def test_the_config_names_every_kind() -> None:
             "condition_noise_share is for cond_mode=replace",
         ),
         (
-            ["objective.i2v_fraction=0", "objective.conditioning.infill=0.5", "data.cache=latents"],
+            ["objective.conditioning.i2v=0", "objective.conditioning.infill=0.5", "data.cache=latents"],
             "data.cache=latents keeps no pixels",
         ),
         (["validation.kinds=[connect]"], "validation.kinds holds 'connect'"),

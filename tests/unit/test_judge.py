@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sora_train.config import LossHealthConfig
+from sora_train.config import SpikeDetectionConfig
 from sora_train.monitoring.metrics import MetricsFile
 from sora_train.monitoring.report.charts import charts, skipped_steps
 from sora_train.training.spike_detector import Judge
@@ -19,7 +19,7 @@ from sora_train.training.spike_detector import Judge
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])
 VALUES = st.floats(1e-6, 1e6)
 CURVES = st.lists(st.tuples(VALUES, VALUES), min_size=3, max_size=40)
-SMALL = LossHealthConfig(warmup=5, window=12, spike_sigma=6.0, grad_norm_sigma=6.0)
+SMALL = SpikeDetectionConfig(warmup=5, window=12, spike_sigma=6.0, grad_norm_sigma=6.0)
 
 
 def follow(judge: Judge, curve: list[tuple[float, float]]) -> list[str]:
@@ -37,7 +37,7 @@ def follow(judge: Judge, curve: list[tuple[float, float]]) -> list[str]:
 
 @given(CURVES)
 def test_during_warm_up_no_spike_is_judged(curve: list[tuple[float, float]]) -> None:
-    judge = Judge(LossHealthConfig(warmup=len(curve), window=50))
+    judge = Judge(SpikeDetectionConfig(warmup=len(curve), window=50))
     assert follow(judge, curve) == [""] * len(curve)
 
 
@@ -46,7 +46,7 @@ def test_what_is_not_finite_is_always_bad(
     curve: list[tuple[float, float]], bad: float, in_loss: bool, at: int
 ) -> None:
     """In warm-up and after it, with spikes looked for or not; and nothing of it enters the statistic."""
-    for cfg in (SMALL, LossHealthConfig(spike_sigma=0.0, grad_norm_sigma=0.0)):
+    for cfg in (SMALL, SpikeDetectionConfig(spike_sigma=0.0, grad_norm_sigma=0.0)):
         judge, clean = Judge(cfg), Judge(cfg)
         follow(judge, curve[:at])
         follow(clean, curve[:at])
@@ -82,7 +82,7 @@ def test_one_outlier_among_good_steps_hardly_moves_the_limit(
     losses: list[float], at: int, outlier: float
 ) -> None:
     """However large it is: median and deviation each move at most to a neighbouring value of the good ones."""
-    cfg = LossHealthConfig(warmup=20, window=20, spike_sigma=6.0)
+    cfg = SpikeDetectionConfig(warmup=20, window=20, spike_sigma=6.0)
     clean, spoiled = Judge(cfg), Judge(cfg)
     for number, loss in enumerate(losses):
         clean.accept(loss, 1.0)
@@ -108,7 +108,7 @@ def test_a_judge_that_was_stored_judges_as_one_that_was_not(
 
 
 def test_the_limit_is_the_medians_by_hand() -> None:
-    judge = Judge(LossHealthConfig(warmup=3, window=5, spike_sigma=4.0, grad_norm_sigma=0.0))
+    judge = Judge(SpikeDetectionConfig(warmup=3, window=5, spike_sigma=4.0, grad_norm_sigma=0.0))
     for loss in (1e9, 1.0, 2.0, 4.0, 8.0, 16.0):  # the first has left the window
         judge.accept(loss, loss)
     verdict = judge.verdict(1.0, 1e30)
@@ -128,7 +128,7 @@ def test_a_flat_curve_is_not_judged_by_its_last_digits() -> None:
 
 def test_gaussian_deviations_are_deviations() -> None:
     """1.4826 makes sigma mean what it says for values that are normal."""
-    judge = Judge(LossHealthConfig(warmup=1000, window=1000, spike_sigma=4.0))
+    judge = Judge(SpikeDetectionConfig(warmup=1000, window=1000, spike_sigma=4.0))
     quantiles = NormalDist(0.0, 0.5).quantiles(n=1001)
     for value in np.random.default_rng(0).permutation(quantiles):
         judge.accept(math.exp(value), 1.0)
@@ -145,7 +145,7 @@ def test_a_loss_of_zero_or_less_is_taken_and_not_judged() -> None:
 
 
 def test_skips_in_a_row_exhaust_and_a_good_step_forgives() -> None:
-    judge = Judge(LossHealthConfig(max_skips=2))
+    judge = Judge(SpikeDetectionConfig(max_skips=2))
     judge.skip(3)
     assert not judge.exhausted
     judge.accept(1.0, 1.0)
@@ -160,15 +160,15 @@ def test_a_shorter_window_keeps_the_newest_steps() -> None:
     judge = Judge(SMALL)
     for loss in range(1, 13):
         judge.accept(float(loss), 1.0)
-    short = Judge(LossHealthConfig(window=3, warmup=3))
+    short = Judge(SpikeDetectionConfig(window=3, warmup=3))
     short.load(judge.state())
     assert short.state()["losses"] == [math.log(loss) for loss in (10, 11, 12)]
 
 
 def test_a_sigma_that_would_skip_ordinary_steps_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"loss_health\.grad_norm_sigma=1 would skip"):
-        LossHealthConfig(grad_norm_sigma=1.0)
-    assert LossHealthConfig(spike_sigma=0.0)
+    with pytest.raises(ValidationError, match=r"spike_detection\.grad_norm_sigma=1 would skip"):
+        SpikeDetectionConfig(grad_norm_sigma=1.0)
+    assert SpikeDetectionConfig(spike_sigma=0.0)
 
 
 def test_rows_taken_back_are_gone_and_what_is_not_finite_is_left_out(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ VIDEO, IMAGE, WIDE = Bucket(9, 32, 32), Bucket(1, 32, 32), Bucket(5, 32, 64)
 @functools.cache
 def parts(reduce: str) -> tuple[Config, TextToVideoObjective, TextToVideo]:
     cfg = compose(
-        ["experiment=parity_tiny", f"loss.reduce={reduce}", "objective.i2v_fraction=0.5"]
+        ["experiment=parity_tiny", f"loss.reduce={reduce}", "objective.conditioning.i2v=0.5"]
     ).config
     vae, model = VideoVAE.from_config(cfg.vae), TextToVideo(cfg.model, cfg.text, seed=0)
     # The output layer starts at zero, and behind it no gradient would tell two losses apart.

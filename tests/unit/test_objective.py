@@ -24,7 +24,7 @@ from sora_train.objectives import FlowBatch, TextToVideoObjective, to_pixels
 from sora_train.objectives.spec import build_spec
 
 CPU = torch.device("cpu")
-MIX = ["objective.i2v_fraction=0", *[f"objective.conditioning.{k}=0.09" for k in KINDS if k != "t2v"]]  # fmt: skip
+MIX = [f"objective.conditioning.{kind}=0.09" for kind in KINDS if kind != "t2v"]
 Parts = tuple[Config, TextToVideoObjective, TextToVideo]
 
 
@@ -136,7 +136,7 @@ def test_announced_weights_are_those_of_the_sums_for_every_kind() -> None:
 
 
 def test_conditions_and_captions_are_dropped_independently() -> None:
-    _, objective, _ = built("objective.i2v_fraction=1", "objective.caption_dropout=0.5",
+    _, objective, _ = built("objective.conditioning.i2v=1", "objective.caption_dropout=0.5",
                             "objective.condition_dropout=0.5")  # fmt: skip
     keys = [(0, row) for row in range(2000)]
     no_text = [prompt == "" for prompt in objective.drop_captions(["said"] * len(keys), keys)]

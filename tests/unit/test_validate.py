@@ -39,7 +39,7 @@ class Recorded(ControlPlane):
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[TextToVideo, TextToVideoObjective]:
-    mix = ["objective.i2v_fraction=0", *[f"objective.conditioning.{k}=0.2" for k in KINDS[1:]]]
+    mix = [f"objective.conditioning.{kind}=0.2" for kind in KINDS[1:]]
     cfg = compose(["experiment=parity_tiny", *mix]).config
     vae, model = VideoVAE.from_config(cfg.vae), TextToVideo(cfg.model, cfg.text, seed=0)
     torch.nn.init.normal_(
@@ -121,7 +121,7 @@ def test_an_image_takes_no_kind_but_text(parts) -> None:
 
 
 def test_kinds_are_those_of_the_mix_with_text_first() -> None:
-    base = ["experiment=parity_tiny", "objective.i2v_fraction=0"]
+    base = ["experiment=parity_tiny", "objective.conditioning.i2v=0"]
     mix = ["objective.conditioning.loop=0.5", "objective.conditioning.i2v=0.3"]
     assert validated_kinds(compose(base).config) == ("t2v",)
     assert validated_kinds(compose([*base, *mix]).config) == ("t2v", "i2v", "loop")

@@ -64,8 +64,6 @@ class ObjectiveConfig(Section):
     """Signal-to-noise ratio above which `min_snr` stops weighing more."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Share of samples trained with the empty caption, so that guidance has a null."""
-    i2v_fraction: float = Field(0.0, ge=0, le=1)
-    """The same as `objective.conditioning.i2v`, which see; only one of them may be set."""
     conditioning: ConditioningConfig = ConditioningConfig()
     """Share of clips by what they are given besides their caption; the others get the caption alone (t2v)."""
     cond_mode: Literal["replace", "concat"] = "replace"
@@ -99,11 +97,6 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _kinds_add_up(self) -> "ObjectiveConfig":
         shares = self.conditioning.model_dump()
-        if self.i2v_fraction and any(shares.values()):
-            raise ValueError(
-                f"objective.i2v_fraction={self.i2v_fraction:g} is given beside objective.conditioning; set "
-                f"objective.conditioning.i2v={self.i2v_fraction:g} instead"
-            )
         if sum(shares.values()) > 1 + 1e-6:
             raise ValueError(
                 f"objective.conditioning adds up to {sum(shares.values()):g}; its shares are of all clips, so make "
@@ -119,9 +112,7 @@ class ObjectiveConfig(Section):
     @property
     def mix(self) -> tuple[tuple[str, float], ...]:
         """(kind, probability) of every kind that is trained and of t2v; probabilities sum to 1."""
-        shares = self.conditioning.model_dump() | (
-            {"i2v": self.i2v_fraction} if self.i2v_fraction else {}
-        )
+        shares = self.conditioning.model_dump()
         rest = max(0.0, 1.0 - sum(shares.values()))
         return (("t2v", rest), *((kind, share) for kind, share in shares.items() if share > 0))
 

@@ -22,6 +22,7 @@ from sora_train.base.files import write_atomically
 from sora_train.checkpoint import Checkpoint
 from sora_train.checkpoint.layout import split_step
 from sora_train.config import Config
+from sora_train.config.renamed import with_new_names
 from sora_train.config.resumption import changes, differences, resume_class
 from sora_train.errors import ConfigError, Fault, UserError
 from sora_train.monitoring.metrics import read_metrics
@@ -228,7 +229,7 @@ def _with_defaults(saved: dict[str, Any], cfg: Config) -> dict[str, Any]:
             return default | {k: merged(default.get(k), v) for k, v in value.items()}
         return value
 
-    return merged(type(cfg)().model_dump(mode="json"), saved)
+    return merged(type(cfg)().model_dump(mode="json"), with_new_names(saved))
 
 
 def record_changes(trainer: "Trainer", found: list[Change]) -> None:

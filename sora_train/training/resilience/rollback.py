@@ -52,7 +52,7 @@ def roll_back(trainer: "Trainer") -> None:
     """Go back behind the steps skipped last; every rank calls this, after a step.
 
     Raises:
-        Fault: it was done `loss_health.max_rollbacks` times, or there is no checkpoint to go to.
+        Fault: it was done `spike_detection.max_rollbacks` times, or there is no checkpoint to go to.
     """
     trainer.commit()
     with trainer.health.phase("save"):
@@ -184,5 +184,5 @@ def gave_up(trainer: "Trainer", why: str) -> str:
     return (
         f"steps {step - in_a_row + 1} to {step} were bad and skipped (the last: loss {row['train/loss']:.6g}, gradient "
         f"norm {row['train/grad_norm']:.6g}), {why}; the weights are those of before. Look at the clips in "
-        f"{trainer.folder.path / 'spikes'}, lower optim.lr ({trainer.cfg.optim.lr:g}), or change loss_health"
+        f"{trainer.folder.path / 'spikes'}, lower optim.lr ({trainer.cfg.optim.lr:g}), or change spike_detection"
     )

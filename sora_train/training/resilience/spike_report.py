@@ -34,7 +34,7 @@ def record_spike(
 ) -> None:
     """Write down what is known of a step that is skipped, and draw its clips; every rank calls this."""
     mine = [micro_batch(trainer, batch, terms) for batch, terms in zip(batches, parts, strict=True)]
-    if trainer.cfg.loss_health.draw:
+    if trainer.cfg.spike_detection.draw:
         draw_step(trainer, trainer.step + 1, batches, parts, totals, why=verdict.sentence())
     # Ranks that share a micro-batch hold the same clips: the first of them speaks for all.
     found = gather(trainer.control, mine)[:: trainer.world.cp]

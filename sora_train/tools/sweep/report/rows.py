@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.config.compose import load_yaml
+from sora_train.config.renamed import with_new_names
 from sora_train.config.schema import flatten
 from sora_train.errors import UserError
 from sora_train.monitoring.metrics import read_metrics
@@ -120,7 +121,7 @@ def row_of(run_dir: Path, id: str, values: dict[str, str]) -> Row:
     return Row(
         id, values, found.state, found.why, found.step,
         read_metrics(path) if path.exists() else [],
-        flatten(load_yaml(config)) if config.exists() else {},
+        flatten(with_new_names(load_yaml(config))) if config.exists() else {},
     )  # fmt: skip
 
 

@@ -7,10 +7,10 @@ from sora_train.config.sections.base import Section
 LEAST_SIGMA = 3.0
 
 
-class LossHealthConfig(Section):
+class SpikeDetectionConfig(Section):
     spike_sigma: float = Field(10.0, ge=0)
     """A step whose loss lies more than this many robust deviations above the median of the last good steps is skipped
-    (docs/loss_health.md). 0: no spikes are looked for in the loss; one that is not finite is skipped always."""
+    (docs/spike_detection.md). 0: no spikes are looked for in the loss; one that is not finite is skipped always."""
     grad_norm_sigma: float = Field(25.0, ge=0)
     """The same of the gradient norm before clipping, which spreads far wider in healthy runs."""
     window: int = Field(200, ge=2)
@@ -26,12 +26,12 @@ class LossHealthConfig(Section):
     """Draw the clips of a skipped step, with their noise levels and losses, into spikes/step-N in the run folder."""
 
     @model_validator(mode="after")
-    def _ordinary_steps_pass(self) -> "LossHealthConfig":
+    def _ordinary_steps_pass(self) -> "SpikeDetectionConfig":
         for key in ("spike_sigma", "grad_norm_sigma"):
             sigma = getattr(self, key)
             if 0 < sigma < LEAST_SIGMA:
                 raise ValueError(
-                    f"loss_health.{key}={sigma:g} would skip ordinary steps; take {LEAST_SIGMA:g} or more, or 0 to "
+                    f"spike_detection.{key}={sigma:g} would skip ordinary steps; take {LEAST_SIGMA:g} or more, or 0 to "
                     "look for no spikes"
                 )
         return self

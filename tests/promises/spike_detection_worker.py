@@ -1,4 +1,4 @@
-"""Run under torchrun by test_loss_health: one cell of the table after another in one process group.
+"""Run under torchrun by test_spike_detection: one cell of the table after another in one process group.
 
 Arguments: a folder, then one JSON object a cell: `overrides`, and what goes wrong (`SickTrainer`). Each cell runs in
 FOLDER/cell-N, and each rank writes a digest of its weights, averages and moments after each step.

@@ -9,22 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from loss_health_worker import run
+from spike_detection_worker import run
 
 from sora_train import checkpoint as checkpoints
 from sora_train.errors import Fault
 from sora_train.monitoring.metrics import is_clocked, read_metrics
 
-WORKER = Path(__file__).with_name("loss_health_worker.py")
+WORKER = Path(__file__).with_name("spike_detection_worker.py")
 COUNTS = ("train/skipped", "train/rollbacks", "train/lost_clips", "train/samples_seen")
 SMALL = [
     "optim=adamw", "optim.warmup_steps=2", "optim.lr=0.001", "validation.every=0", "data.cache=latents",
-    "model.num_layers=1", "loss_health.draw=false",
+    "model.num_layers=1", "spike_detection.draw=false",
 ]  # fmt: skip
 
 # Two micro-batches a step: an odd one is the second rank's. Steps are counted from 1, as in metrics.jsonl.
 LONG = [
-    *SMALL, "train.steps=11", "checkpoint.every=4", "loss_health.warmup=3", "loss_health.max_skips=2",
+    *SMALL, "train.steps=11", "checkpoint.every=4", "spike_detection.warmup=3", "spike_detection.max_skips=2",
 ]  # fmt: skip
 FAULTS = {"5": "nan", "8": "gradient", "13": "spike", "17": "nan", "18": "nan"}
 """Steps 3, 5 and 7 are bad, then 9 and 10: the run goes back from there to the checkpoint of step 4, not to that of
@@ -186,7 +186,7 @@ def test_a_skipped_step_is_drawn(live: Callable) -> None:
     cell = {"sick": {"1": "spike"}, "overrides": [*SMALL, "train.steps=1", "checkpoint.every=0"]}
     assert not (live(cell) / "spikes").exists(), "in warm-up a spike is a step like others"
     cell["sick"] = {"1": "nan"}
-    drawn = live(cell, "loss_health.draw=true", name="drawn") / "spikes"
+    drawn = live(cell, "spike_detection.draw=true", name="drawn") / "spikes"
     assert (drawn / "step-000001" / "rank-0.png").stat().st_size > 1000
     (spike,) = [json.loads(file.read_text()) for file in drawn.glob("*.json")]
     first, second = spike["ranks"][0]["micro_batches"]
@@ -211,7 +211,7 @@ def test_after_so_many_times_the_run_stops(live: Callable, tmp_path: Path) -> No
     with pytest.raises(Fault, match=r"steps 4 to 5 were bad .*loss nan.*, after 1 roll-back"):
         live(
             {**SICK, "sick": {str(index): "nan" for index in range(8, 40)}},
-            "loss_health.max_rollbacks=1", "checkpoint.every=3",
+            "spike_detection.max_rollbacks=1", "checkpoint.every=3",
         )  # fmt: skip
     run_dir = tmp_path / "run"
     assert sorted(path.name for path in (run_dir / "spikes").iterdir()) == [
