@@ -19,7 +19,7 @@ from sora_train.models.vae.discriminator import (
     smallest_side,
 )
 from sora_train.monitoring.metrics import read_metrics
-from sora_train.monitoring.report.charts import charts
+from sora_train.monitoring.report.run_charts import training_charts
 from sora_train.objectives import VaeObjective
 from sora_train.objectives.adversary import Adversary, gradient_ratio
 from sora_train.training.trainer import Trainer
@@ -113,8 +113,8 @@ def test_before_it_acts_the_autoencoder_knows_nothing_of_it(parity_config: Calla
     assert a[1]["train/loss/mse"] == b[1]["train/loss/mse"]
     assert a[1]["train/loss"] != b[1]["train/loss"]
     assert not [name for row in a for name in row if "disc" in name]
-    titles = [title for title, _ in charts(b)]
-    assert "Patches the discriminator tells rightly" in titles
+    titles = [title for title, _ in training_charts(b)]
+    assert "Patches the discriminator classifies correctly" in titles
 
 
 def test_each_side_gets_its_own_gradient_alone() -> None:

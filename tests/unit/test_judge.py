@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from sora_train.config import SpikeDetectionConfig
 from sora_train.monitoring.metrics import MetricsFile
-from sora_train.monitoring.report.charts import charts, skipped_steps
+from sora_train.monitoring.report.run_charts import skipped_steps, training_charts
 from sora_train.training.spike_detector import Judge
 
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])
@@ -189,7 +189,7 @@ def test_skipped_steps_are_marked_in_the_chart_and_not_drawn() -> None:
 
     rows = [row(1, 1, 0), row(2, 900, 1), row(3, 1, 1), row(4, 1.1, 3, 1), row(5, 800, 4, 1)]
     assert skipped_steps(rows) == [2, 5], "not step 4, the first after a roll-back"
-    (title, svg), *_ = charts(rows)
+    (title, svg), *_ = training_charts(rows)
     assert title == "Training loss"
     assert [f"step {step} was skipped" in svg for step in range(1, 6)] == [
         False,

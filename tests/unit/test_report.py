@@ -17,8 +17,10 @@ from sora_train.monitoring.metrics import METRICS
 from sora_train.monitoring.metrics_reference import reference
 from sora_train.monitoring.report import charts as report_charts
 from sora_train.monitoring.report import report
-from sora_train.monitoring.report.charts import charts, smooth, spread, thin, ticks
-from sora_train.monitoring.report.report import count, write_report
+from sora_train.monitoring.report.charts import smooth, spread, thin, ticks
+from sora_train.monitoring.report.page import compact
+from sora_train.monitoring.report.report import write_report
+from sora_train.monitoring.report.run_charts import training_charts
 
 REPO = Path(__file__).parents[2]
 TIMES = (0.1, 0.5, 0.9)
@@ -215,7 +217,7 @@ def test_an_old_report_survives_a_failure(run_dir: Path, monkeypatch: pytest.Mon
 def test_each_noise_level_is_a_labelled_curve(run_dir: Path):
     write_report(run_dir)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    drawn = dict(charts(rows))
+    drawn = dict(training_charts(rows))
     svg = drawn["Validation loss by noise level t (EMA weights)"]
     assert svg.count("<polyline") == len(TIMES) + 1
     assert all(f"t = {t:g}<" in svg for t in TIMES)
@@ -229,7 +231,7 @@ def test_curves_keep_inside_the_picture_and_skip_what_is_not_finite():
         {"step": step, "time": 0.0, "train/loss": value}
         for step, value in enumerate([1.0, float("nan"), 1e9, float("inf"), *[0.5] * 3000])
     ]
-    ((_, svg),) = charts(rows)
+    ((_, svg),) = training_charts(rows)
     numbers = [
         float(n)
         for points in re.findall(r'points="([^"]+)"', svg)
@@ -249,8 +251,8 @@ def test_flat_and_single_curves_are_drawn(values: list[float]):
         "train/data_wait",
     )
     rows = [{"step": i, "time": 0.0, **dict.fromkeys(names, v)} for i, v in enumerate(values)]
-    assert len(charts(rows)) == 5
-    assert "nan" not in "".join(svg for _, svg in charts(rows))
+    assert len(training_charts(rows)) == 5
+    assert "nan" not in "".join(svg for _, svg in training_charts(rows))
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
@@ -283,7 +285,7 @@ def test_labels_never_overlap_and_keep_their_order(places: list[float]):
 
 
 def test_counts_are_short():
-    assert [count(n) for n in (812, 6123, 14_200_000, 1_300_000_000)] == [
+    assert [compact(n) for n in (812, 6123, 14_200_000, 1_300_000_000)] == [
         "812",
         "6.12 K",
         "14.2 M",

@@ -11,7 +11,7 @@ from sora_train.monitoring.events import Event
 from sora_train.monitoring.goodput import PARTS
 from sora_train.monitoring.report.charts import HEIGHT, WIDTH
 from sora_train.monitoring.report.report import write_report
-from sora_train.monitoring.report.runtime import goodput, panels
+from sora_train.monitoring.report.run_charts import goodput, runtime_charts
 
 SHARES = dict(zip([*PARTS, "other"], [0.8, 0.05, 0.02, 0.03, 0.04, 0.06], strict=True))
 
@@ -43,7 +43,7 @@ def rows(count: int) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("count", [1, 2, 50, 5000])
 def test_every_panel_keeps_inside_its_picture(count: int):
-    drawn = dict(panels(rows(count), [Event("a", "restart", 1, 0.0, "went <on>")]))
+    drawn = dict(runtime_charts(rows(count), [Event("a", "restart", 1, 0.0, "went <on>")]))
     assert len(drawn) == 8
     for title, svg in drawn.items():
         assert "nan" not in svg and "inf" not in svg.lower().replace("infill", ""), title
@@ -69,8 +69,8 @@ def test_the_parts_of_the_time_fill_the_picture_in_proportion():
 
 
 def test_nothing_is_drawn_of_nothing():
-    assert panels([]) == []
-    assert panels([{"step": 1.0, "time": 1.0, "train/loss": 1.0}]) == []
+    assert runtime_charts([]) == []
+    assert runtime_charts([{"step": 1.0, "time": 1.0, "train/loss": 1.0}]) == []
 
 
 def test_the_report_tells_what_happened(tmp_path: Path):

@@ -5,10 +5,9 @@ import csv
 import io
 import os
 from collections import Counter
-from html import escape
-from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
-from string import Template
+from typing import Any
 
 import numpy as np
 import yaml
@@ -17,8 +16,9 @@ from sora_train.base.contact_sheet import contact_sheet, filmstrip
 from sora_train.config import Config
 from sora_train.data.captions.choice import captions_by_name, without_weighted
 from sora_train.data.captions.texts import MAIN
+from sora_train.data.manifest import Manifest
 from sora_train.monitoring.report.charts import histogram
-from sora_train.monitoring.report.report import count
+from sora_train.monitoring.report.page import compact, render
 from sora_train.tools.data.report_plan import FRAMES_SHOWN, DataPlan, Thumbnail, read_thumbnails
 
 NAME = "data_report"
@@ -105,47 +105,45 @@ def clip_table(plan: DataPlan) -> str:
 
 def page(plan: DataPlan, thumbnails: list[Thumbnail]) -> str:
     """The HTML of the report."""
-    title = f"Data of {plan.manifest.root.name or plan.manifest.root}"
-    parts = [
-        _header(title, plan),
-        _buckets(plan),
-        _dropped(plan),
-        _charts(plan),
-        _fates(plan),
-        _examples(plan, thumbnails),
-        _codecs(plan),
-        _table_of_buckets(plan.cfg),
-    ]
-    template = Template(
-        files("sora_train.monitoring.report").joinpath("report_template.html").read_text("utf-8")
+    manifest = plan.manifest
+    rows = np.unique(
+        np.linspace(0, len(manifest) - 1, min(len(manifest), CLIPS_LISTED)).round().astype(int)
     )
-    return template.substitute(title=escape(title), body="\n".join(filter(None, parts)))
-
-
-def _header(title: str, plan: DataPlan) -> str:
-    used = plan.used
-    seconds = float(plan.manifest.duration[used].sum())
-    tokens = int((plan.clips_per_bucket * np.array(plan.tokens)).sum())
-    dropped = len(plan.manifest) - len(used)
-    tiles = {
-        "clips": f"{len(plan.manifest):,}",
-        "used": f"{len(used):,}",
-        "dropped": f"{dropped:,}",
-        "held out": f"{plan.held_out:,}",
-        "of video used": _duration(seconds),
-        "tokens an epoch": count(tokens),
+    bucket_settings = {
+        "data": {"source": plan.cfg.data.source},
+        "buckets": plan.cfg.buckets.model_dump(mode="json"),
     }
-    cells = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{name}</span></div>'
-        for name, value in tiles.items()
+    return render(
+        "tools/data/report.html",
+        title=f"Data of {manifest.root.name or manifest.root}",
+        root=manifest.root,
+        total=len(manifest),
+        used=len(plan.used),
+        tiles=_tiles(plan),
+        buckets=list(zip(plan.table, plan.clips_per_bucket.tolist(), plan.tokens, strict=True)),
+        dropped=_dropped(plan),
+        charts=_charts(plan),
+        clips=[
+            [manifest.key[row], plan.fate(row), plan.framing(row), plan.clip_tokens(row)]
+            for row in rows.tolist()
+        ],
+        table_name=f"{NAME}.csv",
+        examples=_examples(plan, thumbnails),
+        codecs=_codecs(manifest),
+        settings=yaml.safe_dump(bucket_settings, sort_keys=False),
     )
-    return (
-        f"<h1>{escape(title)}</h1>"
-        f'<p class="faint">What training would make of {escape(str(plan.manifest.root))}: '
-        f"{len(used):,} used + {dropped:,} dropped = {len(plan.manifest):,} clips. "
-        "Held-out clips are left out of the count.</p>"
-        f'<div class="tiles">{cells}</div>'
-    )
+
+
+def _tiles(plan: DataPlan) -> dict[str, str]:
+    tokens = int((plan.clips_per_bucket * np.array(plan.tokens)).sum())
+    return {
+        "clips": f"{len(plan.manifest):,}",
+        "used": f"{len(plan.used):,}",
+        "dropped": f"{len(plan.manifest) - len(plan.used):,}",
+        "held out": f"{plan.held_out:,}",
+        "of video used": _duration(float(plan.manifest.duration[plan.used].sum())),
+        "tokens an epoch": compact(tokens),
+    }
 
 
 def _duration(seconds: float) -> str:
@@ -155,44 +153,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _buckets(plan: DataPlan) -> str:
-    most = max(1, int(plan.clips_per_bucket.max(initial=0)))
-    rows = []
-    for spec, number, tokens in zip(plan.table, plan.clips_per_bucket, plan.tokens, strict=True):
-        bar = f'<div class="bar" style="width:{100 * number / most:.1f}%"></div>' if number else ""
-        rows.append(
-            f"<tr><td>{spec.bucket.name}</td><td>{escape(spec.class_name)}</td>"
-            f'<td>{escape(spec.aspect_ratio)}</td><td class="n">{number:,}</td>'
-            f'<td class="bars">{bar}</td><td class="n">{tokens:,}</td>'
-            f'<td class="n">{count(number * tokens)}</td></tr>'
-        )
-    return (
-        "<h2>Buckets</h2><p>Frames x height x width. Every clip goes to one, or to none with a "
-        'reason.</p><div class="scroll"><table><thead><tr><th>bucket</th><th>class</th><th>ratio</th>'
-        '<th class="n">clips</th><th></th><th class="n">tokens a clip</th>'
-        f'<th class="n">tokens in all</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    )
-
-
-def _dropped(plan: DataPlan) -> str:
-    reasons = plan.assignment.reasons
+def _dropped(plan: DataPlan) -> list[dict[str, Any]]:
+    """Each reason, the most frequent first, with its count, its meaning and a few clips."""
     counts = sorted(plan.assignment.dropped().items(), key=lambda item: (-item[1], item[0]))
-    if not counts:
-        return '<h2>Dropped</h2><p class="faint">Every clip has a bucket.</p>'
-    rows = []
-    for reason, number in counts:
-        examples = "".join(
-            f"<li><code>{escape(str(plan.manifest.key[row]))}</code> {escape(_why(plan, row))}</li>"
-            for row in np.flatnonzero(reasons == reason)[:EXAMPLES]
-        )
-        rows.append(
-            f'<tr><td>{escape(reason.replace("_", " "))}</td><td class="n">{number:,}</td>'
-            f'<td class="long">{escape(MEANING.get(reason, ""))}<ul>{examples}</ul></td></tr>'
-        )
-    return (
-        '<h2>Dropped</h2><div class="scroll"><table><thead><tr><th>reason</th><th class="n">clips'
-        f"</th><th>why, and examples</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return [
+        {
+            "reason": reason.replace("_", " "),
+            "count": number,
+            "meaning": MEANING.get(reason, ""),
+            "examples": [
+                (plan.manifest.key[row], _why(plan, row))
+                for row in np.flatnonzero(plan.assignment.reasons == reason)[:EXAMPLES]
+            ],
+        }
+        for reason, number in counts
+    ]
 
 
 def _why(plan: DataPlan, row: int) -> str:
@@ -200,7 +175,7 @@ def _why(plan: DataPlan, row: int) -> str:
     return "; ".join(filter(None, known))
 
 
-def _charts(plan: DataPlan) -> str:
+def _charts(plan: DataPlan) -> list[tuple[str, str]]:
     manifest, seen = plan.manifest, plan.manifest.frames > 0
     moving = seen & (manifest.kind == "video")
     drawn = (
@@ -212,13 +187,7 @@ def _charts(plan: DataPlan) -> str:
         ("Tokens of a clip", np.repeat(plan.tokens, plan.clips_per_bucket), "tokens"),
         *_caption_lengths(plan),
     )
-    figures = "".join(
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{histogram(values, unit)}'
-        "</figure>"
-        for title, values, unit in drawn
-        if len(values)
-    )
-    return f'<h2>Distributions, in clips</h2><div class="charts">{figures}</div>'
+    return [(title, histogram(values, unit)) for title, values, unit in drawn if len(values)]
 
 
 def _caption_lengths(plan: DataPlan) -> list[tuple[str, np.ndarray, str]]:
@@ -232,78 +201,43 @@ def _caption_lengths(plan: DataPlan) -> list[tuple[str, np.ndarray, str]]:
     return charts
 
 
-def _fates(plan: DataPlan) -> str:
-    total = len(plan.manifest)
-    rows = np.unique(np.linspace(0, total - 1, min(total, CLIPS_LISTED)).round().astype(int))
-    body = "".join(
-        f'<tr><td class="long">{escape(str(plan.manifest.key[row]))}</td>'
-        f"<td>{escape(plan.fate(row))}</td><td>{escape(plan.framing(row))}</td>"
-        f'<td class="n">{plan.clip_tokens(row):,}</td></tr>'
-        for row in rows.tolist()
-    )
-    said = f"{len(rows):,} of {total:,} clips; all are in" if len(rows) < total else "Also in"
-    return (
-        f"<h2>What becomes of each clip</h2><p>{said} {NAME}.csv.</p>"
-        '<div class="scroll"><table><thead><tr><th>clip</th><th>time</th><th>picture</th>'
-        f'<th class="n">tokens</th></tr></thead><tbody>{body}</tbody></table></div>'
-    )
+def _examples(
+    plan: DataPlan, thumbnails: list[Thumbnail]
+) -> list[tuple[str, list[dict[str, str]]]]:
+    """The name and the count of each bucket with examples, and what the page shows of them."""
+    groups = []
+    for number, members in groupby(
+        thumbnails, lambda one: int(plan.assignment.bucket_of_row[one.row])
+    ):
+        count = plan.clips_per_bucket[number]
+        title = f"{plan.table[number].bucket.name}: {count:,} clip{'' if count == 1 else 's'}"
+        groups.append((title, [_example(plan, one) for one in members]))
+    return groups
 
 
-def _examples(plan: DataPlan, thumbnails: list[Thumbnail]) -> str:
-    if not thumbnails:
-        return ""
-    parts = [
-        "<h2>Clips as training sees them</h2><p>Cropped and resized as in the first epoch.</p>"
-    ]
-    last = None
-    for one in thumbnails:
-        bucket = plan.bucket(one.row)
-        assert bucket is not None, "a clip that is shown has a bucket"
-        if bucket != last:
-            number = plan.clips_per_bucket[plan.assignment.bucket_of_row[one.row]]
-            unit = "clip" if number == 1 else "clips"
-            parts.append(f"<h3>{bucket.name}: {number:,} {unit}</h3>")
-            last = bucket
-        key = escape(str(plan.manifest.key[one.row]))
-        caption = _cut(str(plan.manifest.caption[one.row]), CAPTION_SHOWN)
-        parts.append(
-            f'<figure class="strip">{_picture(one)}<figcaption>{escape(caption)}<br>'
-            f'<span class="faint">{key}: {escape(plan.fate(one.row))}</span></figcaption></figure>'
-        )
-    return "".join(parts)
+def _example(plan: DataPlan, one: Thumbnail) -> dict[str, str]:
+    return {
+        "picture": _picture(one.frames) if one.frames is not None else "",
+        "problem": one.problem,
+        "caption": _cut(str(plan.manifest.caption[one.row]), CAPTION_SHOWN),
+        "key": str(plan.manifest.key[one.row]),
+        "fate": plan.fate(one.row),
+    }
 
 
-def _picture(one: Thumbnail) -> str:
-    if one.frames is None:
-        return f'<span class="tag">not decoded: {escape(one.problem)}</span>'
+def _picture(frames: np.ndarray) -> str:
     data = io.BytesIO()
-    filmstrip(one.frames, FRAMES_SHOWN).save(data, format="JPEG", quality=88)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    filmstrip(frames, FRAMES_SHOWN).save(data, format="JPEG", quality=88)
+    return base64.b64encode(data.getvalue()).decode()
 
 
-def _codecs(plan: DataPlan) -> str:
-    manifest = plan.manifest
-    found = Counter(
+def _codecs(manifest: Manifest) -> list[tuple[str, str, int]]:
+    """Codec, kind of frame rate, and clips."""
+    counts = Counter(
         (codec or "not known", "variable" if vfr else "constant")
         for codec, vfr in zip(manifest.codec.tolist(), manifest.vfr.tolist(), strict=True)
     )
-    rows = "".join(
-        f'<tr><td>{escape(codec)}</td><td>{rate}</td><td class="n">{number:,}</td></tr>'
-        for (codec, rate), number in found.most_common()
-    )
-    return (
-        "<h2>Codecs</h2><table><thead><tr><th>codec</th><th>frame rate</th>"
-        f'<th class="n">clips</th></tr></thead><tbody>{rows}</tbody></table>'
-    )
-
-
-def _table_of_buckets(cfg: Config) -> str:
-    chosen = {
-        "data": {"source": cfg.data.source},
-        "buckets": cfg.buckets.model_dump(mode="json"),
-    }
-    text = escape(yaml.safe_dump(chosen, sort_keys=False))
-    return f"<details><summary>Configuration of the buckets</summary><pre>{text}</pre></details>"
+    return [(codec, rate, number) for (codec, rate), number in counts.most_common()]
 
 
 def _cut(text: str, length: int) -> str:

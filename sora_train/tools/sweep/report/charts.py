@@ -1,55 +1,38 @@
-"""The charts of a sweep as SVG: the metric against each swept key, and the runs' losses over their steps."""
+"""The charts of a sweep: the metric against each swept key, and the runs' losses over their steps."""
 
 import math
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Sequence
 
 from sora_train.monitoring.report.charts import (
-    BOTTOM,
-    FAINT,
-    GRID,
-    HEIGHT,
-    LABEL_HEIGHT,
-    LEFT,
-    LETTER,
-    RIGHT,
-    TOP,
-    WIDTH,
+    PALETTE,
     Line,
-    plot,
-    series,
+    Point,
+    line_chart,
+    padded,
+    plain,
+    scatter_chart,
+    shortened,
     smooth,
-    spread,
-    text_at,
-    thin,
     ticks,
 )
+from sora_train.monitoring.report.run_charts import series
 from sora_train.tools.sweep.report.rows import SEED, Collected, Row, as_number, by_number
 
-# Told apart by the colour-blind too (Okabe and Ito, 2008).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MOST_CURVES = 12
 MOST_LETTERS = 22
-EDGE = 0.06
-"""Free space beside the outermost points, as a share of the axis."""
-Point = tuple[float, float, str]
-"""Place on the axis, value, and the run's name."""
 
 
 def sweep_charts(found: Collected) -> list[tuple[str, str]]:
     """(title, SVG element) of each chart that has data."""
-    drawn = [
-        (f"{found.metric} by {key}", by_axis(found, key))
-        for key, values in found.axes.items()
-        if key != SEED and len(values) > 1
-    ]
-    drawn += [
-        (
-            "Training loss of the best runs" if len(found.rows) > MOST_CURVES else "Training loss",
-            losses(found),
-        )
-    ]
+    best = " of the best runs" if len(found.rows) > MOST_CURVES else ""
+    drawn = [(f"{found.metric} by {key}", by_axis(found, key)) for key in swept_keys(found)]
+    drawn.append((f"Training loss{best}", losses(found)))
     return [(title, svg) for title, svg in drawn if svg]
+
+
+def swept_keys(found: Collected) -> list[str]:
+    """The keys with several values, but for the seed."""
+    return [key for key, values in found.axes.items() if key != SEED and len(values) > 1]
 
 
 def losses(found: Collected) -> str:
@@ -58,22 +41,13 @@ def losses(found: Collected) -> str:
         steps, values = series(row.metrics, "train/loss")
         if len(steps):
             curve = steps, smooth(values, max(1, len(values) // 40))
-            name = shortened(", ".join(row.values.values()) or row.id)
-            lines.append(
-                Line(
-                    thin(curve),
-                    COLOURS[number % len(COLOURS)],
-                    1.5,
-                    name,
-                    "5 3" if number >= len(COLOURS) else "",
-                )
-            )
+            name = shortened(", ".join(row.values.values()) or row.id, MOST_LETTERS)
+            dashes = "5 3" if number >= len(PALETTE) else ""
+            lines.append(Line(curve, PALETTE[number % len(PALETTE)], label=name, dashes=dashes))
     if not lines:
         return ""
-    low = min(float(line.points[1].min()) for line in lines)
-    high = max(float(line.points[1].max()) for line in lines)
-    pad = EDGE * (high - low)
-    return plot(lines, (low - pad, high + pad), lambda value: f"{value:.6g}")
+    limits = padded([value for line in lines for value in line.points[1]])
+    return line_chart(lines, limits, plain)
 
 
 def by_axis(found: Collected, key: str) -> str:
@@ -94,8 +68,8 @@ def by_axis(found: Collected, key: str) -> str:
             lines.setdefault(others, []).append((place[row.values[key]], value, row.id))
     if not lines:
         return ""
-    marks = scale.ticks() if scale else [(place[value], shortened(value)) for value in values]
-    return scatter(lines, marks, key)
+    names = [(place[value], shortened(value, MOST_LETTERS)) for value in values]
+    return scatter_chart(lines, scale.ticks() if scale else names, key)
 
 
 class Scale:
@@ -121,108 +95,32 @@ class Scale:
         return [(self.of(value), f"{value:.3g}") for value in inside]
 
 
-def scatter(lines: dict[str, list[Point]], marks: list[tuple[float, str]], title: str) -> str:
-    points = [point for line in lines.values() for point in line]
-    left, last = ends([*(p[0] for p in points), *(at for at, _ in marks)])
-    low, high = ends([p[1] for p in points])
-    longest = max((len(shortened(name)) for name in lines), default=0)
-    right = WIDTH - RIGHT - LETTER * longest
-
-    def x(value: float) -> float:
-        return LEFT + (value - left) / (last - left) * (right - LEFT)
-
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
-
-    parts = []
-    for value in ticks(low, high):
-        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{right:.1f}" stroke="{GRID}"/>')
-        parts.append(text_at(LEFT - 8, y(value) + 4, f"{value:.6g}", "end"))
-    parts.append(f'<path d="M{LEFT} {HEIGHT - BOTTOM}H{right:.1f}" stroke="#c9c9c4"/>')
-    parts += [text_at(x(at), HEIGHT - BOTTOM + 17, text, "middle") for at, text in marks]
-    parts.append(text_at((LEFT + right) / 2, HEIGHT - 3, title, "middle"))
-    for number, line in enumerate(lines.values()):
-        parts += drawn(line, COLOURS[number % len(COLOURS)], x, y)
-    parts += names(lines, y, right) if len(lines) > 1 else []
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-size="12">{"".join(parts)}</svg>'
-
-
-def drawn(
-    line: list[Point], colour: str, x: Callable[[float], float], y: Callable[[float], float]
-) -> list[str]:
-    means = [
-        (at, sum(values) / len(values))
-        for at in sorted({point[0] for point in line})
-        if (values := [point[1] for point in line if point[0] == at])
-    ]
-    path = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in means)
-    return [
-        f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>',
-        *(
-            f'<circle cx="{x(at):.1f}" cy="{y(value):.1f}" r="3.5" fill="{colour}">'
-            f"<title>{escape(name)}: {value:.6g}</title></circle>"
-            for at, value, name in line
-        ),
-    ]
-
-
-def names(lines: dict[str, list[Point]], y: Callable[[float], float], right: float) -> list[str]:
-    """What each colour stands for, at the line's right end."""
-    ended = sorted(
-        (y(max(line)[1]), name, COLOURS[number % len(COLOURS)])
-        for number, (name, line) in enumerate(lines.items())
-    )
-    heights = spread([at for at, _, _ in ended], LABEL_HEIGHT, TOP, HEIGHT - BOTTOM)
-    return [
-        text_at(right + 6, at + 4, shortened(name), "start", colour)
-        for at, (_, name, colour) in zip(heights, ended, strict=True)
-    ]
-
-
-def ends(values: Sequence[float]) -> tuple[float, float]:
-    """A little below the least to a little above the largest."""
-    low, high = min(values), max(values)
-    pad = EDGE * (high - low) or max(0.5 * abs(high), 0.5)
-    return low - pad, high + pad
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 1]}…"
-
-
-def heat(found: Collected) -> str:
-    """Of two keys, a table of the metric with its cells shaded, as HTML; nothing for another number of keys."""
-    keys = [key for key, values in found.axes.items() if key != SEED and len(values) > 1]
+def heat(found: Collected) -> dict[str, object] | None:
+    """Of two keys, a table of the metric and how dark to shade its cells; None for another number of keys."""
+    keys = swept_keys(found)
     if len(keys) != 2:
-        return ""
+        return None
     down, across = (
         sorted({row.values[key] for row in found.rows if key in row.values}, key=by_number)
         for key in keys
     )
-    cells = {(a, b): cell(found, {keys[0]: a, keys[1]: b}) for a in down for b in across}
-    known = [value for value in cells.values() if math.isfinite(value)]
+    means = {(a, b): mean(found, {keys[0]: a, keys[1]: b}) for a in down for b in across}
+    known = [value for value in means.values() if math.isfinite(value)]
     if not known:
-        return ""
+        return None
     low, high = min(known), max(known)
 
-    def shaded(value: float) -> str:
+    def shaded(value: float) -> tuple[str, float]:
         if not math.isfinite(value):
-            return f'<td class="n" style="color:{FAINT}">–</td>'
+            return "–", 0.0
         share = (value - low) / (high - low) if high > low else 0.0
-        better = share if found.more else 1 - share
-        return f'<td class="n" style="background:rgba(0,114,178,{0.05 + 0.4 * better:.2f})">{value:.5g}</td>'
+        return f"{value:.5g}", 0.05 + 0.4 * (share if found.more else 1 - share)
 
-    head = "".join(f'<th class="n">{escape(value)}</th>' for value in across)
-    body = "".join(
-        f"<tr><th>{escape(a)}</th>{''.join(shaded(cells[a, b]) for b in across)}</tr>" for a in down
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr><th>{escape(keys[0])} \\ {escape(keys[1])}</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    rows = [(a, [shaded(means[a, b]) for b in across]) for a in down]
+    return {"keys": keys, "across": across, "rows": rows}
 
 
-def cell(found: Collected, values: dict[str, str]) -> float:
+def mean(found: Collected, values: dict[str, str]) -> float:
     """Mean of the metric over the runs with these values."""
     runs: list[Row] = [row for row in found.rows if values.items() <= row.values.items()]
     finals = [value for row in runs if math.isfinite(value := row.final(found.metric))]

@@ -5,15 +5,13 @@ import io
 import math
 import shlex
 from collections.abc import Sequence
-from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 
 from sora_train.base.progress import duration
+from sora_train.monitoring.report.page import render
 from sora_train.tools.sweep.report.charts import heat, sweep_charts
 from sora_train.tools.sweep.report.compare import Compared
-from sora_train.tools.sweep.report.rows import Collected, Row
+from sora_train.tools.sweep.report.rows import Collected
 
 Table = tuple[list[str], list[list[str]]]
 """Heads and cells."""
@@ -102,60 +100,30 @@ def _markdown(table: Table) -> str:
 
 def page_text(found: Collected, base: str, compared: Sequence[Compared], confidence: float) -> str:
     """One file that needs no network."""
-    name = found.folder.resolve().name
-    body = [
-        f"<h1>{escape(name)}</h1>",
-        f'<p class="faint">A sweep of {len(found.rows)} runs. {escape(notes(found, base, compared)[0])}</p>',
-        tiles(found),
-        "<h2>Runs</h2>",
-        _html(runs_table(found), found.rows),
-    ]
-    if compared:
-        said = "".join(f"<p>{escape(text)}</p>" for text in notes(found, base, compared)[1:])
-        body += [
-            f"<h2>Against {escape(base)}</h2>",
-            said,
-            _html(compared_table(compared, confidence)),
-        ]
-    shaded = heat(found)
-    body += ["<h2>Both keys at once</h2>", shaded] if shaded else []
-    figures = "".join(
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
-        for title, svg in sweep_charts(found)
+    metric, *sentences = notes(found, base, compared)
+    return render(
+        "tools/sweep/report/report.html",
+        title=found.folder.resolve().name,
+        runs=len(found.rows),
+        metric=metric,
+        tiles=tiles(found),
+        table=runs_table(found),
+        base=base,
+        compared=compared_table(compared, confidence) if compared else None,
+        sentences=sentences,
+        heat=heat(found),
+        charts=sweep_charts(found),
     )
-    body += ["<h2>Curves</h2>", f'<div class="charts">{figures}</div>'] if figures else []
-    template = Template(
-        files("sora_train.monitoring.report").joinpath("report_template.html").read_text("utf-8")
-    )
-    return template.substitute(title=escape(name), body="\n".join(body))
 
 
-def tiles(found: Collected) -> str:
+def tiles(found: Collected) -> dict[str, str]:
     best = found.rows[0]
     done = sum(row.state == "finished" for row in found.rows)
-    facts = {
+    return {
         "runs finished": f"{done} of {len(found.rows)}",
         f"best {found.metric}": number(best.final(found.metric)),
         "time of all steps": duration(sum(row.seconds for row in found.rows)),
-    }
-    facts |= {f"{key} of the best": value for key, value in best.values.items()}
-    cells = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(key)}</span></div>'
-        for key, value in facts.items()
-        if value
-    )
-    return f'<div class="tiles">{cells}</div>'
-
-
-def _html(table: Table, runs: Sequence[Row] = ()) -> str:
-    heads, rows = table
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    body = ""
-    for place, row in enumerate(rows):
-        best = ' class="main"' if runs and place == 0 else ""
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        body += f"<tr{best}>{cells}</tr>"
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    } | {f"{key} of the best": value for key, value in best.values.items()}
 
 
 def number(value: float) -> str:
