@@ -33,7 +33,7 @@ from sora_train.errors import Fault, run_command
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.monitoring.metrics import is_clocked, read_metrics
-from sora_train.parallel.engine import full
+from sora_train.parallel.shards import full
 from sora_train.runtime.preemption import listening
 from sora_train.training.trainer import Callback, Trainer
 
@@ -128,20 +128,20 @@ class FaultyTrainer(Trainer):
 
     def _struck_inside(self, place: str, work: Any) -> Any:
         """`work()`, struck when it asks for the second time whether to leave."""
-        heed, asked = self.health.heed, 0
+        check_preemption, asked = self.health.check_preemption, 0
 
         def struck() -> None:
             nonlocal asked
             asked += 1
             if asked == 2:
                 self.strike(place)
-            heed()
+            check_preemption()
 
-        self.health.heed = struck  # type: ignore[method-assign]
+        self.health.check_preemption = struck  # type: ignore[method-assign]
         try:
             return work()
         finally:
-            self.health.heed = heed  # type: ignore[method-assign]
+            self.health.check_preemption = check_preemption  # type: ignore[method-assign]
 
     def strike(self, place: str) -> None:
         plan = self.plan

@@ -27,10 +27,10 @@ from sora_train.models.memory import fixed_bytes, transformer_parameters
 from sora_train.models.transformer.attention_backends import check_attention
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.monitoring.device_peaks import peak_flops
-from sora_train.parallel.engine import local
 from sora_train.parallel.materialise import fill, materialise
 from sora_train.parallel.memory.activations import prepare_blocks
 from sora_train.parallel.memory.offload import Offloader
+from sora_train.parallel.shards import local
 from sora_train.runtime.world import grow_segments, pick_device
 from sora_train.tools.measuring import Measured, Result, Stats
 

@@ -15,7 +15,8 @@ from sora_train.errors import UserError
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import to_pixels
 from sora_train.objectives.quality import psnr, ssim
-from sora_train.runtime.world import ControlPlane, World, pick_device
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World, pick_device
 from sora_train.tools.measuring import Measured, Result, Stats
 from sora_train.training.pipeline.data import read_validation
 from sora_train.training.pipeline.plan import bucket_table

@@ -65,6 +65,7 @@ def train(trainer_cls: "type[Trainer] | None", config_cls: type[Config], argv: l
 def train_stages(job: JobConfig, trainer_cls: "type[Trainer]") -> None:
     """Train every stage that is not finished, in order, in this process."""
     from sora_train.runtime import world as distributed
+    from sora_train.runtime.control_plane import ControlPlane
     from sora_train.runtime.health import longest_wait, record_collectives
 
     cfg = job.config
@@ -74,7 +75,7 @@ def train_stages(job: JobConfig, trainer_cls: "type[Trainer]") -> None:
     world = distributed.start(
         cfg.run.device, cfg.run.threads, wait, timedelta(seconds=cfg.health.meeting_seconds)
     )
-    control = distributed.ControlPlane(world, wait)
+    control = ControlPlane(world, wait)
     try:
         for number, (stage, run) in enumerate(zip(cfg.stages, job.stages, strict=True), start=1):
             done = control.broadcast(is_finished(run) if world.is_main else None)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from sora_train.checkpoint.commit import sha256
 from sora_train.checkpoint.layout import MANIFEST, Checkpoint
 from sora_train.errors import Fault, UserError
-from sora_train.runtime.world import ControlPlane
+from sora_train.runtime.control_plane import ControlPlane
 
 
 def load(

@@ -25,7 +25,8 @@ from sora_train.checkpoint.saving import write
 from sora_train.checkpoint.staging import Staging
 from sora_train.config.sections.outputs import CheckpointConfig
 from sora_train.errors import Fault
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 
 # How long a run that has failed waits for a save that is on its way; another rank may be gone.
 ABANDON_SECONDS = 20.0

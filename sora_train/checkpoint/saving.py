@@ -25,7 +25,7 @@ from sora_train.checkpoint.layout import TEMPORARY, Checkpoint, name_of
 from sora_train.checkpoint.points import reach
 from sora_train.errors import Fault
 from sora_train.parallel.shards import piece
-from sora_train.runtime.world import ControlPlane
+from sora_train.runtime.control_plane import ControlPlane
 
 
 def save(

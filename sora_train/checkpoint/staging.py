@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from sora_train.checkpoint.layout import Checkpoint
 from sora_train.errors import Fault
 from sora_train.parallel.shards import FlatShard, piece
-from sora_train.runtime.world import ControlPlane
+from sora_train.runtime.control_plane import ControlPlane
 
 
 class Staging:

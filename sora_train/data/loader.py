@@ -59,7 +59,7 @@ class Loader:
     in every epoch, and `vae_digest` and `vae_dtype` say whose latents they are; `texts` are the caption
     embeddings stored beside them. `reasons` are those of
     `buckets.assign` (default: the manifest's); with `run_dir` failures are recorded there, those of
-    micro-batches that other ranks read as well by the one that `speaks` for them. Raises UserError
+    micro-batches that other ranks read as well only by the one with `is_cp_leader`. Raises UserError
     where too many clips are unusable, the decoder cannot read them, a package is missing that reads
     their storage, or no clip has a caption that is weighted.
     """
@@ -81,13 +81,13 @@ class Loader:
         texts: TextCache | None = None,
         run_dir: Path | str | None = None,
         reasons: np.ndarray | None = None,
-        speaks: bool = True,
+        is_cp_leader: bool = True,
     ):
         self.manifest, self.tape = manifest, tape
         self._fps = buckets_cfg.fps
         self._cfg = data_cfg
         self._seed, self._micro_batches = seed, micro_batches
-        self._rank, self._world_size, self.speaks = rank, world_size, speaks
+        self._rank, self._world_size, self.is_cp_leader = rank, world_size, is_cp_leader
         self._vae_digest, self._vae_dtype = vae_digest, vae_dtype
         self._cache, self._texts = cache, texts
         self.drawn = data_cfg.latents == "sample"
@@ -206,7 +206,7 @@ class Loader:
             found = self.quarantine.failure(row, step) or self._wait(row, future)
             if isinstance(found, Failure):
                 failures.append(found)
-                self.record(step, found, on_disk=self.speaks)
+                self.record(step, found, on_disk=self.is_cp_leader)
             else:
                 clips.append(found)
         return ClipBatch(entry, clips, failures, float(len(clips)))

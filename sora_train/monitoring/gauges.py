@@ -143,8 +143,8 @@ def memory(device: torch.device) -> dict[str, float]:
     return found
 
 
-def open_gauges(device: torch.device, *, speaks: bool) -> Gauges:
-    """The gauges of this rank; where NVML is missing, the rank that `speaks` says so once."""
+def open_gauges(device: torch.device, *, warns: bool) -> Gauges:
+    """The gauges of this rank; where NVML is missing, the rank that `warns` says so once."""
     source: Source | None = None
     if device.type == "cuda":
         from sora_train.monitoring.gauges_nvml import Nvml
@@ -152,7 +152,7 @@ def open_gauges(device: torch.device, *, speaks: bool) -> Gauges:
         try:
             source = Nvml(str(torch.cuda.get_device_properties(device).uuid))
         except UserError as error:
-            if speaks:
+            if warns:
                 print(
                     f"no power, clocks and temperature of GPUs: {error}",
                     file=sys.stderr,

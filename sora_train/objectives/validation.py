@@ -26,7 +26,8 @@ from sora_train.objectives import (
     to_pixels,
 )
 from sora_train.objectives.quality import psnr, ssim
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 
 BATCH = 16
 
@@ -42,7 +43,7 @@ def validation_loss(
     times: Sequence[float],
     kinds: Sequence[str],
     control: ControlPlane,
-    heed: Callable[[], None] = lambda: None,
+    check_preemption: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`val/loss` and its parts over clips of any shapes, each clip counting the same.
 
@@ -50,7 +51,7 @@ def validation_loss(
     buckets where there are several); `val/loss/<kind>` stands for each one where there are several.
     A clip too short for a kind is left out of it.
 
-    A collective: every rank calls it with the same clips and gets the same numbers. `heed` is called
+    A collective: every rank calls it with the same clips and gets the same numbers. `check_preemption` is called
     before each batch, on all ranks as often.
     """
     counts: dict[tuple[str, Bucket], int] = {}
@@ -62,7 +63,7 @@ def validation_loss(
             counts[place] = counts.get(place, 0) + 1
             sums |= {(*place, t): 0.0 for t in times}
         for batch, counted in shares(fit, control.world):
-            heed()
+            check_preemption()
             place = kind, bucket_of(batch[0], objective)
             for t, loss in zip(times, losses(model, objective, batch, kind, times), strict=True):
                 sums[*place, t] += loss if counted else 0.0
@@ -172,13 +173,13 @@ def validation_psnr(
     model: nn.Module,
     objective: VaeObjective,
     clips: list[Clip],
-    heed: Callable[[], None] = lambda: None,
+    check_preemption: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`val/psnr` in dB, `val/ssim` and `val/loss` (mean absolute error) of the VAE's
     reconstructions."""
     ratio, similarity, error = 0.0, 0.0, 0.0
     for batch in same_shape_batches(clips):
-        heed()
+        check_preemption()
         pixels = to_pixels(batch, objective.device)
         reconstruction = model(pixels, None)[0].clamp(-1, 1)
         ratio += float(psnr(reconstruction, pixels).sum())

@@ -1,8 +1,9 @@
-"""A rank's part of a tensor that is cut flat: a run of its values in row-major order, wherever rows begin and end.
+"""A rank's part of a tensor: of a DTensor, which FSDP2 makes, or of one that is cut flat, which ZeRO makes.
 
-DeepSpeed's ZeRO cuts parameters so. Torch's distributed checkpoint knows boxes alone (offsets and sizes
-along each dimension), and a flat run of a tensor of n dimensions is at most 2 n - 1 boxes, each of them a
-contiguous view of the run. So such parts are written and loaded in place, with nothing gathered.
+A flat part is a run of the tensor's values in row-major order, wherever rows begin and end. Torch's
+distributed checkpoint stores boxes only (offsets and sizes along each dimension). A flat run of a tensor of
+n dimensions is at most 2 n - 1 boxes, each a contiguous view of the run, so flat parts are written and loaded
+in place and nothing is gathered.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes."""
@@ -131,3 +133,31 @@ class FlatShard(Tensor):
 def piece(like: Tensor, part: Tensor, index: MetadataIndex) -> Tensor:
     """What `index` names of this rank's `part` of a tensor that lies as `like` does."""
     return like.placed(part).__get_tensor_shard__(index) if isinstance(like, FlatShard) else part
+
+
+def placed_as(part: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of a tensor that is sharded as `parameter` is, sharing memory with the part."""
+    if isinstance(parameter, FlatShard):
+        return parameter.placed(part)
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor on every rank (a collective when it is sharded)."""
+    if isinstance(tensor, FlatShard):
+        return tensor.full()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing memory with it."""
+    return tensor.to_local() if isinstance(tensor, DTensor | FlatShard) else tensor

@@ -1,1 +1,1 @@
-"""This process among its peers: ranks, the control plane, deadlines, notices to leave."""
+"""This process among its peers: ranks, the control plane, deadlines, preemption."""

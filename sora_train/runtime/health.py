@@ -1,8 +1,7 @@
-"""The control plane of a run: phases with deadlines, the flags that all ranks share, and who is slow.
+"""The health of a run: phases with deadlines, flags that all ranks share, and which rank is slow.
 
-Every branch that a run can take for the sake of one rank (a failure while reading, a signal to leave,
-a time limit) is decided in an exchange that all ranks take part in, so they branch alike. A rank that
-does not come to the exchange is the watchdog's.
+One rank's failure, signal or time limit concerns all ranks. It is announced in an exchange that every rank
+takes part in, so all ranks take the same branch. The watchdog handles a rank that does not come to the exchange.
 """
 
 import json
@@ -19,9 +18,9 @@ from sora_train.config.sections.health import HealthConfig
 from sora_train.errors import Fault, Preempted
 from sora_train.monitoring.gauges import Gauges, by_rank, over_ranks
 from sora_train.runtime import watchdog
-from sora_train.runtime.preemption import Notices
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.preemption import PreemptionNotice
 from sora_train.runtime.watchdog import Watchdog
-from sora_train.runtime.world import ControlPlane
 
 TIMED = ("data", "exchange", "compute", "update")
 """The parts of a step."""
@@ -31,7 +30,7 @@ FIRST_STEPS = 3
 
 
 class Health:
-    """Where this rank stands, and what all ranks have agreed on."""
+    """This rank's phase and step, and what all ranks have agreed on."""
 
     def __init__(
         self,
@@ -48,11 +47,11 @@ class Health:
         self.spent: dict[str, float] = {}
         """Seconds in each phase since the process began, by its name."""
         self.gauges: Gauges | None = None
-        """What this rank's machine tells, to be reported with who is slow."""
+        """Readings of this rank's machine, reported together with the slowest rank."""
         self.leaving = ""
         """Why all ranks leave after this step, an empty string while they do not."""
         self._run_dir = run_dir
-        self._notices = Notices(cfg.time_limit_minutes, cfg.leave_seconds)
+        self._preemption = PreemptionNotice(cfg.time_limit_minutes, cfg.leave_seconds)
         self._steps: deque[float] = deque(maxlen=MEDIAN_OF)
         self._done = self._since = 0
         self._phases: list[str] = []
@@ -70,9 +69,9 @@ class Health:
 
     @contextmanager
     def phase(self, name: str, samples: Sequence[int] = ()) -> Iterator[None]:
-        """A part of the run with a deadline of its own; inside another one, that one goes on afterwards.
+        """A part of the run with its own deadline. Phases nest: the outer one goes on afterwards.
 
-        `samples` are the rows of the manifest that are being worked on.
+        `samples` are the manifest rows this phase works on.
         """
         self._phases.append(name)
         kept, self._samples = self._samples, list(samples) or self._samples
@@ -94,7 +93,7 @@ class Health:
         self.watchdog.enter(name, self.deadline(name), self.step, self._samples)
 
     def deadline(self, phase: str) -> float | None:
-        """Seconds that a phase may take, None where nothing is awaited."""
+        """Seconds that a phase may take; None if it has no limit."""
         cfg = self.cfg
         if phase in (*TIMED, "loop"):
             if self._done < FIRST_STEPS:
@@ -113,7 +112,7 @@ class Health:
         return limits.get(phase)
 
     def stepped(self, seconds: float, step: int) -> None:
-        """A step is done and took so long."""
+        """Record that a step is done and how long it took."""
         self._steps.append(seconds)
         self._done += 1
         self._since += 1
@@ -121,7 +120,7 @@ class Health:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """The phase before the first step; a rank that fails in it tells the others and watches no more."""
+        """The phase before the first step. If it fails here, the other ranks are told and the watchdog stops."""
         try:
             with self.phase("init"):
                 yield
@@ -140,14 +139,13 @@ class Health:
         slots: int = 0,
         own: Sequence[float] = (),
     ) -> list[float]:
-        """Sums over all ranks of `values`, of `own`, and of the flags that go with them.
+        """Sums over all ranks of `values` and of `own`. Sets `leaving` if any rank saw a signal or a time limit.
 
-        Of ranks that share their micro-batches, and so hold the same values, the first one's count; those of
-        `own` are each rank's.
-
-        `error` is what kept this rank from its part: then all ranks raise, this one what it met. `slots`
-        is how many micro-batches this rank holds, the same on every rank. A signal or a time limit that
-        any rank has seen is taken note of in `leaving`.
+        Args:
+            values: counted once for ranks that share their micro-batches, which all hold the same values.
+            error: what kept this rank from its part. Then all ranks raise, this one `error` itself.
+            slots: micro-batches of this rank; the same on every rank.
+            own: counted on every rank.
 
         Raises:
             Fault: another rank failed, or the ranks are not at the same place.
@@ -155,8 +153,8 @@ class Health:
         with self.phase("exchange"):
             flags = [
                 float(error is not None),
-                float(bool(self._notices.signalled)),
-                float(self._notices.late),
+                float(bool(self._preemption.signalled)),
+                float(self._preemption.late),
                 float(self.step),
                 float(slots),
             ]
@@ -174,28 +172,24 @@ class Health:
                 "anew, from the same code and config"
             )
         if signalled:
-            self.leaving = self._notices.signalled or "a signal to another rank"
+            self.leaving = self._preemption.signalled or "a signal to another rank"
         elif late:
             self.leaving = "the time limit"
         return sums
 
-    def heed(self) -> None:
-        """Ask all ranks whether to leave: in every loop that may take long, on every rank alike.
+    def check_preemption(self) -> None:
+        """Ask all ranks whether the run must end. A collective, for every loop that may take long.
 
         Raises:
-            Preempted: to be let through to the loop of training, which saves.
+            Preempted: it must; let it through to the training loop, which saves a checkpoint.
         """
         self.exchange([])
-        self.leave_if_told()
+        self.leave_if_preempted()
 
-    def leave_if_told(self) -> None:
-        """As `heed`, by what the last exchange said."""
+    def leave_if_preempted(self) -> None:
+        """Raises Preempted if a rank was told to leave before the last exchange. Not a collective."""
         if self.leaving:
             raise Preempted(f"{self.leaving} ends the run here, the same command goes on")
-
-    def own_notice(self) -> bool:
-        """Whether this rank alone was told to leave: for loops in which the ranks do not go together."""
-        return bool(self._notices.signalled) or self._notices.late
 
     # -- who is slow --------------------------------------------------------------------------
 

@@ -1,8 +1,7 @@
-"""Notices to leave: SIGTERM, SIGUSR1, or a time limit that comes near.
+"""Preemption: SIGTERM, SIGUSR1, or a time limit that comes near.
 
-A handler does nothing but take note; the run asks in all its loops and leaves by its own road, with
-a checkpoint. The clock counts from the start of the process, so that a clock that is set while a
-run goes on hurries nobody.
+The signal handler only records the signal. The run asks in all its loops, saves a checkpoint and ends. Time is
+measured from the start of the process with a monotonic clock, so setting the system clock changes nothing.
 """
 
 import os
@@ -14,27 +13,27 @@ from contextlib import contextmanager
 from types import FrameType
 
 SLURM_END = "SLURM_JOB_END_TIME"
-HEEDED = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _received: list[str] = []
 
 
-def take_note(number: int, _frame: FrameType | None) -> None:
+def record_signal(number: int, _frame: FrameType | None) -> None:
     """The signal handler."""
     _received.append(signal.Signals(number).name)
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Inside the block a signal to leave is noted instead of ending the process at once.
+    """Inside the block these signals are recorded and do not end the process.
 
-    Elsewhere than in the main thread Python takes no signals, and the block changes nothing.
+    Python handles signals in the main thread only; in any other thread the block changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _received.clear()
-    before = {number: signal.signal(number, take_note) for number in HEEDED}
+    before = {number: signal.signal(number, record_signal) for number in SIGNALS}
     try:
         yield
     finally:
@@ -44,12 +43,12 @@ def listening() -> Iterator[None]:
 
 
 def pending() -> bool:
-    """Whether this process has been told to leave by a signal: for loops before a run has its control plane."""
+    """Whether this process received such a signal. For loops that run before there is a control plane."""
     return bool(_received)
 
 
-class Notices:
-    """What this rank has been told: `signalled` names the signal, `late` says that time is nearly up."""
+class PreemptionNotice:
+    """What this rank knows: `signalled` names the signal, `late` says that the time is nearly up."""
 
     def __init__(
         self,
@@ -65,7 +64,7 @@ class Notices:
 
     @property
     def signalled(self) -> str:
-        """The first signal to leave, or an empty string."""
+        """The first signal received, or an empty string."""
         return _received[0] if _received else ""
 
     @property

@@ -149,10 +149,10 @@ class Watchdog:
             write_beat(self._path("rank"), beat)
             self._written = now
         if now - self._glanced >= self._glance_seconds:
-            self._heed_others(beat)
+            self._follow_others(beat)
             self._glanced = now
 
-    def _heed_others(self, beat: Beat) -> None:
+    def _follow_others(self, beat: Beat) -> None:
         if (self.folder / "late").exists() and beat.phase != "idle":
             self._expire(beat)
         told = read_json(self._path("failed"))

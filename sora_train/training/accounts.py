@@ -23,7 +23,7 @@ class Accounts:
         self.trainer = trainer
         cfg, world = trainer.cfg, trainer.world
         self.numbers = StepNumbers(cfg, trainer.data, world.size, peak_of(trainer))
-        self.gauges: Gauges = open_gauges(world.device, speaks=world.is_main)
+        self.gauges: Gauges = open_gauges(world.device, warns=world.is_main)
         self.goodput: Goodput | None = None
         self._saved = 0.0
 

@@ -19,8 +19,8 @@ from sora_train.config import Config
 from sora_train.data.storage.remote import filesystem, is_remote
 from sora_train.errors import ConfigError
 from sora_train.monitoring.run_folder import RunFolder
+from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.health import longest_wait
-from sora_train.runtime.world import ControlPlane
 
 if TYPE_CHECKING:
     from sora_train.training.trainer import Trainer

@@ -30,11 +30,13 @@ from sora_train.objectives.validation import validated_kinds, validation_loss, v
 from sora_train.parallel.checks.self_test import check_at_start
 from sora_train.parallel.context.peers import Peers
 from sora_train.parallel.degrees import check_degrees, resolve_degrees
-from sora_train.parallel.engine import Engine, build_engine, check_engine, check_kernels
+from sora_train.parallel.engine import build_engine, check_engine, check_kernels
 from sora_train.parallel.materialise import fill
+from sora_train.parallel.protocol import Engine
 from sora_train.runtime import world as distributed
+from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.health import Health, longest_wait, record_collectives
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime.world import World
 from sora_train.training.accounts import Accounts
 from sora_train.training.card import print_card
 from sora_train.training.checkpointing import make_saver, measure_space, prepare, record
@@ -237,7 +239,7 @@ class Trainer:
                         roll_back(self)
                 self.pay()
                 progress.update(self.step, **headline(self.row))
-                self.health.leave_if_told()
+                self.health.leave_if_preempted()
             with self.health.phase("finish"):
                 finish(self)
 
@@ -439,7 +441,7 @@ class Trainer:
             self.save()
             self.commit()
             if tracker:
-                tracker.let_go()
+                tracker.detach()
             raise Preempted(
                 f"{notice}: step {self.step} is saved in {self.folder.checkpoints}"
             ) from notice
@@ -473,20 +475,20 @@ class Trainer:
         clips = self.data.val_clips
         if not clips or self.cfg.validation.every == 0:
             return {}
-        model, heed = self.engine.model, self.health.heed
+        model, check_preemption = self.engine.model, self.health.check_preemption
         model.eval()
         try:
             with self.health.phase("validation"):
                 if isinstance(self.objective, VaeObjective):
                     with self.averaged():
-                        return validation_psnr(model, self.objective, clips, heed)
+                        return validation_psnr(model, self.objective, clips, check_preemption)
                 assert isinstance(self.objective, TextToVideoObjective)
                 times, kinds = self.cfg.validation.times, validated_kinds(self.cfg)
                 how = (model, self.objective, clips, times)
                 with self.averaged():
-                    row = validation_loss(*how, kinds, self.control, heed)
+                    row = validation_loss(*how, kinds, self.control, check_preemption)
                 if row and self.cfg.validation.live:
-                    live = validation_loss(*how, kinds[:1], self.control, heed)
+                    live = validation_loss(*how, kinds[:1], self.control, check_preemption)
                     row["val/live/loss"] = live["val/loss"]
                 return row
         finally:
@@ -512,7 +514,7 @@ class Trainer:
                 prompts,
                 sample_shape(self.cfg, self.data),
                 seed=self.cfg.sample.seed,
-                on_step=lambda _: self.health.heed(),
+                on_step=lambda _: self.health.check_preemption(),
             )
 
     def state(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sora_train.errors import EXIT_REQUEUE, Preempted, UserError
 from sora_train.models.text.encoder import TextEncoder
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import TextToVideoObjective
-from sora_train.runtime import preemption as notices
+from sora_train.runtime import preemption
 from sora_train.tools.terminal import data_verify
 from sora_train.training.trainer import Trainer
 
@@ -140,7 +140,7 @@ def test_told_to_leave_while_clips_are_encoded_a_run_leaves_and_keeps_what_it_ha
     ]
     cfg = compose([TINY, *small, f"run.dir={tmp_path / 'run'}"]).config
     with monkeypatch.context() as patch:
-        patch.setattr(notices, "_received", ["SIGTERM"])
+        patch.setattr(preemption, "_received", ["SIGTERM"])
         with pytest.raises(Preempted, match="while clips were being encoded") as told:
             Trainer(cfg)
     assert told.value.exit_code == EXIT_REQUEUE

@@ -11,7 +11,7 @@ from sora_train import checkpoint as checkpoints
 from sora_train.config import Config
 from sora_train.errors import ConfigError
 from sora_train.monitoring.metrics import read_metrics
-from sora_train.parallel.engine import full
+from sora_train.parallel.shards import full
 from sora_train.train import train
 from sora_train.training.trainer import Trainer
 

@@ -34,7 +34,8 @@ from sora_train.parallel.context.context import apply_context_parallel, context_
 from sora_train.parallel.context.peers import Peers
 from sora_train.parallel.context.ring import ring_attention
 from sora_train.parallel.degrees import Degrees
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 from sora_train.training.trainer import Trainer
 
 MODEL = ModelConfig(

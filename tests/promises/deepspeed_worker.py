@@ -19,7 +19,9 @@ from sora_train.config.compose import compose
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.parallel.degrees import resolve_degrees
-from sora_train.parallel.engine import Engine, build_engine, check_engine, full
+from sora_train.parallel.engine import build_engine, check_engine
+from sora_train.parallel.protocol import Engine
+from sora_train.parallel.shards import full
 from sora_train.runtime import world as distributed
 from sora_train.runtime.world import World
 from sora_train.training.optim.optim import build_optimizer

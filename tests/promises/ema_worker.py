@@ -19,8 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sora_train import checkpoint as checkpoints
-from sora_train.parallel.engine import local
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.parallel.shards import local
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 from sora_train.training.optim.ema import Ema
 
 RANKS = 3

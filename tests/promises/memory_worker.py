@@ -16,8 +16,9 @@ from benchmarks.memory import LiveBytes
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.monitoring.metrics import read_metrics
-from sora_train.parallel.engine import build_engine, full
+from sora_train.parallel.engine import build_engine
 from sora_train.parallel.materialise import fill
+from sora_train.parallel.shards import full
 from sora_train.runtime import world as distributed
 from sora_train.training.optim.optim import build_optimizer
 from sora_train.training.resilience.initialise import empty_model

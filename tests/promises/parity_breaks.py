@@ -12,7 +12,7 @@ import torch
 from sora_train import objectives
 from sora_train.models.transformer import dit
 from sora_train.parallel.context import ring
-from sora_train.parallel.engine import FsdpEngine
+from sora_train.parallel.fsdp import FsdpEngine
 
 RANK = int(os.environ.get("RANK", "0"))
 

@@ -25,7 +25,8 @@ from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint.points import VARIABLE
 from sora_train.checkpoint.saver import Saver
 from sora_train.config.sections.outputs import CheckpointConfig
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 
 TIMEOUT = timedelta(seconds=90)
 

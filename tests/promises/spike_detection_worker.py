@@ -17,7 +17,7 @@ import torch.distributed as dist
 from sora_train import checkpoint as checkpoints
 from sora_train.config.compose import compose
 from sora_train.objectives import Term, TextToVideoObjective
-from sora_train.parallel.engine import local
+from sora_train.parallel.shards import local
 from sora_train.training.resilience import rollback
 from sora_train.training.resilience.out_of_memory import kilobytes
 from sora_train.training.trainer import Trainer

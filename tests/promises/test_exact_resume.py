@@ -16,8 +16,9 @@ from sora_train.config.schema import keys
 from sora_train.data.sample import Failure
 from sora_train.errors import ConfigError, Fault, UserError
 from sora_train.monitoring.metrics import is_clocked, read_metrics
-from sora_train.parallel.engine import full
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.parallel.shards import full
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 from sora_train.training.resilience import resume
 from sora_train.training.trainer import Trainer
 

@@ -35,7 +35,8 @@ from sora_train.data.manifest import Manifest, empty_row
 from sora_train.data.tape.buckets import assign, build_buckets
 from sora_train.data.tape.tape import Tape
 from sora_train.errors import UserError
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 from sora_train.tools.terminal import data_index
 from sora_train.training.pipeline.data import read_validation
 

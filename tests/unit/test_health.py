@@ -1,4 +1,4 @@
-"""Notices, deadlines and the flags that all ranks share; what faults lead to is in tests/promises/test_faults.py."""
+"""Preemption, deadlines and the flags that all ranks share; what faults lead to is in tests/promises/test_faults.py."""
 
 import os
 import re
@@ -15,12 +15,12 @@ from sora_train.config import HealthConfig
 from sora_train.errors import EXIT_REQUEUE, Fault, Preempted
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.parallel.degrees import Degrees
-from sora_train.runtime import preemption as notices
-from sora_train.runtime import watchdog
+from sora_train.runtime import preemption, watchdog
+from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.health import FIRST_STEPS, Health
-from sora_train.runtime.preemption import Notices, listening
+from sora_train.runtime.preemption import PreemptionNotice, listening
 from sora_train.runtime.watchdog import Beat, line_of, verdict
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime.world import World
 from sora_train.training.trainer import Trainer
 
 
@@ -45,14 +45,14 @@ def health(tmp_path: Path) -> Iterator[Health]:
     made.stop()
 
 
-# -- notices ------------------------------------------------------------------------------------------
+# -- preemption ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", notices.HEEDED)
+@pytest.mark.parametrize("number", preemption.SIGNALS)
 def test_a_signal_is_noted_inside_and_deadly_again_outside(number: signal.Signals):
     before = signal.getsignal(number)
     with listening():
-        told = Notices(0.0, 0.0, {})
+        told = PreemptionNotice(0.0, 0.0, {})
         assert told.signalled == ""
         os.kill(os.getpid(), number)
         assert told.signalled == number.name
@@ -61,12 +61,14 @@ def test_a_signal_is_noted_inside_and_deadly_again_outside(number: signal.Signal
 
 def test_the_nearest_limit_counts_and_a_clock_that_is_set_does_not(monkeypatch: pytest.MonkeyPatch):
     end = str(int(time.time()) + 3600)
-    assert not Notices(0.0, 300.0, {notices.SLURM_END: end}).late
-    assert Notices(0.0, 3700.0, {notices.SLURM_END: end}).late
-    assert Notices(1.0, 120.0, {notices.SLURM_END: end}).late, "the run's own limit is nearer"
-    assert not Notices(0.0, 300.0, {}).late
-    assert not Notices(0.0, 300.0, {notices.SLURM_END: "UNLIMITED"}).late
-    told = Notices(0.0, 300.0, {notices.SLURM_END: end})
+    assert not PreemptionNotice(0.0, 300.0, {preemption.SLURM_END: end}).late
+    assert PreemptionNotice(0.0, 3700.0, {preemption.SLURM_END: end}).late
+    assert PreemptionNotice(1.0, 120.0, {preemption.SLURM_END: end}).late, (
+        "the run's own limit is nearer"
+    )
+    assert not PreemptionNotice(0.0, 300.0, {}).late
+    assert not PreemptionNotice(0.0, 300.0, {preemption.SLURM_END: "UNLIMITED"}).late
+    told = PreemptionNotice(0.0, 300.0, {preemption.SLURM_END: end})
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 1e6)
     assert not told.late
@@ -110,7 +112,7 @@ def test_the_flags_of_one_rank_are_those_of_all(tmp_path: Path):
         health.exchange([0.0])
         assert health.leaving == said
         with pytest.raises(Preempted, match=said):
-            health.leave_if_told()
+            health.leave_if_preempted()
         health.stop()
 
 

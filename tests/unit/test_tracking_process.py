@@ -115,7 +115,7 @@ def test_a_preempted_run_waits_for_no_tracker(tmp_path: Path, monkeypatch: pytes
     trackers = start_tracker(TRACKED, tmp_path)
     process = trackers.trackers[0]._process
     began = time.monotonic()
-    trackers.let_go()
+    trackers.detach()
     trackers.finish()
     assert time.monotonic() - began < 0.45
     wait_for(lambda: process is not None and process.poll() == 0)

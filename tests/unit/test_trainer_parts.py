@@ -27,7 +27,8 @@ from sora_train.monitoring.metrics import MetricsFile, read_metrics
 from sora_train.monitoring.run_folder import RunFolder
 from sora_train.objectives import FlowBatch, TextToVideoObjective, VaeObjective
 from sora_train.objectives.spec import build_spec
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 from sora_train.training import card
 from sora_train.training.optim.ema import Ema
 from sora_train.training.optim.optim import decays, lr_at, parameter_groups

@@ -15,8 +15,9 @@ from sora_train.monitoring.metrics import read_metrics
 from sora_train.objectives import TextToVideoObjective
 from sora_train.objectives.spec import build_spec
 from sora_train.objectives.validation import validated_kinds, validation_loss
-from sora_train.parallel.engine import full
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.parallel.shards import full
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 from sora_train.training.trainer import Trainer
 
 CPU = torch.device("cpu")

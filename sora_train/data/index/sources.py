@@ -18,7 +18,8 @@ from sora_train.data.index.shapes_source import prepare_shapes
 from sora_train.data.manifest import Manifest, text_digest
 from sora_train.data.storage.remote import is_remote
 from sora_train.errors import Fault, UserError
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 
 SHAPES = "shapes"
 ONLY = "all"

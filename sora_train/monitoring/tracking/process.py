@@ -53,7 +53,7 @@ class Trackers:
         self.trackers = list(trackers)
         self.finish_seconds = finish_seconds
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         """Tell them to end without waiting for it: a preempted run has no time, and they end by themselves."""
         for tracker in self.trackers:
             tracker.ask_to_stop()

@@ -215,8 +215,8 @@ class Agreement:
             journal.clear()
 
     def _told(self, topic: str, parties: list[list[int]]) -> str:
-        speaks = any(self.world.rank == party[0] for party in parties)
-        mine = self.journals[topic].entries if speaks else None
+        is_first = any(self.world.rank == party[0] for party in parties)
+        mine = self.journals[topic].entries if is_first else None
         found: list[Any] = [None] * self.world.size
         dist.all_gather_object(found, mine, group=self._group)
         journals = [(party, found[party[0]]) for party in parties]

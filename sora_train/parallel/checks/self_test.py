@@ -19,8 +19,11 @@ from sora_train.errors import Fault
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.parallel.context.context import known_groups
 from sora_train.parallel.degrees import Degrees, describe_layout, resolve_degrees
-from sora_train.parallel.engine import build_engine, full, resolve_param_dtype
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.parallel.engine import build_engine
+from sora_train.parallel.protocol import resolve_param_dtype
+from sora_train.parallel.shards import full
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Relative difference at most, by the dtype of compute; masters, and so gradients, are float32 in all three."""

@@ -10,7 +10,7 @@ from sora_train.errors import Fault
 from sora_train.parallel.context.collectives import gather
 from sora_train.parallel.context.context import context_groups
 from sora_train.parallel.degrees import Degrees
-from sora_train.runtime.world import ControlPlane
+from sora_train.runtime.control_plane import ControlPlane
 
 Item = TypeVar("Item")
 

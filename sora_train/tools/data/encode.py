@@ -36,7 +36,8 @@ from sora_train.models.text.encoder import TextEncoder
 from sora_train.models.text.published import build_text_encoder
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.runtime import world as distributed
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 from sora_train.training.pipeline.encoding import CACHE_CHUNK, CacheFiller, distinct
 from sora_train.training.pipeline.plan import (
     assigned,

@@ -31,11 +31,12 @@ from sora_train.objectives import Term
 from sora_train.objectives.spec import build_spec, spec_of
 from sora_train.parallel.context.peers import Peers
 from sora_train.parallel.degrees import resolve_degrees
-from sora_train.parallel.engine import resolve_param_dtype
 from sora_train.parallel.mesh import build_mesh
 from sora_train.parallel.parallelize import apply_fsdp
+from sora_train.parallel.protocol import resolve_param_dtype
 from sora_train.runtime import world as distributed
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 from sora_train.sampling.api import attending_here, shipped_config
 from sora_train.training.outputs.step_picture import samples_of, table_of, write_replay
 from sora_train.training.resilience.initialise import require_fitting, source_of, take_weights

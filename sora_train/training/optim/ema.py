@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sora_train.checkpoint.layout import prefix_of, tag_of
 from sora_train.errors import Fault, Preempted
-from sora_train.parallel.engine import Weights, local, placed_as
+from sora_train.parallel.protocol import Weights
+from sora_train.parallel.shards import local, placed_as
 from sora_train.training.optim.ema_profiles import power_decay
 
 Decay = Callable[[int], float]

@@ -13,7 +13,7 @@ import torch
 from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint.layout import prefix_of
 from sora_train.config import Config
-from sora_train.parallel.engine import local, placed_as
+from sora_train.parallel.shards import local, placed_as
 
 if TYPE_CHECKING:
     from sora_train.training.trainer import Trainer

@@ -70,7 +70,7 @@ def sampled(
             seed=trainer.cfg.sample.seed,
             batch=32,
             on_batch=progress.update,
-            on_step=lambda _: trainer.health.heed(),
+            on_step=lambda _: trainer.health.check_preemption(),
         )
 
 

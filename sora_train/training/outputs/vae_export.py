@@ -7,7 +7,7 @@ import torch
 
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import to_pixels
-from sora_train.parallel.engine import full
+from sora_train.parallel.shards import full
 
 if TYPE_CHECKING:
     from sora_train.training.trainer import Trainer

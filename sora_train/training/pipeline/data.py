@@ -23,8 +23,9 @@ from sora_train.data.tape.tape import Tape, require_efficiency
 from sora_train.errors import Fault, Preempted
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import to_pixels
-from sora_train.runtime import preemption as notices
-from sora_train.runtime.world import ControlPlane, World
+from sora_train.runtime import preemption
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.world import World
 from sora_train.training.pipeline.encoding import CacheFiller, fill_cache, open_caches, open_filler
 from sora_train.training.pipeline.plan import (
     assigned,
@@ -105,12 +106,12 @@ class TrainingData:
             train, tape, cfg.buckets, data_as_read(cfg),
             seed=cfg.seed, micro_batches=cfg.train.micro_batches, rank=world.dp_rank, world_size=world.dp_size,
             vae_digest=vae_digest, vae_dtype=cfg.vae.dtype, cache=caches.latents, texts=caches.texts,
-            run_dir=folder.path, reasons=assignment.reasons, speaks=world.cp_rank == 0,
+            run_dir=folder.path, reasons=assignment.reasons, is_cp_leader=world.cp_rank == 0,
         )  # fmt: skip
         filler = open_filler(cfg, loader, vae, world.device, caches)
         if filler is not None and cfg.data.cache == "latents":
-            fill_cache(filler, world, "encoding clips", notices.pending)
-            if control.sum([float(notices.pending())])[0]:
+            fill_cache(filler, world, "encoding clips", preemption.pending)
+            if control.sum([float(preemption.pending())])[0]:
                 raise Preempted(
                     "told to leave while clips were being encoded; those that are stay, the same command goes on"
                 )
@@ -138,7 +139,7 @@ class TrainingData:
         if self.control is not None:
             return read_together(
                 lambda: loader.step(step),
-                lambda failure: loader.record(step, failure, on_disk=loader.speaks),
+                lambda failure: loader.record(step, failure, on_disk=loader.is_cp_leader),
                 filler,
                 self.control,
             )

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from sora_train.data.sample import ClipBatch, Failure
 from sora_train.errors import Fault
-from sora_train.runtime.world import ControlPlane
+from sora_train.runtime.control_plane import ControlPlane
 from sora_train.training.pipeline.encoding import CacheFiller
 
 Told = TypeVar("Told")

@@ -16,7 +16,7 @@ from sora_train.models.text_to_video import TextToVideo
 from sora_train.objectives import TextToVideoObjective
 from sora_train.parallel.checks.agreement import Agreement, digest_of
 from sora_train.parallel.checks.block_calls import BlockCalls
-from sora_train.parallel.engine import local
+from sora_train.parallel.shards import local
 from sora_train.runtime.health import longest_wait
 
 if TYPE_CHECKING:

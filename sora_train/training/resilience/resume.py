@@ -27,7 +27,7 @@ from sora_train.config.resumption import changes, differences, resume_class
 from sora_train.errors import ConfigError, Fault, UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.run_folder import CHANGES, RunFolder
-from sora_train.runtime.world import ControlPlane
+from sora_train.runtime.control_plane import ControlPlane
 from sora_train.training.resilience.probe import require_same_probe
 from sora_train.training.resilience.rollback import discard_abandoned
 

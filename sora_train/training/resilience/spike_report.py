@@ -14,7 +14,7 @@ import torch.distributed as dist
 from sora_train.base.files import write_atomically
 from sora_train.data.sample import ClipBatch
 from sora_train.objectives import Term, TextToVideoObjective
-from sora_train.runtime.world import ControlPlane
+from sora_train.runtime.control_plane import ControlPlane
 from sora_train.training.outputs.step_picture import draw_step
 from sora_train.training.spike_detector import Verdict
 

@@ -10,8 +10,8 @@ from sora_train.parallel.checks.self_test import self_test
 from sora_train.parallel.degrees import check_degrees, resolve_degrees
 from sora_train.parallel.engine import check_engine, check_kernels
 from sora_train.runtime import world as distributed
+from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.health import longest_wait
-from sora_train.runtime.world import ControlPlane
 
 
 def check_layout(overrides: Sequence[str], config_dir: Path | None = None) -> str:

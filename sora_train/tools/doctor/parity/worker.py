@@ -31,7 +31,7 @@ from sora_train.config.compose import compose
 from sora_train.data.sample import ClipBatch
 from sora_train.objectives import TextToVideoObjective
 from sora_train.parallel.checks.volume import CountedVolume, Slot, expected_volume, units_of
-from sora_train.parallel.engine import full
+from sora_train.parallel.shards import full
 from sora_train.training.trainer import Trainer
 
 PATIENCE = timedelta(seconds=300)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sora_train.parallel.engine import local
+from sora_train.parallel.shards import local
 
 Resize = Callable[[torch.UntypedStorage, int], torch.UntypedStorage]
 APART = ("host",)

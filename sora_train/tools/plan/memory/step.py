@@ -23,8 +23,9 @@ from sora_train.parallel import engine
 from sora_train.parallel.context import context
 from sora_train.parallel.context.context import ContextGroups
 from sora_train.parallel.degrees import resolve_degrees
-from sora_train.parallel.engine import Engine, build_engine
+from sora_train.parallel.engine import build_engine
 from sora_train.parallel.memory import host_optimizer, offload
+from sora_train.parallel.protocol import Engine
 from sora_train.runtime.world import World
 from sora_train.tools.plan.memory.count import Held
 from sora_train.training.optim.ema import Ema

@@ -1,0 +1,65 @@
+"""What a training loop asks of an engine, whichever shards the model."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+OptimizerBuilder = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
+"""From parameters by name to the optimizer of them."""
+
+
+class Weights(Protocol):
+    """Master weights by name: a module, or what an engine has whose module holds them in another form."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+class Engine(Protocol):
+    """What the Trainer asks of an engine. Parameters and moments are named, never numbered."""
+
+    model: nn.Module
+    """What computes."""
+
+    @property
+    def weights(self) -> Weights:
+        """What is averaged."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add this micro-batch's gradients; `last` marks the step's last one, where ranks meet.
+
+        `loss` is the micro-batch's sum divided by the step's true total weight, so gradients are summed; the
+        ranks that share its tokens all give the same.
+        """
+
+    def gradient_norm(self) -> float:
+        """The global norm of the step's gradients, the same on all ranks; once a step, after the last backward."""
+
+    def step(self, lr: float, norm: float) -> None:
+        """Clip by this norm, update the weights at this learning rate, forget the gradients."""
+
+    def skip(self) -> None:
+        """Forget the step's gradients; weights and moments stay as they are."""
+
+    def recompiles(self) -> int | None:
+        """Graphs this rank has compiled needlessly so far; None where nothing is compiled."""
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameter name -> float32 master weight, sharded as it lies, in place loadable."""
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """`<parameter name>.<exp_avg|exp_avg_sq|step>` -> tensor, in place loadable."""
+
+    def weights_changed(self) -> None:
+        """Compute with the tensors of `model_state` as they are now, after they were filled; on all ranks."""
+
+    def close(self) -> None:
+        """Let go of what would outlive the engine."""
+
+
+def resolve_param_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU; on a CPU float32, since few CPUs multiply bfloat16 faster."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
