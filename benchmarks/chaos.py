@@ -23,18 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sora_train import checkpoint as checkpoints
-from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import ClipBatch
 from sora_train.errors import Fault, run_command
-from sora_train.models.text_to_video import TextToVideo
-from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.monitoring.metrics import is_clocked, read_metrics
 from sora_train.parallel.shards import full
 from sora_train.runtime.preemption import listening
+from sora_train.tools.doctor.parity.worker import import_everything
 from sora_train.training.trainer import Callback, Trainer
 
 SMALL_RUN = (
@@ -161,14 +157,6 @@ class FaultyTrainer(Trainer):
             time.sleep(10_000)
         elif plan.action == "spin":
             re.match(r"(a|a)+$", "a" * 64 + "b")
-
-
-def import_everything() -> None:
-    """Have this process import what a rank does, so that its forks begin at once."""
-    torch.set_num_threads(1)
-    cfg: Config = compose(list(SMALL_RUN)).config
-    TextToVideo(cfg.model, cfg.text, seed=0)
-    VideoVAE.from_config(cfg.vae)
 
 
 def train_once(overrides: Sequence[str], plan: Plan | None) -> int:

@@ -1,17 +1,11 @@
-"""The commands of `sora bench`: measure, beside peers, on this machine."""
+"""`sora bench`: measures on this machine, beside peers; each sub-command hands its arguments to a benchmark's `main`.
 
-from typing import Annotated
+The command `sora` finds this file in the checkout that it runs from.
+"""
 
-import typer
+from sora_train.tools.terminal import OVERRIDES, Overrides, command_group
 
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-bench_app = typer.Typer(help="Measure; every number goes with its machine and commit.")
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
-
-
-@bench_app.callback()
-def _group() -> None:
-    """Keeps it a group whatever it holds."""
+bench_app = command_group("Measure; every number goes with its machine and commit.")
 
 
 @bench_app.command("train", context_settings=OVERRIDES)
@@ -24,9 +18,9 @@ def bench_train(arguments: Overrides = None) -> int:
     \b
     sora bench train experiment=quickstart --steps 30 --warmup 5 --out benchmarks/results
     """
-    from sora_train.tools.terminal import bench_train as bench
+    from benchmarks.train import main
 
-    return bench(list(arguments or []))
+    return main(arguments or [])
 
 
 @bench_app.command("data", context_settings=OVERRIDES)
@@ -40,9 +34,9 @@ def bench_data(arguments: Overrides = None) -> int:
     sora bench data experiment=quickstart --clips 500 --soak 5000
     sora bench data experiment=real_tiny data.source=shards buckets=256px --clips 60
     """
-    from sora_train.tools.terminal import bench_data as bench
+    from benchmarks.data import main
 
-    return bench(list(arguments or []))
+    return main(arguments or [])
 
 
 @bench_app.command("cost", context_settings=OVERRIDES)
@@ -59,9 +53,9 @@ def bench_cost(arguments: Overrides = None) -> int:
     sora bench cost experiment=real_tiny buckets=256px tokens=1000,2000,4000,8000 --repeats 10
     sora train experiment=quickstart data.cost_a=1.1e-4 data.cost_b=2.3e-8         (the values it printed)
     """
-    from sora_train.tools.terminal import bench_cost as bench
+    from sora_train.tools.plan.cost import main
 
-    return bench(list(arguments or []))
+    return main(arguments or [])
 
 
 @bench_app.command("model", context_settings=OVERRIDES)
@@ -75,9 +69,9 @@ def bench_model(arguments: Overrides = None) -> int:
     sora bench model --tokens 1024 --repeats 3
     sora bench model model=wan_1_3b model.attention=flash --tokens 8192 --dtype bfloat16 --device cuda
     """
-    from sora_train.tools.terminal import bench_model as bench
+    from benchmarks.model import main
 
-    return bench(list(arguments or []))
+    return main(arguments or [])
 
 
 @bench_app.command("memory", context_settings=OVERRIDES)
@@ -91,9 +85,9 @@ def bench_memory(arguments: Overrides = None) -> int:
     sora bench memory --tokens 512 --device cpu
     sora bench memory model=wan_1_3b --tokens 16384 --longest --device cuda
     """
-    from sora_train.tools.terminal import bench_memory as bench
+    from benchmarks.memory import main
 
-    return bench(list(arguments or []))
+    return main(arguments or [])
 
 
 @bench_app.command("ckpt", context_settings=OVERRIDES)
@@ -106,9 +100,9 @@ def bench_ckpt(arguments: Overrides = None) -> int:
     \b
     sora bench ckpt --mib 1024 --repeats 5
     """
-    from sora_train.tools.terminal import bench_ckpt as bench
+    from benchmarks.ckpt import main
 
-    return bench(list(arguments or []))
+    return main(arguments or [])
 
 
 @bench_app.command("vae", context_settings=OVERRIDES)
@@ -121,6 +115,6 @@ def bench_vae(arguments: Overrides = None) -> int:
     sora bench vae experiment=quickstart
     sora bench vae experiment=real_tiny data.source=clips vae.path=weights/wan2.1 --clips 8
     """
-    from sora_train.tools.terminal import bench_vae as bench
+    from benchmarks.vae import main
 
-    return bench(list(arguments or []))
+    return main(arguments or [])

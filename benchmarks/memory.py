@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.model import DEFAULT_OUT, Batch, Request, batch_of, model_of, on_meta
+from benchmarks.model import DEFAULT_OUT, Batch, ModelBenchRequest, batch_of, model_of, on_meta
 from sora_train.config import Config, ModelConfig, ParallelConfig, TextConfig
 from sora_train.errors import UserError
 from sora_train.models.flops import transformer_flops
@@ -94,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
 class Wanted:
     """What to measure, and the bytes that a clip may take on a CPU, whose memory is not the question."""
 
-    request: Request
+    request: ModelBenchRequest
     dtype: torch.dtype
     options: tuple[str, ...]
     longest: bool
@@ -104,8 +104,10 @@ class Wanted:
 def main(arguments: Sequence[str]) -> int:
     """Run `[model overrides] [--tokens N] ...`, print the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="sora bench memory", allow_abbrev=False)
-    parser.add_argument("--tokens", type=int, default=Request.tokens, help="video tokens")
-    parser.add_argument("--caption", type=int, default=Request.caption, help="caption tokens")
+    parser.add_argument("--tokens", type=int, default=ModelBenchRequest.tokens, help="video tokens")
+    parser.add_argument(
+        "--caption", type=int, default=ModelBenchRequest.caption, help="caption tokens"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--options", default="all", help="names of options, parted by ';'")
     parser.add_argument("--repeats", type=int, default=3)
@@ -120,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--options {wrong[0]!r} is not one of {'; '.join(OPTIONS)}")
     if min(asked.tokens, asked.caption, asked.repeats) < 1:
         raise UserError("--tokens, --caption and --repeats must be at least 1")
-    request = Request(
+    request = ModelBenchRequest(
         model_of(overrides), tokens=asked.tokens, caption=asked.caption, repeats=asked.repeats,
         device=asked.device,
     )  # fmt: skip
@@ -273,7 +275,7 @@ def fits(
     wanted: Wanted, tokens: int, model: VideoDiT, device: torch.device, offloader: Offloader | None
 ) -> bool:
     """Whether a step on a clip of so many tokens has room."""
-    request = Request(wanted.request.model, tokens=tokens, caption=wanted.request.caption)
+    request = ModelBenchRequest(wanted.request.model, tokens=tokens, caption=wanted.request.caption)
     try:
         batch = batch_of(request, wanted.dtype, device)
         peak, _ = peak_of(model, batch, device, offloader)

@@ -41,7 +41,7 @@ MODES = ("eager", "dynamic", "static")
 
 
 @dataclass(frozen=True)
-class Request:
+class ModelBenchRequest:
     """What to measure: one clip of `tokens` and a caption of `caption` tokens."""
 
     model: ModelConfig
@@ -67,16 +67,18 @@ class Batch:
 def main(arguments: Sequence[str]) -> int:
     """Run `[model overrides] [--tokens N] ...`, print the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="sora bench model", allow_abbrev=False)
-    parser.add_argument("--tokens", type=int, default=Request.tokens, help="video tokens")
-    parser.add_argument("--caption", type=int, default=Request.caption, help="caption tokens")
+    parser.add_argument("--tokens", type=int, default=ModelBenchRequest.tokens, help="video tokens")
+    parser.add_argument(
+        "--caption", type=int, default=ModelBenchRequest.caption, help="caption tokens"
+    )
     parser.add_argument("--dtype", default=",".join(DTYPES), help="float32, bfloat16 or both")
     parser.add_argument("--modes", default="eager", help="of eager, dynamic, static")
-    parser.add_argument("--repeats", type=int, default=Request.repeats)
-    parser.add_argument("--warmup", type=int, default=Request.warmup)
+    parser.add_argument("--repeats", type=int, default=ModelBenchRequest.repeats)
+    parser.add_argument("--warmup", type=int, default=ModelBenchRequest.warmup)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of model.json, .md")
     options, overrides = parser.parse_known_args(list(arguments))
-    request = Request(
+    request = ModelBenchRequest(
         model_of(overrides),
         tokens=options.tokens,
         caption=options.caption,
@@ -109,7 +111,7 @@ def model_of(overrides: Sequence[str]) -> ModelConfig:
     return cfg.model_copy(update={"mask_channel": False, "fps_embed": False})
 
 
-def run(request: Request) -> Result:
+def run(request: ModelBenchRequest) -> Result:
     """Measure everything that was asked for.
 
     Raises:
@@ -143,7 +145,7 @@ def run(request: Request) -> Result:
 
 
 def compare(
-    request: Request,
+    request: ModelBenchRequest,
     dtype: str,
     mode: str,
     device: torch.device,
@@ -175,7 +177,7 @@ def compare(
 
 
 def contestants(
-    request: Request, dtype: torch.dtype, mode: str, device: torch.device, batch: Batch
+    request: ModelBenchRequest, dtype: torch.dtype, mode: str, device: torch.device, batch: Batch
 ) -> dict[str, Callable[[], None]]:
     """A forward and backward pass of each, by name. They share the same first weights."""
     cfg = request.model
@@ -240,7 +242,7 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**30
 
 
-def batch_of(request: Request, dtype: torch.dtype, device: torch.device) -> Batch:
+def batch_of(request: ModelBenchRequest, dtype: torch.dtype, device: torch.device) -> Batch:
     """A random clip of `tokens` tokens, the same for the same request."""
     cfg = request.model
     frames, rows, columns = grid_of(request.tokens)

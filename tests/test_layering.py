@@ -14,15 +14,8 @@ Law = Callable[[House], Iterator[str]]
 
 NOT_YET: dict[str, set[str]] = {
     "upward_imports": {
-        "sora_train/checkpoint/tensors.py",
-        "sora_train/config/stages.py",
         "sora_train/data/index/sources.py",
         "sora_train/objectives/adversary.py",
-        "sora_train/tools/convert/fetch.py",
-        "sora_train/tools/doctor/start.py",
-        "sora_train/tools/launch/array.py",
-        "sora_train/tools/launch/command.py",
-        "sora_train/tools/plan/command.py",
         "sora_train/training/card.py",
     },
     "disorder_inside": {
@@ -51,13 +44,6 @@ NOT_YET: dict[str, set[str]] = {
         "sora_train/tools/sweep/run.py",
         "sora_train/training/accounts.py",
     },
-    "tools_that_import_tools": {
-        "sora_train/tools/terminal.py",
-    },
-    "outsiders_imported": {
-        "sora_train/tools/doctor/parity/worker.py",
-        "sora_train/tools/terminal.py",
-    },
     "optional_packages": {
         "sora_train/tools/doctor/parity/worker.py",
         "sora_train/tools/plan/memory/step.py",
@@ -75,7 +61,6 @@ NOT_YET: dict[str, set[str]] = {
         "sora_train/parallel/__init__.py",
     },
     "trainer_parameters": {
-        "sora_train/config/stages.py",
         "sora_train/tools/replay/replay.py",
         "sora_train/training/accounts.py",
         "sora_train/training/card.py",

@@ -6,7 +6,7 @@ a DictConfig.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -90,13 +90,33 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
 def parse_settings(cls: type[SettingsT], overrides: list[str]) -> SettingsT:
     """A section from `key=value` arguments alone, for commands whose settings are not a run's; strict as `compose`."""
     known, values = list(keys(cls)), {}
-    for override in parse_overrides(overrides):
+    for override in parse_overrides([_text_as_written(cls, text) for text in overrides]):
         if override.key_or_group not in known or override.is_add() or override.is_delete():
             raise ConfigError(unknown_key(override.key_or_group, known))
         if override.is_sweep_override():
             raise ConfigError(f"'{override.input_line}' names several values; give one")
         values[override.key_or_group] = override.value()
     return validated(cls, values)
+
+
+def split_settings(cls: type[SettingsT], arguments: Sequence[str]) -> tuple[SettingsT, list[str]]:
+    """A command's own settings, and the rest of its arguments, which are a run's overrides."""
+    own: list[str] = []
+    rest: list[str] = []
+    for text in arguments:
+        key, equals, _ = text.partition("=")
+        (own if equals and key in cls.model_fields else rest).append(text)
+    return parse_settings(cls, own), rest
+
+
+def _text_as_written(cls: type[Section], argument: str) -> str:
+    """`key=value` with the value of a text key quoted: in a path, braces, commas and = mean nothing to Hydra."""
+    key, _, value = argument.partition("=")
+    field = cls.model_fields.get(key)
+    quoted = "'" in value or '"' in value
+    return (
+        argument if field is None or field.annotation is not str or quoted else f"{key}='{value}'"
+    )
 
 
 def split_yaml_file(arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -45,6 +45,18 @@ class JobConfig:
         return self.stages or (self.config,)
 
 
+def split_script(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """A training file of the user's own that a command line begins with, if it does, and the arguments after it.
+
+    Raises UserError where there is no such file.
+    """
+    if not (arguments and arguments[0].endswith(".py") and "=" not in arguments[0]):
+        return None, list(arguments)
+    if not Path(arguments[0]).is_file():
+        raise UserError(f"there is no file {arguments[0]}; `sora init NAME` writes NAME/train.py")
+    return Path(arguments[0]), list(arguments[1:])
+
+
 def compose_arguments(
     arguments: Sequence[str], config_cls: type[Config] = Config, config_dir: Path | None = None
 ) -> Composed:

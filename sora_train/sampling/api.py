@@ -26,7 +26,7 @@ from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.geometry import Geometry
 from sora_train.runtime.world import pick_device
 from sora_train.sampling.files import save_clips, save_stills
-from sora_train.sampling.operations import Prepared, Request, prepare
+from sora_train.sampling.operations import Prepared, SampleRequest, prepare
 from sora_train.sampling.pipeline import ClipShape, sample_clips
 
 SETTINGS = {
@@ -109,7 +109,7 @@ class Model:
         clips = sample_clips(
             self.model,
             self.vae,
-            changed(self.spec, settings),
+            with_settings(self.spec, settings),
             repeated,
             shape,
             seed=seed,
@@ -122,7 +122,7 @@ class Model:
 
     def prepare(
         self,
-        request: Request,
+        request: SampleRequest,
         *,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
@@ -185,7 +185,7 @@ def fitting_shape(
     return ClipShape(count, height, width, fps or usual.fps)
 
 
-def changed(spec: DiffusionSpec, settings: Mapping[str, Any]) -> DiffusionSpec:
+def with_settings(spec: DiffusionSpec, settings: Mapping[str, Any]) -> DiffusionSpec:
     """The spec with other sampler settings; None leaves one alone. Raises UserError for one that cannot be."""
     unknown = [key for key in settings if key not in SETTINGS]
     if unknown:
@@ -218,23 +218,23 @@ def attending_here(model: ModelConfig, device: torch.device) -> ModelConfig:
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What a checkpoint says of itself, its weights left where they are."""
+class CheckpointInfo:
+    """What a checkpoint says of itself; its weights are not read."""
 
-    found: checkpoints.Checkpoint
+    checkpoint: checkpoints.Checkpoint
     cfg: Config
     spec: DiffusionSpec
     shape: ClipShape
 
 
-def look(run: Path, step: int | None = None) -> Looked:
+def checkpoint_info(run: Path, step: int | None = None) -> CheckpointInfo:
     """Read a run's config, spec and usual shape of clips: all that checking a request needs.
 
     Raises:
         UserError: no such run or checkpoint, or the checkpoint is not one of a text-to-video model.
     """
-    found = checkpoints.find(run, step)
-    state = found.state()
+    checkpoint = checkpoints.find(run, step)
+    state = checkpoint.state()
     if state["task"] != "text_to_video":
         raise UserError(
             f"{run} trained a {state['task']}, which cannot be sampled from; give a text_to_video run"
@@ -243,9 +243,9 @@ def look(run: Path, step: int | None = None) -> Looked:
         spec = DiffusionSpec.from_dict(state["spec"])
     except ValueError as error:
         raise UserError(
-            f"{found.path} cannot be sampled from: {error}; use the version of sora_train that wrote it"
+            f"{checkpoint.path} cannot be sampled from: {error}; use the version of sora_train that wrote it"
         ) from error
-    return Looked(found, shipped_config(run), spec, ClipShape(**state["sample_shape"]))
+    return CheckpointInfo(checkpoint, shipped_config(run), spec, ClipShape(**state["sample_shape"]))
 
 
 def load(
@@ -262,9 +262,9 @@ def load(
         UserError: no such run or checkpoint, or the checkpoint is not one of a text-to-video model.
     """
     folder, named_step = split_step(str(run))
-    looked = look(folder, named_step if step is None else step)
-    prefix = StoredTensors(looked.found).prefix(weights)
-    found, cfg, spec = looked.found, looked.cfg, looked.spec
+    info = checkpoint_info(folder, named_step if step is None else step)
+    prefix = StoredTensors(info.checkpoint).prefix(weights)
+    cfg, spec = info.cfg, info.spec
     vae = VideoVAE.from_config(cfg.vae)
     if vae.digest() != spec.vae_digest:
         raise UserError(
@@ -277,6 +277,5 @@ def load(
     tensors: dict[str, Tensor] = {
         f"{prefix}{name}": value.detach() for name, value in names.items()
     }
-    checkpoints.load_part(found, tensors, prefix)
-    target = pick_device(device)
-    return Model(cfg, spec, model.to(target), vae.to(target), looked.shape, found.step)
+    checkpoints.load_part(info.checkpoint, tensors, prefix)
+    return Model(cfg, spec, model.to(target), vae.to(target), info.shape, info.checkpoint.step)

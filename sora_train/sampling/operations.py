@@ -66,7 +66,7 @@ OPERATIONS = {
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleRequest:
     """An operation with its files, as a user names them."""
 
     op: str = "t2v"
@@ -151,7 +151,7 @@ class Prepared:
         )
 
 
-def prepare(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+def prepare(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
     """Read a request's files and cut them to the frames of a clip.
 
     Args:
@@ -160,7 +160,7 @@ def prepare(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
         geometry: of the VAE.
 
     Raises:
-        UserError: whatever does not fit: `Request.check`, a file that cannot be read, a video that
+        UserError: whatever does not fit: `SampleRequest.check`, a file that cannot be read, a video that
             is too short, a number of frames that are no whole latent frames.
     """
     request.check()
@@ -169,7 +169,7 @@ def prepare(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
     geometry.latent_shape(shape.frames, shape.height, shape.width)
     if request.op in ("t2v", "t2i"):
         return Prepared(shape, "t2v")
-    make: Callable[[Request, ClipShape, Geometry], Prepared] = {
+    make: Callable[[SampleRequest, ClipShape, Geometry], Prepared] = {
         "i2v": _from_images,
         "extend": _from_video,
         "extend-back": _from_video,
@@ -181,7 +181,7 @@ def prepare(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
     return make(request, shape, geometry)
 
 
-def _from_images(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+def _from_images(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
     kind = "loop" if request.op == "loop" else "i2v"
     if request.last_image:
         kind = "i2v_both" if request.image else "i2v_last"
@@ -197,7 +197,7 @@ def _from_images(request: Request, shape: ClipShape, geometry: Geometry) -> Prep
     return Prepared(shape, kind, Given(pixels, kind, mask_T), drop=int(kind == "loop"))
 
 
-def _from_video(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+def _from_video(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
     """Extension: the video's end is the clip's head, or its beginning the clip's tail."""
     kind = request.op.replace("-", "_")
     num_frames = _latent_frames(shape, geometry, kind, request.op)
@@ -218,7 +218,7 @@ def _from_video(request: Request, shape: ClipShape, geometry: Geometry) -> Prepa
     return Prepared(shape, kind, Given(pixels, kind, mask_T), known_F, before, after)
 
 
-def _infill(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+def _infill(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
     num_frames = _latent_frames(shape, geometry, "infill", request.op)
     factor = geometry.temporal_factor
     (video,), shape = _read_videos(request, shape)
@@ -242,7 +242,7 @@ def _infill(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
     return Prepared(shape, "infill", given, known_F, after=after)
 
 
-def _connect(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+def _connect(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
     """From the end of a video to the beginning of another; a loop leads back to the same one."""
     num_frames = _latent_frames(shape, geometry, "connect", request.op)
     videos, shape = _read_videos(request, shape)
@@ -265,7 +265,7 @@ def _connect(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared
     return Prepared(shape, "connect", given, known_F, first[:-head], second[tail:])
 
 
-def _edit(request: Request, shape: ClipShape, geometry: Geometry) -> Prepared:
+def _edit(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
     if request.image:
         video = _read(request.image, "--image", shape)
     else:
@@ -292,7 +292,13 @@ def _latent_frames(shape: ClipShape, geometry: Geometry, kind: str, op: str) -> 
 
 
 def _latents_given(
-    request: Request, geometry: Geometry, num_frames: int, default: int, most: int, *, head: bool
+    request: SampleRequest,
+    geometry: Geometry,
+    num_frames: int,
+    default: int,
+    most: int,
+    *,
+    head: bool,
 ) -> int:
     """How many latent frames `frames_given` are: 1 + k * factor frames at the head, k * factor at the tail."""
     factor = geometry.temporal_factor
@@ -309,7 +315,7 @@ def _latents_given(
     return k
 
 
-def _read_videos(request: Request, shape: ClipShape) -> tuple[list[np.ndarray], ClipShape]:
+def _read_videos(request: SampleRequest, shape: ClipShape) -> tuple[list[np.ndarray], ClipShape]:
     """The request's videos at one rate and size, and the shape with that rate."""
     probes = [_probe(path, "video", "--video") for path in request.videos]
     rate = min([shape.fps, *(probe.fps for probe in probes if probe.fps > 0)])

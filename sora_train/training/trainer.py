@@ -505,6 +505,7 @@ class Trainer:
         prompts = sample_prompts(self.cfg, self.data)
         if not prompts:
             return
+        assert self.spec is not None
         with self.health.phase("samples"), self.averaged():
             write_samples(
                 self.folder.samples(self.step) if self.world.is_main else None,

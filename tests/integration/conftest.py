@@ -25,12 +25,12 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.fixture(scope="session")
 def encoded(clips: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of these clips: moments of the latents, and embeddings."""
-    from sora_train.tools.terminal import data_encode
+    from sora_train.tools.data.command import encode_source
 
     folder = tmp_path_factory.mktemp("encoded")
     arguments = [TINY, f"run.dir={folder / 'run'}", FROZEN, clips[1], "data.latents=sample"]
     given = [*arguments, f"output={folder / 'out'}", clips[0].removeprefix("data.")]
-    printed = data_encode(given, None)
+    printed = encode_source(given, None)
     assert "24 clips = 24 usable + 0 dropped" in printed
     assert f"data.source={folder / 'out' / 'train'}" in printed
     return folder / "out"

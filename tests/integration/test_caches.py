@@ -16,7 +16,7 @@ from sora_train.models.text.encoder import TextEncoder
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import TextToVideoObjective
 from sora_train.runtime import preemption
-from sora_train.tools.terminal import data_verify
+from sora_train.tools.data.command import verify_source
 from sora_train.training.trainer import Trainer
 
 TINY = "experiment=parity_tiny"
@@ -93,8 +93,9 @@ def test_each_clip_and_caption_is_encoded_once(
     assert seen == {"clips": [], "captions": [""]}, "the null caption is asked for once a process"
 
     stored = ["data.max_drop_fraction=1", cache]
-    text, same = data_verify([TINY, FROZEN, *clips, *stored, f"run.dir={tmp_path / 'v'}"], None)
-    assert same and "1 of 24" in text and "embedding" in text
+    verification = verify_source([TINY, FROZEN, *clips, *stored, f"run.dir={tmp_path / 'v'}"], None)
+    text = str(verification)
+    assert not verification.wrong and "1 of 24" in text and "embedding" in text
     for change, told in (
         ("vae.arch.base_dim=16", "VAE"),
         ("text.padding=wan", r"text\.padding +masked +wan"),

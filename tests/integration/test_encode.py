@@ -21,7 +21,7 @@ from sora_train.data.manifest import Manifest
 from sora_train.errors import UserError
 from sora_train.models.text.encoder import TextEncoder
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.tools.terminal import data_encode, data_verify
+from sora_train.tools.data.command import encode_source, verify_source
 
 TINY = ("experiment=parity_tiny", "text.trainable=false", "data.latents=sample")
 
@@ -87,19 +87,19 @@ def test_killed_anywhere_it_leaves_nothing_half_done_and_goes_on(
     for owner, name, deadly, there in cases:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, deadly)
-            child = in_a_process(lambda: data_encode(arguments(tmp_path, clips), None))
+            child = in_a_process(lambda: encode_source(arguments(tmp_path, clips), None))
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         assert {path.name for path in output.iterdir()} & {"train", "val"} == there
     with pytest.raises(UserError, match=r"dtype\s+float32\s+bfloat16"):
-        data_encode(arguments(tmp_path, clips, "dtype=bfloat16"), None)
+        encode_source(arguments(tmp_path, clips, "dtype=bfloat16"), None)
     monkeypatch.setattr(VideoVAE, "encode_moments", count)
-    data_encode(arguments(tmp_path, clips), None)
+    encode_source(arguments(tmp_path, clips), None)
     assert counted == [], "all was encoded before"
     assert_same_shards(output, encoded)
     assert sorted(path.name for path in output.iterdir()) == ["train", "val"]
     with pytest.raises(UserError, match="not an empty folder"):
-        data_encode(arguments(tmp_path, clips), None)
+        encode_source(arguments(tmp_path, clips), None)
 
 
 def test_parts_share_the_work_and_a_merge_writes(
@@ -113,13 +113,13 @@ def test_parts_share_the_work_and_a_merge_writes(
         return embedding(self, prompt)
 
     monkeypatch.setattr(TextEncoder, "embedding", counted)
-    assert "part 2 of 2" in data_encode(arguments(tmp_path, clips, "part=2/2"), None)
+    assert "part 2 of 2" in encode_source(arguments(tmp_path, clips, "part=2/2"), None)
     with pytest.raises(UserError, match="not encoded yet"):
-        data_encode(arguments(tmp_path, clips, "merge=true"), None)
+        encode_source(arguments(tmp_path, clips, "merge=true"), None)
     assert not (tmp_path / "out" / "train").exists()
-    data_encode(arguments(tmp_path, clips, "part=1/2"), None)
+    encode_source(arguments(tmp_path, clips, "part=1/2"), None)
     assert len(captions) == len(set(captions)) > 0
-    data_encode(arguments(tmp_path, clips, "merge=true"), None)
+    encode_source(arguments(tmp_path, clips, "merge=true"), None)
     assert_same_shards(tmp_path / "out", encoded)
 
 
@@ -144,7 +144,8 @@ def test_ranks_share_the_work(encoded: Path, clips: tuple[str, str], tmp_path: P
 
 
 def verified(tmp_path: Path, clips: tuple[str, str], *more: str) -> tuple[str, bool]:
-    return data_verify([*TINY, f"run.dir={tmp_path / 'run'}", *clips, *more], None)
+    verification = verify_source([*TINY, f"run.dir={tmp_path / 'run'}", *clips, *more], None)
+    return str(verification), not verification.wrong
 
 
 def test_what_is_sound_is_verified_and_what_is_not_is_listed(
@@ -177,4 +178,4 @@ def test_what_is_sound_is_verified_and_what_is_not_is_listed(
 @pytest.mark.parametrize("wrong", ["sample=0", "sample=x%", "sample=200%", "encoded=/nowhere"])
 def test_a_wrong_sample_is_named(wrong: str, tmp_path: Path):
     with pytest.raises(UserError, match=wrong.split("=")[0]):
-        data_verify([*TINY, f"run.dir={tmp_path}", wrong], None)
+        verify_source([*TINY, f"run.dir={tmp_path}", wrong], None)

@@ -12,12 +12,13 @@ from PIL import Image
 
 from sora_train.cli import run as cli_run
 from sora_train.config.compose import compose
+from sora_train.config.sections.settings import TraceSettings
 from sora_train.errors import UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.run_folder import Part, parts_of
 from sora_train.objectives import Term
-from sora_train.tools.data.trace import Trace, TraceRequest
-from sora_train.tools.replay.replay import Request, facts, look, replay
+from sora_train.tools.data.trace import Trace
+from sora_train.tools.replay.replay import ReplayRequest, facts, look, replay
 from sora_train.training.outputs.step_picture import draw_step
 from sora_train.training.trainer import Trainer
 
@@ -42,7 +43,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def replayed(run: Path, step: int, out: Path, **options: Any) -> dict[str, Any]:
-    replay(Request(run, step, out=out, **options))
+    replay(ReplayRequest(run, step, out=out, **options))
     return facts(out)
 
 
@@ -68,7 +69,7 @@ def test_every_other_step_too(run: Path, tmp_path: Path):
 
 def test_it_shows_the_clips_that_the_tape_names(run: Path, clips: tuple[str, str], tmp_path: Path):
     cfg = compose([TINY, f"run.dir={tmp_path}/trace", *clips]).config
-    rows = list(Trace.open(cfg).rows(TraceRequest(1, 2, 1, None)))
+    rows = list(Trace.open(cfg).rows(TraceSettings(steps="1:2")))
     found = replayed(run, 2, tmp_path / "out", loss=False)["samples"]
     assert [sample["row"] for sample in found] == [
         row for entry in rows for row in entry["samples"]
@@ -102,11 +103,11 @@ def test_ranks_that_shared_their_clips_are_replayed_with_them(run: Path, tmp_pat
     assert rows[2] == rows[3] == [sample["row"] for sample in wholly[1]]
     assert {sample["rank"] for samples in halves for sample in samples} == {0, 2}
     with pytest.raises(UserError, match="--of 3: each 2 ranks .* give a multiple of 2"):
-        replay(Request(shared, 3, rank=0, ranks=3))
+        replay(ReplayRequest(shared, 3, rank=0, ranks=3))
 
 
 def test_other_weights_are_said_to_be_other(run: Path, tmp_path: Path):
-    said = replay(Request(run, 4, out=tmp_path, checkpoint=1))
+    said = replay(ReplayRequest(run, 4, out=tmp_path, checkpoint=1))
     found = facts(tmp_path)
     assert found["checkpoint"] == 1 and found["steps_before"] == 2
     assert "checkpoint 1, 2 steps older" in said
@@ -189,7 +190,7 @@ def test_clips_that_were_skipped_after_a_roll_back_are_not_shown(run: Path, tmp_
         """That of a run whose steps from 2 on were two further on the tape, and of which these were logged."""
         rows = [{"step": n, "train/data_step": float(n + 2 * (n >= 2))} for n in logged]
         (ahead / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return look(Request(ahead, step, loss=False)).tape_step
+        return look(ReplayRequest(ahead, step, loss=False)).tape_step
 
     assert [tape_step(step, 1, 2, 3, 4) for step in (1, 2, 3, 4)] == [0, 3, 4, 5]
     assert tape_step(3, 1, 2, 4) == 4
@@ -215,29 +216,29 @@ def test_a_wrong_request_is_a_sentence(wrong: str, run: Path, tmp_path: Path):
         pytest.skip("there is a GPU")
     options, said = WRONG[wrong]
     with pytest.raises(UserError, match=said):
-        replay(Request(run, out=tmp_path, **options))
+        replay(ReplayRequest(run, out=tmp_path, **options))
 
 
 def test_a_run_that_lacks_something_is_told_of(run: Path, tmp_path: Path):
     with pytest.raises(UserError, match="config.yaml"):
-        replay(Request(tmp_path, 1))
+        replay(ReplayRequest(tmp_path, 1))
     bare = tmp_path / "run"
     shutil.copytree(run, bare)
     for step in (1, 2):
         shutil.rmtree(bare / "checkpoints" / f"step-{step:06d}")
     with pytest.raises(UserError, match="were removed .* oldest left is 3; add --checkpoint 3"):
-        replay(Request(bare, 2, out=tmp_path / "out"))
-    later = look(Request(bare, 2, checkpoint=3)).weights
+        replay(ReplayRequest(bare, 2, out=tmp_path / "out"))
+    later = look(ReplayRequest(bare, 2, checkpoint=3)).weights
     assert later is not None and later.step == 3
-    assert look(Request(bare, 2, checkpoint=0)).weights is None
-    assert look(Request(bare, 1)).weights is None, "exactly those of step 0"
+    assert look(ReplayRequest(bare, 2, checkpoint=0)).weights is None
+    assert look(ReplayRequest(bare, 1)).weights is None, "exactly those of step 0"
     known = json.loads((bare / "run.json").read_text())
     (bare / "run.json").write_text(json.dumps({**known, "parts": []}))
     with pytest.raises(UserError, match="add --of RANKS"):
-        replay(Request(bare, 4, rank=0))
+        replay(ReplayRequest(bare, 4, rank=0))
     (bare / "run.json").write_text("{")
     with pytest.raises(UserError, match="run.json is damaged"):
-        replay(Request(bare, 4))
+        replay(ReplayRequest(bare, 4))
 
 
 @pytest.fixture
@@ -258,10 +259,10 @@ def test_clips_that_changed_are_told_of(moved: tuple[Path, Path], tmp_path: Path
     whole = shard.read_bytes()
     shard.write_bytes(whole.replace(b"x264 - core", b"x264 - CORE"))  # still clips
     with pytest.raises(UserError, match=f"{shard.name} was trained .*its bytes changed"):
-        replay(Request(run, 1, out=tmp_path / "out", loss=False))
+        replay(ReplayRequest(run, 1, out=tmp_path / "out", loss=False))
     shard.write_bytes(bytes(byte ^ 1 for byte in whole))
     with pytest.raises(UserError, match="is not what it was .unread"):
-        replay(Request(run, 1, out=tmp_path / "out", loss=False))
+        replay(ReplayRequest(run, 1, out=tmp_path / "out", loss=False))
     assert not (run / "quarantine.jsonl").exists(), "a replay is no part of the run"
 
 
@@ -273,10 +274,10 @@ def test_a_source_that_is_gone_or_another_is_told_of(
     for name in (shard.name, "manifest.parquet"):
         shutil.copy(held_out / name, shard.with_name(name))
     with pytest.raises(UserError, match="data.source is not what this run was trained on"):
-        replay(Request(run, 1, out=tmp_path / "out", loss=False))
+        replay(ReplayRequest(run, 1, out=tmp_path / "out", loss=False))
     shutil.rmtree(shard.parent)
     with pytest.raises(UserError, match="clips"):
-        replay(Request(run, 1, out=tmp_path / "out", loss=False))
+        replay(ReplayRequest(run, 1, out=tmp_path / "out", loss=False))
 
 
 def test_a_live_trainer_draws_what_it_has_at_hand(

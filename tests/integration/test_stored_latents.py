@@ -15,7 +15,7 @@ from sora_train.data.latents import members as stored
 from sora_train.data.manifest import Manifest
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.tools.terminal import data_encode
+from sora_train.tools.data.command import encode_source
 from sora_train.training.trainer import Trainer
 
 FROZEN = ("text.trainable=false",)
@@ -141,7 +141,7 @@ def test_the_refusal_names_both_digests(encoded: Path, tmp_path: Path):
 def test_clips_and_latents_mix_in_a_micro_batch(clips: tuple[str, str], tmp_path: Path):
     output = tmp_path / "out"
     arguments = overrides(tmp_path / "run", *clips)
-    data_encode([*arguments, f"output={output}", "keep_clips=true"], None)
+    encode_source([*arguments, f"output={output}", "keep_clips=true"], None)
     file = output / "train" / "manifest.parquet"
     manifest = Manifest.load(file)
     assert set(manifest.kind) == {"video", "image"}
@@ -193,5 +193,5 @@ def test_a_shape_without_a_bucket_is_dropped_by_name(encoded: Path, tmp_path: Pa
 )
 def test_a_wrong_argument_is_named(wrong: str, tmp_path: Path):
     with pytest.raises(UserError, match=wrong.split("=")[0]):
-        data_encode(["experiment=parity_tiny", f"output={tmp_path / 'out'}", wrong], None)
+        encode_source(["experiment=parity_tiny", f"output={tmp_path / 'out'}", wrong], None)
     assert np.array_equal(list(tmp_path.iterdir()), [])

@@ -25,6 +25,7 @@ from sora_train.data.sample import Clip, ClipBatch, Failure
 from sora_train.errors import run_command
 from sora_train.objectives import FlowBatch, Objective, TextToVideoObjective
 from sora_train.parallel.checks import agreement
+from sora_train.tools.doctor.parity.worker import import_everything
 from sora_train.training import trainer
 from sora_train.training.pipeline.data import TrainingData
 from sora_train.training.trainer import Trainer
@@ -167,7 +168,7 @@ def main() -> None:
     agreement.PATIENCE_SECONDS = 1.0
     # Scores, pictures and tables are of no interest here, and take as long as the three steps.
     trainer.finish = trainer.print_card = lambda trainer: None
-    chaos.import_everything()
+    import_everything()
     chaos.train_once = train_once
     folder, data, *cells = sys.argv[1:]
     for text in cells:

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.chaos import import_everything
 from sora_train.config.compose import compose
 from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import Fault
@@ -36,6 +35,7 @@ from sora_train.parallel.context.ring import ring_attention
 from sora_train.parallel.degrees import Degrees
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
+from sora_train.tools.doctor.parity.worker import import_everything
 from sora_train.training.trainer import Trainer
 
 MODEL = ModelConfig(

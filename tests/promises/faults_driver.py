@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import chaos
 from sora_train.runtime import watchdog
+from sora_train.tools.doctor.parity.worker import import_everything
 
 MOST_ATTEMPTS = 8
 
@@ -21,7 +22,7 @@ MOST_ATTEMPTS = 8
 def main() -> None:
     # A rank that no Python can run in has to be ended by the timer within the test's time.
     watchdog.LAST_RESORT_SECONDS, watchdog.REARM_SECONDS = 6.0, 1.0
-    chaos.import_everything()
+    import_everything()
     folder, data, *cells = sys.argv[1:]
     for text in cells:
         cell = json.loads(text)

@@ -14,7 +14,7 @@ import pytest
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.monitoring.metrics import read_metrics
-from sora_train.tools.replay.replay import Request, facts, replay
+from sora_train.tools.replay.replay import ReplayRequest, facts, replay
 from sora_train.training.trainer import Trainer
 
 PLAIN_SGD = ["optim=sgd", "optim.lr=0.05", "optim.grad_clip=0", "optim.warmup_steps=0"]
@@ -78,7 +78,7 @@ def test_two_ranks_follow_one_process(parity_config: Callable, tmp_path: Path) -
     assert_same(curve(tmp_path / "cell-0"), train(parity_config(*cell, name="three")))
     # What two ranks trained, with a slot left over, is replayed by one process.
     run_dir = tmp_path / "cell-0"
-    replay(Request(run_dir, 4, out=tmp_path / "replay"))
+    replay(ReplayRequest(run_dir, 4, out=tmp_path / "replay"))
     found = facts(tmp_path / "replay")
     logged = read_metrics(run_dir / "metrics.jsonl")[3]["train/loss"]
     assert found["loss"] == pytest.approx(logged, abs=1e-6) and found["steps_before"] == 0

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import train as bench_train
+from sora_train import cli
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError, UserError
 from sora_train.models.transformer.dit import VideoDiT
@@ -187,3 +188,33 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path):
     assert "| train_256px | failed with exit code 3 |" in table
     assert table.count("| passed |") == 2
     assert (tmp_path / "out/train_256px.log").read_text() == "broken\n"
+
+
+def sora(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sora_train", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_benchmarks_of_the_checkout_run_from_any_folder(tmp_path: Path):
+    # A package of the same name in the folder where the command is given is not taken.
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_text("raise SystemExit(9)")
+    assert "  vae " in sora(["bench", "--help"], tmp_path).stdout
+    wrong = sora(["bench", "data", "--clips", "0"], tmp_path)
+    assert wrong.returncode == 2 and "--clips 0" in wrong.stderr
+    unknown = sora(["bench", "nothing"], tmp_path)
+    assert unknown.returncode == 2 and "sora bench --help" in unknown.stderr
+
+
+def test_without_a_checkout_it_says_where_the_benchmarks_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cli, "REPOSITORY", tmp_path)
+    with pytest.raises(UserError, match=r"sora bench data.*repository"):
+        cli.run(["bench", "data", "experiment=quickstart"])
+    # What a run is told by data.cost_a can be measured without one.
+    with pytest.raises(UserError, match="tokens"):
+        cli.run(["bench", "cost", "tokens=1,2"])

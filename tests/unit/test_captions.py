@@ -37,7 +37,7 @@ from sora_train.data.tape.tape import Tape
 from sora_train.errors import UserError
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
-from sora_train.tools.terminal import data_index
+from sora_train.tools.data.command import index_source
 from sora_train.training.pipeline.data import read_validation
 
 FIELDS = {"style": "flat", "subject": "a red ball", "action": "rolls left", "camera": "still"}
@@ -293,7 +293,7 @@ def test_nothing_is_lost_from_tar_to_manifest_to_shards_and_back(tmp_path: Path)
     )  # fmt: skip
     keys = ("txt", "short=json:caption.short", "fields=json:caption.fields", "none=json:none")
     manifest = indexed(tmp_path / "in", tmp_path / "index", MemberKeys((), keys))
-    told = data_index(
+    told = index_source(
         [
             f"source={tmp_path / 'in'}", f"work_dir={tmp_path / 'work'}", "probe=header", "workers=1",
             f"caption_keys=[{','.join(keys)}]",

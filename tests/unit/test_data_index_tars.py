@@ -35,7 +35,7 @@ from sora_train.data.manifest import COLUMNS, FILE_NAME, Manifest
 from sora_train.data.storage import remote
 from sora_train.data.storage.remote import RemoteRange, expand
 from sora_train.errors import Fault, UserError
-from sora_train.tools.terminal import data_index
+from sora_train.tools.data.command import index_source
 
 Members = list[tuple[str, bytes]]
 
@@ -375,7 +375,7 @@ def test_the_command(tmp_path: Path, clip: bytes):
         tmp_path / "in" / "00.tar", [("a.mp4", clip), ("a.json", b'{"caption": {"long": "x"}}')]
     )
     make_tar(tmp_path / "in" / "01.tar", plain("b", clip))
-    said = data_index(
+    said = index_source(
         [
             f"source={tmp_path}/in/{{00..01}}.tar",
             f"output={tmp_path}/out",
@@ -387,7 +387,7 @@ def test_the_command(tmp_path: Path, clip: bytes):
     assert "2 clips = 2 usable + 0 dropped" in said and f"data.source={tmp_path}/out" in said
     assert Manifest.load(tmp_path / "out" / FILE_NAME).caption.tolist() == ["x", "caption of b"]
     with pytest.raises(UserError, match="part=3/2 is not i/N"):
-        data_index([f"source={tmp_path}/in/00.tar", "part=3/2"])
+        index_source([f"source={tmp_path}/in/00.tar", "part=3/2"])
     with pytest.raises(UserError, match=r"run `sora data index source="):
         open_source("s3://bucket/{0..3}.tar", work_dir=tmp_path)
 

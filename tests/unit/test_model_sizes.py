@@ -15,6 +15,7 @@ from sora_train.models.memory import transformer_parameters
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.transformer.wan_layout import wan_arguments
 from sora_train.tools.plan import model_sizes
+from sora_train.tools.plan.command import models
 from sora_train.tools.plan.model_sizes import (
     COLUMNS,
     flops_per_token,
@@ -22,7 +23,6 @@ from sora_train.tools.plan.model_sizes import (
     rows,
     short_count,
 )
-from sora_train.tools.terminal import models
 
 PATHS = sorted((find_configs() / "model").glob("*.yaml"))
 LADDER = ["tiny", "s", "b", "l", "xl", "wan_1_3b", "wan_5b", "wan_14b", "30b"]
@@ -72,12 +72,13 @@ def test_the_ladder_rises_and_heads_are_128_wide_where_we_chose():
 
 
 def test_models_are_listed_smallest_first_with_operations_for_a_token(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     listed = rows([])
     found = {cells[0]: dict(zip(COLUMNS, cells, strict=True)) for _, cells in listed}
     monkeypatch.setattr(model_sizes, "rows", lambda *given: listed)
-    table = models([], None)
+    models()
+    table = capsys.readouterr().out
     places = [re.search(rf"^{name} ", table, re.M).start() for name in LADDER]
     assert places == sorted(places)
     assert re.search(r"^wan_1_3b +1\.4 B +30 +1536 +12 x 128 +8960 +16 ", table, re.M)

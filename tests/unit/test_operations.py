@@ -19,7 +19,7 @@ from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.geometry import Geometry
 from sora_train.objectives.spec import build_spec
 from sora_train.sampling import api
-from sora_train.sampling.operations import OPERATIONS, Request, prepare
+from sora_train.sampling.operations import OPERATIONS, SampleRequest, prepare
 from sora_train.sampling.pipeline import ClipShape, GuidedVelocity, encode_known, sample_latents
 
 GEOMETRY = Geometry(channels=16, temporal_factor=4, spatial_factor=8)
@@ -60,7 +60,7 @@ def request(files, op, *names, **settings):
     keys = {"first.png": "image", "last.png": "last_image"}
     images = {keys[name]: files / name for name in names if name in keys}
     videos = tuple(files / name for name in names if name not in keys)
-    return Request(op=op, videos=videos, **images, **settings)
+    return SampleRequest(op=op, videos=videos, **images, **settings)
 
 
 A, B = 20 + 4 * np.arange(25), 130 + 4 * np.arange(25)
@@ -123,7 +123,7 @@ def test_strength_is_spread_over_the_clip(files):
     assert prepared.given.strength_T.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
     image = prepare(request(files, "edit", "first.png", strength=(0.3,)), SHAPE, GEOMETRY)
     assert image.shape.frames == 1 and image.given.strength_T.tolist() == pytest.approx([0.3])
-    assert prepare(Request(op="t2i"), SHAPE, GEOMETRY).shape.frames == 1
+    assert prepare(SampleRequest(op="t2i"), SHAPE, GEOMETRY).shape.frames == 1
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "unipc"])

@@ -7,14 +7,10 @@ from typing import Annotated
 import typer
 
 from sora_train.errors import UserError
-
-RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-At = Annotated[
-    str, typer.Argument(metavar="RUN[@STEP]", help="A run folder; its newest checkpoint or STEP.")
-]
+from sora_train.tools.terminal import Run, RunAtStep, table_of
 
 
-def ls(run_dir: RunDir) -> None:
+def ls(run_dir: Run) -> None:
     """List the checkpoints of a run: step, size, age, samples seen, validation loss, and whether each is whole.
 
     An incomplete one is listed with what is wrong with it; training goes on from the newest complete one.
@@ -24,14 +20,13 @@ def ls(run_dir: RunDir) -> None:
     """
     from sora_train.tools.checkpoints.inspect import LS_COLUMNS
     from sora_train.tools.checkpoints.inspect import ls as listing
-    from sora_train.tools.terminal import table_of
 
     rows, total = listing(run_dir)
     print(f"{table_of(LS_COLUMNS, rows)}\n{total}")
 
 
 def inspect(
-    ckpt: At,
+    ckpt: RunAtStep,
     tensors: Annotated[
         str | None,
         typer.Option(metavar="PATTERN", help="List the tensors whose name holds or matches it."),
@@ -51,7 +46,6 @@ def inspect(
     from sora_train.checkpoint.layout import split_step
     from sora_train.checkpoint.tensors import StoredTensors
     from sora_train.tools.checkpoints import inspect as tools
-    from sora_train.tools.terminal import table_of
 
     found = find(*split_step(ckpt))
     stored = StoredTensors(found)
@@ -62,7 +56,7 @@ def inspect(
     print(f"\n{table_of(tools.GROUP_COLUMNS, tools.groups(stored))}")
 
 
-def verify(ckpt: At) -> None:
+def verify(ckpt: RunAtStep) -> None:
     """Read every file of a run's checkpoints, or of one, and compare it with its digest; exit 1 names a damaged one.
 
     \b
@@ -96,7 +90,6 @@ def diff(
     from sora_train.checkpoint.layout import split_step
     from sora_train.checkpoint.tensors import StoredTensors
     from sora_train.tools.checkpoints import diff as checkpoint_diff
-    from sora_train.tools.terminal import table_of
 
     first, second = find(*split_step(one)), find(*split_step(other))
     rows = checkpoint_diff.state_rows(first, second)
@@ -166,7 +159,7 @@ def average(
 
 
 def prune(
-    run_dir: RunDir,
+    run_dir: Run,
     keep_last: Annotated[int, typer.Option("--keep-last", help="Newest checkpoints kept.")],
     keep_every: Annotated[
         int, typer.Option("--keep-every", help="Also keep those of steps it divides.")
@@ -188,10 +181,15 @@ def prune(
     print(remove(run_dir, keep_last, keep_every, dry_run=dry_run))
 
 
-TOOLS: dict[str, Callable[..., None]] = {
-    "ls": ls, "inspect": inspect, "verify": verify, "diff": diff, "average": average, "prune": prune,
-}  # fmt: skip
-"""The commands by name, in the order of the help."""
+CHECKPOINT_COMMANDS: dict[str, Callable[..., None]] = {
+    "ls": ls,
+    "inspect": inspect,
+    "verify": verify,
+    "diff": diff,
+    "average": average,
+    "prune": prune,
+}
+"""Those of `sora ckpt`, in the order of the help."""
 
 
 def _numbers(text: str | None) -> list[float]:

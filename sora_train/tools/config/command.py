@@ -1,21 +1,13 @@
-"""The commands of `sora config`: values, where they come from, and what they mean."""
+"""`sora config` and `sora init`: values, where they come from and what they mean; and a project of one's own."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-config_app = typer.Typer(help="Values, where they come from, and what they mean.")
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
-ConfigDir = Annotated[
-    Path | None, typer.Option(help="A folder with config groups and experiments of your own.")
-]
+from sora_train.tools.terminal import OVERRIDES, ConfigDir, Overrides, command_group
 
-
-@config_app.callback()
-def _group() -> None:
-    """Keeps it a group whatever it holds."""
+config_app = command_group("Values, where they come from, and what they mean.")
 
 
 @config_app.command("show", context_settings=OVERRIDES)
@@ -26,11 +18,10 @@ def config_show(arguments: Overrides = None, config_dir: ConfigDir = None) -> No
     sora config show experiment=quickstart train.steps=50
     sora config show my.yaml
     """
-    from sora_train.config.compose import compose, split_yaml_file
     from sora_train.config.explain import show
+    from sora_train.config.job import compose_arguments
 
-    yaml_file, overrides = split_yaml_file(list(arguments or []))
-    print(show(compose(overrides, config_dir=config_dir, yaml_file=yaml_file)), end="")
+    print(show(compose_arguments(arguments or [], config_dir=config_dir)), end="")
 
 
 @config_app.command("diff")
@@ -62,8 +53,19 @@ def config_explain(
     sora config explain model
     sora config explain optim.lr experiment=quickstart
     """
-    from sora_train.config.compose import compose, split_yaml_file
     from sora_train.config.explain import explain
+    from sora_train.config.job import compose_arguments
 
-    yaml_file, overrides = split_yaml_file(list(arguments or []))
-    print(explain(key, compose(overrides, config_dir=config_dir, yaml_file=yaml_file)), end="")
+    print(explain(key, compose_arguments(arguments or [], config_dir=config_dir)), end="")
+
+
+def init(name: Annotated[str, typer.Argument(metavar="NAME", help="Folder to create.")]) -> None:
+    """Start a project of your own: a train.py of some 15 lines and a my.yaml of about ten.
+
+    \b
+    sora init my_project
+    sora train my_project/train.py my_project/my.yaml
+    """
+    from sora_train.tools.config.project import create
+
+    print(create(Path(name)))

@@ -27,7 +27,7 @@ from sora_train.models.transformer.layers import sinusoid
 from sora_train.models.transformer.wan_layout import CLASS_NAME, wan_arguments
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.published import WAN
-from sora_train.sampling.api import Looked, look
+from sora_train.sampling.api import CheckpointInfo, checkpoint_info
 
 WEIGHTS = "diffusion_pytorch_model"
 EXTRAS = ("mask_proj.weight", "fps_proj.weight")
@@ -49,26 +49,26 @@ def export_pipeline(
     `fps` is folded into the weights of a model that is told the frame rate. Raises UserError where the
     run cannot be such a pipeline, `out` is not empty, or the run is none.
     """
-    looked = look(run, step)
-    _require(looked, fps)
-    StoredTensors(looked.found).prefix(weights)
+    info = checkpoint_info(run, step)
+    _require(info, fps)
+    StoredTensors(info.checkpoint).prefix(weights)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder or empty it")
-    vae = _vae(looked, run)
-    checkpoints.verify(looked.found)
+    vae = _vae(info, run)
+    checkpoints.verify(info.checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        notes = _write_transformer(looked, weights, fps, partial / "transformer", max_shard_bytes)
+        notes = _write_transformer(info, weights, fps, partial / "transformer", max_shard_bytes)
         vae.save(partial / "vae")
-        _write_text_encoder(looked, weights, partial)
-        scheduler = _write_scheduler(looked, vae, partial / "scheduler")
-        notes += _departures(looked, scheduler)
-        _write_index(looked, scheduler, partial)
+        _write_text_encoder(info, weights, partial)
+        scheduler = _write_scheduler(info, vae, partial / "scheduler")
+        notes += _departures(info, scheduler)
+        _write_index(info, scheduler, partial)
         (partial / "README.md").write_text(
-            _card(looked, run, weights, fps, scheduler, _departures(looked, scheduler))
+            _card(info, run, weights, fps, scheduler, _departures(info, scheduler))
         )
         if out.exists():
             out.rmdir()
@@ -78,8 +78,8 @@ def export_pipeline(
     return "\n".join([*notes, f"wrote {out}", f'next: WanPipeline.from_pretrained("{out}")'])
 
 
-def _require(looked: Looked, fps: float | None) -> None:
-    cfg, spec = looked.cfg, looked.spec
+def _require(info: CheckpointInfo, fps: float | None) -> None:
+    cfg, spec = info.cfg, info.spec
     if spec.text_padding != "wan":
         raise UserError(
             "text.padding=masked cannot be exported, because WanPipeline attends to the padding; train with "
@@ -97,7 +97,7 @@ def _require(looked: Looked, fps: float | None) -> None:
     if cfg.model.fps_embed and fps is None:
         raise UserError(
             "this model is told the frame rate (fps_proj), which WanPipeline does not do; give the one to fold into "
-            f"the weights, such as --fps {looked.shape.fps:g}"
+            f"the weights, such as --fps {info.shape.fps:g}"
         )
     if not cfg.model.fps_embed and fps is not None:
         raise UserError(
@@ -119,11 +119,11 @@ def _require(looked: Looked, fps: float | None) -> None:
         )
 
 
-def _vae(looked: Looked, run: Path) -> VideoVAE:
+def _vae(info: CheckpointInfo, run: Path) -> VideoVAE:
     """The run's VAE. Raises UserError when it is another than in training, or not the pipeline's."""
-    path = looked.cfg.vae.path
-    vae = VideoVAE.from_config(looked.cfg.vae)
-    if vae.digest() != looked.spec.vae_digest:
+    path = info.cfg.vae.path
+    vae = VideoVAE.from_config(info.cfg.vae)
+    if vae.digest() != info.spec.vae_digest:
         raise UserError(
             f"vae.path={path!r} no longer holds the VAE that {run} was trained with; restore it"
         )
@@ -139,16 +139,16 @@ def _vae(looked: Looked, run: Path) -> VideoVAE:
 
 
 def _write_transformer(
-    looked: Looked, weights: str, fps: float | None, folder: Path, max_shard_bytes: int
+    info: CheckpointInfo, weights: str, fps: float | None, folder: Path, max_shard_bytes: int
 ) -> list[str]:
     """config.json, the shards and their index; returns what became of the extras."""
-    stored = StoredTensors(looked.found)
+    stored = StoredTensors(info.checkpoint)
     prefix = stored.prefix(weights) + "transformer."
     shapes = {name: torch.Size(stored.shapes[f"{prefix}{name}"]) for name in stored.names(prefix)}
     wanted = {name: shape for name, shape in shapes.items() if name not in EXTRAS}
-    _require_same(wanted, _expected(looked))
+    _require_same(wanted, _expected(info))
     folder.mkdir()
-    arguments = {"_class_name": CLASS_NAME, **wan_arguments(looked.cfg.model)}
+    arguments = {"_class_name": CLASS_NAME, **wan_arguments(info.cfg.model)}
     (folder / "config.json").write_text(json.dumps(arguments, indent=2) + "\n")
     shards = _shards(wanted, max_shard_bytes)
     index: dict[str, str] = {}
@@ -175,7 +175,7 @@ def _write_transformer(
     notes = [f"transformer: {len(wanted)} weights in {len(shards)} file(s)"]
     if "mask_proj.weight" in shapes:
         notes.append("left out mask_proj: text to video gives no frame, so it adds zero")
-        kinds = [kind for kind, share in looked.spec.conditioning if kind != "t2v" and share]
+        kinds = [kind for kind, share in info.spec.conditioning if kind != "t2v" and share]
         if kinds:
             notes.append(
                 f"WanPipeline does text to video alone; {', '.join(kinds)} stay with `sora sample --op`"
@@ -191,9 +191,9 @@ def fps_offset(fps_proj: Tensor, fps: float) -> Tensor:
     return (code @ fps_proj.T)[0]
 
 
-def _expected(looked: Looked) -> dict[str, torch.Size]:
+def _expected(info: CheckpointInfo) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        model = VideoDiT(looked.cfg.model)
+        model = VideoDiT(info.cfg.model)
     return {name: value.shape for name, value in model.state_dict().items() if name not in EXTRAS}
 
 
@@ -232,30 +232,30 @@ def _read(stored: StoredTensors, prefix: str, names: list[str]) -> dict[str, Ten
 # -- what stands beside it ------------------------------------------------------------------------
 
 
-def _write_text_encoder(looked: Looked, weights: str, folder: Path) -> None:
-    encoder = build_text_encoder(looked.cfg.text)
-    encoder.init_weights(looked.cfg.seed)
-    if looked.cfg.text.trainable:
-        stored = StoredTensors(looked.found)
+def _write_text_encoder(info: CheckpointInfo, weights: str, folder: Path) -> None:
+    encoder = build_text_encoder(info.cfg.text)
+    encoder.init_weights(info.cfg.seed)
+    if info.cfg.text.trainable:
+        stored = StoredTensors(info.checkpoint)
         prefix = stored.prefix(weights) + "text_encoder."
         names = [name for name, _ in encoder.named_parameters()]
         with torch.no_grad():
             for name, value in _read(stored, prefix, names).items():
                 encoder.get_parameter(name).copy_(value)
-    elif encoder.digest() != looked.spec.text_digest:
+    elif encoder.digest() != info.spec.text_digest:
         raise UserError(
-            f"text.path={looked.cfg.text.path!r} no longer holds the encoder this run was trained with; restore it"
+            f"text.path={info.cfg.text.path!r} no longer holds the encoder this run was trained with; restore it"
         )
     encoder.model.save_pretrained(folder / "text_encoder")
-    encoder.tokenizer.model_max_length = looked.cfg.text.max_length
+    encoder.tokenizer.model_max_length = info.cfg.text.max_length
     encoder.tokenizer.save_pretrained(folder / "tokenizer")
 
 
-def _write_scheduler(looked: Looked, vae: VideoVAE, folder: Path) -> dict[str, Any]:
+def _write_scheduler(info: CheckpointInfo, vae: VideoVAE, folder: Path) -> dict[str, Any]:
     """The scheduler of the spec's solver with its shift for the run's usual clip; class and shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-    shape, spec = looked.shape, looked.spec
+    shape, spec = info.shape, info.spec
     shift = spec.shift_for(vae.latent_shape(shape.frames, shape.height, shape.width)[1:])
     if spec.solver == "unipc":
         UniPCMultistepScheduler(
@@ -266,7 +266,7 @@ def _write_scheduler(looked: Looked, vae: VideoVAE, folder: Path) -> dict[str, A
     return {"class": "FlowMatchEulerDiscreteScheduler", "shift": shift, "grid": "flow_match_euler"}
 
 
-def _write_index(looked: Looked, scheduler: Mapping[str, Any], folder: Path) -> None:
+def _write_index(info: CheckpointInfo, scheduler: Mapping[str, Any], folder: Path) -> None:
     import diffusers
 
     tokenizer = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
@@ -285,9 +285,9 @@ def _write_index(looked: Looked, scheduler: Mapping[str, Any], folder: Path) -> 
         raise Fault(f"the pipeline's folder lacks {', '.join(missing)}")
 
 
-def _departures(looked: Looked, scheduler: Mapping[str, Any]) -> list[str]:
+def _departures(info: CheckpointInfo, scheduler: Mapping[str, Any]) -> list[str]:
     """In what the pipeline's sampling is not that of `sora sample` on this run, a sentence each."""
-    spec, shape = looked.spec, looked.shape
+    spec, shape = info.spec, info.shape
     unipc = scheduler["grid"] == "unipc"
     steps = (spec.solver, spec.time_grid, spec.time_rounding)
     same = ("unipc", "unipc", "truncate") if unipc else ("euler", "flow_match_euler", "none")
@@ -312,14 +312,14 @@ def _departures(looked: Looked, scheduler: Mapping[str, Any]) -> list[str]:
 
 
 def _card(
-    looked: Looked,
+    info: CheckpointInfo,
     run: Path,
     weights: str,
     fps: float | None,
     scheduler: Mapping[str, Any],
     departures: list[str],
 ) -> str:
-    cfg, spec, shape = looked.cfg, looked.spec, looked.shape
+    cfg, spec, shape = info.cfg, info.spec, info.shape
     kind = {"ema": "averaged", "live": "live"}.get(weights, f"averaged ({weights})")
     sources = ", ".join(source.source for source in cfg.data.sources) or cfg.data.source
     sampler = f"{scheduler['class']}, shift {scheduler['shift']:g}, {spec.num_steps} steps"
@@ -333,7 +333,7 @@ license: other
 
 # {cfg.name}
 
-A text-to-video model trained with sora_train, step {looked.found.step}, {kind} weights.
+A text-to-video model trained with sora_train, step {info.checkpoint.step}, {kind} weights.
 
 | | |
 |---|---|

@@ -1,23 +1,28 @@
-"""The commands of `sora prep` and `sora data`: clips into shards, and a source as training sees it."""
+"""`sora prep` and `sora data`: clips into shards, and a source as training sees it."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from sora_train.tools.terminal import (
+    OVERRIDES,
+    ConfigDir,
+    Overrides,
+    command_group,
+    counting,
+    table_of,
+)
 
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-prep_app = typer.Typer(help="Turn raw clips into what training reads fastest.")
-data_app = typer.Typer(help="Look at a source of clips the way training sees it.")
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
-ConfigDir = Annotated[
-    Path | None, typer.Option(help="A folder with config groups and experiments of your own.")
-]
+if TYPE_CHECKING:
+    from sora_train.config import Config
+    from sora_train.config.compose import SettingsT
+    from sora_train.config.sections.settings import SourceSettings
+    from sora_train.data.manifest import Manifest
+    from sora_train.tools.data.verify import Verification
 
-
-@prep_app.callback()
-@data_app.callback()
-def _group() -> None:
-    """Keeps a group a group even while it has a single command."""
+prep_app = command_group("Turn raw clips into what training reads fastest.")
+data_app = command_group("Look at a source of clips the way training sees it.")
 
 
 @prep_app.command("shards", context_settings=OVERRIDES)
@@ -28,9 +33,22 @@ def prep_shards(settings: Overrides = None) -> None:
     sora prep shards input=my_clips captions=my_clips/captions.jsonl output=shards
     sora prep shards input=my_clips output=shards        (a .txt beside each clip)
     """
-    from sora_train.tools.terminal import prep_shards as write
+    from data_prep.shards import write_shards
+    from sora_train.config.compose import parse_settings
+    from sora_train.config.sections.settings import ShardSettings
 
-    print(write(list(settings or [])))
+    parsed = parse_settings(ShardSettings, settings or [])
+    with counting("reading clips") as advance:
+        manifest = write_shards(
+            parsed.input,
+            parsed.output,
+            captions=parsed.captions,
+            max_shard_bytes=parsed.max_shard_mb * 10**6,
+            allow_empty_captions=parsed.allow_empty_captions,
+            workers=parsed.workers,
+            progress=advance,
+        )
+    print(f"{count(manifest)}\nnext: sora train experiment=real_tiny data.source={parsed.output}")
 
 
 @data_app.command("index", context_settings=OVERRIDES)
@@ -44,9 +62,7 @@ def data_index(settings: Overrides = None) -> None:
     sora data index source=my_tars output=my_index video_key=mp4 caption_keys=[json:caption.long,txt]
     sora data index source=my_tars output=my_index part=1/4       (then the same with merge=true)
     """
-    from sora_train.tools.terminal import data_index as index
-
-    print(index(list(settings or [])))
+    print(index_source(settings or []))
 
 
 @data_app.command("show", context_settings=OVERRIDES)
@@ -56,9 +72,27 @@ def data_show(settings: Overrides = None) -> None:
     \b
     sora data show source=shards limit=20
     """
-    from sora_train.tools.terminal import data_show as show
+    from sora_train.config.compose import parse_settings
+    from sora_train.config.sections.settings import SourceSettings
 
-    print(show(list(settings or [])))
+    parsed = parse_settings(SourceSettings, settings or [])
+    manifest = _open(parsed)
+    shown = range(min(len(manifest), parsed.limit))
+    rows = [
+        (
+            str(manifest.key[row]),
+            str(manifest.kind[row]),
+            str(manifest.frames[row]),
+            f"{manifest.width[row]}x{manifest.height[row]}",
+            f"{manifest.fps[row]:.5g}",
+            str(manifest.drop_reason[row] or manifest.caption[row]),
+        )
+        for row in shown
+    ]
+    columns = ("clip", "kind", "frames", "size", "fps", "caption, or why it is dropped")
+    print(table_of(columns, rows))
+    rest = len(manifest) - len(shown)
+    print(f"{rest} more; raise limit=" if rest else count(manifest))
 
 
 @data_app.command("report", context_settings=OVERRIDES)
@@ -71,9 +105,13 @@ def data_report(arguments: Overrides = None, config_dir: ConfigDir = None) -> No
     sora data report experiment=quickstart
     sora data report experiment=real_tiny data.source=my_clips out=my_report
     """
-    from sora_train.tools.terminal import data_report as report
+    from sora_train.config.sections.settings import ReportSettings
+    from sora_train.tools.data.report import account, write_data_report
 
-    print(report(list(arguments or []), config_dir))
+    settings, cfg = _own_and_run(ReportSettings, arguments, config_dir)
+    out = Path(settings.out or f"{cfg.run.dir}/data_report").expanduser()
+    plan, paths = write_data_report(cfg, out)
+    print(f"{account(plan)}\nwrote {', '.join(map(str, paths))}")
 
 
 @data_app.command("trace", context_settings=OVERRIDES)
@@ -86,9 +124,11 @@ def data_trace(arguments: Overrides = None, config_dir: ConfigDir = None) -> Non
     sora data trace experiment=quickstart steps=0:4 world=2
     sora data trace experiment=real_tiny data.source=my_clips steps=100:200 world=8 out=trace.jsonl
     """
-    from sora_train.tools.terminal import data_trace as trace
+    from sora_train.config.sections.settings import TraceSettings
+    from sora_train.tools.data.trace import trace
 
-    print(trace(list(arguments or []), config_dir))
+    settings, cfg = _own_and_run(TraceSettings, arguments, config_dir)
+    print(trace(cfg, settings))
 
 
 @data_app.command("encode", context_settings=OVERRIDES)
@@ -104,9 +144,7 @@ def data_encode(arguments: Overrides = None, config_dir: ConfigDir = None) -> No
     sora data encode experiment=real_tiny source=my_clips output=encoded part=1/4  (then the same with merge=true)
     sora train experiment=real_tiny data.source=encoded/train data.val_source=encoded/val
     """
-    from sora_train.tools.terminal import data_encode as encode
-
-    print(encode(list(arguments or []), config_dir))
+    print(encode_source(arguments or [], config_dir))
 
 
 @data_app.command("verify", context_settings=OVERRIDES)
@@ -120,8 +158,146 @@ def data_verify(arguments: Overrides = None, config_dir: ConfigDir = None) -> in
     sora data verify experiment=real_tiny data.source=my_clips data.cache_dir=latents sample=0.1%
     sora data verify experiment=real_tiny source=my_clips encoded=encoded sample=20
     """
-    from sora_train.tools.terminal import data_verify as verify
+    verification = verify_source(arguments or [], config_dir)
+    print(verification)
+    return 1 if verification.wrong else 0
 
-    text, same = verify(list(arguments or []), config_dir)
-    print(text)
-    return 0 if same else 1
+
+def index_source(arguments: Sequence[str]) -> str:
+    """Index a source; returns how many clips are usable, and which are dropped, with reasons."""
+    from sora_train.config.compose import parse_settings
+    from sora_train.config.sections.settings import SourceSettings
+    from sora_train.data.index.shards import is_shards
+
+    settings = parse_settings(SourceSettings, [_quote_caption_keys(text) for text in arguments])
+    names_members = settings.model_fields_set & {"caption_keys", "video_key"}
+    for_shards = settings.output or settings.part or settings.merge or names_members
+    if for_shards or is_shards(settings.source):
+        return _index_shards(settings)
+    return count(_open(settings))
+
+
+def _quote_caption_keys(argument: str) -> str:
+    """`caption_keys=[NAME=PLACE,...]` with every element quoted: its equals sign would begin another override."""
+    key, _, value = argument.partition("=")
+    if key != "caption_keys" or "=" not in value or "'" in value or '"' in value:
+        return argument
+    places = value.removeprefix("[").removesuffix("]").split(",")
+    quoted = ",".join(f"'{place.strip()}'" for place in places)
+    return f"caption_keys=[{quoted}]"
+
+
+def _index_shards(settings: "SourceSettings") -> str:
+    """Index shards by their names into `output`."""
+    from sora_train.data.captions.texts import MAIN
+    from sora_train.data.index.shards import HowToIndex, index_shards
+    from sora_train.data.index.tars import MemberKeys, caption_name
+
+    name = hashlib.sha256(settings.source.encode()).hexdigest()[:12]
+    output = Path(settings.output or Path(settings.work_dir) / f"shards-{name}")
+    videos = tuple(key for key in settings.video_key.lower().split(";") if key)
+    how = HowToIndex(
+        MemberKeys(videos, settings.caption_keys), settings.probe, settings.allow_empty_captions
+    )
+    with counting("indexing") as advance:
+        manifest = index_shards(
+            settings.source,
+            output,
+            how,
+            workers=settings.workers,
+            duplicate_keys=settings.duplicate_keys,
+            part=settings.part,
+            merge=settings.merge,
+            progress=advance,
+        )
+    if manifest is None:
+        return (
+            f"part {settings.part} is done, its rows lie in {output}; when all parts are: the same command with "
+            "merge=true instead of part="
+        )
+    named = [name for name, _ in map(caption_name, settings.caption_keys) if name != MAIN]
+    return f"{count(manifest, named)}\nnext: sora train experiment=real_tiny data.source={output}"
+
+
+def _open(settings: "SourceSettings") -> "Manifest":
+    from sora_train.data.index.folder import open_source
+
+    with counting("indexing") as advance:
+        return open_source(
+            settings.source,
+            captions=settings.captions,
+            work_dir=settings.work_dir,
+            probe=settings.probe,
+            workers=settings.workers,
+            progress=advance,
+            allow_empty_captions=settings.allow_empty_captions,
+        )
+
+
+def encode_source(arguments: Sequence[str], config_dir: Path | None) -> str:
+    """Encode a run's clips; returns how many were written, and the next command."""
+    from sora_train.config.sections.settings import EncodeSettings
+    from sora_train.tools.data.encode import encode
+
+    settings, cfg = _own_and_run(EncodeSettings, arguments, config_dir)
+    manifests = encode(cfg, settings)
+    if not manifests and settings.writes:
+        return f"its share is done; the first rank writes {settings.output}"
+    if not manifests:
+        number, parts = settings.share
+        return (
+            f"its share is done, part {number} of {parts}, and lies in {settings.output}; when all are: the same "
+            "command with merge=true instead of part="
+        )
+    lines = [count(manifest) for manifest in manifests.values()]
+    keys = {"train": "data.source", "val": "data.val_source"}
+    sources = [f"{keys[split]}={settings.folder / split}" for split in manifests]
+    return "\n".join([*lines, f"next: sora train with the same overrides and {' '.join(sources)}"])
+
+
+def verify_source(arguments: Sequence[str], config_dir: Path | None) -> "Verification":
+    """Encode a sample of what a run has stored again, and compare."""
+    from sora_train.config.sections.settings import VerifySettings
+    from sora_train.tools.data.verify import verify
+
+    settings, cfg = _own_and_run(VerifySettings, arguments, config_dir)
+    return verify(cfg, settings)
+
+
+def _own_and_run(
+    cls: "type[SettingsT]", arguments: Sequence[str] | None, config_dir: Path | None
+) -> "tuple[SettingsT, Config]":
+    """The command's own settings, and the run that the other arguments describe; source= is data.source=."""
+    from sora_train.config.compose import split_settings
+    from sora_train.config.job import compose_arguments
+
+    settings, rest = split_settings(cls, arguments or [])
+    overrides = [f"data.{text}" if text.startswith("source=") else text for text in rest]
+    return settings, compose_arguments(overrides, config_dir=config_dir).config
+
+
+def count(manifest: "Manifest", captions: Sequence[str] = ()) -> str:
+    """`used + dropped(reason) = total` in words, and a line for each dropped clip up to twenty.
+
+    Captions are counted by name where there are others than the main one, or `captions` names some.
+    """
+    from sora_train.data.captions.choice import caption_counts
+
+    dropped = manifest.dropped()
+    usable = len(manifest) - sum(dropped.values())
+    lines = [
+        f"{manifest.root}: {len(manifest)} clips = {usable} usable + {sum(dropped.values())} dropped"
+    ]
+    lines += [f"  {number} {reason}" for reason, number in sorted(dropped.items())]
+    named = caption_counts(manifest)
+    if len(named) > 1 or captions:
+        counts = [f"{named[name]} {name}" for name in dict.fromkeys([*named, *captions])]
+        lines.append(f"  captions: {', '.join(counts)}")
+    faulty = [row for row in range(len(manifest)) if manifest.drop_reason[row]]
+    lines += [
+        f"  {manifest.key[row]}: {manifest.drop_reason[row]}, {manifest.drop_detail[row]}"
+        for row in faulty[:20]
+    ]
+    if len(faulty) > 20:
+        lines.append(f"  and {len(faulty) - 20} more")
+    return "\n".join(lines)

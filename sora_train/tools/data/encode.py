@@ -18,6 +18,7 @@ import numpy as np
 
 from sora_train.base.progress import Progress
 from sora_train.config import Config
+from sora_train.config.sections.settings import EncodeSettings
 from sora_train.data.decode.frames import StorageFault
 from sora_train.data.index.shard_writer import ShardWriter, read_bytes
 from sora_train.data.index.sources import Sources, open_together
@@ -48,67 +49,13 @@ from sora_train.training.pipeline.plan import (
     token_counter,
 )
 
-DTYPES = ("float32", "bfloat16", "float16")
 SPLITS = ("train", "val")
 CAPTIONS_KEPT = 1024
 CAPTIONS_AT_ONCE = 64
 _KEPT, _PARTIAL = ".latents", ".partial"
 
 
-@dataclass(frozen=True)
-class EncodeRequest:
-    """The command's own settings: where the shards go, what they hold, and which part of the work is done."""
-
-    output: Path
-    keep_clips: bool = False
-    dtype: str = "float32"
-    max_shard_mb: int = 512
-    part: tuple[int, int] = (1, 1)
-    """(i, N): the i-th of N equal shares of the encoding, from 1."""
-    merge: bool = False
-
-    @classmethod
-    def parse(cls, arguments: list[str]) -> tuple["EncodeRequest", list[str]]:
-        """The request, and the arguments that are a run's overrides. Raises UserError naming the argument."""
-        own = {"output": "", "keep_clips": "false", "dtype": "float32", "max_shard_mb": "512"}
-        own |= {"part": "1/1", "merge": "false"}
-        rest = []
-        for text in arguments:
-            key, equals, value = text.partition("=")
-            if equals and key in own:
-                own[key] = value
-            else:
-                rest.append(f"data.{text}" if text.startswith("source=") else text)
-        if not own["output"]:
-            raise UserError("output= is not given; name a folder for the shards, new or empty")
-        for key in ("keep_clips", "merge"):
-            if own[key].lower() not in ("true", "false"):
-                raise UserError(f"{key}={own[key]} is neither true nor false")
-        if own["dtype"] not in DTYPES:
-            raise UserError(f"dtype={own['dtype']} is none of {', '.join(DTYPES)}")
-        if not own["max_shard_mb"].isdigit() or int(own["max_shard_mb"]) < 1:
-            raise UserError(f"max_shard_mb={own['max_shard_mb']} is not a size in MB, such as 512")
-        part, merge = _part(own["part"]), own["merge"].lower() == "true"
-        if merge and part[1] > 1:
-            raise UserError(f"part={own['part']} and merge=true are both given; merge alone")
-        keep = own["keep_clips"].lower() == "true"
-        output = Path(own["output"]).expanduser()
-        return cls(output, keep, own["dtype"], int(own["max_shard_mb"]), part, merge), rest
-
-    @property
-    def writes(self) -> bool:
-        """Whether the shards are written at the end; a part leaves that to the merge."""
-        return self.part[1] == 1
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise UserError(f"part={text} is not i/N with i from 1 to N, for example part=1/4")
-    return int(number), int(count)
-
-
-def encode(cfg: Config, request: EncodeRequest) -> dict[str, Manifest]:
+def encode(cfg: Config, settings: EncodeSettings) -> dict[str, Manifest]:
     """Write `output`/train and `output`/val; the manifests by split, held-out ones left out where there are none.
 
     Rows keep their numbers, so that a run on the shards draws what one on the clips draws. Ranks of
@@ -119,7 +66,7 @@ def encode(cfg: Config, request: EncodeRequest) -> dict[str, Manifest]:
             latents, a source that cannot be used, clips that no part has encoded yet.
         Fault: storage fails, or more clips are lost than `data.max_drop_fraction`.
     """
-    _require(cfg, request.output)
+    _require(cfg, settings.folder)
     # What is encoded are clips; latents that stand beside them are made anew.
     data = cfg.data.model_copy(update={"stored_latents": "ignore", "stored_text": "ignore"})
     cfg = cfg.model_copy(update={"data": data})
@@ -127,15 +74,15 @@ def encode(cfg: Config, request: EncodeRequest) -> dict[str, Manifest]:
     control = ControlPlane(world)
     try:
         with ExitStack() as stack:
-            work = _Work.begun(cfg, request, world, control)
+            work = _Work.begun(cfg, settings, world, control)
             splits = [stack.enter_context(split) for split in work.splits()]
-            if request.merge:
+            if settings.merge:
                 for split in splits:
                     split.require_all()
             else:
                 for split in splits:
                     _together(split.encoding(), control)
-            if not (world.is_main and request.writes):
+            if not (world.is_main and settings.writes):
                 return {}
             return work.published(splits)
     finally:
@@ -176,7 +123,7 @@ class _Work:
     """What both splits share: the networks, the entries that are kept, and what they are made with."""
 
     cfg: Config
-    request: EncodeRequest
+    settings: EncodeSettings
     world: World
     sources: Sources
     vae: VideoVAE
@@ -187,7 +134,7 @@ class _Work:
 
     @classmethod
     def begun(
-        cls, cfg: Config, request: EncodeRequest, world: World, control: ControlPlane
+        cls, cfg: Config, settings: EncodeSettings, world: World, control: ControlPlane
     ) -> "_Work":
         """Open everything. Raises UserError where the output was begun with other settings."""
         sources = open_together(cfg, world, control, Path(cfg.run.dir))
@@ -201,19 +148,19 @@ class _Work:
         vae_digest = vae.digest()
         made = made_with(cfg, vae_digest, text_digest)
         made["encode"] = {
-            "dtype": request.dtype,
-            "keep_clips": str(request.keep_clips).lower(),
+            "dtype": settings.dtype,
+            "keep_clips": str(settings.keep_clips).lower(),
             "data.latents": cfg.data.latents,
             "seed": str(cfg.seed),
             "clips": sources.digest(),
         }
-        kept = request.output / _KEPT
+        kept = settings.folder / _KEPT
         require_same(kept, made, "output")
         control.barrier()
         if world.is_main:
             write_made_with(kept, made)
         texts = TextCache(kept, text_digest)
-        return cls(cfg, request, world, sources, vae, vae_digest, encoder, texts, made)
+        return cls(cfg, settings, world, sources, vae, vae_digest, encoder, texts, made)
 
     def splits(self) -> Iterator["_Split"]:
         """Those that are still to be written, the small one first."""
@@ -223,12 +170,12 @@ class _Work:
             found = assigned(self.cfg, manifests[name], table).bucket_of_row >= 0
             # Nothing is validated where no held-out clip fits, but there is no training without a clip.
             needed = name == "train" or bool(found.any())
-            if needed and not (self.request.output / name).exists():
+            if needed and not (self.settings.folder / name).exists():
                 yield _Split(self, name, manifests[name])
 
     def published(self, splits: list["_Split"]) -> dict[str, Manifest]:
         """Write the shards, and let the folders appear; then forget what was kept."""
-        output = self.request.output
+        output = self.settings.folder
         partial = output / _PARTIAL
         shutil.rmtree(partial, ignore_errors=True)
         for split in splits:
@@ -257,7 +204,7 @@ class _Split:
 
     def __post_init__(self) -> None:
         work, cfg = self.work, self.work.cfg
-        self.kept = LatentCache(work.request.output / _KEPT)
+        self.kept = LatentCache(work.settings.folder / _KEPT)
         patch = cfg.model.patch_size
         table = bucket_table(cfg, work.vae, patch)
         _, tape, self.assignment = plan(
@@ -268,7 +215,7 @@ class _Split:
             self.manifest, tape, cfg.buckets, cfg.data.model_copy(update=limit), seed=cfg.seed, micro_batches=1,
             vae_digest=work.vae_digest, vae_dtype=cfg.vae.dtype, cache=self.kept, reasons=self.assignment.reasons,
             # Clips that do not decode are known to all parts, and to the one that writes.
-            run_dir=work.request.output / _KEPT / self.name,
+            run_dir=work.settings.folder / _KEPT / self.name,
         )  # fmt: skip
         # The same captions often stand beside several clips.
         self.embedding = lru_cache(CAPTIONS_KEPT)(self._embedding)
@@ -296,7 +243,7 @@ class _Split:
     def encoding(self) -> Iterator[None]:
         """Encode this rank's share of this part, a piece between two yields."""
         work = self.work
-        number, parts = work.request.part
+        number, parts = work.settings.share
         own, shares = (number - 1) * work.world.size + work.world.rank, parts * work.world.size
         filler = CacheFiller(self.loader, work.vae, work.world.device, work.texts, work.encoder)
         chunks = self.loader.cache_chunks(self.chunk, own, shares)
@@ -333,7 +280,7 @@ class _Split:
     def write(self, folder: Path) -> None:
         """The shards of all clips, every row at its place, those without a bucket as dropped ones."""
         self.loader.quarantine.refresh()
-        size = self.work.request.max_shard_mb * 10**6
+        size = self.work.settings.max_shard_mb * 10**6
         source = Path(self.work.cfg.data.source).name
         total = len(self.manifest)
         with (
@@ -363,12 +310,12 @@ class _Split:
         bucket, fps = loader.tape.bucket_of(row), loader.latent_fps(row)
         latents, logvar = self._latents(row, str(known["key"]))
         packed = pack_latents(
-            latents, vae_digest=work.vae_digest, fps=fps, pixels=bucket, caption=caption, dtype=work.request.dtype,
+            latents, vae_digest=work.vae_digest, fps=fps, pixels=bucket, caption=caption, dtype=work.settings.dtype,
             logvar=logvar,
         )  # fmt: skip
         beside = {TEXT: self.embedding(caption)} if work.encoder else {}
         key = self._key(str(known["key"]), row)
-        if work.request.keep_clips:
+        if work.settings.keep_clips:
             extension = "mp4" if known["kind"] == "video" else "png"
             clip = self._clip(row)
             writer.write(key, clip, extension, caption, known, {**beside, LATENTS: packed})
@@ -432,5 +379,5 @@ class _Split:
             )
         texts = self.work.texts
         return pack_text(
-            embedding, encoder_digest=texts.encoder_digest, caption=caption, dtype=self.work.request.dtype,
+            embedding, encoder_digest=texts.encoder_digest, caption=caption, dtype=self.work.settings.dtype,
         )  # fmt: skip

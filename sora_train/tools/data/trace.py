@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sora_train.base.files import write_atomically
 from sora_train.config import Config
+from sora_train.config.sections.settings import TraceSettings
 from sora_train.data.index.sources import open_sources
 from sora_train.data.tape.mixture import Splice
 from sora_train.data.tape.tape import imbalance, row_costs, rows_for_rank, slot_efficiency
@@ -22,37 +23,6 @@ from sora_train.training.pipeline.plan import (
     plan,
     token_counter,
 )
-
-
-@dataclass(frozen=True)
-class TraceRequest:
-    """Steps first..last-1 (0-based) on `world` ranks; `out` is a JSONL file, None for stdout."""
-
-    first: int
-    last: int
-    world: int
-    out: Path | None
-
-    @classmethod
-    def parse(cls, arguments: list[str]) -> tuple["TraceRequest", list[str]]:
-        """The request, and the arguments that are a run's overrides. Raises UserError naming the argument."""
-        own = {"steps": "0:10", "world": "1", "out": ""}
-        rest = []
-        for text in arguments:
-            key, equals, value = text.partition("=")
-            if equals and key in own:
-                own[key] = value
-            else:
-                rest.append(text)
-        first, colon, last = own["steps"].partition(":")
-        if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
-            raise UserError(
-                f"steps={own['steps']} is not A:B with A below B, such as steps=0:10 for the first ten steps"
-            )
-        if not own["world"].isdigit() or int(own["world"]) < 1:
-            raise UserError(f"world={own['world']} is not a number of ranks, such as world=8")
-        out = Path(own["out"]).expanduser() if own["out"] else None
-        return cls(int(first), int(last), int(own["world"]), out), rest
 
 
 @dataclass(frozen=True)
@@ -84,23 +54,23 @@ class Trace:
         cp = cfg.parallel.ulysses * cfg.parallel.ring
         return cls(tape, tokens, cfg.train.micro_batches, cp)
 
-    def parts(self, request: TraceRequest) -> int:
-        """Into how many parts the ranks divide a step. Raises UserError where they do not fit the degrees."""
-        if request.world % self.cp:
+    def parts(self, settings: TraceSettings) -> int:
+        """Parts into which the ranks divide a step. Raises UserError where they do not fit the degrees."""
+        if settings.world % self.cp:
             raise UserError(
-                f"world={request.world} is not a multiple of the {self.cp} ranks that share their clips "
+                f"world={settings.world} is not a multiple of the {self.cp} ranks that share their clips "
                 "(parallel.ulysses x parallel.ring); give one"
             )
-        return request.world // self.cp
+        return settings.world // self.cp
 
-    def rows(self, request: TraceRequest) -> Iterator[dict[str, object]]:
+    def rows(self, settings: TraceSettings) -> Iterator[dict[str, object]]:
         """One row a micro-batch, by step, then by row of the step, then by rank.
 
         `rank` is the first of those that share it, `micro` counts their micro-batches of the step, `samples` are
         rows of the manifest, `tokens` and `cost` those of the whole micro-batch. A slot left over has no samples.
         """
-        world = self.parts(request)
-        for step in range(request.first, request.last):
+        world = self.parts(settings)
+        for step in range(settings.first, settings.last):
             shares = [
                 rows_for_rank(self.tape, step, self.micro_batches, r, world) for r in range(world)
             ]
@@ -119,26 +89,30 @@ class Trace:
                         "cost": self.tape.cost(entry) if entry else 0.0,
                     }
 
-    def summary(self, request: TraceRequest) -> str:
+    def summary(self, settings: TraceSettings) -> str:
         """Imbalance and idle slots of the steps asked for, in a sentence."""
         costs = row_costs(
-            self.tape, self.micro_batches, self.parts(request),
-            first_step=request.first, steps=request.last - request.first,
-        )  # fmt: skip
+            self.tape,
+            self.micro_batches,
+            self.parts(settings),
+            first_step=settings.first,
+            steps=settings.last - settings.first,
+        )
         waits = imbalance(costs)
         return (
-            f"steps {request.first}:{request.last} on {request.world} rank(s), {len(costs)} rows of micro-batches: "
+            f"steps {settings.steps} on {settings.world} rank(s), {len(costs)} rows of micro-batches: "
             f"(max - mean) / max of predicted cost is {waits.max():.2%} at most and {waits.mean():.2%} on average, "
-            f"{slot_efficiency(self.micro_batches, self.parts(request)):.0%} of the slots hold a micro-batch"
+            f"{slot_efficiency(self.micro_batches, self.parts(settings)):.0%} of the slots hold a micro-batch"
         )
 
 
-def trace(cfg: Config, request: TraceRequest) -> str:
-    """Rows as JSON lines, into `request.out` where one is given; returns what is to be printed."""
-    found = Trace.open(cfg)
-    lines = [json.dumps(row) for row in found.rows(request)]
-    if request.out is None:
+def trace(cfg: Config, settings: TraceSettings) -> str:
+    """Rows as JSON lines, into `settings.out` where that is given; returns what is to be printed."""
+    tape = Trace.open(cfg)
+    lines = [json.dumps(row) for row in tape.rows(settings)]
+    if not settings.out:
         return "\n".join(lines)
-    request.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(request.out, "\n".join(lines) + "\n")
-    return f"{found.summary(request)}\nwrote {len(lines)} rows to {request.out}"
+    out = Path(settings.out).expanduser()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, "\n".join(lines) + "\n")
+    return f"{tape.summary(settings)}\nwrote {len(lines)} rows to {out}"

@@ -5,7 +5,7 @@ run's cache, or shards that `sora data encode` made of the same source.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sora_train.config import Config
+from sora_train.config.sections.settings import VerifySettings
 from sora_train.data.index.sources import Sources, open_sources
 from sora_train.data.latents.cache import LatentCache, TextCache
 from sora_train.data.latents.members import LATENTS, TEXT, DamagedMember, read_member, stored_of
@@ -28,6 +29,7 @@ from sora_train.models.text.encoder import TextEncoder
 from sora_train.models.text.published import build_text_encoder
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.runtime.world import pick_device
+from sora_train.tools.terminal import table_of
 from sora_train.training.pipeline.encoding import CacheFiller
 from sora_train.training.pipeline.plan import (
     bucket_table,
@@ -42,60 +44,14 @@ TOLERANCE = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 3e-2}
 """Largest difference by the least precise type involved, in units of the value or of 1, whichever is larger. Other
 kernels and batch sizes round differently; another crop or another network is off by tenths."""
 
+COLUMNS = ("what", "compared", "largest difference", "tolerance", "differ")
+
 Arrays = dict[str, np.ndarray]
 """`mean` and `logvar` of latents, `embedding` of the caption."""
 
 
 @dataclass(frozen=True)
-class VerifyRequest:
-    """How much is looked at (a share up to 1, or a number of clips), and where; None: the run's cache."""
-
-    share: float = 0.001
-    count: int = 0
-    encoded: Path | None = None
-
-    @classmethod
-    def parse(cls, arguments: list[str]) -> tuple["VerifyRequest", list[str]]:
-        """The request, and the arguments that are a run's overrides. Raises UserError naming the argument."""
-        own = {"sample": "0.1%", "encoded": ""}
-        rest = []
-        for text in arguments:
-            key, equals, value = text.partition("=")
-            if equals and key in own:
-                own[key] = value
-            else:
-                rest.append(f"data.{text}" if text.startswith("source=") else text)
-        encoded = Path(own["encoded"]).expanduser() if own["encoded"] else None
-        if encoded and not any((encoded / name / FILE_NAME).is_file() for name in ("train", "val")):
-            raise UserError(
-                f"encoded={encoded} holds neither train/{FILE_NAME} nor val/{FILE_NAME}; give the output= of "
-                "`sora data encode`"
-            )
-        share, count = _how_many(own["sample"])
-        return cls(share, count, encoded), rest
-
-    def chosen(self, rows: Sequence[int], seed: int) -> list[int]:
-        """The rows to look at: those of the lowest keyed draws, so that a larger sample holds a smaller one."""
-        count = min(self.count or max(1, math.ceil(self.share * len(rows))), len(rows))
-        return sorted(sorted(rows, key=lambda row: uniform(seed, "verify", row))[:count])
-
-
-def _how_many(text: str) -> tuple[float, int]:
-    if text.isdigit() and int(text) > 0:
-        return 0.0, int(text)
-    try:
-        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else math.nan
-    except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
-        raise UserError(
-            f"sample={text} is neither a share such as 0.1% nor a number of clips such as 20"
-        )
-    return share, 0
-
-
-@dataclass(frozen=True)
-class Found:
+class Comparison:
     """What came of one comparison; `difference` is in units of `tolerance`'s."""
 
     what: str
@@ -110,24 +66,51 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verification:
     """All comparisons, and a table of how the stored folder's settings differ from these ('' where they do not)."""
 
-    found: list[Found]
-    made: str
+    comparisons: list[Comparison]
+    other_settings: str
     stored: int
+    """Clips whose latents are stored."""
 
     @property
-    def wrong(self) -> list[Found]:
-        return [one for one in self.found if not one.same]
+    def wrong(self) -> list[Comparison]:
+        return [one for one in self.comparisons if not one.same]
+
+    def __str__(self) -> str:
+        lines = []
+        if self.other_settings:
+            lines.append(f"other settings there than now:\n{self.other_settings}")
+        rows = []
+        for what in sorted({one.what for one in self.comparisons}):
+            compared = [one for one in self.comparisons if one.what == what]
+            largest = max(compared, key=lambda one: one.difference)
+            wrong = sum(not one.same for one in compared)
+            numbers = f"{largest.difference:.2e}", f"{largest.tolerance:.0e}"
+            rows.append((what, str(len(compared)), *numbers, str(wrong)))
+        lines.append(table_of(COLUMNS, rows))
+        clips = len({one.name for one in self.comparisons})
+        lines.append(f"{clips} of {self.stored} stored clips were encoded again")
+        lines += [
+            f"  {one.name}: {one.what} differs by {one.difference:.2e}{one.detail and f' ({one.detail})'}"
+            for one in self.wrong
+        ]
+        return "\n".join(lines)
 
 
-def verify(cfg: Config, request: VerifyRequest) -> Verified:
+def verify(cfg: Config, settings: VerifySettings) -> Verification:
     """Compare what is stored with what is encoded now.
 
     Raises:
-        UserError: nothing is stored, the folder named belongs to other settings or another source.
+        UserError: nothing is stored, or the folder named belongs to other settings or another source.
     """
+    encoded = settings.folder
+    if encoded and not any((encoded / name / FILE_NAME).is_file() for name in ("train", "val")):
+        raise UserError(
+            f"encoded={encoded} holds neither train/{FILE_NAME} nor val/{FILE_NAME}; give the output= of "
+            "`sora data encode`"
+        )
     if cfg.task != "text_to_video":
         raise UserError(
             f"task={cfg.task} trains on pixels and stores nothing; name a run of text_to_video"
@@ -148,31 +131,29 @@ def verify(cfg: Config, request: VerifyRequest) -> Verified:
         text.to(device)
     made = made_with(cfg, vae.digest(), text.digest() if text else "")
     with ExitStack() as stack:
-        looks: list[_Look] = []
+        places: list[_Place] = []
         folder = Path(cfg.data.cache_dir or Path(cfg.run.dir) / "cache").expanduser()
-        if request.encoded is None:
+        if encoded is None:
             require_same(folder, made, "data.cache_dir")
-            looks.append(_CacheLook(cfg, sources.train, vae, made, folder))
+            places.append(_Cache(cfg, sources.train, vae, made, folder))
         else:
-            parts = {"train": sources.train, "val": sources.val}
-            for name, manifest in parts.items():
-                shards = request.encoded / name
-                if (shards / FILE_NAME).is_file():
-                    looks.append(_ShardLook(cfg, manifest, vae, made, shards))
-        for look in looks:
-            stack.callback(look.loader.close)
-        stored = sum(len(look.rows()) for look in looks)
+            for name, manifest in (("train", sources.train), ("val", sources.val)):
+                if (encoded / name / FILE_NAME).is_file():
+                    places.append(_Shards(cfg, manifest, vae, made, encoded / name))
+        for place in places:
+            stack.callback(place.loader.close)
+        stored = sum(len(place.rows()) for place in places)
         if not stored:
             raise UserError(
-                f"{request.encoded or folder} holds none of this run's latents; name the run.dir or data.cache_dir "
+                f"{encoded or folder} holds none of this run's latents; name the run.dir or data.cache_dir "
                 "that was trained with, or encoded=DIR"
             )
-        found = [one for look in looks for one in look.compared(request, text, device)]
-        tables = dict.fromkeys(filter(None, (differences(look.made_there, made) for look in looks)))
-    return Verified(found, "\n".join(tables), stored)
+        comparisons = [one for place in places for one in place.compared(settings, text, device)]
+        tables = dict.fromkeys(differences(place.made_there, made) for place in places)
+    return Verification(comparisons, "\n".join(filter(None, tables)), stored)
 
 
-class _Look:
+class _Place:
     """A place where latents are stored, with a loader of the clips that they were made of."""
 
     def __init__(
@@ -195,32 +176,38 @@ class _Look:
         """Rows whose latents are stored."""
         raise NotImplementedError
 
+    def chosen(self, settings: VerifySettings) -> list[int]:
+        """The rows to look at: those of the lowest keyed draws, so that a larger sample holds a smaller one."""
+        rows = self.rows()
+        drawn = sorted(rows, key=lambda row: uniform(self.cfg.seed, "verify", row))
+        return sorted(drawn[: settings.count_of(len(rows))])
+
     def stored(self, clip: Clip) -> tuple[Arrays, str]:
         """What is stored for a clip, and the type it is stored in. Raises DamagedMember."""
         raise NotImplementedError
 
     def compared(
-        self, request: VerifyRequest, text: TextEncoder | None, device: torch.device
-    ) -> Iterator[Found]:
+        self, settings: VerifySettings, text: TextEncoder | None, device: torch.device
+    ) -> Iterator[Comparison]:
         """Every chosen clip, encoded again by itself."""
-        rows = request.chosen(self.rows(), self.cfg.seed)
+        rows = self.chosen(settings)
         filler = CacheFiller(self.loader, self.vae, device)
         for start in range(0, len(rows), CLIPS_AT_ONCE):
             clips, failures = self.loader.decode_rows(rows[start : start + CLIPS_AT_ONCE])
             for failure in failures:
                 name = str(self.manifest.key[failure.row])
-                yield Found("clip", name, math.inf, 0.0, f"{failure.reason}: {failure.detail}")
+                yield Comparison("clip", name, math.inf, 0.0, f"{failure.reason}: {failure.detail}")
             for clip in clips:
                 yield from self._compare(clip, filler, text)
 
     def _compare(
         self, clip: Clip, filler: CacheFiller, text: TextEncoder | None
-    ) -> Iterator[Found]:
+    ) -> Iterator[Comparison]:
         name = str(self.manifest.key[clip.row])
         try:
             stored, dtype = self.stored(clip)
         except DamagedMember as error:
-            yield Found("clip", name, math.inf, 0.0, str(error))
+            yield Comparison("clip", name, math.inf, 0.0, str(error))
             return
         (encoded,) = filler.encode([clip])
         assert encoded.latents is not None
@@ -233,10 +220,10 @@ class _Look:
         for what in stored.keys() & now.keys():
             difference = _difference(stored[what], now[what])
             tolerance = max(TOLERANCE[kind] for kind in types)
-            yield Found(what, name, difference, tolerance)
+            yield Comparison(what, name, difference, tolerance)
 
 
-class _CacheLook(_Look):
+class _Cache(_Place):
     """A run's cache."""
 
     def __init__(self, cfg: Config, manifest: Manifest, vae: VideoVAE, made: Made, folder: Path):
@@ -251,17 +238,17 @@ class _CacheLook(_Look):
 
     def stored(self, clip: Clip) -> tuple[Arrays, str]:
         key = self.loader.latent_key(clip.row)
-        found = {"mean": self.entries.get(key)}
+        arrays = {"mean": self.entries.get(key)}
         if self.loader.drawn:
-            found["logvar"] = self.entries.get(key, True)
-        if any(array is None for array in found.values()):
+            arrays["logvar"] = self.entries.get(key, True)
+        if any(array is None for array in arrays.values()):
             raise DamagedMember(f"{self.entries.path(key)} was damaged and is removed")
         if self.texts is not None:
-            found["embedding"] = self.texts.get(clip.caption)
-        return {name: array for name, array in found.items() if array is not None}, "float32"
+            arrays["embedding"] = self.texts.get(clip.caption)
+        return {name: array for name, array in arrays.items() if array is not None}, "float32"
 
 
-class _ShardLook(_Look):
+class _Shards(_Place):
     """A split of encoded shards, whose rows are those of their source."""
 
     def __init__(self, cfg: Config, manifest: Manifest, vae: VideoVAE, made: Made, folder: Path):
@@ -283,14 +270,14 @@ class _ShardLook(_Look):
         row, policy = clip.row, ReadPolicy(self.cfg.data.read_retries, self.cfg.data.read_timeout)
         path = self.shards.path(row)
         latents, text = stored_of(self.shards.members[row])
-        found: Arrays = {}
+        arrays: Arrays = {}
         if latents is not None:
-            found["mean"], logvar = read_member(path, latents, LATENTS, policy)
+            arrays["mean"], logvar = read_member(path, latents, LATENTS, policy)
             if logvar is not None:
-                found["logvar"] = logvar
+                arrays["logvar"] = logvar
         if text is not None:
-            found["embedding"], _ = read_member(path, text, TEXT, policy)
-        return found, self.dtype
+            arrays["embedding"], _ = read_member(path, text, TEXT, policy)
+        return arrays, self.dtype
 
 
 def _difference(stored: np.ndarray, now: np.ndarray) -> float:

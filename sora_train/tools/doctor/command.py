@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+from sora_train.tools.terminal import OVERRIDES, ConfigDir, Overrides, RunArguments
+
 EXAMINE = "examine"
 
 
@@ -28,12 +29,8 @@ doctor_app = typer.Typer(
 
 @doctor_app.command(EXAMINE, context_settings=OVERRIDES)
 def examine(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[FILE.yaml] [KEY=VALUE]...")
-    ] = None,
-    config_dir: Annotated[
-        Path | None, typer.Option(help="A folder with config groups and experiments of your own.")
-    ] = None,
+    arguments: RunArguments = None,
+    config_dir: ConfigDir = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all findings to this file as well.")
     ] = None,
@@ -57,12 +54,7 @@ def examine(
 
 
 @doctor_app.command("parallel", context_settings=OVERRIDES)
-def parallel(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    config_dir: Annotated[
-        Path | None, typer.Option(help="A folder with config groups and experiments of your own.")
-    ] = None,
-) -> None:
+def parallel(arguments: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Take one step of a tiny model in a run's layout and compare it with one process; under torchrun or alone.
 
     \b

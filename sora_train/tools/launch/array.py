@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sora_train.config import Config
 from sora_train.config.compose import split_yaml_file
-from sora_train.config.job import JobConfig, freeze, with_stages
+from sora_train.config.job import JobConfig, freeze, split_script, with_stages
 from sora_train.errors import UserError
 from sora_train.tools.launch.check import check_job
 from sora_train.tools.launch.job import Job
@@ -23,9 +23,10 @@ def array_of(arguments: list[str], config_dir: Path | None) -> tuple[Job, list[J
         ConfigError: a run is described wrongly, or does not fit its ranks; none is frozen then.
         UserError: the sweep is a search, or of a training file of one's own.
     """
-    if arguments and arguments[0].endswith(".py") and "=" not in arguments[0]:
+    script, arguments = split_script(arguments)
+    if script is not None:
         raise UserError(
-            f"an array composes its runs itself, and only {arguments[0]} knows its own keys; write a command line for "
+            f"an array composes its runs itself, and only {script} knows its own keys; write a command line for "
             "each run into a file, and submit launch/slurm_array.sbatch with it"
         )
     yaml_file, overrides = split_yaml_file(arguments)

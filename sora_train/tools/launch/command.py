@@ -7,19 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sora_train.tools.terminal import OVERRIDES, ConfigDir, ScriptArguments, command_group
+
 if TYPE_CHECKING:
     from sora_train.tools.launch.job import Job
 
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-launch_app = typer.Typer(
-    help="Start a run on this machine, or hand it to SLURM or Kubernetes; it goes on by itself when it is preempted."
+launch_app = command_group(
+    "Start a run on this machine, or hand it to SLURM or Kubernetes; it goes on by itself when it is preempted."
 )
-Arguments = Annotated[
-    list[str] | None, typer.Argument(metavar="[FILE.yaml|FILE.py] [KEY=VALUE]...")
-]
-ConfigDir = Annotated[
-    Path | None, typer.Option(help="A folder with config groups and experiments of your own.")
-]
 Printed = Annotated[
     bool, typer.Option("--print", help="Print what would be run or submitted, and stop.")
 ]
@@ -27,7 +22,7 @@ Printed = Annotated[
 
 @launch_app.command("local", context_settings=OVERRIDES)
 def local(
-    arguments: Arguments = None, config_dir: ConfigDir = None, printed: Printed = False
+    arguments: ScriptArguments = None, config_dir: ConfigDir = None, printed: Printed = False
 ) -> None:
     """Run on the GPUs of this machine, a process each.
 
@@ -46,7 +41,7 @@ def local(
 
 @launch_app.command("slurm", context_settings=OVERRIDES)
 def slurm(
-    arguments: Arguments = None,
+    arguments: ScriptArguments = None,
     config_dir: ConfigDir = None,
     printed: Printed = False,
     multirun: Annotated[
@@ -91,7 +86,7 @@ def slurm(
 
 @launch_app.command("k8s", context_settings=OVERRIDES)
 def k8s(
-    arguments: Arguments = None, config_dir: ConfigDir = None, printed: Printed = False
+    arguments: ScriptArguments = None, config_dir: ConfigDir = None, printed: Printed = False
 ) -> None:
     """Apply a JobSet: a pod for each node, started again until the run is done.
 
@@ -107,17 +102,19 @@ def k8s(
 def job_of(arguments: list[str] | None, config_dir: Path | None) -> "Job":
     """The job of a command line, its configuration checked, and frozen in its run folder."""
     from sora_train.config import LaunchConfig
-    from sora_train.config.job import compose_job, freeze, frozen_values
+    from sora_train.config.job import compose_job, freeze, frozen_values, split_script
     from sora_train.config.messages import validated
     from sora_train.tools.launch.check import check_job
     from sora_train.tools.launch.job import Job
     from sora_train.tools.launch.local import ranks_here
 
-    rest = [*(arguments or []), *(["--config-dir", str(config_dir)] if config_dir else [])]
     script: tuple[str, ...] = ("-m", "sora_train.train")
-    if rest and rest[0].endswith(".py") and "=" not in rest[0]:
-        # What its configuration is like only the file itself knows.
-        script = (str(own_file(rest.pop(0))),)
+    own, rest = split_script(arguments or [])
+    if config_dir is not None:
+        rest += ["--config-dir", str(config_dir)]
+    if own is not None:
+        # Only the file itself knows the class of its configuration.
+        script = (str(own.resolve()),)
         command = [sys.executable, *script, *rest, "--freeze"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
@@ -132,12 +129,3 @@ def job_of(arguments: list[str] | None, config_dir: Path | None) -> "Job":
     cfg, run_dir = validated(LaunchConfig, values["launch"]), Path(values["run"]["dir"])
     name = values["name"] if values["name"] != "default" else run_dir.name
     return Job(name, run_dir.resolve(), path, Path.cwd(), cfg, ranks_here(cfg), script)
-
-
-def own_file(name: str) -> Path:
-    """A project's training file. Raises UserError where there is none."""
-    from sora_train.errors import UserError
-
-    if not Path(name).is_file():
-        raise UserError(f"there is no file {name}; `sora init NAME` writes NAME/train.py")
-    return Path(name).resolve()

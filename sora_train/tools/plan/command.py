@@ -1,9 +1,11 @@
-"""`sora plan`: what a run needs and costs, before anything is bought or started."""
+"""`sora plan` and `sora models`: what a run needs and costs, and the shipped sizes side by side."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from sora_train.tools.terminal import ConfigDir, Overrides, table_of
 
 if TYPE_CHECKING:
     from sora_train.config.job import JobConfig
@@ -31,9 +33,7 @@ def plan(
             "--header", help="Print the lines that stand in the head of an experiment's file."
         ),
     ] = False,
-    config_dir: Annotated[
-        Path | None, typer.Option(help="A folder with config groups and experiments of your own.")
-    ] = None,
+    config_dir: ConfigDir = None,
 ) -> None:
     """Plan a run: memory, communication, step time, MFU, days and cost, and the layout to choose.
 
@@ -154,3 +154,15 @@ def planned(job: "JobConfig", cluster: "Cluster", assume: "Assumptions") -> dict
             bar.update(task, description=what, completed=done, total=of)
 
         return plan_run(job.config, job.stages, cluster, assume, told)
+
+
+def models(arguments: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """List the shipped sizes of the transformer: parameters, and operations of training for each token.
+
+    \b
+    sora models
+    sora models model.patch_size=[1,4,4]
+    """
+    from sora_train.tools.plan.model_sizes import COLUMNS, rows
+
+    print(table_of(COLUMNS, [cells for _, cells in rows(arguments or [], config_dir)]))

@@ -44,7 +44,7 @@ from sora_train.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Request:
+class ReplayRequest:
     """Which step of a run (counted as metrics.jsonl does, the first is 1), and how it is looked at.
 
     `rank` of `ranks` picks one rank's share (default: all of the step, dealt out over the ranks that
@@ -76,7 +76,7 @@ class Plan:
     newest: Checkpoint | None
 
 
-def replay(request: Request, trainer_cls: type[Trainer] = Trainer) -> str:
+def replay(request: ReplayRequest, trainer_cls: type[Trainer] = Trainer) -> str:
     """Rebuild a step, write its sheet and its facts, and return what is to be printed.
 
     A project with a Trainer of its own hands it over, so that its model, data and objective are used.
@@ -93,7 +93,7 @@ def replay(request: Request, trainer_cls: type[Trainer] = Trainer) -> str:
         distributed.stop(world)
 
 
-def _replay(request: Request, plan: Plan, trainer_cls: type[Trainer], world: World) -> str:
+def _replay(request: ReplayRequest, plan: Plan, trainer_cls: type[Trainer], world: World) -> str:
     torch.use_deterministic_algorithms(world.device.type == "cpu")
     parts = plan.ranks // plan.cp
     rank, ranks = (0, 1) if request.rank is None else (request.rank // plan.cp, parts)
@@ -154,7 +154,7 @@ def _as_indexed(manifest: Manifest, row: int) -> bool:
         return is_digest_of(digest, file.read(int(manifest.length[row])))
 
 
-def look(request: Request) -> Plan:
+def look(request: ReplayRequest) -> Plan:
     """Find the step in the run's files. Raises UserError where it is not there."""
     run, step = request.run, request.step
     if not (run / "config.yaml").is_file():
@@ -221,7 +221,7 @@ def _tape_step(step: int, rows: dict[int, dict[str, float]]) -> int:
     return step - 1 + (leads.pop() if leads else 0)
 
 
-def _weights(request: Request, cfg: Config, found: Sequence[Checkpoint]) -> Checkpoint | None:
+def _weights(request: ReplayRequest, cfg: Config, found: Sequence[Checkpoint]) -> Checkpoint | None:
     """The checkpoint that was asked for, or the newest before the step; None: the weights the run began with."""
     if request.checkpoint == 0:
         return None
@@ -253,7 +253,7 @@ def _on_one_machine(cfg: Config, run: Path) -> Config:
 
 
 def rebuilt(
-    request: Request, plan: Plan, trainer_cls: type[Trainer], world: World
+    request: ReplayRequest, plan: Plan, trainer_cls: type[Trainer], world: World
 ) -> tuple[Trainer, nn.Module | None]:
     """A trainer with its data and objective as for training, and its model with the weights of the plan.
 
@@ -313,7 +313,7 @@ def _computing(model: nn.Module, cfg: Config, world: World) -> nn.Module:
 
 
 def _about(
-    request: Request,
+    request: ReplayRequest,
     plan: Plan,
     terms: Sequence[dict[str, Term]],
     totals: dict[str, float],
@@ -358,7 +358,7 @@ def _title(about: dict[str, Any]) -> str:
     return f"{text}: loss {about['loss']:.6f}{beside}, under the weights of {name}, {where}"
 
 
-def _folder_name(request: Request) -> str:
+def _folder_name(request: ReplayRequest) -> str:
     rank = "" if request.rank is None else f"-rank-{request.rank}"
     return f"step-{request.step:06d}{rank}"
 

@@ -1,11 +1,15 @@
-"""The `sora sample` command: its flags, what they mean as values, and its help."""
+"""`sora sample`: its flags and help, what they mean as values, and the clips."""
 
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sora_train.errors import UserError
+
+if TYPE_CHECKING:
+    from sora_train.sampling.operations import SampleRequest
 
 Ckpt = Annotated[str, typer.Option(help="A run folder, or RUN@STEP for an older checkpoint.")]
 Weights = Annotated[
@@ -109,27 +113,81 @@ def sample(
     sora sample --ckpt RUN --prompt "..." --op loop --video a.mp4
     sora sample --ckpt RUN --prompt "..." --op edit --video a.mp4 --strength 0.6
     """
-    from sora_train.sampling.operations import Request
-    from sora_train.tools.terminal import sample_clips
+    from sora_train.sampling.operations import SampleRequest
 
-    settings: dict[str, Any] = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale}
-    settings |= {"condition_scale": condition_scale, "guidance_rescale": guidance_rescale}
-    settings["guidance_from"], settings["guidance_to"] = _interval(guidance_interval)
-    how = {"seed": seed, "num": num, "condition_noise": condition_noise}
-    written = sample_clips(
-        ckpt=ckpt,
-        prompts=[*(prompt or []), *prompt_lines(prompts)],
-        request=Request(
-            op, image, last_image, tuple(video or ()), frames_given, _gap(gap), _levels(strength)
-        ),
-        shape=(_size(size), frames, fps),
-        settings=settings,
-        how={**how, "negative_prompt": negative_prompt},
-        out=out,
-        weights=ema,
+    guidance_from, guidance_to = _interval(guidance_interval)
+    settings = {
+        "steps": steps,
+        "solver": solver,
+        "guidance_scale": guidance_scale,
+        "condition_scale": condition_scale,
+        "guidance_rescale": guidance_rescale,
+        "guidance_from": guidance_from,
+        "guidance_to": guidance_to,
+    }
+    request = SampleRequest(
+        op, image, last_image, tuple(video or ()), frames_given, _gap(gap), _levels(strength)
     )
-    for path in written:
+    all_prompts = [*(prompt or []), *prompt_lines(prompts)]
+    shape = _size(size), frames, fps
+    options: dict[str, Any] = {"seed": seed, "num": num, "condition_noise": condition_noise}
+    options["negative_prompt"] = negative_prompt
+    for path in sample_to_folder(ckpt, ema, all_prompts, request, shape, settings, options, out):
         print(path)
+
+
+def sample_to_folder(
+    ckpt: str,
+    weights: str,
+    prompts: list[str],
+    request: "SampleRequest",
+    shape: tuple[tuple[int, int] | None, int | None, float | None],
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    out: Path,
+) -> list[Path]:
+    """Sample every prompt from a checkpoint into `out`; returns the files written.
+
+    Everything is checked, and the files of the request are read, before the model is loaded.
+
+    Args:
+        weights: as `sora_train.load` takes them.
+        shape: size, frames and fps, None for the run's own.
+        settings: of the sampler, as `Model.sample` takes them.
+        options: the arguments seed, num, condition_noise and negative_prompt of `Model.sample`.
+    """
+    request.check()
+    if not prompts:
+        raise UserError('no prompt is given; add --prompt "..." or --prompts FILE')
+    from sora_train.checkpoint.layout import split_step
+    from sora_train.checkpoint.tensors import StoredTensors
+    from sora_train.models.vae.autoencoder import read_geometry
+    from sora_train.sampling.api import checkpoint_info, fitting_shape, load, with_settings
+    from sora_train.sampling.operations import prepare
+
+    run_dir, step = split_step(ckpt)
+    info = checkpoint_info(run_dir, step)
+    StoredTensors(info.checkpoint).prefix(weights)
+    spec = with_settings(info.spec, settings)
+    geometry = read_geometry(info.cfg.vae)
+    prepared = prepare(request, fitting_shape(info.cfg, geometry, info.shape, *shape), geometry)
+    noise, scale = options["condition_noise"], settings["condition_scale"]
+    for flag, value in (("--condition-noise", noise), ("--condition-scale", scale)):
+        if value and prepared.kind == "t2v":
+            raise UserError(
+                f"{flag} {value:g} is about given frames, and --op {request.op} gives none; drop it"
+            )
+    if options["negative_prompt"] and spec.guidance_scale == 1:
+        raise UserError(
+            "--negative-prompt needs guidance, and guidance_scale is 1; raise --guidance-scale"
+        )
+    note = prepared.note(spec, request.op)
+    if note:
+        print(note, file=sys.stderr)
+    model = load(run_dir, step=info.checkpoint.step, weights=weights)
+    clips = model.sample(prompts, prepared=prepared, **options, **settings)
+    labels = [prompt for prompt in prompts for _ in range(options["num"])]
+    return model.save(clips, labels, out, fps=prepared.shape.fps, seed=options["seed"])
 
 
 def prompt_lines(path: Path | None) -> list[str]:

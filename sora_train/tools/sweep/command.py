@@ -5,15 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sora_train.tools.terminal import command_group
+
 if TYPE_CHECKING:
     from sora_train.tools.sweep.report.report import Table
 
-sweep_app = typer.Typer(help="What `sora train -m` has found.")
-
-
-@sweep_app.callback()
-def _group() -> None:
-    """Keeps a group a group even while it has a single command."""
+sweep_app = command_group("What `sora train -m` has found.")
 
 
 @sweep_app.command("report")

@@ -1,4 +1,4 @@
-"""`sora watch RUN`: a live view of runs in the terminal, from their folders alone."""
+"""`sora watch`, `sora report` and `sora track replay`: a run seen from its folder."""
 
 import time
 from pathlib import Path
@@ -6,8 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sora_train.errors import UserError
+from sora_train.tools.terminal import Run, command_group
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+track_app = command_group("Send the metrics and samples of a run to trackers.")
 
 
 def watch(
@@ -33,11 +38,10 @@ def watch(
     from rich.live import Live
 
     from sora_train.base.files import write_atomically
-    from sora_train.errors import UserError
 
     if not interval > 0:
         raise UserError(f"--interval {interval:g} must be above 0 seconds")
-    page, bad = _look(runs)
+    page, bad = _current_page(runs)
     console = Console(record=svg is not None)
     if once or svg or not console.is_terminal:
         console.print(page)
@@ -47,24 +51,59 @@ def watch(
     with Live(page, console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             time.sleep(interval)
-            page, bad = _look(runs)
+            page, bad = _current_page(runs)
             live.update(page, refresh=True)
 
 
-def _look(runs: list[Path]) -> "tuple[RenderableType, bool]":
+def _current_page(runs: list[Path]) -> "tuple[RenderableType, bool]":
     """What to show, and whether a run is in a bad state."""
-    from sora_train.errors import UserError
     from sora_train.monitoring.status import BAD, Look, look, runs_in
     from sora_train.tools.watch.view import page, table
 
     folders = [folder for run in runs for folder in runs_in(run)]
     if len(folders) == 1:
-        found = look(folders[0])
-        return page(found), found.state in BAD
-    looks: list[Look | tuple[str, str]] = []
+        status = look(folders[0])
+        return page(status), status.state in BAD
+    rows: list[Look | tuple[str, str]] = []
     for folder in folders:
         try:
-            looks.append(look(folder))
+            rows.append(look(folder))
         except UserError as error:
-            looks.append((folder.name, str(error)))
-    return table(looks), any(isinstance(one, tuple) or one.state in BAD for one in looks)
+            rows.append((folder.name, str(error)))
+    return table(rows), any(isinstance(row, tuple) or row.state in BAD for row in rows)
+
+
+def report(run_dir: Run) -> None:
+    """Write report.html of a run again from the files in its folder.
+
+    \b
+    sora report runs/quickstart
+    """
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise UserError(f"{run_dir} is no run folder: it has no metrics.jsonl")
+    from sora_train.monitoring.report.report import write_report
+
+    print(f"wrote {write_report(run_dir)}")
+
+
+@track_app.command("replay")
+def track_replay(
+    run_dir: Run,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="wandb or tensorboard; by default the run's own.")
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="W&B project.")] = None,
+    mode: Annotated[str, typer.Option(help="W&B: auto, online or offline.")] = "auto",
+    new_run: Annotated[
+        bool, typer.Option("--new-run", help="Send everything again, into a W&B run of its own.")
+    ] = False,
+) -> None:
+    """Send what a run folder holds and its trackers lack: after an offline run, or one whose tracker failed.
+
+    \b
+    sora track replay runs/mine --mode online
+    sora track replay runs/mine --kind tensorboard
+    """
+    from sora_train.monitoring.tracking.feed import replay
+
+    print(replay(run_dir, kind or (), project, mode, new_run=new_run))

@@ -26,9 +26,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
-from benchmarks.chaos import import_everything
+from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import ClipBatch
+from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import TextToVideoObjective
 from sora_train.parallel.checks.volume import CountedVolume, Slot, expected_volume, units_of
 from sora_train.parallel.shards import full
@@ -147,6 +149,14 @@ def share_clips(folder: Path, own: Path) -> None:
     for made in sorted(folder.glob("*/data")):
         if made.parent != own and not (own / "data").exists():
             shutil.copytree(made, own / "data")
+
+
+def import_everything() -> None:
+    """Import what a rank does, building a small model too, so that forks of this process begin at once."""
+    torch.set_num_threads(1)
+    cfg: Config = compose(["experiment=parity_tiny"]).config
+    TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
+    VideoVAE.from_config(cfg.vae)
 
 
 def end_with(parent: int) -> None:
