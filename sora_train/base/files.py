@@ -1,6 +1,8 @@
-"""A text file that is whole or not there."""
+"""Text files that are written whole, and JSON files read while another process may be writing them."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from sora_train.errors import Fault
 
@@ -20,3 +22,32 @@ def write_atomically(path: Path, text: str) -> None:
         raise Fault(
             f"cannot write {path}: {error.strerror}; free space or choose another run.dir"
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where the file is missing, not whole, or holds something else."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one a line; none where it is missing.
+
+    Damaged lines are left out: a kill may cut one short, and the next is then joined to it.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

@@ -3,22 +3,22 @@
 The alerts of trackers, the marks of the report and the last lines of `sora watch` are all these events.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from sora_train.base.files import read_json, read_json_lines
 from sora_train.monitoring.goodput import starts
 
 Kind = Literal["restart", "spike", "rollback", "failure", "stall", "quarantine"]
 STALL_SECONDS = 300.0
-"""A rank that is so long in one part of a step, without being late yet, is worth a word."""
+"""A rank that spends this long in one part of a step is reported, though its deadline has not passed yet."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """`key` tells it from all others of its run. `time` is wall clock, 0 where it is not known."""
+    """`key` is unique in the run. `time` is wall clock, 0 where it is not known."""
 
     key: str
     kind: Kind
@@ -28,11 +28,17 @@ class Event:
 
 
 def events(run_dir: Path, now: float | None = None) -> list[Event]:
-    """All events of a run, by step; damaged files are passed over, since they may be half written."""
+    """All events of a run, by step; damaged files are skipped, since they may be half written."""
     now = time.time() if now is None else now
-    found = [*_restarts(run_dir), *_spikes(run_dir), *_rollbacks(run_dir), *_quarantined(run_dir)]
-    found += [*_failure(run_dir), *_stall(run_dir, now)]
-    return sorted(found, key=lambda event: (event.step, event.time))
+    all_events = [
+        *_restarts(run_dir),
+        *_spikes(run_dir),
+        *_rollbacks(run_dir),
+        *_quarantined(run_dir),
+        *_failure(run_dir),
+        *_stall(run_dir, now),
+    ]
+    return sorted(all_events, key=lambda event: (event.step, event.time))
 
 
 def _restarts(run_dir: Path) -> list[Event]:
@@ -49,26 +55,26 @@ def _restarts(run_dir: Path) -> list[Event]:
 
 
 def _spikes(run_dir: Path) -> list[Event]:
-    found = []
+    spikes = []
     for path in sorted(run_dir.glob("spikes/step-*.json")):
-        told = read_small(path)
-        if told is not None:
-            text = f"step {told['step']} was skipped: {told['reason']}, loss {told['loss']}"
-            found.append(Event(path.stem, "spike", int(told["step"]), path.stat().st_mtime, text))
-    return found
+        spike = read_json(path)
+        if spike is not None:
+            text = f"step {spike['step']} was skipped: {spike['reason']}, loss {spike['loss']}"
+            spikes.append(Event(path.stem, "spike", int(spike["step"]), path.stat().st_mtime, text))
+    return spikes
 
 
 def _rollbacks(run_dir: Path) -> list[Event]:
-    found = []
-    for told in read_lines(run_dir / "rollbacks.jsonl"):
-        step, to = int(told["from_step"]), int(told["to_step"])
+    rollbacks = []
+    for row in read_json_lines(run_dir / "rollbacks.jsonl"):
+        step, to = int(row["from_step"]), int(row["to_step"])
         text = f"went back from step {step} to {to}"
-        found.append(Event(f"rollback-{told['number']}", "rollback", step, 0.0, text))
-    return found
+        rollbacks.append(Event(f"rollback-{row['number']}", "rollback", step, 0.0, text))
+    return rollbacks
 
 
 def _quarantined(run_dir: Path) -> list[Event]:
-    lines = [told for told in read_lines(run_dir / "quarantine.jsonl") if "step" in told]
+    lines = [row for row in read_json_lines(run_dir / "quarantine.jsonl") if "step" in row]
     if not lines:
         return []
     step = int(lines[-1]["step"] or 0)
@@ -77,22 +83,22 @@ def _quarantined(run_dir: Path) -> list[Event]:
 
 
 def _failure(run_dir: Path) -> list[Event]:
-    told = read_small(run_dir / "health/failed.json")
-    if told is not None:
-        text = f"rank {told['rank']} failed in phase {told['phase']}: {told['error']}"
-        key = f"failure-{told['since']}"
-        return [Event(key, "failure", int(told["step"]), float(told["since"]), text)]
+    failure = read_json(run_dir / "health/failed.json")
+    if failure is not None:
+        text = f"rank {failure['rank']} failed in phase {failure['phase']}: {failure['error']}"
+        since = failure["since"]
+        return [Event(f"failure-{since}", "failure", int(failure["step"]), float(since), text)]
     hang = run_dir / "health/hang.txt"
     if hang.exists():
         lines = hang.read_text().splitlines() or ["hung"]
         when = hang.stat().st_mtime
-        step = (read_small(run_dir / "health/rank-00000.json") or {}).get("step", 0)
+        step = (read_json(run_dir / "health/rank-00000.json") or {}).get("step", 0)
         return [Event(f"hang-{when}", "failure", int(step), when, lines[0])]
     return []
 
 
 def _stall(run_dir: Path, now: float) -> list[Event]:
-    beat = read_small(run_dir / "health/rank-00000.json")
+    beat = read_json(run_dir / "health/rank-00000.json")
     if beat is None or now - beat["time"] > STALL_SECONDS or not is_step(beat["phase"]):
         return []
     seconds = beat["time"] - beat["since"]
@@ -103,31 +109,5 @@ def _stall(run_dir: Path, now: float) -> list[Event]:
 
 
 def is_step(phase: str) -> bool:
-    """Whether a phase is a part of a step, which takes no minutes."""
+    """Whether a phase is a part of a step, which takes seconds and not minutes."""
     return phase in ("data", "exchange", "compute", "update", "loop")
-
-
-def read_small(path: Path) -> dict[str, Any] | None:
-    """A small JSON object, None where it is not there or not whole."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a small file of JSON objects."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            found.append(row)
-    return found

@@ -1,8 +1,8 @@
-"""What each rank's machine tells of itself: memory, and of its GPU power, clocks, temperature and faults.
+"""Readings of each rank's machine: memory, and the power, clocks, temperature and faults of its GPU.
 
-A thread looks once a second, off the hot path. What it saw travels with the report of who is slow
-(`health.report_every`): each rank sends its columns, and the row gets of each the mean, the least, the
-most and the rank where it is worst. A column that no rank has is absent.
+A thread reads the GPU once a second, off the hot path. The readings travel with the report of the slowest rank
+(`health.report_every`): each rank sends its columns, and the row of metrics gets their mean, minimum and maximum
+and the rank where each is worst. A column that no rank has is absent.
 """
 
 import math
@@ -48,26 +48,28 @@ COLUMNS: dict[str, Column] = {
 """Units stand in docs/metrics.md."""
 
 
-class Source(Protocol):
-    """Where readings of a GPU come from."""
+class GpuReader(Protocol):
+    """Reads the gauges of one GPU."""
 
     def read(self) -> dict[str, float]:
-        """One reading by column; what the device does not tell is left out."""
+        """One reading by column, without those that the device does not report."""
 
 
 class Gauges:
-    """The gauges of one rank. `source` is read by a thread from `start` to `stop`."""
+    """The gauges of one rank. `gpu` is read by a thread from `start` to `stop`."""
 
-    def __init__(self, source: Source | None, at_report: Callable[[], dict[str, float]]):
-        self._source, self._at_report = source, at_report
+    def __init__(self, gpu: GpuReader | None, at_report: Callable[[], dict[str, float]]):
+        self._gpu, self._at_report = gpu, at_report
         self._seen: dict[str, list[float]] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        if self._source is not None:
-            self._thread = threading.Thread(target=self._watch, name="gauges", daemon=True)
+        if self._gpu is not None:
+            self._thread = threading.Thread(
+                target=self._sample_until_stopped, name="gauges", daemon=True
+            )
             self._thread.start()
 
     def stop(self) -> None:
@@ -75,19 +77,19 @@ class Gauges:
         if self._thread is not None:
             self._thread.join(2 * SAMPLE_SECONDS)
 
-    def _watch(self) -> None:
+    def _sample_until_stopped(self) -> None:
         while not self._stopping.wait(SAMPLE_SECONDS):
-            self.look()
+            self.sample()
 
-    def look(self) -> None:
+    def sample(self) -> None:
         """Take one reading."""
-        found = self._source.read() if self._source is not None else {}
+        readings = self._gpu.read() if self._gpu is not None else {}
         with self._lock:
-            for name, value in found.items():
+            for name, value in readings.items():
                 self._seen.setdefault(name, []).append(value)
 
     def take(self) -> list[float]:
-        """This rank's columns since they were asked for last, in the order of COLUMNS; NaN for what is not known."""
+        """This rank's columns since the last call, in the order of COLUMNS; NaN where nothing is known."""
         with self._lock:
             seen, self._seen = self._seen, {}
         for name, value in self._at_report().items():
@@ -131,26 +133,26 @@ def by_rank(ranks: Sequence[Sequence[float]]) -> Mapping[str, list[float | None]
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """This process's memory now, and since it was asked for last the most that torch had of the GPU's, in GiB."""
-    found = {}
+    """Memory in GiB: resident of this process now, and the most that torch has held of its GPU."""
+    row = {}
     status = Path("/proc/self/statm")
     if status.exists():
         pages = int(status.read_text().split()[1])
-        found["memory/host"] = pages * os.sysconf("SC_PAGE_SIZE") / GIB
+        row["memory/host"] = pages * os.sysconf("SC_PAGE_SIZE") / GIB
     if device.type == "cuda":
-        found["memory/allocated"] = torch.cuda.max_memory_allocated(device) / GIB
-        found["memory/reserved"] = torch.cuda.max_memory_reserved(device) / GIB
-    return found
+        row["memory/allocated"] = torch.cuda.max_memory_allocated(device) / GIB
+        row["memory/reserved"] = torch.cuda.max_memory_reserved(device) / GIB
+    return row
 
 
 def open_gauges(device: torch.device, *, warns: bool) -> Gauges:
-    """The gauges of this rank; where NVML is missing, the rank that `warns` says so once."""
-    source: Source | None = None
+    """The gauges of this rank; with `warns` a sentence is printed where NVML is missing."""
+    gpu: GpuReader | None = None
     if device.type == "cuda":
         from sora_train.monitoring.gauges_nvml import Nvml
 
         try:
-            source = Nvml(str(torch.cuda.get_device_properties(device).uuid))
+            gpu = Nvml(str(torch.cuda.get_device_properties(device).uuid))
         except UserError as error:
             if warns:
                 print(
@@ -158,4 +160,4 @@ def open_gauges(device: torch.device, *, warns: bool) -> Gauges:
                     file=sys.stderr,
                     flush=True,
                 )
-    return Gauges(source, lambda: memory(device))
+    return Gauges(gpu, lambda: memory(device))

@@ -1,5 +1,6 @@
 """Readings of one GPU by NVML, NVIDIA's management library; the only file that imports pynvml."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,17 +34,15 @@ class Nvml:
             pynvml.nvmlInit()
             self._gpu = pynvml.nvmlDeviceGetHandleByUUID(name)
         except pynvml.NVMLError as error:
-            raise UserError(
-                f"NVML does not tell of GPU {name} ({error}); see `nvidia-smi`"
-            ) from error
+            raise UserError(f"NVML does not know GPU {name} ({error}); see `nvidia-smi`") from error
         self._slowed = sum(int(getattr(pynvml, reason)) for reason in SLOWED)
         self._events = self._listen()
         self._xids = 0
 
     def read(self) -> dict[str, float]:
-        """One reading in GiB, W, MHz, degrees C and shares; what the device does not tell is left out."""
+        """One reading in GiB, W, MHz, degrees C and shares, without those that the device does not report."""
         nvml, gpu = self._nvml, self._gpu
-        asked: dict[str, Callable[[], float]] = {
+        readers: dict[str, Callable[[], float]] = {
             "gpu/memory": lambda: nvml.nvmlDeviceGetMemoryInfo(gpu).used / GIB,
             "gpu/power": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
             "gpu/clock": lambda: float(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)),
@@ -62,13 +61,12 @@ class Nvml:
             ),
             "gpu/xid_errors": self._xid_errors,
         }
-        found = {}
-        for name, ask in asked.items():
-            try:
-                found[name] = ask()
-            except nvml.NVMLError:
-                continue  # not every device tells of everything
-        return found
+        readings = {}
+        for name, reader in readers.items():
+            # Not every device reports everything.
+            with contextlib.suppress(nvml.NVMLError):
+                readings[name] = reader()
+        return readings
 
     def _throttled(self) -> float:
         reasons = self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._gpu)

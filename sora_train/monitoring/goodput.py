@@ -15,6 +15,7 @@ A row carries the shares and the seconds they are of, so the rows of metrics.jso
 remember. RUN/starts.jsonl holds when each start was, on how many ranks, from which step, by which code.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.base.code_version import code_digest
+from sora_train.base.files import read_json_lines
 
 STARTS = "starts.jsonl"
 PARTS = ("productive", "data_wait", "checkpoint", "evaluation", "wasted")
@@ -100,17 +102,12 @@ def note_start(run_dir: Path, step: int, ranks: int, began: float) -> float:
 
 
 def starts(run_dir: Path) -> list[dict[str, Any]]:
-    """Every start of a run in order: its wall clock, the step it went on from, its ranks. Damaged lines are left out:
-    a kill may cut one short, and the next is then joined to it."""
-    path = run_dir / STARTS
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            found.append(row | {name: float(row[name]) for name in ("time", "step", "ranks")})
-        except (ValueError, TypeError, KeyError):
-            continue
-    return found
+    """Every start of a run in order: its wall clock, the step it went on from, its ranks."""
+    rows = []
+    for row in read_json_lines(run_dir / STARTS):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            rows.append(row | {name: float(row[name]) for name in ("time", "step", "ranks")})
+    return rows
 
 
 def elapsed(since_monotonic: float) -> float:

@@ -24,7 +24,7 @@ CLOCKED_FAMILIES = ("goodput/", "memory/", "gpu/", "health/", "checkpoint/")
 
 
 def is_clocked(name: str) -> bool:
-    """Whether a metric tells of the machine's time and state: another one in a run repeated bit for bit."""
+    """Whether a metric depends on the machine's time and state, so that it differs in a run repeated bit for bit."""
     return name in CLOCKED or name.endswith(CLOCKED_ENDINGS) or name.startswith(CLOCKED_FAMILIES)
 
 
@@ -39,12 +39,12 @@ METRICS: dict[str, Metric] = {
     "train/disc/loss": Metric("1", "VAE task: hinge loss of the discriminator, while it learns"),
     "train/disc/accuracy": Metric(
         "share",
-        "VAE task: patches it tells rightly, real and decoded ones counting alike; 0.5 is chance",
+        "VAE task: patches it classifies correctly, real and decoded ones counting alike; 0.5 is chance",
     ),
     "train/disc/grad_norm": Metric("1", "VAE task: gradient norm of the discriminator"),
     "train/disc/weight": Metric(
         "1",
-        "VAE task: factor on what the discriminator says, mean over the clips, adaptive part included",
+        "VAE task: factor on the discriminator's part of the loss, mean over the clips, adaptive part included",
     ),
     "train/grad_norm": Metric("1", "global gradient norm before clipping"),
     "train/lr": Metric("1", "learning rate of this step"),
@@ -111,7 +111,7 @@ METRICS: dict[str, Metric] = {
     "goodput/evaluation": Metric("share", "validation and samples"),
     "goodput/wasted": Metric(
         "share",
-        "what a restart or a roll-back threw away to be done again, as far as metrics.jsonl tells of it, and skipped "
+        "what a restart or a roll-back threw away to be done again, as far as metrics.jsonl knows of it, and skipped "
         "steps",
     ),
     "goodput/other": Metric(
@@ -152,7 +152,7 @@ METRICS: dict[str, Metric] = {
         "1", "errors of its memory that could not be corrected, since its driver was loaded"
     ),
     "gpu/xid_errors": Metric(
-        "1", "critical errors (XID) that its driver told of, since the run began here"
+        "1", "critical errors (XID) that its driver reported, since the run began here"
     ),
     "memory/*/*": Metric("", "min, max and worst_rank of the names above"),
     "gpu/*/*": Metric("", "the same"),
@@ -201,7 +201,7 @@ class MetricsFile:
         return self.path.open("a", buffering=1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append a row; what is not finite, as of a step that was skipped for it, JSON has no number for."""
+        """Append a row, without values that are not finite (of a skipped step, say): JSON has no number for them."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
 

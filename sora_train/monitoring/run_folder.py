@@ -69,15 +69,15 @@ class RunFolder:
         self._lock = take_lock(self.path)
 
     def record(self, cfg: Config, world_size: int, forked_from: str = "") -> None:
-        """Write down what runs here from now on; only once it is clear that it may."""
+        """Write config.yaml and run.json; called only once it is clear that the run may start."""
         if not self.is_main:
             return
         write_atomically(
             self.path / "config.yaml", yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
         )
-        told = fingerprint(cfg) | {"parts": [asdict(part) for part in parts_of(self.path)]}
-        told |= {"forked_from": forked_from} if forked_from else {}
-        write_atomically(self.path / "run.json", json.dumps(told, indent=1))
+        facts = fingerprint(cfg) | {"parts": [asdict(part) for part in parts_of(self.path)]}
+        facts |= {"forked_from": forked_from} if forked_from else {}
+        write_atomically(self.path / "run.json", json.dumps(facts, indent=1))
 
     def record_part(self, cfg: Config, step: int, ranks: int) -> None:
         """Note that the run goes on from `step` on so many ranks with this config; parts that trained steps after

@@ -4,6 +4,7 @@ The files are the truth, so this works while the run goes on, after it, and from
 the folder. Of large files only the end is read: a run of a million steps costs what a short one does.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -16,12 +17,13 @@ from typing import Any, Literal
 
 import yaml
 
+from sora_train.base.files import read_json
 from sora_train.errors import UserError
-from sora_train.monitoring.events import Event, events, is_step, read_small
+from sora_train.monitoring.events import Event, events, is_step
 
 TAIL_BYTES = 256 << 10
 SEARCH_BYTES = 4 << 20
-"""How far back the last validation is looked for."""
+"""How far back the last validation is searched for."""
 RECENT = 32
 """Rows whose mean is shown for numbers that are noisy."""
 SILENT_SECONDS = 60.0
@@ -36,13 +38,13 @@ BAD: tuple[State, ...] = ("stalled", "silent", "failed")
 
 
 @dataclass(frozen=True)
-class Look:
-    """One look at a run."""
+class RunStatus:
+    """What a run is doing at the wall clock `now`."""
 
     run_dir: Path
     state: State
     why: str
-    """One sentence to the state."""
+    """One sentence about the state."""
     rows: list[Row]
     """The last rows of metrics.jsonl."""
     last: Row
@@ -64,7 +66,7 @@ class Look:
         if len(self.rows) < 2 or not self.steps or self.state in ("finished", "failed"):
             return None
         first, last = self.rows[0], self.rows[-1]
-        # A restart lies between them where the pace jumps: the median of the pairs passes over it.
+        # Where a restart lies between two rows their pace jumps; the median over pairs is not affected.
         paces = [
             (b["time"] - a["time"]) / (b["step"] - a["step"])
             for a, b in zip(self.rows, self.rows[1:], strict=False)
@@ -86,8 +88,8 @@ class Look:
         )
         # By the numbers in the names: 5 frames come before 17.
         ordered = sorted(names, key=lambda name: ([float(n) for n in NUMBER.findall(name)], name))
-        found = {name.removeprefix(beginning): self.recent(name) for name in ordered}
-        return {name: value for name, value in found.items() if value is not None}
+        values = {name.removeprefix(beginning): self.recent(name) for name in ordered}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def trend(self) -> float | None:
@@ -100,8 +102,8 @@ class Look:
         return (after - before) / abs(before) if before else None
 
 
-def look(run_dir: Path, now: float | None = None) -> Look:
-    """Look at a run. Raises UserError where the folder is none of a run."""
+def read_status(run_dir: Path, now: float | None = None) -> RunStatus:
+    """The status of a run. Raises UserError where the folder holds no run."""
     now = time.time() if now is None else now
     require_run(run_dir)
     rows = tail_rows(run_dir / "metrics.jsonl")
@@ -110,7 +112,7 @@ def look(run_dir: Path, now: float | None = None) -> Look:
         last.update(row)
     steps, checkpoint = planned_steps(run_dir), newest_checkpoint(run_dir)
     state, why = state_of(run_dir, rows, steps, checkpoint, now)
-    return Look(run_dir, state, why, rows, last, steps, checkpoint, events(run_dir, now), now)
+    return RunStatus(run_dir, state, why, rows, last, steps, checkpoint, events(run_dir, now), now)
 
 
 def is_run(folder: Path) -> bool:
@@ -130,11 +132,9 @@ def require_run(run_dir: Path) -> None:
 def runs_in(folder: Path) -> list[Path]:
     """The folder if it is a run, else the runs in it, two levels deep. Raises UserError where there are none."""
     if folder.is_dir() and not is_run(folder):
-        found = sorted(
-            {path.parent for path in [*folder.glob("*/run.json"), *folder.glob("*/*/run.json")]}
-        )
-        if found:
-            return found
+        run_files = [*folder.glob("*/run.json"), *folder.glob("*/*/run.json")]
+        if run_files:
+            return sorted({path.parent for path in run_files})
     require_run(folder)
     return [folder]
 
@@ -157,7 +157,7 @@ def _lines(path: Path, size: int) -> list[bytes]:
     except FileNotFoundError:
         return []
     lines = data.split(b"\n")
-    # What stands before the first end of a line began earlier, what stands behind the last has not ended.
+    # The part before the first line end began earlier; the part after the last line end is not complete.
     return lines[1 if begin else 0 : -1]
 
 
@@ -177,9 +177,9 @@ def last_with(path: Path, beginning: str) -> Row:
     """The last row, among those within SEARCH_BYTES of the end, that has a metric whose name begins so; else {}."""
     mark = f'"{beginning}'.encode()
     for size in (TAIL_BYTES, SEARCH_BYTES):
-        found = parse([line for line in _lines(path, size) if mark in line][-1:])
-        if found:
-            return {k: v for k, v in found[0].items() if k.startswith(beginning)}
+        rows = parse([line for line in _lines(path, size) if mark in line][-1:])
+        if rows:
+            return {k: v for k, v in rows[0].items() if k.startswith(beginning)}
     return {}
 
 
@@ -187,8 +187,8 @@ def last_with(path: Path, beginning: str) -> Row:
 
 
 def planned_steps(run_dir: Path) -> int:
-    """`train.steps` of the run's last part, which knows what `train.epochs` came to; 0 where nothing tells."""
-    parts = (read_small(run_dir / "run.json") or {}).get("parts") or []
+    """`train.steps` of the run's last part, which knows what `train.epochs` came to; 0 where it is not known."""
+    parts = (read_json(run_dir / "run.json") or {}).get("parts") or []
     names = [str(part.get("config", "")) for part in parts if isinstance(part, dict)][-1:]
     for name in [*filter(None, names), "config.yaml"]:
         try:
@@ -196,23 +196,22 @@ def planned_steps(run_dir: Path) -> int:
         except OSError:
             continue
         section = re.search(r"^train:\n((?:[ ].*\n)*)", text, re.MULTILINE)
-        found = yaml.safe_load(section.group(1)) if section else None
-        if isinstance(found, dict) and found.get("steps"):
-            return int(found["steps"])
+        values = yaml.safe_load(section.group(1)) if section else None
+        if isinstance(values, dict) and values.get("steps"):
+            return int(values["steps"])
     return 0
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:
     """Step and time of the newest checkpoint that is committed."""
-    found = []
+    committed = []
     for path in run_dir.glob("checkpoints/step-*"):
         number = path.name.removeprefix("step-")
         if number.isdigit():
-            try:
-                found.append((int(number), path.stat().st_mtime))
-            except FileNotFoundError:
-                continue  # pruned just now
-    return max(found, default=None)
+            # It may have been pruned just now.
+            with contextlib.suppress(FileNotFoundError):
+                committed.append((int(number), path.stat().st_mtime))
+    return max(committed, default=None)
 
 
 def state_of(
@@ -222,18 +221,18 @@ def state_of(
     checkpoint: tuple[int, float] | None,
     now: float,
 ) -> tuple[State, str]:
-    """What a run is doing, and a sentence to it, by its heartbeat and the files that its ends leave."""
-    failed = read_small(run_dir / "health/failed.json")
+    """The state of a run and a sentence about it, from its heartbeat and the files it leaves when it ends."""
+    failed = read_json(run_dir / "health/failed.json")
     if failed is not None:
-        told = " ".join(str(failed["error"]).split())
-        return "failed", f"rank {failed['rank']}, phase {failed['phase']}: {told}"
+        error = " ".join(str(failed["error"]).split())
+        return "failed", f"rank {failed['rank']}, phase {failed['phase']}: {error}"
     hang = run_dir / "health/hang.txt"
     if hang.exists():
         return "failed", (hang.read_text().splitlines() or ["hung"])[0]
-    beat = read_small(run_dir / "health/rank-00000.json")
+    beat = read_json(run_dir / "health/rank-00000.json")
     if beat is not None:
         return _alive(beat, rows, now)
-    summary = read_small(run_dir / "summary.json") or {}
+    summary = read_json(run_dir / "summary.json") or {}
     step = int(rows[-1]["step"]) if rows else 0
     if summary and int(summary.get("steps", 0)) >= max(step, 1):
         return "finished", f"all {int(summary['steps']):,} steps are done"
@@ -242,7 +241,7 @@ def state_of(
             f"it left in order after step {max(step, checkpoint[0]):,} (exit code 75), and the same command goes on"
         )
     if rows:
-        return "silent", "it ended without a word and without a checkpoint; look at its log"
+        return "silent", "it ended without a message and without a checkpoint; look at its log"
     return "new", "it has not taken a step"
 
 

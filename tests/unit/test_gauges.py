@@ -69,8 +69,8 @@ def test_gauges_forget_what_was_taken():
             return {"gpu/temperature": self.degrees}
 
     gauges = Gauges(Stove(), lambda: {"memory/host": 2.0})
-    gauges.look()
-    gauges.look()
+    gauges.sample()
+    gauges.sample()
     row = over_ranks([gauges.take()])
     assert (row["gpu/temperature"], row["memory/host"]) == (52.0, 2.0)
     assert "gpu/temperature" not in over_ranks([gauges.take()])

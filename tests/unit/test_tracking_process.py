@@ -156,7 +156,7 @@ from sora_train.monitoring.tracking import feed as tracking_feed
 def blocked(job): time.sleep(600)
 tracking_feed.open_sink = blocked
 tracking_feed.GRACE_SECONDS = 0
-tracking_feed.follow(tracking_feed.Job(Path(sys.argv[1]), "wandb", "p", "auto", int(sys.argv[2]), 0.5))
+tracking_feed.follow(tracking_feed.FeedRequest(Path(sys.argv[1]), "wandb", "p", "auto", int(sys.argv[2]), 0.5))
 """
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from sora_train import cli
 from sora_train.errors import UserError
 from sora_train.monitoring.events import events
-from sora_train.monitoring.status import TAIL_BYTES, look, runs_in, tail_rows
+from sora_train.monitoring.status import TAIL_BYTES, read_status, runs_in, tail_rows
 from sora_train.tools.watch.view import BLOCKS, page, sparkline
 
 NOW = 1e9
@@ -52,7 +52,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 def shown(run_dir: Path, width: int = 80) -> str:
     file = io.StringIO()
-    Console(file=file, width=width).print(page(look(run_dir, NOW)))
+    Console(file=file, width=width).print(page(read_status(run_dir, NOW)))
     return file.getvalue()
 
 
@@ -60,7 +60,7 @@ def test_a_running_run(run_dir: Path):
     beat(run_dir)
     (run_dir / "checkpoints/step-000015").mkdir(parents=True)
     (run_dir / "checkpoints/step-000020.tmp").mkdir()
-    found = look(run_dir, NOW)
+    found = read_status(run_dir, NOW)
     assert (found.state, found.step, found.steps) == ("running", 20, 40)
     assert found.eta == pytest.approx(20.0)
     assert found.checkpoint is not None and found.checkpoint[0] == 15
@@ -124,7 +124,7 @@ def left(run_dir: Path) -> None:
 )
 def test_states(run_dir: Path, make, state: str, word: str, capsys: pytest.CaptureFixture[str]):
     make(run_dir)
-    found = look(run_dir, NOW)
+    found = read_status(run_dir, NOW)
     assert found.state == state and word in found.why
     # The clock is today's for the command: what lives by the time of a heartbeat is then silent.
     if state in ("failed", "finished", "left"):
@@ -172,13 +172,13 @@ def test_a_large_file_costs_what_a_small_one_does(run_dir: Path):
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes()
     began = time.perf_counter()
-    small = look(run_dir, NOW)
+    small = read_status(run_dir, NOW)
     small_seconds = time.perf_counter() - began
     with path.open("wb") as file:
         file.seek(2 << 30)  # sparse: only what is read takes time
         file.write(b"\n" + lines)
     began = time.perf_counter()
-    large = look(run_dir, NOW)
+    large = read_status(run_dir, NOW)
     assert time.perf_counter() - began < small_seconds + 1.0
     assert large.rows == small.rows and large.last == small.last
     assert len(lines) < TAIL_BYTES

@@ -2,7 +2,7 @@
 
     python -m sora_train.monitoring.tracking.feed RUN --kind wandb --parent PID
 
-It is started by a run (tracking.py) or, with `once`, by `sora track replay`. It holds at most a block
+It is started by a run (process.py) or, with `once`, by `sora track replay`. It holds at most a block
 of metrics.jsonl in memory, ends with its run, and ends hard when ending takes too long.
 """
 
@@ -31,7 +31,7 @@ KINDS = ("wandb", "tensorboard")
 MODES = ("auto", "online", "offline")
 BLOCK_BYTES = 1 << 20
 ALERTS = ("restart", "spike", "rollback", "stall", "failure")
-NEWS_SECONDS = 600.0
+RECENT_SECONDS = 600.0
 GRACE_SECONDS = 10
 """How much longer than its run would wait this process may take to end; then the kernel ends it."""
 
@@ -73,7 +73,7 @@ class Tail:
         self._inode = 0
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """What is new, read a block at a time; a damaged line is left out and told of."""
+        """What is new, read a block at a time; a damaged line is left out with a message."""
         while True:
             lines = self._next_lines()
             if not lines:
@@ -88,9 +88,9 @@ class Tail:
     def _next_lines(self) -> list[bytes]:
         try:
             with self._path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._inode or found.st_size < self._offset:
-                    self._offset, self._inode = 0, found.st_ino
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._offset:
+                    self._offset, self._inode = 0, status.st_ino
                 file.seek(self._offset)
                 data = file.read(BLOCK_BYTES)
                 if len(data) == BLOCK_BYTES and b"\n" not in data:
@@ -111,10 +111,10 @@ class Feed:
     """
 
     def __init__(self, sink: Sink, run_dir: Path, *, alerts: bool = True):
-        """`alerts`: tell of what happens to the run from now on; not for one that is long over."""
+        """`alerts`: send alerts of what happens to the run from now on; not for one that is long over."""
         self._sink = sink
         self._alerts, self._began = alerts, time.time()
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._run_dir = run_dir
         self._tail = Tail(run_dir / "metrics.jsonl")
         self._config_sent = ""
@@ -125,7 +125,7 @@ class Feed:
         if self._state_path.exists():
             state = json.loads(self._state_path.read_text())
             self._last_step, self._samples = state["last_step"], state["samples"]
-            self._told = set(state.get("alerts", ()))
+            self._reported = set(state.get("alerts", ()))
 
     def push(self, *, final: bool = False) -> int:
         """Send everything that is new, and say how many rows; a samples folder once it is whole, or as it
@@ -146,12 +146,12 @@ class Feed:
         """Remember what was sent; called only once the sink has all of it for good."""
         self._state_path.parent.mkdir(exist_ok=True)
         temporary = self._state_path.with_suffix(".tmp")
-        told = {
+        state = {
             "last_step": self._last_step,
             "samples": self._samples,
-            "alerts": sorted(self._told),
+            "alerts": sorted(self._reported),
         }
-        temporary.write_text(json.dumps(told))
+        temporary.write_text(json.dumps(state))
         os.replace(temporary, self._state_path)
 
     def _push_config(self) -> None:
@@ -167,19 +167,19 @@ class Feed:
             self._config_sent = text
 
     def _push_alerts(self) -> None:
-        """What has happened since the last push, one word for all events of a kind."""
-        new = [event for event in events(self._run_dir) if event.key not in self._told]
-        self._told |= {event.key for event in new}
+        """What has happened since the last push, one alert for all events of a kind."""
+        new = [event for event in events(self._run_dir) if event.key not in self._reported]
+        self._reported |= {event.key for event in new}
         for kind in ALERTS:
-            found = [event for event in new if event.kind == kind and self._is_news(event)]
-            if found:
-                more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            recent = [event for event in new if event.kind == kind and self._is_recent(event)]
+            if recent:
+                more = f" (and {len(recent) - 1} more)" if len(recent) > 1 else ""
                 title = f"{self._run_dir.name}: {kind}"
-                self._sink.alert(found[-1].step, title, f"{found[-1].text}{more}")
+                self._sink.alert(recent[-1].step, title, f"{recent[-1].text}{more}")
 
-    def _is_news(self, event: Event) -> bool:
-        """Whether it was not long ago, when another process may have told of it."""
-        return event.time == 0 or event.time > self._began - NEWS_SECONDS
+    def _is_recent(self, event: Event) -> bool:
+        """Whether it is not so old that another process may have reported it."""
+        return event.time == 0 or event.time > self._began - RECENT_SECONDS
 
     def _push_row(self, row: dict[str, Any]) -> bool:
         step = row["step"]
@@ -195,10 +195,12 @@ class Feed:
         return bool(new)
 
     def _new_samples(self, final: bool) -> list[Path]:
-        found = [path.parent for path in sorted(self._run_dir.glob("samples/step-*/prompts.json"))]
+        folders = [
+            path.parent for path in sorted(self._run_dir.glob("samples/step-*/prompts.json"))
+        ]
         return [
             folder
-            for folder in found
+            for folder in folders
             if folder.name not in self._samples
             and (final or (folder / "contact_sheet.png").exists())
         ]
@@ -218,8 +220,8 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is fed where. `parent` is the run's process, or None to send what is there and end."""
+class FeedRequest:
+    """What is sent where. `parent` is the run's process, or None to send what is there and end."""
 
     run_dir: Path
     kind: str
@@ -234,24 +236,24 @@ class Job:
         return math.ceil(self.finish_seconds) + GRACE_SECONDS
 
 
-def follow(job: Job) -> int:
-    """Send the run until told to stop, until its process is gone, or just once; returns the rows sent.
+def follow(request: FeedRequest) -> int:
+    """Send the run until asked to stop, until its process is gone, or just once; returns the rows sent.
 
     Raises:
         UserError: another process feeds this run, or the tracker's package is missing.
     """
-    lock = _lock(job)
+    lock = _lock(request)
     ending = threading.Event()
-    if job.parent is not None:
+    if request.parent is not None:
         # What an exec has inherited may ignore it.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        threading.Thread(target=_end_with_run, args=(job, ending), daemon=True).start()
-    sink = open_sink(job)
-    feed = Feed(sink, job.run_dir, alerts=job.parent is not None)
+        threading.Thread(target=_end_with_run, args=(request, ending), daemon=True).start()
+    sink = open_sink(request)
+    feed = Feed(sink, request.run_dir, alerts=request.parent is not None)
     sent = 0
     while True:
-        # Read the sign before the last push: what was written before it is then sent.
-        over = job.parent is None or ending.is_set()
+        # Check the stop file before the last push: what was written before it is then sent.
+        over = request.parent is None or ending.is_set()
         sent += feed.push(final=over)
         if over:
             break
@@ -262,22 +264,22 @@ def follow(job: Job) -> int:
     return sent
 
 
-def open_sink(job: Job) -> Sink:
+def open_sink(request: FeedRequest) -> Sink:
     """The sink of a kind; its package is loaded now and only now."""
-    if job.kind == "wandb":
+    if request.kind == "wandb":
         from sora_train.monitoring.tracking.wandb import WandbSink
 
         # A live run is recorded whatever W&B says; who sends one by hand wants to know.
         return WandbSink(
-            job.run_dir,
-            project=job.project,
-            mode=job.mode,
-            new_run=job.new_run,
-            may_go_offline=job.parent is not None,
+            request.run_dir,
+            project=request.project,
+            mode=request.mode,
+            new_run=request.new_run,
+            may_go_offline=request.parent is not None,
         )
     from sora_train.monitoring.tracking.tensorboard import TensorBoardSink
 
-    return TensorBoardSink(job.run_dir)
+    return TensorBoardSink(request.run_dir)
 
 
 def replay(
@@ -288,7 +290,7 @@ def replay(
     *,
     new_run: bool = False,
 ) -> str:
-    """`sora track replay`: send what a run folder holds and its trackers lack, and say what was sent.
+    """`sora track replay`: send what a run folder holds and its trackers lack; returns what was sent, in words.
 
     `kinds` and `project` default to the run's own, W&B for a run that had no tracker. `new_run` sends
     everything again, into a W&B run of its own.
@@ -310,32 +312,32 @@ def replay(
     own = tracker.get("kind", "none")
     chosen = list(kinds) or ([own] if isinstance(own, str) else list(own))
     project = project or tracker.get("project", "sora_train")
-    said = []
+    lines = []
     for kind in ["wandb" if kind == "none" else kind for kind in chosen]:
-        sent = follow(Job(run_dir.absolute(), kind, str(project), mode, new_run=new_run))
-        said.append(f"{kind}: {sent:,} rows sent" if sent else f"{kind}: has every row already")
-    return "\n".join(said)
+        sent = follow(FeedRequest(run_dir.absolute(), kind, str(project), mode, new_run=new_run))
+        lines.append(f"{kind}: {sent:,} rows sent" if sent else f"{kind}: has every row already")
+    return "\n".join(lines)
 
 
-def _end_with_run(job: Job, ending: threading.Event) -> None:
-    """Notice the sign to end, or that the run is gone, even while the tracker hangs; then the clock runs."""
-    sign = stop_file(job.run_dir, job.kind)
-    while not (sign.exists() or os.getppid() != job.parent):
+def _end_with_run(request: FeedRequest, ending: threading.Event) -> None:
+    """Notice the stop file, or that the run is gone, even while the tracker hangs; then the clock runs."""
+    stop = stop_file(request.run_dir, request.kind)
+    while not (stop.exists() or os.getppid() != request.parent):
         time.sleep(POLL_SECONDS / 4)
     # The kernel's clock, with its default action: it needs no interpreter, which a library may hold up.
-    signal.alarm(job.hard_exit_seconds)
+    signal.alarm(request.hard_exit_seconds)
     ending.set()
 
 
-def _lock(job: Job) -> IO[str]:
+def _lock(request: FeedRequest) -> IO[str]:
     """Hold the run's feed of a kind: two at once would send rows twice.
 
     The feed of a run that was killed may still be ending; a resumed run waits for it.
     """
-    path = own_file(job.run_dir, f"{job.kind}.lock")
+    path = own_file(request.run_dir, f"{request.kind}.lock")
     path.parent.mkdir(exist_ok=True)
     lock = path.open("a")
-    patience = 0 if job.parent is None else job.hard_exit_seconds + 5
+    patience = 0 if request.parent is None else request.hard_exit_seconds + 5
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -344,8 +346,8 @@ def _lock(job: Job) -> IO[str]:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{job.run_dir} is being sent to {job.kind} by another process (a live run does so by itself); "
-                    "wait until that has ended"
+                    f"{request.run_dir} is being sent to {request.kind} by another process (a live run does so "
+                    "by itself); wait until that has ended"
                 ) from None
             time.sleep(POLL_SECONDS / 4)
 
@@ -360,9 +362,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mode", choices=MODES, default="auto")
     parser.add_argument("--finish-seconds", type=float, default=30.0)
     parser.add_argument("--parent", type=int, required=True, help="end when this process is gone")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        follow(Job(**{**vars(given), "run_dir": given.run_dir.absolute()}))
+        follow(FeedRequest(**{**vars(options), "run_dir": options.run_dir.absolute()}))
     except SoraError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -2,7 +2,7 @@
 
 A process for each tracker follows metrics.jsonl and the samples folder (tracking_feed.py) and sends
 what appears. The files are the queue, so a slow tracker costs the run neither memory nor time: it may
-hang, crash, talk without end or be absent, and the files in the run folder stay complete. Only rank 0
+hang, crash, write without end or be absent, and the files in the run folder stay complete. Only rank 0
 has one; nothing here waits for another rank.
 """
 
@@ -32,17 +32,17 @@ def own_file(run_dir: Path, name: str) -> Path:
 
 
 def stop_file(run_dir: Path, kind: str) -> Path:
-    """The sign by which a run asks the feeding process of a tracker to end."""
+    """A run creates this file to ask the feeding process of a tracker to end."""
     return own_file(run_dir, f"{kind}.stop")
 
 
 def notice_file(run_dir: Path, kind: str) -> Path:
-    """A sentence of the feeding process that the run is to say aloud."""
+    """A sentence of the feeding process that the run prints."""
     return own_file(run_dir, f"{kind}.notice")
 
 
 def log_file(run_dir: Path, kind: str) -> Path:
-    """What the feeding process has to say."""
+    """What the feeding process prints."""
     return own_file(run_dir, f"{kind}.log")
 
 
@@ -54,7 +54,7 @@ class Trackers:
         self.finish_seconds = finish_seconds
 
     def detach(self) -> None:
-        """Tell them to end without waiting for it: a preempted run has no time, and they end by themselves."""
+        """Ask them to end and do not wait: a preempted run has no time, and they end by themselves."""
         for tracker in self.trackers:
             tracker.ask_to_stop()
         self.trackers = []
@@ -75,7 +75,7 @@ class ProcessTracker:
         self._stop_file, self._log = stop_file(run_dir, kind), log_file(run_dir, kind)
         self._notice = notice_file(run_dir, kind)
         self._kind, self._later = kind, later
-        self._said = threading.Lock()
+        self._warned = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._log.parent.mkdir(exist_ok=True)
@@ -92,7 +92,7 @@ class ProcessTracker:
                     start_new_session=True,
                 )
         except OSError as error:
-            self._say(f"could not start ({error})")
+            self._warn(f"could not start ({error})")
             return
         threading.Thread(target=self._watch, name="tracker-watch", daemon=True).start()
 
@@ -102,19 +102,19 @@ class ProcessTracker:
             try:
                 code = self._process.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
-                self._say_notice()
+                self._print_notice()
                 if self._log_size() > self._log_limit:
-                    self._say(f"was ended: it wrote {MAX_LOG_BYTES >> 20} MiB to {self._log}")
+                    self._warn(f"was ended: it wrote {MAX_LOG_BYTES >> 20} MiB to {self._log}")
                     self._kill()
                     return
                 continue
-            self._say_notice()
+            self._print_notice()
             if code != 0:
-                self._say(f"stopped (exit code {code}, see {self._log}{self._last_words()})")
+                self._warn(f"stopped (exit code {code}, see {self._log}{self._last_words()})")
             return
 
-    def _say_notice(self) -> None:
-        """Say what the process has to say to the people of the run, once."""
+    def _print_notice(self) -> None:
+        """Print the notice of the process, once."""
         try:
             text = self._notice.read_text()
             self._notice.unlink()
@@ -136,8 +136,8 @@ class ProcessTracker:
             return ""
         return f": {lines[-1][:300]}" if lines and "sora_train[" in lines[-1] else ""
 
-    def _say(self, what: str) -> None:
-        if self._said.acquire(blocking=False):  # once a run
+    def _warn(self, what: str) -> None:
+        if self._warned.acquire(blocking=False):  # once a run
             print(
                 f"The tracker {self._kind} {what}: the run is not affected, metrics.jsonl is complete, and "
                 f"`{self._later}` sends it later.",
@@ -146,32 +146,32 @@ class ProcessTracker:
             )
 
     def ask_to_stop(self) -> None:
-        """Give the sign to end, without waiting."""
+        """Ask the process to end, without waiting."""
         if self._process is None or self._process.poll() is not None:
             return
         try:
             self._stop_file.touch()
         except OSError as error:
-            self._say(f"could not be told to end ({error})")
+            self._warn(f"could not be asked to end ({error})")
             self._kill()
 
     def finish(self, timeout: float) -> None:
-        """End within `timeout` seconds, by force after them; what cannot be sent is told of."""
+        """End within `timeout` seconds, by force after them; warns of what could not be sent."""
         if self._process is None:
             return
         self.ask_to_stop()
         try:
             if self._process.wait(timeout) == 0:
-                self._say_offline()
+                self._print_offline()
         except subprocess.TimeoutExpired:
-            self._say(f"did not finish in {timeout:.3g} s")
+            self._warn(f"did not finish in {timeout:.3g} s")
             self._kill()
         try:
             self._stop_file.unlink(missing_ok=True)
         except OSError as error:
-            self._say(f"left {self._stop_file} behind ({error})")
+            self._warn(f"left {self._stop_file} behind ({error})")
 
-    def _say_offline(self) -> None:
+    def _print_offline(self) -> None:
         kept = self._log.parent.parent / "wandb"
         if self._kind == "wandb" and any(kept.glob("offline-run-*")):
             print(
@@ -189,7 +189,7 @@ class ProcessTracker:
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
-            # Unkillable while in the kernel (a dead network mount); the run has said so already.
+            # Unkillable while in the kernel (a dead network mount); the run has warned already.
             return
 
 
@@ -240,15 +240,15 @@ def run_id(run_dir: Path, *, new: bool = False) -> str:
     """
     path = run_dir / ID_FILE
     if new or not path.exists():
-        given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+        agent_id = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
         temporary = path.with_suffix(".tmp")
-        temporary.write_text((not new and given) or secrets.token_hex(4))
+        temporary.write_text((not new and agent_id) or secrets.token_hex(4))
         os.replace(temporary, path)
     return path.read_text().strip()
 
 
 def keep_run_id(run_dir: Path) -> None:
-    """Have the id before the first checkpoint is written; where it cannot be, the tracker will tell."""
+    """Have the id before the first checkpoint is written; where it cannot be kept, say so and go on."""
     try:
         run_id(run_dir)
     except OSError as error:

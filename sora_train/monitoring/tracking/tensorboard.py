@@ -98,9 +98,13 @@ def _gif(clip: Path) -> tuple[bytes, tuple[int, int]]:
         frame.thumbnail((MAX_WIDTH, MAX_WIDTH))
     data = io.BytesIO()
     frames[0].save(
-        data, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+        data,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        loop=0,
         duration=max(20, round(1000 * stride / rate)),
-    )  # fmt: skip
+    )
     return data.getvalue(), frames[0].size
 
 

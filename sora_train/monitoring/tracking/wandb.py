@@ -28,8 +28,8 @@ class WandbSink:
         new_run: bool = False,
         may_go_offline: bool = False,
     ):
-        """With `may_go_offline` a key that W&B refuses, or a server that does not answer, is told of in the run's
-        notice file, and the run is kept offline. Raises UserError without it."""
+        """With `may_go_offline`, where W&B refuses the key or its server does not answer, the reason goes to the
+        run's notice file and the run is kept offline. Raises UserError without it."""
         wandb = self._wandb = _import_wandb()
         identity = run_id(run_dir, new=new_run)
         try:
@@ -94,9 +94,14 @@ def _start(wandb: Any, mode: str, run_dir: Path, project: str, identity: str) ->
         console="off", silent=True, disable_git=True, init_timeout=INIT_SECONDS
     )
     run = wandb.init(
-        project=project, name=run_dir.name, id=identity, resume="allow", mode=mode,
-        dir=str(run_dir), settings=settings,
-    )  # fmt: skip
+        project=project,
+        name=run_dir.name,
+        id=identity,
+        resume="allow",
+        mode=mode,
+        dir=str(run_dir),
+        settings=settings,
+    )
     return mode, run
 
 

@@ -102,10 +102,10 @@ def told(sweep: Sweep, outcome: dict[str, int], *, stopped: bool) -> int:
 
 def why(run_dir: Path) -> str:
     """What a run's folder says of its failure, as the end of a sentence; nothing where it does not."""
-    from sora_train.monitoring.status import look
+    from sora_train.monitoring.status import read_status
 
     try:
-        found = look(run_dir)
+        found = read_status(run_dir)
     except UserError:
         return ""
     return f": {found.why}" if found.state in ("failed", "silent") else ""

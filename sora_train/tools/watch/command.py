@@ -20,11 +20,11 @@ def watch(
         list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of runs.")
     ],
     once: Annotated[
-        bool, typer.Option("--once", help="Print one look; exit code 1 if a run is in a bad state.")
+        bool, typer.Option("--once", help="Print once; exit code 1 if a run is in a bad state.")
     ] = False,
-    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 2.0,
+    interval: Annotated[float, typer.Option(help="Seconds between two readings.")] = 2.0,
     svg: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the look as a picture too.")
+        Path | None, typer.Option(metavar="FILE", help="Write the page as a picture too.")
     ] = None,
 ) -> int:
     """Watch a run, or a line for each of many: it reads the files in their folders and touches nothing.
@@ -57,17 +57,17 @@ def watch(
 
 def _current_page(runs: list[Path]) -> "tuple[RenderableType, bool]":
     """What to show, and whether a run is in a bad state."""
-    from sora_train.monitoring.status import BAD, Look, look, runs_in
+    from sora_train.monitoring.status import BAD, RunStatus, read_status, runs_in
     from sora_train.tools.watch.view import page, table
 
     folders = [folder for run in runs for folder in runs_in(run)]
     if len(folders) == 1:
-        status = look(folders[0])
+        status = read_status(folders[0])
         return page(status), status.state in BAD
-    rows: list[Look | tuple[str, str]] = []
+    rows: list[RunStatus | tuple[str, str]] = []
     for folder in folders:
         try:
-            rows.append(look(folder))
+            rows.append(read_status(folder))
         except UserError as error:
             rows.append((folder.name, str(error)))
     return table(rows), any(isinstance(row, tuple) or row.state in BAD for row in rows)

@@ -1,4 +1,4 @@
-"""A look at a run as a page of text: one screen of one run, or a line for each of many."""
+"""The status of runs as text: one screen for one run, or a line for each of many."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sora_train.base.progress import duration
-from sora_train.monitoring.status import Look
+from sora_train.monitoring.status import RunStatus
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40
@@ -45,30 +45,30 @@ def bar(share: float, width: int = 24) -> Text:
     return Text("━" * full, style="cyan") + Text("━" * (width - full), style="bright_black")
 
 
-def page(found: Look) -> RenderableType:
+def page(status: RunStatus) -> RenderableType:
     """One run on a screen of 80 columns or more."""
-    parts: list[RenderableType] = [_head(found)]
-    if found.rows:
-        parts += [_numbers(found)]
-        parts += [part for part in (_groups(found), _goodput(found)) if part is not None]
-    parts += [_event(event.kind, event.text) for event in found.events[-MAX_EVENTS:]]
-    title = Text(str(found.run_dir), style="bold")
-    return Panel(Group(*parts), title=title, title_align="left", border_style=COLOURS[found.state])
+    parts: list[RenderableType] = [_head(status)]
+    if status.rows:
+        parts += [_numbers(status)]
+        parts += [part for part in (_groups(status), _goodput(status)) if part is not None]
+    parts += [_event(event.kind, event.text) for event in status.events[-MAX_EVENTS:]]
+    title = Text(str(status.run_dir), style="bold")
+    return Panel(Group(*parts), title=title, title_align="left", border_style=COLOURS[status.state])
 
 
-def _head(found: Look) -> RenderableType:
+def _head(status: RunStatus) -> RenderableType:
     line = Text(no_wrap=False)
-    line.append(found.state.upper(), style=f"bold {COLOURS[found.state]}")
-    line.append(f"  {found.why}\n")
-    if found.steps:
-        share = found.step / found.steps
-        line.append(f"step {found.step:,} of {found.steps:,}  ")
+    line.append(status.state.upper(), style=f"bold {COLOURS[status.state]}")
+    line.append(f"  {status.why}\n")
+    if status.steps:
+        share = status.step / status.steps
+        line.append(f"step {status.step:,} of {status.steps:,}  ")
         line.append_text(bar(share))
         line.append(f" {share:.1%}")
     else:
-        line.append(f"step {found.step:,}")
-    if found.eta is not None and found.state in ("running", "stalled"):
-        line.append(f"  ETA {duration(found.eta)}")
+        line.append(f"step {status.step:,}")
+    if status.eta is not None and status.state in ("running", "stalled"):
+        line.append(f"  ETA {duration(status.eta)}")
     return line
 
 
@@ -77,17 +77,17 @@ def _event(kind: str, text: str) -> Text:
     return Text.assemble((f"{kind}: ", colour), " ".join(text.split())[:300])
 
 
-def _numbers(found: Look) -> RenderableType:
+def _numbers(status: RunStatus) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     for _ in range(4):
         grid.add_column()
     for side in range(0, 4, 2):
         grid.columns[side].style = "bright_black"
-    cells = [cell for cell in _cells(found) if cell[1]]
+    cells = [cell for cell in _cells(status) if cell[1]]
     for left, right in zip(cells[::2], [*cells[1::2], ("", "")], strict=False):
         grid.add_row(*left, *right)
-    losses = [row["train/loss"] for row in found.rows if "train/loss" in row]
-    trend = found.trend
+    losses = [row["train/loss"] for row in status.rows if "train/loss" in row]
+    trend = status.trend
     line = Text.assemble(("loss  ", "bright_black"), f"{losses[-1]:.4g}  " if losses else "none  ")
     line.append(sparkline(losses), style="cyan")
     if trend is not None:
@@ -95,16 +95,16 @@ def _numbers(found: Look) -> RenderableType:
     return Group(line, grid)
 
 
-def _cells(found: Look) -> list[tuple[str, str]]:
-    last, recent = found.last, found.recent
+def _cells(status: RunStatus) -> list[tuple[str, str]]:
+    last, recent = status.last, status.recent
     worst = last.get("health/slowest_over_mean")
     memory = last.get(
         "gpu/memory/max", last.get("memory/allocated/max", last.get("memory/host/max"))
     )
     saved = ""
-    if found.checkpoint is not None:
-        age = duration(max(0.0, found.now - found.checkpoint[1]))
-        saved = f"step {found.checkpoint[0]:,}, {age} ago"
+    if status.checkpoint is not None:
+        age = duration(max(0.0, status.now - status.checkpoint[1]))
+        saved = f"step {status.checkpoint[0]:,}, {age} ago"
     return [
         ("validation", form(last.get("val/loss"), "{:.4g}")),
         ("checkpoint", saved),
@@ -135,7 +135,7 @@ def form(value: float | None, how: str) -> str:
     return "" if value is None else how.format(value)
 
 
-def _groups(found: Look) -> RenderableType | None:
+def _groups(status: RunStatus) -> RenderableType | None:
     """The loss by band, bucket and task, side by side; nothing for a group of one."""
     tables = []
     for name, beginning in (
@@ -143,7 +143,7 @@ def _groups(found: Look) -> RenderableType | None:
         ("bucket", "train/by_bucket/"),
         ("task", "train/by_task/"),
     ):
-        values = found.family(beginning)
+        values = status.family(beginning)
         if len(values) < 2:
             continue
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="bright_black")
@@ -161,8 +161,8 @@ def _groups(found: Look) -> RenderableType | None:
     return grid
 
 
-def _goodput(found: Look) -> RenderableType | None:
-    last = found.last
+def _goodput(status: RunStatus) -> RenderableType | None:
+    last = status.last
     if "goodput/productive" not in last:
         return None
     line = Text.assemble(
@@ -173,20 +173,20 @@ def _goodput(found: Look) -> RenderableType | None:
         name: last.get(f"goodput/{name}", 0.0)
         for name in ("data_wait", "checkpoint", "evaluation", "wasted", "other")
     }
-    told = [
+    parts = [
         f" {name.replace('_', ' ')} {share:.1%}" for name, share in lost.items() if share >= 5e-4
     ]
-    return line.append(",".join(told) or " nothing lost")
+    return line.append(",".join(parts) or " nothing lost")
 
 
-def table(found: Sequence[Look | tuple[str, str]]) -> Table:
+def table(statuses: Sequence[RunStatus | tuple[str, str]]) -> Table:
     """A line for each run; one that cannot be read is a name with the reason."""
     shown = Table(box=None, header_style="bright_black", padding=(0, 1, 0, 0))
     # A sweep tells its runs apart at the ends of their names.
     shown.add_column("run", overflow="fold")
     for name in ("state", "step", "ETA", "loss", "val", "tokens/s", "goodput"):
         shown.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
-    for one in found:
+    for one in statuses:
         if isinstance(one, tuple):
             shown.add_row(one[0], Text("unreadable", style="red"), *[""] * 6)
             continue

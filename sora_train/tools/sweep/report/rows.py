@@ -12,7 +12,7 @@ from sora_train.config.renamed import with_new_names
 from sora_train.config.schema import flatten
 from sora_train.errors import UserError
 from sora_train.monitoring.metrics import read_metrics
-from sora_train.monitoring.status import is_run, look
+from sora_train.monitoring.status import is_run, read_status
 from sora_train.tools.sweep.folder import read
 
 UNSWEPT = ("run.", "name", "launch.", "sweep.", "tracker.", "resume.", "init.", "dry_run")
@@ -115,7 +115,7 @@ def collect(folder: Path, metric: str = "") -> Collected:
 def row_of(run_dir: Path, id: str, values: dict[str, str]) -> Row:
     if not is_run(run_dir):
         return Row(id, values, "not started", "")
-    found = look(run_dir)
+    found = read_status(run_dir)
     path = run_dir / "metrics.jsonl"
     config = run_dir / "config.yaml"
     return Row(
