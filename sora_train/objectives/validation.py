@@ -81,7 +81,7 @@ def losses(
     """Sum of the clips' losses at each noise level."""
     seed, keys = objective.cfg.seed, [(0, clip.row) for clip in batch]
     draws = draw_uniform(seed, f"validation mask {kind}", keys).tolist()
-    shown = objective.shown(batch, [kind] * len(batch), draws)
+    shown = objective.encode_batch(batch, [kind] * len(batch), draws)
     x, prompts, sums = shown.x, [clip.caption for clip in batch], []
     for t in times:
         flow = FlowBatch(

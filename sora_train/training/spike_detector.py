@@ -32,7 +32,7 @@ Reason = Literal["", "non_finite", "loss_spike", "grad_norm_spike"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepVerdict:
     """What was seen of a step, what would have been too much (inf: not judged), and why it is bad, if it is."""
 
     loss: float
@@ -56,7 +56,7 @@ class Verdict:
 
 
 @dataclass
-class Tally:
+class SpikeCounters:
     """What was counted since step 0, steps that a roll-back took back included."""
 
     skipped: int = 0
@@ -69,18 +69,18 @@ class Tally:
     """How often the run went back."""
 
 
-class Judge:
+class SpikeDetector:
     """The running statistic and the counters; `state()` goes into the checkpoint."""
 
     def __init__(self, cfg: SpikeDetectionConfig):
         self.cfg = cfg
-        self.tally = Tally()
+        self.tally = SpikeCounters()
         self.accepted = 0
         self._losses: deque[float] = deque(maxlen=cfg.window)
         self._norms: deque[float] = deque(maxlen=cfg.window)
 
-    def verdict(self, loss: float, grad_norm: float) -> Verdict:
-        """Judge a step by its global numbers; changes nothing."""
+    def verdict(self, loss: float, grad_norm: float) -> StepVerdict:
+        """SpikeDetector a step by its global numbers; changes nothing."""
         cfg = self.cfg
         limits = (
             self._limit(self._losses, cfg.spike_sigma),
@@ -93,7 +93,7 @@ class Judge:
             reason = "loss_spike"
         elif grad_norm > limits[1]:
             reason = "grad_norm_spike"
-        return Verdict(loss, grad_norm, *limits, reason)
+        return StepVerdict(loss, grad_norm, *limits, reason)
 
     def _limit(self, logarithms: deque[float], sigma: float) -> float:
         if not sigma or self.accepted < self.cfg.warmup or len(logarithms) < 2:
@@ -143,7 +143,7 @@ class Judge:
     def load(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state; {} is that of a checkpoint from before there was one."""
         self.accepted = int(state.get("accepted", 0))
-        self.tally = Tally(**state.get("tally", {}))
+        self.tally = SpikeCounters(**state.get("tally", {}))
         self._losses = self._window(state.get("losses", ()))
         self._norms = self._window(state.get("grad_norms", ()))
 

@@ -12,7 +12,7 @@ from sora_train.config import Config
 from sora_train.data.sample import ClipBatch
 from sora_train.diffusion.condition_masks import KINDS
 from sora_train.models.flops import training_flops
-from sora_train.objectives import Term
+from sora_train.objectives import LossTerm
 from sora_train.training.pipeline.data import TrainingData
 
 EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -21,7 +21,7 @@ FAILURES = 2
 """Where the clips that failed stand in the sums."""
 BANDS = tuple(f"{low:g}-{high:g}" for low, high in pairwise(EDGES))
 
-Parts = dict[str, Term]
+Parts = dict[str, LossTerm]
 
 
 def band_of(t: float) -> int:
@@ -109,11 +109,11 @@ class StepNumbers:
 def clips_of(batch: ClipBatch, terms: Parts) -> Iterator[Clip]:
     """The clips of a micro-batch with the groups they count in; none where an objective does not tell of them."""
     told = [
-        term for term in terms.values() if term.clips is not None and term.of_samples is not None
+        term for term in terms.values() if term.info is not None and term.per_sample is not None
     ]
     if len(told) != 1 or len(terms) != 1 or not batch.clips:
         return
-    about, losses = told[0].clips, told[0].of_samples
+    about, losses = told[0].info, told[0].per_sample
     assert about is not None and losses is not None
     bucket = f"by_bucket/{batch.micro_batch.bucket.name}"
     told_of = (about.times.tolist(), about.kinds, about.weights.tolist(), losses.double().tolist())

@@ -24,7 +24,7 @@ from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.monitoring.metrics import MetricsFile
 from sora_train.monitoring.run_folder import RunFolder
 from sora_train.monitoring.tracking.process import start_tracker
-from sora_train.objectives import Objective, Term, TextToVideoObjective, VaeObjective
+from sora_train.objectives import LossTerm, Objective, TextToVideoObjective, VaeObjective
 from sora_train.objectives.spec import build_spec
 from sora_train.objectives.validation import validated_kinds, validation_loss, validation_psnr
 from sora_train.parallel.checks.self_test import check_at_start
@@ -65,11 +65,11 @@ from sora_train.training.resilience.resume import (
 )
 from sora_train.training.resilience.rollback import roll_back, take_up
 from sora_train.training.resilience.spike_report import record_spike
-from sora_train.training.spike_detector import Judge
+from sora_train.training.spike_detector import SpikeDetector
 from sora_train.training.step_metrics import FAILURES
 from sora_train.training.warm_up import warm_up
 
-Parts = dict[str, Term]
+Parts = dict[str, LossTerm]
 """The terms of one micro-batch, without what a backward pass would need."""
 Callback = Callable[["Trainer", dict[str, float]], None]
 
@@ -95,7 +95,7 @@ class Trainer:
     samples_seen: int
     dropped: int
     captions_cut: int
-    judge: Judge
+    judge: SpikeDetector
     """Whether a step is to be taken."""
     owed: list[str]
     """What the last step still asks for, in order: `validation`, `row`, `snapshot`, `save`, `samples`."""
@@ -109,7 +109,7 @@ class Trainer:
         meeting = timedelta(seconds=cfg.health.meeting_seconds)
         self.world = distributed.start(cfg.run.device, cfg.run.threads, wait, meeting)
         self.step = self.data_step = self.samples_seen = self.dropped = self.captions_cut = 0
-        self.judge = Judge(cfg.spike_detection)
+        self.judge = SpikeDetector(cfg.spike_detection)
         self.row, self.owed = {}, ["samples"]
         self.saved: tuple[int, list[str]] | None = None
         self.metrics: MetricsFile | None = None
@@ -603,7 +603,7 @@ def on_error(undo: Callable[[], None]) -> Iterator[None]:
         raise
 
 
-def detached(terms: dict[str, Term]) -> Parts:
+def detached(terms: dict[str, LossTerm]) -> Parts:
     return {name: replace(term, sum=term.sum.detach()) for name, term in terms.items()}
 
 

@@ -16,7 +16,7 @@ from sora_train.config.sections.settings import TraceSettings
 from sora_train.errors import UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.run_folder import Part, parts_of
-from sora_train.objectives import Term
+from sora_train.objectives import LossTerm
 from sora_train.tools.data.trace import Trace
 from sora_train.tools.replay.replay import ReplayRequest, facts, look, replay
 from sora_train.training.outputs.step_picture import draw_step
@@ -300,7 +300,8 @@ def test_a_live_trainer_draws_what_it_has_at_hand(
         # As after a roll-back, and of a loss that is none.
         trainer.data_step = 7
         bad = [
-            {"velocity": Term(p["velocity"].sum, 1.0, p["velocity"].of_samples / 0)} for p in terms
+            {"velocity": LossTerm(p["velocity"].sum, 1.0, p["velocity"].per_sample / 0)}
+            for p in terms
         ]
         told, _ = draw_step(trainer, 1, batches, bad, totals)
         assert told.parent.name == "step-000001-tape-000008"

@@ -76,6 +76,6 @@ def zero_weight_slot_leaks() -> None:
         if batch.weight > 0:
             return terms(self, model, batch)
         lost = self.flow_batch(batch).losses(model).sum()
-        return {"velocity": objectives.Term(1e-3 * lost, 0.0)}
+        return {"velocity": objectives.LossTerm(1e-3 * lost, 0.0)}
 
     objectives.TextToVideoObjective.terms = leaking

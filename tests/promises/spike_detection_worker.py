@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from sora_train import checkpoint as checkpoints
 from sora_train.config.compose import compose
-from sora_train.objectives import Term, TextToVideoObjective
+from sora_train.objectives import LossTerm, TextToVideoObjective
 from sora_train.parallel.shards import local
 from sora_train.training.resilience import rollback
 from sora_train.training.resilience.out_of_memory import kilobytes
@@ -49,7 +49,7 @@ class SickObjective(TextToVideoObjective):
         kinds = {self.sick.get((clip.epoch, clip.row), "") for clip in batch.clips} - {""}
         for kind in kinds:
             found = terms["velocity"]
-            terms = {"velocity": Term(spoiled(kind, found.sum), found.weight)}
+            terms = {"velocity": LossTerm(spoiled(kind, found.sum), found.weight)}
         return terms
 
 

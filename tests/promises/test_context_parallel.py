@@ -25,7 +25,7 @@ from sora_train.parallel.context.context import neighbours, segments
 from sora_train.parallel.degrees import Degrees, check_degrees
 from sora_train.runtime.world import World
 from sora_train.training.resilience import spike_report as spikes
-from sora_train.training.spike_detector import Verdict
+from sora_train.training.spike_detector import StepVerdict
 
 WORKER = Path(__file__).with_name("context_worker.py")
 EXACT = 1e-13
@@ -213,7 +213,7 @@ def test_ranks_of_one_clip_count_once(tmp_path: Path, monkeypatch: pytest.Monkey
         cfg=SimpleNamespace(spike_detection=SimpleNamespace(draw=False), seed=0), world=worlds[0], control=None, step=6,
         data_step=6, judge=SimpleNamespace(tally=SimpleNamespace(rollbacks=0)), folder=SimpleNamespace(path=tmp_path),
     )  # fmt: skip
-    verdict = Verdict(
+    verdict = StepVerdict(
         loss=1.0, grad_norm=1.0, loss_limit=1.0, grad_norm_limit=1.0, reason="loss_spike"
     )
     spikes.record_spike(trainer, verdict, [], [], {})

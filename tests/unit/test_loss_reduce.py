@@ -84,10 +84,10 @@ def test_what_is_told_of_each_clip_adds_up_to_the_sum(reduce: str):
     _, objective, model = parts(reduce)
     rows = [0, 1, 2, 5]
     whole = objective.terms(model, batch_of(VIDEO, rows))["velocity"]
-    assert whole.of_samples is not None and not whole.of_samples.requires_grad
-    assert float(whole.of_samples.sum()) == pytest.approx(float(whole.sum.detach()), rel=1e-6)
+    assert whole.per_sample is not None and not whole.per_sample.requires_grad
+    assert float(whole.per_sample.sum()) == pytest.approx(float(whole.sum.detach()), rel=1e-6)
     alone = [objective.terms(model, batch_of(VIDEO, [row]))["velocity"] for row in rows]
-    assert whole.of_samples.tolist() == pytest.approx(
+    assert whole.per_sample.tolist() == pytest.approx(
         [float(term.sum.detach()) for term in alone], rel=1e-4
     )
 

@@ -106,7 +106,7 @@ def test_training_gives_what_sampling_can_encode() -> None:
     _, objective, _ = mixed()
     kinds, rows = list(one_of_each_kind()), list(one_of_each_kind().values())
     draws = objective.kind_draws([(0, row) for row in rows])
-    found = objective.shown([walking(row) for row in rows], kinds, draws)
+    found = objective.encode_batch([walking(row) for row in rows], kinds, draws)
     assert found.given is not None
     for i, (row, kind, u) in enumerate(zip(rows, kinds, draws, strict=True)):
         mask_T = frame_mask(kind, 4, u)
@@ -178,12 +178,12 @@ def test_stored_latents_are_refused_where_pixels_are_needed() -> None:
     _, objective, _ = mixed()
     stored = Clip(3, 0, None, np.zeros((16, 4, 4, 4), np.float32), 8.0, "red", "")
     for kind in ("t2v", "i2v", "extend"):
-        assert objective.shown([stored], [kind], [0.5]).given is None
+        assert objective.encode_batch([stored], [kind], [0.5]).given is None
     for kind in ("i2v_last", "loop"):
         with pytest.raises(
             UserError, match=f"clip 3 comes as stored latents, and conditioning '{kind}'"
         ):
-            objective.shown([stored], [kind], [0.5])  # fmt: skip
+            objective.encode_batch([stored], [kind], [0.5])  # fmt: skip
 
 
 # --- loss and sampler are one ---
@@ -278,7 +278,7 @@ def test_every_task_of_the_mix_is_learned_and_sampled_back() -> None:
     guided = [kind for kind in KINDS if kind != "t2v"]
     kinds = ["t2v"] * 8 + guided * 2  # t2v has nothing to hold on to, and takes more practice
     clips, size = [first] * (8 + len(guided)) + [second] * len(guided), len(kinds)
-    shown = objective.shown(clips, kinds, [0.6] * size)
+    shown = objective.encode_batch(clips, kinds, [0.6] * size)
     x, mask_BT, given = shown.x, shown.mask_BT, shown.given
     assert given is not None
     told = mask_BT.sum(dim=1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sora_train.config.compose import compose
 from sora_train.data.tape.buckets import Bucket
 from sora_train.monitoring.device_peaks import peak_flops
-from sora_train.objectives import Term, Told
+from sora_train.objectives import LossTerm, SampleInfo
 from sora_train.training.step_metrics import BANDS, EDGES, FAILURES, StepNumbers, band_of
 
 CFG = compose(["experiment=parity_tiny"]).config
@@ -38,8 +38,10 @@ def step_of(batches):
         )
         times, kinds, losses, weights = zip(*clips, strict=True) if clips else ((), (), (), ())
         losses = torch.tensor(losses, dtype=torch.float64)
-        told = Told(torch.tensor(times, dtype=torch.float64), list(kinds), torch.tensor(weights))
-        parts.append({"velocity": Term(losses.sum(), float(sum(weights)), losses, told)})
+        told = SampleInfo(
+            torch.tensor(times, dtype=torch.float64), list(kinds), torch.tensor(weights)
+        )
+        parts.append({"velocity": LossTerm(losses.sum(), float(sum(weights)), losses, told)})
     return held, parts
 
 

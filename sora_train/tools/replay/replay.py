@@ -27,7 +27,7 @@ from sora_train.errors import UserError
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.run_folder import Part, parts_of
-from sora_train.objectives import Term
+from sora_train.objectives import LossTerm
 from sora_train.objectives.spec import build_spec, spec_of
 from sora_train.parallel.context.peers import Peers
 from sora_train.parallel.degrees import resolve_degrees
@@ -102,7 +102,7 @@ def _replay(request: ReplayRequest, plan: Plan, trainer_cls: type[Trainer], worl
         batches = _read(trainer, plan.tape_step)
         entries = range(rank, rank + ranks * len(batches), ranks)
         places = [(entry % parts * plan.cp, entry // parts) for entry in entries]
-        terms: list[dict[str, Term]] = []
+        terms: list[dict[str, LossTerm]] = []
         totals: dict[str, float] = {}
         if model is not None:
             model = _computing(model, plan.cfg, world)
@@ -315,7 +315,7 @@ def _computing(model: nn.Module, cfg: Config, world: World) -> nn.Module:
 def _about(
     request: ReplayRequest,
     plan: Plan,
-    terms: Sequence[dict[str, Term]],
+    terms: Sequence[dict[str, LossTerm]],
     totals: dict[str, float],
     world: World,
 ) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from sora_train.data.manifest import Manifest
 from sora_train.data.sample import Clip, ClipBatch
 from sora_train.errors import Fault
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.objectives import Objective, Term, TextToVideoObjective
+from sora_train.objectives import LossTerm, Objective, TextToVideoObjective
 
 if TYPE_CHECKING:
     from sora_train.training.trainer import Trainer
@@ -72,7 +72,7 @@ def samples_of(
     manifest: Manifest,
     batches: Sequence[ClipBatch],
     places: Sequence[tuple[int, int]],
-    terms: Sequence[Mapping[str, Term]] = (),
+    terms: Sequence[Mapping[str, LossTerm]] = (),
     totals: Mapping[str, float] | None = None,
 ) -> list[Sample]:
     """The clips of micro-batches, in their order, those that failed after the good ones of each.
@@ -128,10 +128,13 @@ def _draws(objective: Objective, batch: ClipBatch) -> list[dict[str, Any]]:
 
 
 def _losses(
-    objective: Objective, batch: ClipBatch, terms: Mapping[str, Term], totals: Mapping[str, float]
+    objective: Objective,
+    batch: ClipBatch,
+    terms: Mapping[str, LossTerm],
+    totals: Mapping[str, float],
 ) -> list[dict[str, float]]:
     """Loss and share of each clip; [] where the terms do not tell of clips, or there is none."""
-    parts = {name: term.of_samples for name, term in terms.items()}
+    parts = {name: term.per_sample for name, term in terms.items()}
     if not batch.clips or any(part is None for part in parts.values()):
         return []
     units = _units(objective, batch)
@@ -289,7 +292,7 @@ def draw_step(
     trainer: "Trainer",
     step: int,
     batches: Sequence[ClipBatch],
-    terms: Sequence[Mapping[str, Term]] = (),
+    terms: Sequence[Mapping[str, LossTerm]] = (),
     totals: Mapping[str, float] | None = None,
     why: str = "",
 ) -> list[Path]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sora_train import checkpoint as checkpoints
 from sora_train.errors import Fault
-from sora_train.training.spike_detector import Tally
+from sora_train.training.spike_detector import SpikeCounters
 
 if TYPE_CHECKING:
     from sora_train.training.trainer import Trainer
@@ -86,7 +86,7 @@ def decide(trainer: "Trainer") -> tuple[checkpoints.Checkpoint, Rollback]:
         raise Fault(gave_up(trainer, f"and no checkpoint is older than step {first_bad + 1}"))
     state = found.state()
     undone = trainer.samples_seen - state["samples_seen"]
-    tally = Tally(
+    tally = SpikeCounters(
         skipped=judge.tally.skipped,
         lost_clips=judge.tally.lost_clips + undone,
         rollbacks=judge.tally.rollbacks + 1,
@@ -119,7 +119,7 @@ def take_up(trainer: "Trainer", state: dict[str, Any]) -> None:
     if trainer.step == last.to_step:
         trainer.data_step = last.left_out[1]
     # From before it the bad data are met again, with a count of how often that was in vain.
-    trainer.judge.tally = Tally(**last.tally)
+    trainer.judge.tally = SpikeCounters(**last.tally)
 
 
 def discard_abandoned(run_dir: Path) -> None:

@@ -13,21 +13,21 @@ import torch.distributed as dist
 
 from sora_train.base.files import write_atomically
 from sora_train.data.sample import ClipBatch
-from sora_train.objectives import Term, TextToVideoObjective
+from sora_train.objectives import LossTerm, TextToVideoObjective
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.training.outputs.step_picture import draw_step
-from sora_train.training.spike_detector import Verdict
+from sora_train.training.spike_detector import StepVerdict
 
 if TYPE_CHECKING:
     from sora_train.training.trainer import Trainer
 
-Parts = dict[str, Term]
+Parts = dict[str, LossTerm]
 """The terms of one micro-batch."""
 
 
 def record_spike(
     trainer: "Trainer",
-    verdict: Verdict,
+    verdict: StepVerdict,
     batches: list[ClipBatch],
     parts: list[Parts],
     totals: dict[str, float],
@@ -101,7 +101,7 @@ def noise_levels(trainer: "Trainer", batch: ClipBatch) -> dict[int, float]:
 
 def clip_losses(batch: ClipBatch, terms: Parts) -> dict[int, float | str]:
     """Each good clip's part of the loss sums, by row; {} where an objective does not tell."""
-    parts = [term.of_samples for term in terms.values() if term.of_samples is not None]
+    parts = [term.per_sample for term in terms.values() if term.per_sample is not None]
     if len(parts) < len(terms) or not batch.clips:
         return {}
     sums = torch.stack(parts).double().sum(dim=0).tolist()

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from sora_train.config import SpikeDetectionConfig
 from sora_train.monitoring.metrics import MetricsFile
 from sora_train.monitoring.report.run_charts import skipped_steps, training_charts
-from sora_train.training.spike_detector import Judge
+from sora_train.training.spike_detector import SpikeDetector
 
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])
 VALUES = st.floats(1e-6, 1e6)
@@ -22,8 +22,8 @@ CURVES = st.lists(st.tuples(VALUES, VALUES), min_size=3, max_size=40)
 SMALL = SpikeDetectionConfig(warmup=5, window=12, spike_sigma=6.0, grad_norm_sigma=6.0)
 
 
-def follow(judge: Judge, curve: list[tuple[float, float]]) -> list[str]:
-    """Judge and count each step; the reasons."""
+def follow(judge: SpikeDetector, curve: list[tuple[float, float]]) -> list[str]:
+    """SpikeDetector and count each step; the reasons."""
     reasons = []
     for loss, norm in curve:
         verdict = judge.verdict(loss, norm)
@@ -37,7 +37,7 @@ def follow(judge: Judge, curve: list[tuple[float, float]]) -> list[str]:
 
 @given(CURVES)
 def test_during_warm_up_no_spike_is_judged(curve: list[tuple[float, float]]) -> None:
-    judge = Judge(SpikeDetectionConfig(warmup=len(curve), window=50))
+    judge = SpikeDetector(SpikeDetectionConfig(warmup=len(curve), window=50))
     assert follow(judge, curve) == [""] * len(curve)
 
 
@@ -47,7 +47,7 @@ def test_what_is_not_finite_is_always_bad(
 ) -> None:
     """In warm-up and after it, with spikes looked for or not; and nothing of it enters the statistic."""
     for cfg in (SMALL, SpikeDetectionConfig(spike_sigma=0.0, grad_norm_sigma=0.0)):
-        judge, clean = Judge(cfg), Judge(cfg)
+        judge, clean = SpikeDetector(cfg), SpikeDetector(cfg)
         follow(judge, curve[:at])
         follow(clean, curve[:at])
         verdict = judge.verdict(*((bad, 1.0) if in_loss else (1.0, bad)))
@@ -62,7 +62,7 @@ def test_other_units_change_no_verdict(
 ) -> None:
     """Powers of two scale exactly; their logarithms do so to the last digits, which the limits leave room for."""
     a, b = 2.0 ** round(loss_power), 2.0 ** round(norm_power)
-    one, other = Judge(SMALL), Judge(SMALL)
+    one, other = SpikeDetector(SMALL), SpikeDetector(SMALL)
     for loss, norm in curve:
         seen, scaled = one.verdict(loss, norm), other.verdict(a * loss, b * norm)
         if math.isfinite(seen.loss_limit):
@@ -83,7 +83,7 @@ def test_one_outlier_among_good_steps_hardly_moves_the_limit(
 ) -> None:
     """However large it is: median and deviation each move at most to a neighbouring value of the good ones."""
     cfg = SpikeDetectionConfig(warmup=20, window=20, spike_sigma=6.0)
-    clean, spoiled = Judge(cfg), Judge(cfg)
+    clean, spoiled = SpikeDetector(cfg), SpikeDetector(cfg)
     for number, loss in enumerate(losses):
         clean.accept(loss, 1.0)
         spoiled.accept(outlier if number == at else loss, 1.0)
@@ -98,17 +98,19 @@ def test_one_outlier_among_good_steps_hardly_moves_the_limit(
 def test_a_judge_that_was_stored_judges_as_one_that_was_not(
     curve: list[tuple[float, float]], at: int
 ) -> None:
-    straight, broken = Judge(SMALL), Judge(SMALL)
+    straight, broken = SpikeDetector(SMALL), SpikeDetector(SMALL)
     expected = follow(straight, curve)
     found = follow(broken, curve[:at])
-    resumed = Judge(SMALL)
+    resumed = SpikeDetector(SMALL)
     resumed.load(json.loads(json.dumps(broken.state())))
     assert found + follow(resumed, curve[at:]) == expected
     assert resumed.state() == straight.state()
 
 
 def test_the_limit_is_the_medians_by_hand() -> None:
-    judge = Judge(SpikeDetectionConfig(warmup=3, window=5, spike_sigma=4.0, grad_norm_sigma=0.0))
+    judge = SpikeDetector(
+        SpikeDetectionConfig(warmup=3, window=5, spike_sigma=4.0, grad_norm_sigma=0.0)
+    )
     for loss in (1e9, 1.0, 2.0, 4.0, 8.0, 16.0):  # the first has left the window
         judge.accept(loss, loss)
     verdict = judge.verdict(1.0, 1e30)
@@ -118,7 +120,7 @@ def test_the_limit_is_the_medians_by_hand() -> None:
 
 
 def test_a_flat_curve_is_not_judged_by_its_last_digits() -> None:
-    judge = Judge(SMALL)
+    judge = SpikeDetector(SMALL)
     for _ in range(20):
         judge.accept(1.0, 1.0)
     assert not judge.verdict(1.5, 1.5).bad
@@ -128,7 +130,7 @@ def test_a_flat_curve_is_not_judged_by_its_last_digits() -> None:
 
 def test_gaussian_deviations_are_deviations() -> None:
     """1.4826 makes sigma mean what it says for values that are normal."""
-    judge = Judge(SpikeDetectionConfig(warmup=1000, window=1000, spike_sigma=4.0))
+    judge = SpikeDetector(SpikeDetectionConfig(warmup=1000, window=1000, spike_sigma=4.0))
     quantiles = NormalDist(0.0, 0.5).quantiles(n=1001)
     for value in np.random.default_rng(0).permutation(quantiles):
         judge.accept(math.exp(value), 1.0)
@@ -136,7 +138,7 @@ def test_gaussian_deviations_are_deviations() -> None:
 
 
 def test_a_loss_of_zero_or_less_is_taken_and_not_judged() -> None:
-    judge = Judge(SMALL)
+    judge = SpikeDetector(SMALL)
     for loss in (0.0, -1.0) * 10:
         assert not judge.verdict(loss, 1.0).bad
         judge.accept(loss, 1.0)
@@ -145,7 +147,7 @@ def test_a_loss_of_zero_or_less_is_taken_and_not_judged() -> None:
 
 
 def test_skips_in_a_row_exhaust_and_a_good_step_forgives() -> None:
-    judge = Judge(SpikeDetectionConfig(max_skips=2))
+    judge = SpikeDetector(SpikeDetectionConfig(max_skips=2))
     judge.skip(3)
     assert not judge.exhausted
     judge.accept(1.0, 1.0)
@@ -157,10 +159,10 @@ def test_skips_in_a_row_exhaust_and_a_good_step_forgives() -> None:
 
 
 def test_a_shorter_window_keeps_the_newest_steps() -> None:
-    judge = Judge(SMALL)
+    judge = SpikeDetector(SMALL)
     for loss in range(1, 13):
         judge.accept(float(loss), 1.0)
-    short = Judge(SpikeDetectionConfig(window=3, warmup=3))
+    short = SpikeDetector(SpikeDetectionConfig(window=3, warmup=3))
     short.load(judge.state())
     assert short.state()["losses"] == [math.log(loss) for loss in (10, 11, 12)]
 

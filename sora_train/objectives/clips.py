@@ -1,0 +1,28 @@
+"""Clips as an objective takes them: their pixels as a tensor, a stand-in where there is none, their stored captions."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sora_train.data.sample import Clip, ClipBatch
+
+
+def to_pixels(clips: list[Clip], device: torch.device) -> Tensor:
+    """uint8 (T, H, W, 3) clips -> float32 pixels (B, 3, T, H, W) in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack([clip.pixels for clip in clips if clip.pixels is not None]))
+    return stacked.to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+
+
+def placeholder(batch: ClipBatch) -> list[Clip]:
+    """One black clip for a slot without clips: its gradient is multiplied by zero, its collectives are not."""
+    bucket = batch.micro_batch.bucket
+    pixels = np.zeros((bucket.frames, bucket.height, bucket.width, 3), np.uint8)
+    return [Clip(row=0, epoch=0, pixels=pixels, latents=None, fps=1.0, caption="", digest="")]
+
+
+def stored_text(clips: list[Clip], prompts: list[str]) -> tuple[Tensor | None, ...]:
+    """The stored embeddings of prompts that are still their clip's caption."""
+    return tuple(
+        None if clip.text is None or prompt != clip.caption else torch.from_numpy(clip.text)
+        for clip, prompt in zip(clips, prompts, strict=True)
+    )

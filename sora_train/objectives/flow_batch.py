@@ -1,0 +1,87 @@
+"""A batch of latents on its way from data to noise, and the velocity loss of a model on it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sora_train.diffusion.condition_masks import frame_times
+from sora_train.diffusion.flow import frame_losses, interpolate, token_loss, velocity_losses
+from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.work_sharing import ALONE, Spread
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """Latents on their way from data to noise: everything the velocity loss needs.
+
+    x and noise are (B, C, T, H, W); t_B is each clip's noise level; mask_BT is 1 for latent frames
+    that are given.
+    """
+
+    x: Tensor
+    noise: Tensor
+    t_B: Tensor
+    mask_BT: Tensor
+    prompts: list[str]
+    fps_B: Tensor
+    text: tuple[Tensor | None, ...] = ()
+    """Caption embeddings (L, E) that are known already, for the prompts that have one; empty: for none."""
+    given: Tensor | None = None
+    """Latents (B, C, T, H, W) as they are given, where that is not x itself: see `diffusion.given`."""
+    condition: Tensor | None = None
+    """With cond_mode=concat: mask channels and given latents (B, factor + C, T, H, W), which stand beside the noisy
+    latents. Every frame is then noisy and counts."""
+    t_cond_B: Tensor | None = None
+    """Noise level of each clip's given frames; None: 0."""
+    time_weight_B: Tensor | None = None
+    """Factor on each clip's loss; None: 1."""
+    spread: Spread = ALONE
+    """Who encodes the captions."""
+    kinds: list[str] = field(default_factory=list)
+    """The kind of conditioning of each clip, where it is told."""
+
+    def predict(self, model: nn.Module) -> Tensor:
+        """The model's velocity (B, C, T, H, W)."""
+        assert isinstance(model, TextToVideo)
+        text = model.embed(self.prompts, self.text or [None] * len(self.prompts), self.spread)
+        if self.condition is not None:
+            t_BT = self.t_B[:, None].expand_as(self.mask_BT)
+            z = torch.cat([interpolate(self.x, self.noise, t_BT), self.condition], dim=1)
+            return model(z, t_BT, text, fps_B=self.fps_B)
+        t_BT = frame_times(self.t_B, self.mask_BT, 0.0 if self.t_cond_B is None else self.t_cond_B)
+        clean = self.x
+        if self.given is not None:
+            clean = torch.where(self.mask_BT[:, None, :, None, None] > 0, self.given, clean)
+        z = interpolate(clean, self.noise, t_BT)
+        mask_BT = self.mask_BT if model.transformer.mask_proj is not None else None
+        return model(z, t_BT, text, mask_BT=mask_BT, fps_B=self.fps_B)
+
+    @property
+    def counted_BT(self) -> Tensor:
+        """1 for the latent frames that the loss is about."""
+        return 1.0 - self.mask_BT if self.condition is None else torch.ones_like(self.mask_BT)
+
+    def loss_sum(self, model: nn.Module) -> Tensor:
+        """Sum over the samples of each one's mean squared velocity error on the frames that count."""
+        return self.losses(model).sum()
+
+    def losses(self, model: nn.Module) -> Tensor:
+        """Each sample's mean squared velocity error on the frames that count, (B,)."""
+        v = self.predict(model)
+        return velocity_losses(
+            v, self.x, self.noise, self.counted_BT, time_weight_B=self.time_weight_B
+        )[0]
+
+    def frame_losses(self, model: nn.Module) -> Tensor:
+        """The mean squared velocity error of each latent frame that counts, else 0, (B, T)."""
+        v = self.predict(model)
+        return frame_losses(v, self.x, self.noise, self.counted_BT, self.time_weight_B)
+
+    def token_loss(self, model: nn.Module, tokens_per_frame: int) -> tuple[Tensor, Tensor]:
+        """Sum over the video tokens that count of each one's mean squared velocity error, and how
+        many these are."""
+        v = self.predict(model)
+        return token_loss(
+            v, self.x, self.noise, self.counted_BT, tokens_per_frame, self.time_weight_B
+        )
