@@ -76,7 +76,7 @@ def _train(cfg: Config) -> tuple[int, int | None]:
     trainer = Trainer(cfg)
     trainer.train()
     on_gpu = trainer.world.device.type == "cuda"
-    return trainer.params, torch.cuda.max_memory_allocated() if on_gpu else None
+    return trainer.parts.num_params, torch.cuda.max_memory_allocated() if on_gpu else None
 
 
 def _measured(rows: list[dict[str, float]], cfg: Config) -> dict[str, Measured]:

@@ -50,11 +50,13 @@ INSIDE = {
         ("checks",),
     ),
     "training": (
-        ("run", "state", "pipeline", "spike_detector"),
-        ("optim", "outputs", "step_metrics"),
-        ("resilience",),
+        ("run",),
+        ("pipeline", "optim"),
+        ("initialise",),
         ("components",),
-        ("card", "warm_up"),
+        ("outputs",),
+        ("resilience",),
+        ("recipe", "card", "warm_up"),
         ("trainer",),
     ),
 }

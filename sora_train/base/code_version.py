@@ -2,6 +2,8 @@
 
 import hashlib
 import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
@@ -17,6 +19,17 @@ def code_digest() -> dict[str, str]:
     diff = _git("diff", "HEAD", "--binary") or b""
     changed = hashlib.sha256(diff).hexdigest() if diff else ""
     return found | {"commit": commit.decode().strip(), "diff": changed}
+
+
+@cache
+def code_version() -> dict[str, str]:
+    """The package's version, and the commit of the checkout it runs from, `-dirty` if it was changed since."""
+    try:
+        package = version("sora_train")
+    except PackageNotFoundError:
+        package = ""
+    described = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return {"package": package, "commit": (described or b"").decode().strip()}
 
 
 def package_digest(package: Path) -> str:

@@ -1,5 +1,6 @@
 """The objective of text to video: rectified flow on the latents of captioned clips."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,15 @@ from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.work_sharing import ALONE, Spread
-from sora_train.objectives.base import LossTerm, Objective, SampleInfo
+from sora_train.objectives.base import LossTerm, Objective, SampleDraws, SampleInfo
 from sora_train.objectives.clips import placeholder, stored_text, to_pixels
 from sora_train.objectives.flow_batch import FlowBatch
 from sora_train.objectives.posterior import draw_latents, encode_posterior
+from sora_train.objectives.validation import validated_kinds, validation_loss
+from sora_train.runtime.control_plane import ControlPlane
+
+PROBE_TIME = 0.5
+"""Noise level of the loss that checkpoints are compared by."""
 
 
 class TextToVideoObjective(Objective):
@@ -87,7 +93,7 @@ class TextToVideoObjective(Objective):
     def flow_batch(self, batch: ClipBatch) -> "FlowBatch":
         """The batch on its way to noise, every draw keyed by sample."""
         clips = batch.clips or placeholder(batch)
-        drawn = self.draws(batch)
+        drawn = self.describe(batch)
         shown = self.encode_batch(
             clips,
             drawn.kinds,
@@ -111,7 +117,7 @@ class TextToVideoObjective(Objective):
             kinds=drawn.kinds,
         )
 
-    def draws(self, batch: ClipBatch) -> "SampleDraws":
+    def describe(self, batch: ClipBatch) -> SampleDraws:
         """What chance decides about each clip of a batch; nothing is encoded for it."""
         clips = batch.clips or placeholder(batch)
         bucket, keys = batch.micro_batch.bucket, [(clip.epoch, clip.row) for clip in clips]
@@ -247,25 +253,61 @@ class TextToVideoObjective(Objective):
             for u, prompt in zip(u_B, prompts, strict=True)
         ]
 
+    # --- validation ---
+
+    def validate(
+        self,
+        model: nn.Module,
+        clips: list[Clip],
+        control: ControlPlane,
+        check_preemption: Callable[[], None],
+        live: bool = False,
+    ) -> dict[str, float]:
+        """The loss at the noise levels of `validation.times`, for every kind of conditioning; live: of the first."""
+        kinds = validated_kinds(self.cfg)
+        return validation_loss(
+            model,
+            self,
+            clips,
+            self.cfg.validation.times,
+            kinds[:1] if live else kinds,
+            control,
+            check_preemption,
+        )
+
+    @torch.no_grad()
+    def probe_loss(self, model: nn.Module, clips: list[Clip]) -> float:
+        return self.losses_at(model, clips, "t2v", [PROBE_TIME])[0]
+
+    def losses_at(
+        self, model: nn.Module, batch: list[Clip], kind: str, times: Sequence[float]
+    ) -> list[float]:
+        """Sum of the clips' losses at each noise level; the draws are validation's own."""
+        seed, keys = self.cfg.seed, [(0, clip.row) for clip in batch]
+        draws = draw_uniform(seed, f"validation mask {kind}", keys).tolist()
+        shown = self.encode_batch(batch, [kind] * len(batch), draws)
+        x, prompts, sums = shown.x, [clip.caption for clip in batch], []
+        for t in times:
+            flow = FlowBatch(
+                x=x,
+                noise=draw_noise(seed, f"validation {t}", keys, x.shape[1:]).to(x.device),
+                t_B=torch.full((len(batch),), t, device=x.device),
+                mask_BT=shown.mask_BT,
+                prompts=prompts,
+                fps_B=torch.tensor([clip.fps for clip in batch], device=x.device),
+                text=stored_text(batch, prompts),
+                given=shown.given,
+                condition=shown.condition,
+                spread=self.spread,
+            )
+            sums.append(float(flow.loss_sum(model)))
+        return sums
+
 
 def frame_masks(kinds: list[str], num_frames: int, draws: list[float]) -> Tensor:
     """Mask (B, T) of the latent frames that each kind gives."""
     pairs = zip(kinds, draws, strict=True)
     return torch.stack([frame_mask(kind, num_frames, u) for kind, u in pairs])
-
-
-@dataclass(frozen=True)
-class SampleDraws:
-    """What chance decides about the clips of a batch, keyed by (epoch, row): the kind of conditioning and the
-    latent frames it gives, (B, T), the noise level of the clip and of its given frames, (B,), and the prompt that
-    the model is told ('' where the caption was dropped)."""
-
-    keys: list[tuple[int, int]]
-    kinds: list[str]
-    mask_BT: Tensor
-    t_B: Tensor
-    t_cond_B: Tensor
-    prompts: list[str]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ their own, so validating changes nothing that is trained.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,14 +18,8 @@ from torch import nn
 from sora_train.config import Config
 from sora_train.data.sample import Bucket, Clip
 from sora_train.diffusion.condition_masks import kind_for
-from sora_train.diffusion.draws import draw_noise, draw_uniform
-from sora_train.objectives import (
-    FlowBatch,
-    TextToVideoObjective,
-    VaeObjective,
-    stored_text,
-    to_pixels,
-)
+from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.objectives.clips import to_pixels
 from sora_train.objectives.quality import psnr, ssim
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
@@ -35,10 +30,21 @@ Cell = tuple[str, Bucket, float]
 """Kind of conditioning, bucket and noise level."""
 
 
+class LatentObjective(Protocol):
+    """What validation needs of an objective on latents."""
+
+    vae: VideoVAE
+
+    def losses_at(
+        self, model: nn.Module, batch: list[Clip], kind: str, times: Sequence[float]
+    ) -> list[float]:
+        """Sum of the clips' losses at each noise level, with draws of validation's own."""
+
+
 @torch.no_grad()
 def validation_loss(
     model: nn.Module,
-    objective: TextToVideoObjective,
+    objective: LatentObjective,
     clips: list[Clip],
     times: Sequence[float],
     kinds: Sequence[str],
@@ -65,39 +71,10 @@ def validation_loss(
         for batch, counted in shares(fit, control.world):
             check_preemption()
             place = kind, bucket_of(batch[0], objective)
-            for t, loss in zip(times, losses(model, objective, batch, kind, times), strict=True):
+            for t, loss in zip(times, objective.losses_at(model, batch, kind, times), strict=True):
                 sums[*place, t] += loss if counted else 0.0
     totals = dict(zip(sums, control.sum(list(sums.values())), strict=True))
     return named(totals, counts, times, kinds)
-
-
-def losses(
-    model: nn.Module,
-    objective: TextToVideoObjective,
-    batch: list[Clip],
-    kind: str,
-    times: Sequence[float],
-) -> list[float]:
-    """Sum of the clips' losses at each noise level."""
-    seed, keys = objective.cfg.seed, [(0, clip.row) for clip in batch]
-    draws = draw_uniform(seed, f"validation mask {kind}", keys).tolist()
-    shown = objective.encode_batch(batch, [kind] * len(batch), draws)
-    x, prompts, sums = shown.x, [clip.caption for clip in batch], []
-    for t in times:
-        flow = FlowBatch(
-            x=x,
-            noise=draw_noise(seed, f"validation {t}", keys, x.shape[1:]).to(x.device),
-            t_B=torch.full((len(batch),), t, device=x.device),
-            mask_BT=shown.mask_BT,
-            prompts=prompts,
-            fps_B=torch.tensor([clip.fps for clip in batch], device=x.device),
-            text=stored_text(batch, prompts),
-            given=shown.given,
-            condition=shown.condition,
-            spread=objective.spread,
-        )
-        sums.append(float(flow.loss_sum(model)))
-    return sums
 
 
 def named(
@@ -135,14 +112,14 @@ def validated_kinds(cfg: Config) -> tuple[str, ...]:
     return tuple(sorted(kinds, key=lambda kind: kind != "t2v"))
 
 
-def fits(clip: Clip, kind: str, objective: TextToVideoObjective) -> bool:
+def fits(clip: Clip, kind: str, objective: LatentObjective) -> bool:
     """Whether a clip is long enough for a kind."""
     bucket = bucket_of(clip, objective)
     num_frames = objective.vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
     return kind_for(kind, num_frames) == kind
 
 
-def bucket_of(clip: Clip, objective: TextToVideoObjective) -> Bucket:
+def bucket_of(clip: Clip, objective: LatentObjective) -> Bucket:
     """The shape of a clip in pixels, of stored latents too."""
     if clip.pixels is not None:
         return Bucket(*clip.pixels.shape[:3])
@@ -171,8 +148,8 @@ def shares(clips: list[Clip], world: World) -> Iterator[tuple[list[Clip], bool]]
 @torch.no_grad()
 def validation_psnr(
     model: nn.Module,
-    objective: VaeObjective,
     clips: list[Clip],
+    device: torch.device,
     check_preemption: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`val/psnr` in dB, `val/ssim` and `val/loss` (mean absolute error) of the VAE's
@@ -180,7 +157,7 @@ def validation_psnr(
     ratio, similarity, error = 0.0, 0.0, 0.0
     for batch in same_shape_batches(clips):
         check_preemption()
-        pixels = to_pixels(batch, objective.device)
+        pixels = to_pixels(batch, device)
         reconstruction = model(pixels, None)[0].clamp(-1, 1)
         ratio += float(psnr(reconstruction, pixels).sum())
         similarity += float(ssim(reconstruction, pixels).sum())

@@ -39,7 +39,9 @@ class Health:
         run_dir: Path,
         children: Callable[[], str] = lambda: "",
         place_of: Callable[[int], str] = lambda rank: "",
+        watched: bool = True,
     ):
+        """Unless it is `watched`, nothing is written into the run folder and no phase is cut short."""
         self.cfg, self.control = cfg, control
         self.step = 0
         self.seconds = dict.fromkeys(TIMED, 0.0)
@@ -57,13 +59,14 @@ class Health:
         self._phases: list[str] = []
         self._samples: list[int] = []
         world = control.world
-        if world.is_main:
+        if world.is_main and watched:
             watchdog.clear(run_dir)
         control.barrier()
         self.watchdog = Watchdog(
             run_dir, world.rank, world.size, cfg.heartbeat_seconds, children, place_of
         )
-        self.watchdog.start()
+        if watched:
+            self.watchdog.start()
 
     # -- phases -------------------------------------------------------------------------------
 

@@ -1,80 +1,85 @@
 """The card printed before step 1: what will be trained, on what, at what cost."""
 
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from sora_train.checkpoint.meta import TrainState
+from sora_train.checkpoint.space import Space
 from sora_train.data.tape.tape import nearby_efficiencies, row_costs, slot_efficiency
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.attention_backends import describe
+from sora_train.parallel.checks.self_test import Agreed
 from sora_train.parallel.compile import resolve_compile
-from sora_train.parallel.degrees import describe_layout
+from sora_train.parallel.degrees import Degrees, describe_layout
+from sora_train.parallel.protocol import Engine
 from sora_train.runtime.world import allocator
 from sora_train.tools.plan.model_sizes import flops_per_token
-
-if TYPE_CHECKING:
-    from sora_train.training.trainer import Trainer
+from sora_train.training.components import Components
+from sora_train.training.pipeline.data import TrainingData
+from sora_train.training.run import RunContext
 
 # Share of a plain matrix product's speed that training steps were seen to reach on CPUs and GPUs.
 ASSUMED_UTILISATION = 0.4
 
 
-def print_card(trainer: "Trainer") -> None:
-    """Parameters, clips by bucket, drops by reason, batch, epochs, memory and expected time."""
-    if not trainer.world.is_main:
+def print_card(
+    run: RunContext, parts: Components, state: TrainState, space: Space, self_tested: Agreed | None
+) -> None:
+    """Parameters, clips by bucket, drops by reason, batch, epochs, memory and expected time; the first rank alone."""
+    if not run.is_main:
         return
     console = Console()
-    console.print(run_table(trainer))
-    console.print(bucket_table(trainer))
-    for reason, count in sorted(trainer.data.assignment.dropped().items()):
+    console.print(run_table(run, parts, state, space, self_tested))
+    console.print(bucket_table(parts.data, state.data_step))
+    for reason, count in sorted(parts.data.assignment.dropped().items()):
         console.print(f"dropped: {count} clips ({reason})")
-        for detail in details(trainer, reason):
+        for detail in details(parts.data, reason):
             console.print(f"  {detail}", style="dim", highlight=False)
 
 
-def run_table(trainer: "Trainer") -> Table:
-    cfg, data, part = trainer.cfg, trainer.data, trainer.data.part(trainer.data_step)
-    clips, tokens = mean_step(trainer)
-    table = Table(
-        title=f"{cfg.name} -> {trainer.folder.path}", show_header=False, title_justify="left"
-    )
-    left = cfg.train.steps - trainer.step
+def run_table(
+    run: RunContext, parts: Components, state: TrainState, space: Space, self_tested: Agreed | None
+) -> Table:
+    cfg, data, part = run.cfg, parts.data, parts.data.part(state.data_step)
+    clips, tokens = mean_step(data, state.data_step)
+    table = Table(title=f"{cfg.name} -> {run.folder.path}", show_header=False, title_justify="left")
+    left = cfg.train.steps - state.step
     rows = {
-        "trainable parameters": f"{trainer.params:,}",
-        "device": f"{trainer.world.device}, {trainer.world.size} rank(s), {torch.get_num_threads()} thread(s)",
-        "layout": describe_layout(cfg.parallel.engine, trainer.degrees),
-        "steps": f"{trainer.step} -> {cfg.train.steps}" + (" (resumed)" if trainer.step else ""),
+        "trainable parameters": f"{parts.num_params:,}",
+        "device": f"{run.world.device}, {run.world.size} rank(s), {torch.get_num_threads()} thread(s)",
+        "layout": describe_layout(cfg.parallel.engine, run.degrees),
+        "steps": f"{state.step} -> {cfg.train.steps}" + (" (resumed)" if state.step else ""),
         "a step": f"{cfg.train.micro_batches} micro-batch(es), {clips:.1f} clips, {tokens:,.0f} tokens on average",
         "an epoch": f"{part.clips_per_epoch:,} clips, {part.per_epoch / data.micro_batches:.1f} steps; "
         f"the run is {data.epoch_at(cfg.train.steps):.1f} epochs",
-        "ranks at work": busy_ranks(trainer),
-        **shared_clips(trainer),
+        "ranks at work": busy_ranks(run, data, state.data_step),
+        **shared_clips(run.degrees),
         **{
             f"clips{name}": f"{found['used']:,} used + {found['dropped']:,} dropped + {found['failed']:,} "
             f"failed before = {found['total']:,}"
-            for name, found in accounts(trainer).items()
+            for name, found in accounts(data).items()
         },
-        **joining(trainer),
+        **joining(data),
         "held-out clips": str(len(data.val_clips)),
-        **model_rows(trainer, tokens / max(clips, 1)),
-        **memory_rows(trainer),
-        **({"self-test": str(trainer.self_tested)} if trainer.self_tested else {}),
-        "memory of weights and optimizer": f"{state_bytes(trainer) / 2**20:,.0f} MiB a rank",
-        "checkpoints": trainer.space.row(),
-        "expected time": f"about {duration(left * step_seconds(trainer))} for {left} steps",
+        **model_rows(run, parts.engine, tokens / max(clips, 1)),
+        **memory_rows(run),
+        **({"self-test": str(self_tested)} if self_tested else {}),
+        "memory of weights and optimizer": f"{state_bytes(run, parts) / 2**20:,.0f} MiB a rank",
+        "checkpoints": space.row(),
+        "expected time": f"about {duration(left * step_seconds(run, parts, state.data_step))} for {left} steps",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
 
 
-def memory_rows(trainer: "Trainer") -> dict[str, str]:
+def memory_rows(run: RunContext) -> dict[str, str]:
     """The memory options that are on, and on a GPU the allocator's settings; docs/memory.md."""
-    wanted = trainer.cfg.parallel
+    wanted = run.cfg.parallel
     kept = " and ".join(wanted.checkpoint_keep) or "nothing"
     which = f"one block in {wanted.checkpoint_every}" if wanted.checkpoint_every > 1 else "blocks"
     said = {
@@ -91,25 +96,25 @@ def memory_rows(trainer: "Trainer") -> dict[str, str]:
     ]
     told = ", ".join(option for option in options if option)
     rows = {"memory saved by": told} if told else {}
-    if trainer.world.device.type == "cuda":
+    if run.world.device.type == "cuda":
         rows["allocator"] = allocator()
     return rows
 
 
-def model_rows(trainer: "Trainer", tokens: float) -> dict[str, str]:
+def model_rows(run: RunContext, engine: Engine, tokens: float) -> dict[str, str]:
     """Operations for each token of a clip of `tokens`, the attention kernel, and compilation; {} for a VAE."""
-    cfg = trainer.cfg
+    cfg = run.cfg
     if cfg.task != "text_to_video":
         return {}
-    dtype = getattr(trainer.engine, "param_dtype", torch.float32)
+    dtype = getattr(engine, "param_dtype", torch.float32)
     masked = cfg.text.padding == "masked"
     flops = flops_per_token(cfg.model, max(1, round(tokens)), cfg.text.max_length // 2)
     return {
         "a token": f"{flops / 1e9:.3g} GFLOP forward and backward, in clips of {tokens:,.0f} tokens",
-        "attention": describe(cfg.model, trainer.world.device, dtype, masked_captions=masked),
+        "attention": describe(cfg.model, run.world.device, dtype, masked_captions=masked),
         "compiled": "no (zero3 gathers weights inside a block)"
         if cfg.parallel.engine == "zero3"
-        else compiled(cfg.model.compile, trainer.world.device),
+        else compiled(cfg.model.compile, run.world.device),
     }
 
 
@@ -119,9 +124,8 @@ def compiled(wanted: str, device: torch.device) -> str:
     return f"{said} (chosen by auto)" if wanted == "auto" else said
 
 
-def shared_clips(trainer: "Trainer") -> dict[str, str]:
+def shared_clips(degrees: Degrees) -> dict[str, str]:
     """Over how many ranks a clip's tokens are cut, where they are."""
-    degrees = trainer.degrees
     if degrees.cp == 1:
         return {}
     return {
@@ -129,18 +133,16 @@ def shared_clips(trainer: "Trainer") -> dict[str, str]:
     }
 
 
-def accounts(trainer: "Trainer") -> dict[str, dict[str, int]]:
+def accounts(data: TrainingData) -> dict[str, dict[str, int]]:
     """The account of all clips, and where there are several sources that of each, by what is put behind "clips"."""
-    data = trainer.data
     found = {"": data.account()}
     if len(data.sources.names) > 1:
         found |= {f" of {name}": own for name, own in data.account_by_source().items()}
     return found
 
 
-def joining(trainer: "Trainer") -> dict[str, str]:
+def joining(data: TrainingData) -> dict[str, str]:
     """What the sources have gained since the run began, and from which step on it is trained."""
-    data = trainer.data
     if not data.sources.grown:
         return {}
     *_, before, now = data.sources.blocks
@@ -148,10 +150,10 @@ def joining(trainer: "Trainer") -> dict[str, str]:
     return {"new clips": f"{now - before:,}, which join at the end of this epoch (step {step:g})"}
 
 
-def busy_ranks(trainer: "Trainer") -> str:
+def busy_ranks(run: RunContext, data: TrainingData, data_step: int) -> str:
     """How much of the ranks' time the step's micro-batches fill, and what nearby world sizes would."""
-    micro_batches, ranks = trainer.cfg.train.micro_batches, trainer.world.dp_size
-    tape = trainer.data.part(trainer.data_step)
+    micro_batches, ranks = run.cfg.train.micro_batches, run.world.dp_size
+    tape = data.part(data_step)
     steps = max(1, min(64, tape.per_epoch // micro_batches))
     costs = row_costs(
         tape, micro_batches, ranks, first_step=-(-tape.first // micro_batches), steps=steps
@@ -168,13 +170,12 @@ def busy_ranks(trainer: "Trainer") -> str:
     return text
 
 
-def bucket_table(trainer: "Trainer") -> Table:
-    data = trainer.data
+def bucket_table(data: TrainingData, data_step: int) -> Table:
     table = Table(title="buckets", title_justify="left")
     for column in ("frames x height x width", "clips", "tokens a clip", "clips a micro-batch"):
         table.add_column(column, justify="right")
     counts = data.assignment.clips_per_bucket(data.table)
-    sizes = data.part(trainer.data_step).sizes
+    sizes = data.part(data_step).sizes
     for spec in data.table:
         count = counts.get(spec.bucket.name, 0)
         size = str(sizes.get(spec.bucket, "rests")) if count else "no clip fits"
@@ -182,16 +183,16 @@ def bucket_table(trainer: "Trainer") -> Table:
     return table
 
 
-def details(trainer: "Trainer", reason: str) -> list[str]:
+def details(data: TrainingData, reason: str) -> list[str]:
     """The first few dropped clips by name, so that a person can look at them."""
-    manifest, reasons = trainer.data.manifest, trainer.data.assignment.reasons
+    manifest, reasons = data.manifest, data.assignment.reasons
     rows = [row for row in range(len(manifest)) if reasons[row] == reason][:3]
     return [f"{manifest.key[row]}: {manifest.drop_detail[row] or 'see buckets'}" for row in rows]
 
 
-def mean_step(trainer: "Trainer") -> tuple[float, float]:
+def mean_step(data: TrainingData, data_step: int) -> tuple[float, float]:
     """Clips and tokens of an average step."""
-    data, part = trainer.data, trainer.data.part(trainer.data_step)
+    part = data.part(data_step)
     epoch = part.epoch(0)
     sizes = np.diff(epoch.starts).tolist()
     tokens = sum(
@@ -202,22 +203,22 @@ def mean_step(trainer: "Trainer") -> tuple[float, float]:
     return part.clips_per_epoch / steps, tokens / steps
 
 
-def state_bytes(trainer: "Trainer") -> float:
+def state_bytes(run: RunContext, parts: Components) -> float:
     """float32 weights, gradients, two moments (unless they are on the host) and the averages, over the ranks that
     share them."""
-    shards = trainer.world.size // trainer.degrees.dp_replicate
-    moments = trainer.cfg.optim.name == "adamw" and not trainer.cfg.parallel.offload_optimizer
-    copies = (4 if moments else 2) + len(trainer.ema.shadows)
-    return trainer.params * 4 * copies / shards
+    shards = run.world.size // run.degrees.dp_replicate
+    moments = run.cfg.optim.name == "adamw" and not run.cfg.parallel.offload_optimizer
+    copies = (4 if moments else 2) + len(parts.ema.shadows)
+    return parts.num_params * 4 * copies / shards
 
 
-def step_seconds(trainer: "Trainer") -> float:
+def step_seconds(run: RunContext, parts: Components, data_step: int) -> float:
     """A guess from the model's FLOPs and the speed of one matrix product, measured now."""
-    model = trainer.engine.model
-    data, part = trainer.data, trainer.data.part(trainer.data_step)
+    model, data = parts.engine.model, parts.data
+    part = data.part(data_step)
     steps = part.per_epoch / data.micro_batches
     if isinstance(model, TextToVideo):
-        text = trainer.cfg.text.max_length // 2
+        text = run.cfg.text.max_length // 2
         epoch = part.epoch(0)
         mean = sum(
             model.flops(data.tokens_of(part.bucket_of(int(row))), text) for row in epoch.rows[:64]
@@ -230,15 +231,15 @@ def step_seconds(trainer: "Trainer") -> float:
             for spec in data.table
         )  # fmt: skip
         # Convolutions of constant resolution cost about two operations a weight and pixel of their level.
-        forward = 2.0 * trainer.params * pixels / trainer.vae.spatial_factor**2 * 4 / steps
-    return 3 * forward / trainer.world.size / (matmul_flops(trainer) * ASSUMED_UTILISATION)
+        forward = 2.0 * parts.num_params * pixels / parts.vae.spatial_factor**2 * 4 / steps
+    speed = matmul_flops(run.world.device, parts.engine) * ASSUMED_UTILISATION
+    return 3 * forward / run.world.size / speed
 
 
-def matmul_flops(trainer: "Trainer") -> float:
+def matmul_flops(device: torch.device, engine: Engine) -> float:
     """Floating-point operations a second of a matrix product of the training precision."""
-    device = trainer.world.device
     size = 4096 if device.type == "cuda" else 768
-    dtype = getattr(trainer.engine, "param_dtype", torch.float32)
+    dtype = getattr(engine, "param_dtype", torch.float32)
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(3):

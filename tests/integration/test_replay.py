@@ -298,7 +298,7 @@ def test_a_live_trainer_draws_what_it_has_at_hand(
         with Image.open(sheet) as image:
             assert np.asarray(image).std() > 10
         # As after a roll-back, and of a loss that is none.
-        trainer.data_step = 7
+        trainer.state.data_step = 7
         bad = [
             {"velocity": LossTerm(p["velocity"].sum, 1.0, p["velocity"].per_sample / 0)}
             for p in terms

@@ -20,8 +20,8 @@ from sora_train.parallel.engine import build_engine
 from sora_train.parallel.materialise import fill
 from sora_train.parallel.shards import full
 from sora_train.runtime import world as distributed
+from sora_train.training.initialise import empty_model
 from sora_train.training.optim.optim import build_optimizer
-from sora_train.training.resilience.initialise import empty_model
 from sora_train.training.trainer import Trainer
 
 

@@ -104,7 +104,7 @@ class SickTrainer(Trainer):
             self.data_step = to
         if self.death == "before the spike" and self.step == 6:
             raise Killed
-        if self.death == "after it went back" and self.judge.tally.rollbacks:
+        if self.death == "after it went back" and self.spikes.tally.rollbacks:
             raise Killed
         row = super().train_step()
         self.digests.append(digest(self))
@@ -114,7 +114,7 @@ class SickTrainer(Trainer):
 def digest(trainer: Trainer) -> str:
     """Of this rank's part of all that trains."""
     found = hashlib.sha256()
-    for name, tensor in sorted(trainer.tensors().items()):
+    for name, tensor in sorted(trainer.parts.tensors().items()):
         found.update(name.encode() + local(tensor).detach().cpu().numpy().tobytes())
     return found.hexdigest()
 

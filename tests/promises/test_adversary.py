@@ -88,7 +88,7 @@ def test_resumed_run_is_the_straight_run(parity_config: Callable) -> None:
     copies = []
     for cfg in (straight, broken):
         trainer = Trainer(cfg)
-        copies.append({name: tensor.clone() for name, tensor in trainer.tensors().items()})
+        copies.append({name: tensor.clone() for name, tensor in trainer.parts.tensors().items()})
         trainer.close()
     assert copies[0].keys() == copies[1].keys()
     assert {name.split(".")[0] for name in copies[0]} == {"model", "optim", "ema", "disc", "disc_optim"}  # fmt: skip

@@ -25,7 +25,7 @@ from sora_train.parallel.context.context import neighbours, segments
 from sora_train.parallel.degrees import Degrees, check_degrees
 from sora_train.runtime.world import World
 from sora_train.training.resilience import spike_report as spikes
-from sora_train.training.spike_detector import StepVerdict
+from sora_train.training.resilience.spike_detector import StepVerdict
 
 WORKER = Path(__file__).with_name("context_worker.py")
 EXACT = 1e-13

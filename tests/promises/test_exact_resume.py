@@ -63,7 +63,7 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 def tensors(cfg) -> dict[str, torch.Tensor]:
     trainer = Trainer(cfg)
     copies = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in
-              trainer.tensors().items()}  # fmt: skip
+              trainer.parts.tensors().items()}  # fmt: skip
     copies = {name: tensor.clone() for name, tensor in copies.items()}
     trainer.close()
     return copies
@@ -287,7 +287,7 @@ def test_tensors_may_be_missing_only_where_that_is_allowed(again: Callable, monk
         checkpoints, "canonical", lambda model, optimizer, ema: written(model, optimizer, {})
     )
     trainer = Trainer(again("train.steps=3", "checkpoint.resume=never", name="bare"))
-    trainer.step = 2
+    trainer.state.step = 2
     trainer.save()
     trainer.close()
     monkeypatch.undo()

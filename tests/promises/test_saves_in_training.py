@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from sora_train.training.checkpointing import config_digest, run_id
 
 from sora_train import __version__
 from sora_train import checkpoint as checkpoints
@@ -18,7 +19,6 @@ from sora_train.checkpoint.points import VARIABLE
 from sora_train.errors import Fault, Preempted, UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.runtime.preemption import listening
-from sora_train.training.checkpointing import config_digest, run_id
 from sora_train.training.trainer import Trainer
 
 

@@ -219,9 +219,7 @@ def test_new_clips_join_at_the_end_of_the_epoch_and_keep_every_earlier_row(tmp_p
     stored(tmp_path / "a", 60)
     state = [dataclasses.asdict(stock) for stock in first.stocks]
     step = tape.parts[0].per_epoch + 2
-    grown, longer = planned(
-        cfg, open_sources(cfg, tmp_path / "run", Stock.listed({"stocks": state})), step
-    )
+    grown, longer = planned(cfg, open_sources(cfg, tmp_path / "run", Stock.listed(state)), step)
     joint = 2 * tape.parts[0].per_epoch
     assert [stock.first for stock in grown.stocks] == [0, joint]
     assert [longer[index] for index in range(joint)] == [tape[index] for index in range(joint)]
@@ -233,9 +231,7 @@ def test_new_clips_join_at_the_end_of_the_epoch_and_keep_every_earlier_row(tmp_p
 
     # Whoever goes on later, from before or behind the joint, finds the same tape.
     state = [dataclasses.asdict(stock) for stock in grown.stocks]
-    again, same = planned(
-        cfg, open_sources(cfg, tmp_path / "run", Stock.listed({"stocks": state})), step + 1
-    )
+    again, same = planned(cfg, open_sources(cfg, tmp_path / "run", Stock.listed(state)), step + 1)
     assert again.stocks == grown.stocks
     assert [same[index] for index in range(3 * joint)] == [longer[n] for n in range(3 * joint)]
 

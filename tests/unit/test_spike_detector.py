@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from sora_train.config import SpikeDetectionConfig
 from sora_train.monitoring.metrics import MetricsFile
 from sora_train.monitoring.report.run_charts import skipped_steps, training_charts
-from sora_train.training.spike_detector import SpikeDetector
+from sora_train.training.resilience.spike_detector import SpikeDetector
 
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])
 VALUES = st.floats(1e-6, 1e6)

@@ -11,7 +11,7 @@ from sora_train.config.compose import compose
 from sora_train.data.tape.buckets import Bucket
 from sora_train.monitoring.device_peaks import peak_flops
 from sora_train.objectives import LossTerm, SampleInfo
-from sora_train.training.step_metrics import BANDS, EDGES, FAILURES, StepNumbers, band_of
+from sora_train.training.outputs.step_metrics import BANDS, EDGES, FAILURES, StepMetrics, band_of
 
 CFG = compose(["experiment=parity_tiny"]).config
 BUCKETS = [Bucket(1, 32, 32), Bucket(5, 32, 32)]
@@ -22,10 +22,10 @@ CLIP = st.tuples(
 BATCH = st.tuples(st.sampled_from(BUCKETS), st.lists(CLIP, max_size=4))
 
 
-def numbers(peak: float | None = None, ranks: int = 1) -> StepNumbers:
+def numbers(peak: float | None = None, ranks: int = 1) -> StepMetrics:
     table = [SimpleNamespace(bucket=bucket) for bucket in BUCKETS]
     data = SimpleNamespace(tokens_of=lambda bucket: TOKENS[bucket.name], table=table)
-    return StepNumbers(CFG, data, ranks, peak)
+    return StepMetrics(CFG, data, ranks, peak)
 
 
 def step_of(batches):

@@ -197,7 +197,7 @@ def test_config_and_whole_samples_are_sent_once(tmp_path: Path):
     assert sink.pictures == [(50, ["a red square"], True)]
 
 
-def test_a_damaged_folder_of_samples_does_not_keep_the_rows_back(tmp_path: Path):
+def test_a_damaged_folder_per_sample_does_not_keep_the_rows_back(tmp_path: Path):
     sink = FakeSink()
     (sampled(tmp_path) / "prompts.json").write_text("{")
     add_rows(tmp_path, 1)

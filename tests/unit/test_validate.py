@@ -138,7 +138,7 @@ def test_validating_changes_nothing_that_is_trained(parity_config: Callable) -> 
         trainer = Trainer(cfg)
         seen: dict[str, torch.Tensor] = {}
         trainer.callbacks = lambda t=trainer, s=seen: [  # type: ignore[method-assign]
-            lambda *_: s.update({k: v.clone() for k, v in t.tensors().items()})
+            lambda *_: s.update({k: v.clone() for k, v in t.parts.tensors().items()})
         ]
         trainer.train()
         found = read_metrics(Path(cfg.run.dir) / "metrics.jsonl")

@@ -26,7 +26,7 @@ from sora_train.tools.convert import stored_weights
 from sora_train.tools.convert import to_diffusers as weights_out
 from sora_train.tools.convert.from_diffusers import import_pipeline
 from sora_train.tools.convert.to_diffusers import export_pipeline, fps_offset
-from sora_train.training.resilience.initialise import refuse_imported
+from sora_train.training.initialise import refuse_imported
 from sora_train.training.trainer import Trainer
 
 SHAPE = ClipShape(5, 32, 32, 8.0)

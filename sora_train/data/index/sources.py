@@ -38,9 +38,9 @@ class Stock:
     digests: dict[str, str]
 
     @classmethod
-    def listed(cls, state: Mapping[str, Any]) -> list["Stock"]:
-        """The stocks of a checkpoint's state, in order."""
-        return [cls(**stock) for stock in state["stocks"]]
+    def listed(cls, saved: Sequence[Mapping[str, Any]]) -> list["Stock"]:
+        """The stocks as a checkpoint holds them, in order."""
+        return [cls(**stock) for stock in saved]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Sources:
         """The same, its last stock joining at micro-batch `first`."""
         return replace(self, stocks=(*self.stocks[:-1], replace(self.stocks[-1], first=first)))
 
-    def require_following(self, state: Mapping[str, Any]) -> None:
-        """Raises Fault where this was not opened with the checkpoint's state, so that rows may be renumbered."""
-        before = Stock.listed(state)
+    def require_following(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Raises Fault where this was not opened with the stocks of the checkpoint, so that rows may be renumbered."""
+        before = Stock.listed(saved)
         if list(self.stocks[: len(before)]) != before:
             raise Fault(
                 "the data was opened without what this run was trained on so far; where build_data is overridden, "
-                "it has to hand trainer.state_before to TrainingData.build"
+                "it has to hand self.resumed to TrainingData.build"
             )
 
     def digest(self) -> str:

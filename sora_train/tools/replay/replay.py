@@ -6,10 +6,9 @@ nearest checkpoint. Nothing is written into the run but the replay itself.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint import Checkpoint
+from sora_train.checkpoint.meta import read_meta
 from sora_train.config import Config, ParallelConfig
 from sora_train.data.decode.frames import is_digest_of
 from sora_train.data.manifest import Manifest
@@ -26,20 +26,23 @@ from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.monitoring.metrics import read_metrics
-from sora_train.monitoring.run_folder import Part, parts_of
+from sora_train.monitoring.run_folder import Part, RunFolder, parts_of
 from sora_train.objectives import LossTerm
 from sora_train.objectives.spec import build_spec, spec_of
-from sora_train.parallel.context.peers import Peers
 from sora_train.parallel.degrees import resolve_degrees
 from sora_train.parallel.mesh import build_mesh
 from sora_train.parallel.parallelize import apply_fsdp
 from sora_train.parallel.protocol import resolve_param_dtype
 from sora_train.runtime import world as distributed
 from sora_train.runtime.control_plane import ControlPlane
+from sora_train.runtime.health import Health
 from sora_train.runtime.world import World
 from sora_train.sampling.api import attending_here, shipped_config
+from sora_train.training.components import Builder, Components, build_networks, build_vae
+from sora_train.training.initialise import require_fitting, source_of, take_weights
 from sora_train.training.outputs.step_picture import samples_of, table_of, write_replay
-from sora_train.training.resilience.initialise import require_fitting, source_of, take_weights
+from sora_train.training.pipeline.data import TrainingData
+from sora_train.training.run import RunContext
 from sora_train.training.trainer import Trainer
 
 
@@ -76,10 +79,11 @@ class Plan:
     newest: Checkpoint | None
 
 
-def replay(request: ReplayRequest, trainer_cls: type[Trainer] = Trainer) -> str:
+def replay(request: ReplayRequest, beside: Callable[[RunContext], Builder] = Trainer.beside) -> str:
     """Rebuild a step, write its sheet and its facts, and return what is to be printed.
 
-    A project with a Trainer of its own hands it over, so that its model, data and objective are used.
+    `beside` makes the builder of the run's parts: a project of one's own hands over its `MyTrainer.beside`, so that
+    its model, data and objective are used.
 
     Raises:
         UserError: no such run, step, rank or checkpoint, or the sources are not what they were.
@@ -88,46 +92,48 @@ def replay(request: ReplayRequest, trainer_cls: type[Trainer] = Trainer) -> str:
     plan = look(request)
     world = distributed.start(request.device, plan.cfg.run.threads)
     try:
-        return _replay(request, plan, trainer_cls, world)
+        return _replay(request, plan, beside, world)
     finally:
         distributed.stop(world)
 
 
-def _replay(request: ReplayRequest, plan: Plan, trainer_cls: type[Trainer], world: World) -> str:
+def _replay(
+    request: ReplayRequest, plan: Plan, beside: Callable[[RunContext], Builder], world: World
+) -> str:
     torch.use_deterministic_algorithms(world.device.type == "cpu")
-    parts = plan.ranks // plan.cp
-    rank, ranks = (0, 1) if request.rank is None else (request.rank // plan.cp, parts)
-    trainer, model = rebuilt(request, plan, trainer_cls, World(rank, ranks, 0, 1, world.device))
+    parts_of_step = plan.ranks // plan.cp
+    rank, ranks = (0, 1) if request.rank is None else (request.rank // plan.cp, parts_of_step)
+    run = _context(plan, replace(world, rank=rank, size=ranks, local_rank=0, ranks_per_node=1))
+    parts = rebuilt(request, plan, beside(run))
     try:
-        batches = _read(trainer, plan.tape_step)
+        batches = _read(parts.data, plan.tape_step)
         entries = range(rank, rank + ranks * len(batches), ranks)
-        places = [(entry % parts * plan.cp, entry // parts) for entry in entries]
+        places = [(entry % parts_of_step * plan.cp, entry // parts_of_step) for entry in entries]
         terms: list[dict[str, LossTerm]] = []
         totals: dict[str, float] = {}
-        if model is not None:
-            model = _computing(model, plan.cfg, world)
+        if request.loss:
+            assert parts.model is not None
+            model = _computing(parts.model, plan.cfg, world)
             with torch.no_grad():
-                terms = [trainer.objective.terms(model, batch) for batch in batches]
-            for weights in map(trainer.objective.weights, batches):
+                terms = [parts.objective.terms(model, batch) for batch in batches]
+            for weights in map(parts.objective.weights, batches):
                 totals = {name: totals.get(name, 0.0) + value for name, value in weights.items()}
-        samples = samples_of(
-            trainer.objective, trainer.data.manifest, batches, places, terms, totals
-        )
+        samples = samples_of(parts.objective, parts.data.manifest, batches, places, terms, totals)
         about = _about(request, plan, terms, totals, world)
         clips = {(clip.row, clip.epoch): clip for batch in batches for clip in batch.clips}
         title = _title(about)
         out = request.out or request.run / "replay" / _folder_name(request)
-        written = write_replay(out, about, title, samples, clips, trainer.vae)
+        written = write_replay(out, about, title, samples, clips, parts.vae)
     finally:
-        trainer.data.close()
+        parts.data.close()
     return "\n".join([table_of(samples), "", title, *(f"wrote {path}" for path in written)])
 
 
-def _read(trainer: Trainer, tape_step: int) -> list[ClipBatch]:
+def _read(data: TrainingData, tape_step: int) -> list[ClipBatch]:
     """The micro-batches of a step. Raises UserError where a clip is not what was trained, or cannot be read."""
-    manifest = trainer.data.manifest
-    failed_then = set(trainer.data.loader.quarantine.rows())
-    batches = trainer.data.step(tape_step)
+    manifest = data.manifest
+    failed_then = set(data.loader.quarantine.rows())
+    batches = data.step(tape_step)
     for batch in batches:
         changed = {lost.row: f"{lost.reason}: {lost.detail}" for lost in batch.failures}
         changed = {row: why for row, why in changed.items() if row not in failed_then}
@@ -252,45 +258,46 @@ def _on_one_machine(cfg: Config, run: Path) -> Config:
     return cfg.model_copy(update=changes)
 
 
-def rebuilt(
-    request: ReplayRequest, plan: Plan, trainer_cls: type[Trainer], world: World
-) -> tuple[Trainer, nn.Module | None]:
-    """A trainer with its data and objective as for training, and its model with the weights of the plan.
-
-    It is not run: no folder is locked and no engine made. Raises UserError where checkpoint or sources do not fit.
-    """
+def _context(plan: Plan, world: World) -> RunContext:
+    """The run as seen from this machine: no folder is locked, no rank met and nothing watched."""
     cfg = plan.cfg
-    state = plan.newest.state() if plan.newest else None
-    trainer = trainer_cls.__new__(trainer_cls)
-    trainer.world, trainer.state_before = world, state
-    alone = World(0, 1, 0, 1, world.device)
-    trainer.control = ControlPlane(alone)
-    trainer.peers = Peers(trainer.control, resolve_degrees(ParallelConfig(), alone.size))
-    trainer.folder = SimpleNamespace(path=request.run)  # type: ignore[assignment]
     cfg = cfg.model_copy(update={"model": attending_here(cfg.model, world.device)})
-    trainer.cfg = cfg
-    model = trainer.build_model() if request.loss or cfg.task == "vae" else None
-    trainer.vae = (
-        model if isinstance(model, VideoVAE) else VideoVAE.from_config(cfg.vae).to(world.device)
-    )
-    stored = DiffusionSpec.from_dict(state["spec"]) if state and state["spec"] else None
-    if stored is not None and stored.vae_digest != trainer.vae.digest():
+    alone = ControlPlane(replace(world, rank=0, size=1))
+    folder = RunFolder(cfg, is_main=False)
+    health = Health(cfg.health, alone, folder.path, watched=False)
+    return RunContext(cfg, world, resolve_degrees(cfg.parallel, 1), alone, health, folder)
+
+
+def rebuilt(request: ReplayRequest, plan: Plan, builder: Builder) -> Components:
+    """The parts of a run but its engine, with data and objective as for training and the weights of the plan.
+
+    Raises UserError where checkpoint or sources do not fit.
+    """
+    run, parts = builder.run, builder.parts
+    meta = read_meta(plan.newest) if plan.newest else None
+    builder.resumed = meta
+    if request.loss or run.cfg.task == "vae":
+        build_networks(builder, empty=False)
+    else:
+        parts.vae = build_vae(run, None)
+    stored = DiffusionSpec.from_dict(meta.spec) if meta and meta.spec else None
+    if stored is not None and stored.vae_digest != parts.vae.digest():
         raise UserError(
-            f"{request.run} was trained on the latents of another VAE than vae.path={cfg.vae.path!r} now holds; "
+            f"{request.run} was trained on the latents of another VAE than vae.path={run.cfg.vae.path!r} now holds; "
             "restore that folder"
         )
-    if model is not None:
-        _fill(model, plan, trainer.vae)
-        trainer.spec = build_spec(cfg, trainer.vae, model)
+    if parts.model is not None:
+        _fill(parts.model, plan, parts.vae)
+        parts.spec = build_spec(run.cfg, parts.vae, parts.model)
     else:
-        trainer.spec = spec_of(cfg, trainer.vae, stored.text_digest if stored else "")
-    trainer.data = trainer.build_data(model)
-    trainer.data.loader.quarantine.detach()
-    if state:
-        trainer.data.sources.require_following(state)
-        trainer.data.loader.quarantine.restore(state["quarantine"], record=False)
-    trainer.objective = trainer.build_objective()
-    return trainer, model if request.loss else None
+        parts.spec = spec_of(run.cfg, parts.vae, stored.text_digest if stored else "")
+    parts.data = builder.build_data(parts.model)
+    parts.data.loader.quarantine.detach()
+    if meta:
+        parts.data.sources.require_following(meta.snapshots)
+        parts.data.loader.quarantine.restore(meta.quarantine, record=False)
+    parts.objective = builder.build_objective()
+    return parts
 
 
 def _fill(model: nn.Module, plan: Plan, vae: VideoVAE) -> None:

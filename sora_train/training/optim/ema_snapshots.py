@@ -6,7 +6,6 @@ checkpoints are. A run that went back to an earlier step writes those behind it 
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,9 +13,8 @@ from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint.layout import prefix_of
 from sora_train.config import Config
 from sora_train.parallel.shards import local, placed_as
-
-if TYPE_CHECKING:
-    from sora_train.training.trainer import Trainer
+from sora_train.training.optim.ema import Ema
+from sora_train.training.run import RunContext
 
 FOLDER = "ema_snapshots"
 
@@ -26,24 +24,24 @@ def snapshots_every(cfg: Config) -> int:
     return (cfg.ema.snapshot_every or cfg.checkpoint.every) if cfg.ema.post_hoc else 0
 
 
-def write_snapshot(trainer: "Trainer") -> None:
-    """Every rank calls this.
+def write_snapshot(run: RunContext, ema: Ema, step: int) -> None:
+    """Save the averages of power-function profiles as they are at a step; a collective.
 
     Raises:
         Fault: the disk is full or the files cannot be written.
     """
-    ema, folder = trainer.ema, trainer.folder.path / FOLDER
-    dtype = getattr(torch, trainer.cfg.ema.snapshot_dtype)
+    folder = run.folder.path / FOLDER
+    dtype = getattr(torch, run.cfg.ema.snapshot_dtype)
     tensors = {
         f"{prefix_of(tag)}{name}": placed_as(local(shadow).to(dtype), shadow)
         for tag in ema.profiles
         for name, shadow in ema.shadows[tag].items()
     }
-    state = {"step": trainer.step, "profiles": ema.profiles}
-    with trainer.health.phase("save"):
-        checkpoints.save(folder, trainer.step, tensors, state, trainer.control)
-        if trainer.world.is_main:
-            remove_after(folder, trainer.step)
+    state = {"step": step, "profiles": ema.profiles}
+    with run.health.phase("save"):
+        checkpoints.save(folder, step, tensors, state, run.control)
+        if run.is_main:
+            remove_after(folder, step)
 
 
 def remove_after(folder: Path, step: int) -> None:

@@ -1,1 +1,1 @@
-"""What a run leaves behind: samples, scores, pictures of steps, the exported autoencoder, the summary."""
+"""What a run tells and leaves behind: metrics, checkpoints, samples, scores, pictures of steps, the summary."""

@@ -1,95 +1,117 @@
-"""The end of a run: last checkpoint, last samples, scores, summary.json, report.html, a short table."""
+"""The end of a run: scores, exports, summary.json, report.html, a short table."""
 
 import json
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from sora_train.base.files import write_atomically
-from sora_train.models.text_to_video import TextToVideo
+from sora_train.checkpoint.meta import TrainState
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.report.report import write_report
+from sora_train.parallel.protocol import Engine
+from sora_train.parallel.shards import full
+from sora_train.training.components import Components
 from sora_train.training.outputs.evaluate import oracle_scores
+from sora_train.training.run import RunContext
 
-if TYPE_CHECKING:
-    from sora_train.training.trainer import Trainer
+SHOWN = (
+    "steps",
+    "seconds",
+    "params",
+    "final_loss",
+    "val_loss",
+    "val_psnr",
+    "val_ssim",
+    "tokens_per_s",
+    "data_wait",
+)
+"""Rows of the table at the end."""
 
 
-def finish(trainer: "Trainer") -> None:
-    """Commit the final checkpoint first: what follows can fail without losing the training."""
-    trainer.save()
-    trainer.commit()
-    trainer.write_samples()
+def finish(run: RunContext, parts: Components, state: TrainState, seconds: float) -> None:
+    """Score and export the averaged weights, and write the summary and the report. A collective.
+
+    `seconds` is how long this process has taken.
+    """
     oracle = None
-    if trainer.cfg.sample.oracle_prompts and isinstance(trainer.engine.model, TextToVideo):
-        with trainer.averaged():
-            oracle = oracle_scores(trainer)
-    if trainer.cfg.task == "vae":
-        export_vae(trainer)
-    if trainer.world.is_main:
-        summary = summarise(trainer, oracle)
-        write_atomically(trainer.folder.path / "summary.json", json.dumps(summary, indent=1))
-        report = write_report(trainer.folder.path)
-        print_summary(trainer, summary)
-        Console().print(
-            f"report: {report}\nsamples: {trainer.folder.path / 'samples'}", highlight=False
-        )
-        if trainer.cfg.task == "text_to_video":
-            Console().print(
-                f'next: sora sample --ckpt {trainer.folder.path} --prompt "..."', highlight=False
-            )
+    with parts.averaged():
+        if run.cfg.sample.oracle_prompts and parts.spec is not None:
+            oracle = oracle_scores(run, parts)
+        export(run, parts)
+    if not run.is_main:
+        return
+    folder = run.folder.path
+    summary = summarise(run, parts, state, oracle) | {"seconds": seconds}
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
+    report = write_report(folder)
+    print_summary(run, summary)
+    console = Console()
+    console.print(f"report: {report}\nsamples: {folder / 'samples'}", highlight=False)
+    if parts.spec is not None:
+        console.print(f'next: sora sample --ckpt {folder} --prompt "..."', highlight=False)
 
 
-def summarise(trainer: "Trainer", oracle: dict[str, Any] | None) -> dict[str, Any]:
-    """The contents of summary.json; speeds are means over all steps but the first."""
-    rows = read_metrics(trainer.folder.metrics)
+def export(run: RunContext, parts: Components) -> None:
+    """Hand the whole weights to the objective, where it exports them."""
+    if not parts.objective.exports:
+        return
+    weights = whole_weights(parts.engine)
+    if run.is_main:
+        loader = parts.data.loader
+        clips = (clips for _, clips, _ in loader.chunks(loader.cache_chunks(8)))
+        parts.objective.export(weights, run.folder.path, clips)
+
+
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
+    """Parameters, gathered one at a time, and buffers by name, on the CPU; a collective."""
+    model = engine.model
+    buffers = {name: value.cpu() for name, value in model.named_buffers()}
+    kept = {name: value for name, value in buffers.items() if name in model.state_dict()}
+    return kept | {name: full(value).cpu() for name, value in engine.model_state().items()}
+
+
+def summarise(
+    run: RunContext, parts: Components, state: TrainState, oracle: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The contents of summary.json but for `seconds`; speeds are means over all steps but the first."""
+    data, folder = parts.data, run.folder
+    rows = read_metrics(folder.metrics)
     validated = next((row for row in reversed(rows) if "val/loss" in row), {})
+    trained = next((row for row in reversed(rows) if "train/loss" in row), {})
     timed = rows[1:] or rows
     seconds = sum(row["train/step_seconds"] for row in timed)
-    weighted = sum(row["train/data_wait"] * row["train/step_seconds"] for row in timed)
+    waited = sum(row["train/data_wait"] * row["train/step_seconds"] for row in timed)
     tokens = sum(row["train/tokens_per_second"] * row["train/step_seconds"] for row in timed)
-    samples = sorted(trainer.folder.samples(trainer.step).glob("*.mp4"))
+    samples = sorted(folder.samples(state.step).glob("*.mp4"))
     return {
-        "name": trainer.cfg.name,
-        "steps": trainer.step,
-        "seconds": time.monotonic() - trainer.started,
-        "params": trainer.params,
-        "final_loss": next(
-            (row["train/loss"] for row in reversed(rows) if "train/loss" in row), None
-        ),
+        "name": run.cfg.name,
+        "steps": state.step,
+        "params": parts.num_params,
+        "final_loss": trained.get("train/loss"),
         "val_loss": validated.get("val/loss"),
         "val_psnr": validated.get("val/psnr"),
         "val_ssim": validated.get("val/ssim"),
         "tokens_per_s": tokens / seconds if seconds else None,
-        "data_wait": weighted / seconds if seconds else None,
+        "data_wait": waited / seconds if seconds else None,
         "oracle": oracle,
-        "samples": [str(path.relative_to(trainer.folder.path)) for path in samples],
-        "clips": trainer.data.account(),
-        "clips_by_source": trainer.data.account_by_source(),
-        "dropped": trainer.data.assignment.dropped(),
-        "failed_to_decode": len(trainer.data.loader.quarantine),
-        "captions_cut": trainer.captions_cut,
-        "skipped_steps": trainer.judge.tally.skipped,
-        "rollbacks": trainer.judge.tally.rollbacks,
-        "lost_clips": trainer.judge.tally.lost_clips,
+        "samples": [str(path.relative_to(folder.path)) for path in samples],
+        "clips": data.account(),
+        "clips_by_source": data.account_by_source(),
+        "dropped": data.assignment.dropped(),
+        "failed_to_decode": len(data.loader.quarantine),
+        "captions_cut": state.captions_cut,
+        "skipped_steps": int(state.row.get("train/skipped", 0)),
+        "rollbacks": int(state.row.get("train/rollbacks", 0)),
+        "lost_clips": int(state.row.get("train/lost_clips", 0)),
     }
 
 
-def print_summary(trainer: "Trainer", summary: dict[str, Any]) -> None:
-    table = Table(title=f"{trainer.cfg.name}: done", title_justify="left", show_header=False)
-    for key in (
-        "steps",
-        "seconds",
-        "params",
-        "final_loss",
-        "val_loss",
-        "val_psnr",
-        "val_ssim",
-        "tokens_per_s",
-        "data_wait",
-    ):
+def print_summary(run: RunContext, summary: dict[str, Any]) -> None:
+    table = Table(title=f"{run.cfg.name}: done", title_justify="left", show_header=False)
+    for key in SHOWN:
         value = summary[key]
         if value is not None:
             table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
@@ -97,12 +119,12 @@ def print_summary(trainer: "Trainer", summary: dict[str, Any]) -> None:
     console.print(table)
     if summary["captions_cut"]:
         console.print(
-            f"captions cut at text.max_length={trainer.cfg.text.max_length}: {summary['captions_cut']:,}"
+            f"captions cut at text.max_length={run.cfg.text.max_length}: {summary['captions_cut']:,}"
         )
     if summary["skipped_steps"]:
         console.print(
             f"steps skipped: {summary['skipped_steps']:,}, roll-backs: {summary['rollbacks']}, clips not trained for "
-            f"it: {summary['lost_clips']:,}; see {trainer.folder.path / 'spikes'}",
+            f"it: {summary['lost_clips']:,}; see {run.folder.path / 'spikes'}",
             highlight=False,
         )
     if summary["oracle"]:
@@ -124,11 +146,3 @@ def oracle_table(oracle: dict[str, Any]) -> Table:
     for key in rows:
         table.add_row(key.replace("_", " "), *[f"{oracle[key][factor]:.1%}" for factor in factors])
     return table
-
-
-def export_vae(trainer: "Trainer") -> None:
-    """Write the averaged VAE, with its latent statistics measured, in the diffusers layout."""
-    from sora_train.training.outputs.vae_export import export
-
-    with trainer.averaged():
-        export(trainer)

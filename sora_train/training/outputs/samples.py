@@ -1,42 +1,40 @@
 """Samples that a run makes of itself: of which prompts, in which shape, and where they go."""
 
-from collections.abc import Callable
-from pathlib import Path
-
-from torch import nn
-
 from sora_train.config import Config
-from sora_train.diffusion.spec import DiffusionSpec
-from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.sampling.files import save_clips
 from sora_train.sampling.pipeline import ClipShape, sample_clips
+from sora_train.training.components import Components
 from sora_train.training.pipeline.data import TrainingData
+from sora_train.training.run import RunContext
 
 
-def write_samples(
-    folder: Path | None,
-    model: nn.Module,
-    vae: VideoVAE,
-    spec: DiffusionSpec,
-    prompts: list[str],
-    shape: ClipShape,
-    *,
-    seed: int,
-    on_step: Callable[[int], None],
-) -> None:
-    """Sample `prompts`, one clip each, and write them into `folder`.
+def write_samples(run: RunContext, parts: Components, step: int) -> None:
+    """Sample the configured prompts with the averaged weights into samples/step-N.
 
-    Every rank calls this and computes; a rank whose `folder` is None writes nothing.
-
-    Args:
-        on_step: called with the number of the sampler's steps done, after each.
+    Every rank calls this and computes; the first one writes. Nothing happens where `sample.every` is 0, or where the
+    model has no diffusion spec to sample by.
     """
-    model.eval()
-    try:
-        clips = sample_clips(model, vae, spec, prompts, shape, seed=seed, on_step=on_step)
-    finally:
-        model.train()
-    if folder is not None:
+    cfg, model, spec = run.cfg, parts.engine.model, parts.spec
+    prompts = sample_prompts(cfg, parts.data)
+    if cfg.sample.every == 0 or spec is None or not prompts:
+        return
+    shape, seed = sample_shape(cfg, parts.data), cfg.sample.seed
+    with run.health.phase("samples"), parts.averaged():
+        model.eval()
+        try:
+            clips = sample_clips(
+                model,
+                parts.vae,
+                spec,
+                prompts,
+                shape,
+                seed=seed,
+                on_step=lambda _: run.health.check_preemption(),
+            )
+        finally:
+            model.train()
+    if run.is_main:
+        folder = run.folder.samples(step)
         save_clips(folder, clips, prompts, fps=shape.fps, seeds=[seed] * len(prompts))
 
 

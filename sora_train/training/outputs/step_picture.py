@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,9 @@ from sora_train.data.manifest import Manifest
 from sora_train.data.sample import Clip, ClipBatch
 from sora_train.errors import Fault
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.objectives import LossTerm, Objective, TextToVideoObjective
-
-if TYPE_CHECKING:
-    from sora_train.training.trainer import Trainer
+from sora_train.objectives import LossTerm, Objective
+from sora_train.training.components import Components
+from sora_train.training.run import RunContext
 
 SHEET, FACTS = "contact_sheet.png", "replay.json"
 MAX_ROWS = 48
@@ -86,7 +85,7 @@ def samples_of(
     for number, (batch, (rank, slot)) in enumerate(zip(batches, places, strict=True)):
         bucket = batch.micro_batch.bucket.name
         drawn = _draws(objective, batch)
-        losses = _losses(objective, batch, terms[number], totals or {}) if terms else []
+        losses = _losses(batch, terms[number], totals or {}) if terms else []
         for i, clip in enumerate(batch.clips):
             known = _facts(manifest, clip.row) | (drawn[i] if drawn else {})
             known |= losses[i] if losses else {}
@@ -112,9 +111,9 @@ def _facts(manifest: Manifest, row: int) -> dict[str, Any]:
 
 def _draws(objective: Objective, batch: ClipBatch) -> list[dict[str, Any]]:
     """What chance decided about each clip; [] for an objective that does not tell."""
-    if not isinstance(objective, TextToVideoObjective) or not batch.clips:
+    drawn = objective.describe(batch) if batch.clips else None
+    if drawn is None:
         return []
-    drawn = objective.draws(batch)
     return [
         {
             "prompt": drawn.prompts[i],
@@ -128,16 +127,17 @@ def _draws(objective: Objective, batch: ClipBatch) -> list[dict[str, Any]]:
 
 
 def _losses(
-    objective: Objective,
-    batch: ClipBatch,
-    terms: Mapping[str, LossTerm],
-    totals: Mapping[str, float],
+    batch: ClipBatch, terms: Mapping[str, LossTerm], totals: Mapping[str, float]
 ) -> list[dict[str, float]]:
     """Loss and share of each clip; [] where the terms do not tell of clips, or there is none."""
     parts = {name: term.per_sample for name, term in terms.items()}
     if not batch.clips or any(part is None for part in parts.values()):
         return []
-    units = _units(objective, batch)
+    # What each clip's part of the loss is a sum over: itself, or its tokens that count.
+    infos = [term.info for term in terms.values() if term.info is not None]
+    units = [1.0] * len(batch.clips)
+    if len(infos) == len(terms) == 1:
+        units = [max(1.0, weight) for weight in infos[0].weights.tolist()]
     values = {name: part.double().tolist() for name, part in parts.items() if part is not None}
     return [
         {
@@ -148,17 +148,6 @@ def _losses(
         }
         for i in range(len(batch.clips))
     ]
-
-
-def _units(objective: Objective, batch: ClipBatch) -> list[float]:
-    """What each clip's part of the loss is a sum over: itself, or its tokens that count."""
-    if not isinstance(objective, TextToVideoObjective) or objective.cfg.loss.reduce == "per_sample":
-        return [1.0] * len(batch.clips)
-    frames, tokens = objective.token_grid(batch)
-    given = objective.draws(batch).mask_BT.sum(dim=1).tolist()
-    if objective.spec.cond_mode == "concat":
-        given = [0.0] * len(batch.clips)
-    return [max(1.0, (frames - count) * tokens) for count in given]
 
 
 @torch.no_grad()
@@ -289,11 +278,12 @@ def table_of(samples: Sequence[Sample]) -> str:
 
 
 def draw_step(
-    trainer: "Trainer",
-    step: int,
+    run: RunContext,
+    parts: Components,
+    samples: Sequence[Sample],
     batches: Sequence[ClipBatch],
-    terms: Sequence[Mapping[str, LossTerm]] = (),
-    totals: Mapping[str, float] | None = None,
+    step: int,
+    data_step: int,
     why: str = "",
 ) -> list[Path]:
     """Draw this rank's part of step `step` (counted from 1) into RUN/spikes/step-N, from what is at hand.
@@ -304,25 +294,21 @@ def draw_step(
     of the tape too.
 
     Args:
-        terms: those of each micro-batch, as the step's forwards gave them; empty: without losses.
-        totals: each term's total weight over the step.
+        samples: of the micro-batches, as `samples_of` tells them.
+        data_step: the step of the tape that was trained.
         why: what went wrong, for the title.
     """
-    rank = trainer.world.rank
-    if trainer.world.cp_rank:
+    rank, size = run.world.rank, run.world.size
+    if run.world.cp_rank:
         return []
-    moved = "" if trainer.data_step + 1 == step else f"-tape-{trainer.data_step + 1:06d}"
-    out = trainer.folder.path / "spikes" / f"step-{step:06d}{moved}"
-    places = [(rank, slot) for slot in range(len(batches))]
+    moved = "" if data_step + 1 == step else f"-tape-{data_step + 1:06d}"
+    out = run.folder.path / "spikes" / f"step-{step:06d}{moved}"
     try:
-        samples = samples_of(
-            trainer.objective, trainer.data.manifest, batches, places, terms, totals
-        )
         clips = {(clip.row, clip.epoch): clip for batch in batches for clip in batch.clips}
-        about = {"step": step, "rank": rank, "ranks": trainer.world.size, "why": why}
-        title = f"step {step}, rank {rank} of {trainer.world.size}" + (f": {why}" if why else "")
+        about = {"step": step, "rank": rank, "ranks": size, "why": why}
+        title = f"step {step}, rank {rank} of {size}" + (f": {why}" if why else "")
         names = f"rank-{rank}.png", f"rank-{rank}.json"
-        return write_replay(out, about, title, samples, clips, trainer.vae, names, MAX_LIVE_ROWS)
+        return write_replay(out, about, title, samples, clips, parts.vae, names, MAX_LIVE_ROWS)
     except Exception as error:
         print(f"the clips of step {step} could not be drawn: {error}", file=sys.stderr, flush=True)
         return []

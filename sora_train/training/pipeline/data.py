@@ -3,15 +3,14 @@
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from sora_train.checkpoint.meta import CheckpointMeta
 from sora_train.config import Config
 from sora_train.data.index.sources import Sources, Stock, open_together
 from sora_train.data.loader import Loader
@@ -25,7 +24,6 @@ from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import to_pixels
 from sora_train.runtime import preemption
 from sora_train.runtime.control_plane import ControlPlane
-from sora_train.runtime.world import World
 from sora_train.training.pipeline.encoding import CacheFiller, fill_cache, open_caches, open_filler
 from sora_train.training.pipeline.plan import (
     assigned,
@@ -38,12 +36,7 @@ from sora_train.training.pipeline.plan import (
     token_counter,
 )
 from sora_train.training.pipeline.shared_batches import read_together
-
-
-class HasPath(Protocol):
-    """The folder of a run, or what stands for it."""
-
-    path: Path
+from sora_train.training.run import RunContext
 
 
 @dataclass
@@ -68,17 +61,14 @@ class TrainingData:
     @classmethod
     def build(
         cls,
-        cfg: Config,
+        run: RunContext,
         vae: VideoVAE,
         model: nn.Module | None,
-        world: World,
-        control: ControlPlane,
-        folder: "HasPath",
-        state: Mapping[str, Any] | None = None,
+        resumed: CheckpointMeta | None = None,
     ) -> "TrainingData":
         """Open the sources, plan the tape, encode what is to be cached.
 
-        `state` is that of the checkpoint the run goes on from: rows keep their numbers, and what the
+        `resumed` is that of the checkpoint the run goes on from: rows keep their numbers, and what the
         sources have gained since then joins at the end of the epoch. Without a model nothing can be
         trained on what is built, only looked at.
 
@@ -86,8 +76,9 @@ class TrainingData:
             UserError: no such source, no caption, no clip that fits a bucket, too many dropped, or
                 a world size that would leave too many ranks idle.
         """
+        cfg, world, control, folder = run.cfg, run.world, run.control, run.folder
         require_efficiency(cfg.train.micro_batches, world.dp_size, cfg.elastic.min_efficiency)
-        stocks = Stock.listed(state) if state else []
+        stocks = Stock.listed(resumed.snapshots) if resumed else []
         sources = open_together(cfg, world, control, folder.path, stocks)
         train = sources.train
         reads_vae_latents = cfg.task == "text_to_video"
@@ -96,7 +87,7 @@ class TrainingData:
         tokens_of = token_counter(vae, patch)
         sources, tape, assignment = plan(
             cfg, sources, table, tokens_of, cost_model(cfg, model),
-            memory=memory_cap(cfg, vae, tokens_of), step=state["data_step"] if state else 0,
+            memory=memory_cap(cfg, vae, tokens_of), step=resumed.train.data_step if resumed else 0,
         )  # fmt: skip
         vae_digest = vae.digest()
         for manifest in (train, sources.val):

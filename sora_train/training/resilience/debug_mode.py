@@ -7,58 +7,54 @@ networks, on all ranks. docs/debugging.md tells of the sentences that come of it
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from sora_train.data.sample import ClipBatch
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.objectives import TextToVideoObjective
 from sora_train.parallel.checks.agreement import Agreement, digest_of
 from sora_train.parallel.checks.block_calls import BlockCalls
 from sora_train.parallel.shards import local
 from sora_train.runtime.health import longest_wait
-
-if TYPE_CHECKING:
-    from sora_train.training.trainer import Trainer
+from sora_train.training.components import Components
+from sora_train.training.run import RunContext
 
 MOST_CLIPS = 8
 """Clips of a micro-batch that are named."""
 
 
-def start_debug(trainer: "Trainer") -> "DebugMode | None":
+def start_debug(run: RunContext, parts: Components) -> "DebugMode | None":
     """None where nothing is asked for, or one rank has nobody to compare with: then not a hook is placed."""
-    if trainer.cfg.parallel.debug_every == 0 or trainer.world.size == 1:
+    if run.cfg.parallel.debug_every == 0 or run.world.size == 1:
         return None
-    return DebugMode(trainer)
+    return DebugMode(run, parts)
 
 
 class DebugMode:
     """`watched` goes around the micro-batches of a step."""
 
-    def __init__(self, trainer: "Trainer"):
-        self.trainer = trainer
-        degrees, cfg = trainer.degrees, trainer.cfg
+    def __init__(self, run: RunContext, parts: Components):
+        self.cfg, self.parts = run.cfg, parts
+        self.model = parts.engine.model
+        degrees, cfg = run.degrees, run.cfg
         # What an engine other than FSDP2 holds of the weights between steps is the same on every rank.
         shards = degrees.shards if cfg.parallel.engine == "fsdp" else 1
-        self.agreement = Agreement(
-            trainer.world, shards, longest_wait(cfg.health), degrees.place_of
-        )
-        self.calls = BlockCalls(trainer.engine.model, self.agreement)
+        self.agreement = Agreement(run.world, shards, longest_wait(cfg.health), degrees.place_of)
+        self.calls = BlockCalls(self.model, self.agreement)
         self._frozen_are_known = False
 
     def due(self, step: int) -> bool:
         """Whether ranks compare live in this step (counted from 1)."""
-        train, every = self.trainer.cfg.train, self.trainer.cfg.parallel.debug_every
+        train, every = self.cfg.train, self.cfg.parallel.debug_every
         return not self._frozen_are_known or step % every == 0 or step == train.steps
 
-    def watched(self, batches: list[ClipBatch]) -> Iterator[ClipBatch]:
-        """The micro-batches of this step, one after the other.
+    def watched(self, step: int, batches: list[ClipBatch]) -> Iterator[ClipBatch]:
+        """The micro-batches of a step (counted from 1), one after the other.
 
         Raises:
             Fault: ranks differ; on all of them.
         """
-        step, calls = self.trainer.step + 1, self.calls
+        calls = self.calls
         calls.where = f"step {step}"
         calls.about = ""
         calls.watching, calls.live = True, False
@@ -68,7 +64,7 @@ class DebugMode:
                 self._compare(batches, step)
                 calls.live = True
             for number, batch in enumerate(batches):
-                calls.where, calls.about = self._where(number), self._clips(batch)
+                calls.where, calls.about = _where(step, number), self._clips(batch)
                 self._note_batch(batch)
                 calls.at("the micro-batch")
                 yield batch
@@ -79,31 +75,28 @@ class DebugMode:
         finally:
             calls.watching = calls.live = False
 
-    def _where(self, number: int) -> str:
-        return f"micro-batch {number} of step {self.trainer.step + 1}"
-
     # -- what is noted ------------------------------------------------------------------------
 
     def _compare(self, batches: list[ClipBatch], step: int) -> None:
         """What was done since ranks agreed last, what they hold, and what they are about to train on."""
         self._note_held()
         if self.agreement.compares("weights"):
-            for name, parameter in self.trainer.engine.model.named_parameters():
+            for name, parameter in self.model.named_parameters():
                 self.agreement.note(
                     "weights", f"{name} before step {step}", digest_of(local(parameter))
                 )
         if self.agreement.compares("batch"):
             for number, batch in enumerate(batches):
-                self._note_contents(self._where(number), batch)
+                self._note_contents(_where(step, number), batch)
         self.agreement.settle()
 
     def _note_held(self) -> None:
         """Frozen networks once, since nothing changes them; what an objective trains by itself each time."""
-        trainer, held = self.trainer, {}
+        objective, held = self.parts.objective, {}
         if not self._frozen_are_known:
             self._frozen_are_known = True
-            held = {**trainer.objective.facts(), **frozen_weights(trainer)}
-        for name, value in {**held, **trainer.objective.tensors()}.items():
+            held = {**objective.facts(), **frozen_weights(self.parts)}
+        for name, value in {**held, **objective.tensors()}.items():
             self.agreement.note("held", name, digest_of(value))
 
     def _note_batch(self, batch: ClipBatch) -> None:
@@ -121,27 +114,30 @@ class DebugMode:
                 if value is not None:
                     what = f"{digest_of(value)} for {name} of row {clip.row}"
                     self.agreement.note("batch", where, what, about)
-        if isinstance(self.trainer.objective, TextToVideoObjective):
-            drawn = self.trainer.objective.draws(batch)
-            for name, value in vars(drawn).items():
-                what = f"{digest_of(value)} for the draws {name}"
-                self.agreement.note("batch", where, what, about)
+        drawn = self.parts.objective.describe(batch)
+        for name, value in vars(drawn).items() if drawn else ():
+            what = f"{digest_of(value)} for the draws {name}"
+            self.agreement.note("batch", where, what, about)
 
     def _clips(self, batch: ClipBatch) -> str:
         """A micro-batch in words."""
         rows, bucket = batch.micro_batch.rows, batch.micro_batch.bucket.name
         if not rows:
             return f"no clips, as {bucket}"
-        keys = [f"{row} {self.trainer.data.manifest.key[row]}" for row in rows[:MOST_CLIPS]]
+        keys = [f"{row} {self.parts.data.manifest.key[row]}" for row in rows[:MOST_CLIPS]]
         more = f" and {len(rows) - MOST_CLIPS} more" if len(rows) > MOST_CLIPS else ""
         return f"rows {', '.join(keys)}{more} as {bucket}"
 
 
-def frozen_weights(trainer: "Trainer") -> dict[str, Tensor]:
+def _where(step: int, number: int) -> str:
+    return f"micro-batch {number} of step {step}"
+
+
+def frozen_weights(parts: Components) -> dict[str, Tensor]:
     """All tensors of the networks that are used and not trained, by name."""
-    model, found = trainer.engine.model, {}
-    if trainer.vae is not model:
-        found["vae"] = trainer.vae
+    model, found = parts.engine.model, {}
+    if parts.vae is not model:
+        found["vae"] = parts.vae
     if isinstance(model, TextToVideo) and model.text_encoder is None:
         found["text_encoder"] = model.frozen_encoder
     return {

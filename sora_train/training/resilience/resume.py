@@ -9,9 +9,9 @@ import fnmatch
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,18 +21,18 @@ from sora_train import checkpoint as checkpoints
 from sora_train.base.files import write_atomically
 from sora_train.checkpoint import Checkpoint
 from sora_train.checkpoint.layout import split_step
+from sora_train.checkpoint.meta import CheckpointMeta, read_meta
 from sora_train.config import Config
-from sora_train.config.renamed import with_new_names
-from sora_train.config.resumption import changes, differences, resume_class
+from sora_train.config.resumption import changes, resume_class
 from sora_train.errors import ConfigError, Fault, UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.run_folder import CHANGES, RunFolder
 from sora_train.runtime.control_plane import ControlPlane
-from sora_train.training.resilience.probe import require_same_probe
+from sora_train.training.components import Components
+from sora_train.training.pipeline.data import TrainingData
+from sora_train.training.resilience.probe import measure_probe, require_same_probe
 from sora_train.training.resilience.rollback import discard_abandoned
-
-if TYPE_CHECKING:
-    from sora_train.training.trainer import Trainer
+from sora_train.training.run import RunContext
 
 ASIDE = "damaged-"
 PASSED_OVER = "passed_over.txt"
@@ -42,19 +42,12 @@ Change = tuple[str, Any, Any]
 """Dotted key, value of the checkpoint, value now."""
 
 
-STATE = frozenset({
-    "step", "data_step", "epoch", "samples_seen", "dropped", "captions_cut", "forked_from", "owed", "row", "task",
-    "config", "spec", "manifest_digest", "stocks", "quarantine", "probe", "judge", "plan",
-})  # fmt: skip
-"""What a run cannot go on exactly without."""
-
-
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on: a checkpoint with its state, and the run it was forked from, if it was."""
+    """Where a run goes on: a checkpoint, what it says, and the run it was forked from, if it was."""
 
-    found: Checkpoint
-    state: dict[str, Any]
+    checkpoint: Checkpoint
+    meta: CheckpointMeta
     forked_from: str = ""
 
 
@@ -71,51 +64,38 @@ def starting_point(cfg: Config, folder: RunFolder, control: ControlPlane) -> Sta
         discard_abandoned(folder.path)
     own = choose(folder.checkpoints, control)
     if own is not None:
-        state = whole_state(own)
-        origin = state.get("forked_from", "")
-        if cfg.resume.run and not _same_run(origin, cfg.resume.run):
+        meta = read_meta(own)
+        if cfg.resume.run and not _same_run(meta.forked_from, cfg.resume.run):
             raise UserError(
-                f"run.dir={folder.path} holds a run that was {_origin(state)}, and resume.run={cfg.resume.run} would "
+                f"run.dir={folder.path} holds a run that was {_origin(meta)}, and resume.run={cfg.resume.run} would "
                 "fork it anew; drop resume.run to go on with it, or give another run.dir"
             )
-        return Start(own, state, origin)
+        return Start(own, meta, meta.forked_from)
     if not cfg.resume.run:
         return None
     run, step = control.together(lambda: split_step(cfg.resume.run))
-    found = control.together(lambda: checkpoints.find(run, step))
-    why = damage(found, control)
+    chosen = control.together(lambda: checkpoints.find(run, step))
+    why = damage(chosen, control)
     if why:
         raise UserError(f"resume.run={cfg.resume.run}: {why}; choose another step with FOLDER@STEP")
-    state = whole_state(found)
+    meta = read_meta(chosen)
     if control.world.is_main:
-        _take_history(run, folder, state["step"])
-    return Start(found, state, cfg.resume.run)
-
-
-def whole_state(found: Checkpoint) -> dict[str, Any]:
-    """A checkpoint's state. Raises UserError where it lacks what going on needs."""
-    state = found.state()
-    lacking = sorted(STATE - set(state))
-    if lacking and "imported_from" not in state:
-        raise UserError(
-            f"{found.path} holds no {', '.join(lacking)}, so a run cannot go on from it exactly; start another run.dir "
-            "with its weights: init.run and init.weights"
-        )
-    return state
+        _take_history(run, folder, meta.step)
+    return Start(chosen, replace(meta, forked_from=cfg.resume.run), cfg.resume.run)
 
 
 def _same_run(one: str, other: str) -> bool:
     """Whether two texts name the same step of the same run."""
-    if one == other:
-        return True
     if not one:
         return False
+    if one == other:
+        return True
     (a, step_a), (b, step_b) = split_step(one), split_step(other)
     return a.resolve() == b.resolve() and step_a == step_b
 
 
-def _origin(state: dict[str, Any]) -> str:
-    return f"forked from {state['forked_from']}" if state.get("forked_from") else "begun anew"
+def _origin(meta: CheckpointMeta) -> str:
+    return f"forked from {meta.forked_from}" if meta.forked_from else "begun anew"
 
 
 def _take_history(run: Path, folder: RunFolder, step: int) -> None:
@@ -187,13 +167,13 @@ def damage(found: Checkpoint, control: ControlPlane) -> str:
 # -- what has changed since ---------------------------------------------------------------------------
 
 
-def allowed_changes(cfg: Config, state: dict[str, Any]) -> list[Change]:
-    """The recorded keys that differ from those of a checkpoint.
+def allowed_changes(cfg: Config, saved: dict[str, Any]) -> list[Change]:
+    """The recorded keys that differ from the configuration that a checkpoint holds.
 
     Raises:
         ConfigError: a refused key differs; it names up to five, with both values.
     """
-    saved = _with_defaults(state["config"], cfg)
+    saved = _with_defaults(saved, cfg)
     now = cfg.model_dump(mode="json")
     if cfg.train.epochs:
         # A run of epochs has them told in steps once its tape is known.
@@ -209,18 +189,6 @@ def allowed_changes(cfg: Config, state: dict[str, Any]) -> list[Change]:
     return found
 
 
-def require_same_spec(now: dict[str, Any] | None, start: Start) -> None:
-    """Raises ConfigError where the diffusion spec, digests of VAE and text encoder included, is another."""
-    before = json.loads(json.dumps(start.state["spec"]))
-    found = differences(before, json.loads(json.dumps(now)), "spec")
-    if found:
-        said = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in found[:5])
-        raise ConfigError(
-            f"{start.found.path} was trained with another diffusion spec: {said}; give the VAE and the text encoder "
-            "of that run, or another run.dir"
-        )
-
-
 def _with_defaults(saved: dict[str, Any], cfg: Config) -> dict[str, Any]:
     """A key that came after the checkpoint was written had its default's meaning."""
 
@@ -229,21 +197,21 @@ def _with_defaults(saved: dict[str, Any], cfg: Config) -> dict[str, Any]:
             return default | {k: merged(default.get(k), v) for k, v in value.items()}
         return value
 
-    return merged(type(cfg)().model_dump(mode="json"), with_new_names(saved))
+    return merged(type(cfg)().model_dump(mode="json"), saved)
 
 
-def record_changes(trainer: "Trainer", found: list[Change]) -> None:
-    """Show what changed and write it down with the step from which it counts; rank 0 alone."""
-    if not found or not trainer.world.is_main or trainer.cfg.dry_run:
+def record_changes(run: RunContext, step: int, changed: list[Change]) -> None:
+    """Show what changed and write it down with the step from which it counts; the first rank alone."""
+    if not changed or not run.is_main or run.cfg.dry_run:
         return
-    table = Table(title=f"changed from step {trainer.step} on", title_justify="left")
+    table = Table(title=f"changed from step {step} on", title_justify="left")
     for column in ("key", "was", "is"):
         table.add_column(column)
-    for key, old, new in found:
+    for key, old, new in changed:
         table.add_row(key, str(old), str(new))
     Console().print(table)
-    path = trainer.folder.path / CHANGES
-    rows = [{"step": trainer.step, "key": key, "was": old, "is": new} for key, old, new in found]
+    path = run.folder.path / CHANGES
+    rows = [{"step": step, "key": key, "was": old, "is": new} for key, old, new in changed]
     before = path.read_text() if path.exists() else ""
     new_lines = "".join(json.dumps(row) + "\n" for row in rows)
     # A start that is made again after a crash says the same again.
@@ -254,89 +222,78 @@ def record_changes(trainer: "Trainer", found: list[Change]) -> None:
 # -- loading ------------------------------------------------------------------------------------------
 
 
-def restore(trainer: "Trainer", start: Start, changed: list[Change]) -> None:
-    """Bring a trainer to where the checkpoint stands, and see that it is the same there.
+def load_parts(run: RunContext, parts: Components, start: Start) -> None:
+    """Fill all tensors but those that `resume.allow_missing` lets the checkpoint lack, and the quarantine list.
 
     Raises:
-        UserError: tensors are missing, left over or of another shape.
-        Fault: the probe's loss is another than when the checkpoint was written.
+        UserError: tensors are missing, left over or of another shape, or a frozen network is another.
+        ConfigError: `resume.allow_missing` names what the run does not have.
+        Fault: the data were opened without what the checkpoint says of them.
     """
-    state = start.state
-    trainer.data.sources.require_following(state)
-    trainer.objective.require_same(state)
-    _load(trainer, start.found)
-    trainer.data.loader.quarantine.restore(state["quarantine"], record=trainer.world.is_main)
-    trainer.restore(state)
-    if start.found.path.parent != trainer.folder.checkpoints:
-        trainer.saved = None
-    require_step(trainer)
-    if not trainer.cfg.resume.allow_missing:
-        inexact = ("model.", "vae.", "text.", "parallel.", "run.")
-        exactly = not any(key.startswith(inexact) for key, _, _ in changed)
-        require_same_probe(trainer, state, exactly=exactly)
-    _find_place(trainer, state)
-    record_changes(trainer, changed)
-
-
-def _load(trainer: "Trainer", found: Checkpoint) -> None:
-    """Fill all tensors but those that `resume.allow_missing` lets the checkpoint lack."""
-    wanted, patterns = trainer.tensors(), trainer.cfg.resume.allow_missing
-    lacking = set(wanted) - set(FileSystemReader(found.path).read_metadata().state_dict_metadata)
-    let_go = {name for name in lacking if any(fnmatch.fnmatchcase(name, one) for one in patterns)}
+    parts.data.sources.require_following(start.meta.snapshots)
+    parts.objective.require_same(start.meta.objective, start.meta.step)
+    wanted, patterns = parts.tensors(), run.cfg.resume.allow_missing
+    stored = FileSystemReader(start.checkpoint.path).read_metadata().state_dict_metadata
+    lacking = set(wanted) - set(stored)
+    allowed = {name for name in lacking if any(fnmatch.fnmatchcase(name, one) for one in patterns)}
     for pattern in patterns:
         if not fnmatch.filter(wanted, pattern):
             raise ConfigError(
                 f"resume.allow_missing holds {pattern!r}, and this run has no tensor of that name; drop it"
             )
-    checkpoints.load(
-        found,
-        {name: tensor for name, tensor in wanted.items() if name not in let_go},
-        trainer.control,
-        verified=True,
-    )
-    trainer.engine.weights_changed()
-    trainer.ema.begin_with(trainer.engine.weights, let_go)
-    if let_go and trainer.world.is_main:
+    loaded = {name: tensor for name, tensor in wanted.items() if name not in allowed}
+    checkpoints.load(start.checkpoint, loaded, run.control, verified=True)
+    parts.engine.weights_changed()
+    parts.ema.begin_with(parts.engine.weights, allowed)
+    if allowed and run.is_main:
+        shown = f"{', '.join(sorted(allowed)[:5])}{' ...' if len(allowed) > 5 else ''}"
         Console(stderr=True).print(
-            f"{len(let_go)} tensors begin anew, which {found.path} lacks: {', '.join(sorted(let_go)[:5])}"
-            f"{' ...' if len(let_go) > 5 else ''}",
+            f"{len(allowed)} tensors begin anew, which {start.checkpoint.path} lacks: {shown}",
             highlight=False,
             soft_wrap=True,
         )
+    parts.data.loader.quarantine.restore(start.meta.quarantine, record=run.is_main)
 
 
-def _find_place(trainer: "Trainer", state: dict[str, Any]) -> None:
-    """Go on in the tape where the checkpoint left it.
+def require_same_loss(
+    run: RunContext, parts: Components, start: Start, changed: list[Change]
+) -> None:
+    """Raises Fault where the probe's loss is another than when the checkpoint was written."""
+    if run.cfg.resume.allow_missing or start.meta.probe is None:
+        return
+    inexact = ("model.", "vae.", "text.", "parallel.", "run.")
+    exactly = not any(key.startswith(inexact) for key, _, _ in changed)
+    now = measure_probe(run, parts)
+    require_same_probe(run.cfg, start.meta.step, start.meta.probe, now, exactly=exactly)
 
-    With another number of micro-batches a step that is the next step's first one; with other
-    micro-batches it is the next epoch, since what is left of this one cannot be told. What is passed
-    over is said.
+
+def find_place(data: TrainingData, meta: CheckpointMeta, data_step: int) -> tuple[int, str]:
+    """The step of the tape to go on with, and what is passed over for it, in words.
+
+    `data_step` is the step that would be next. With another number of micro-batches a step, it is the next step's
+    first one; with other micro-batches it is the next epoch, since what is left of this one cannot be told.
     """
-    data, per_step = trainer.data, int(state["config"]["train"]["micro_batches"])
-    same = data.plan_digest(state["data_step"] * per_step) == state["plan"]
-    epoch = math.ceil(state["epoch"])
+    per_step = int(meta.config["train"]["micro_batches"])
+    same = data.plan_digest(meta.train.data_step * per_step) == meta.plan
+    epoch = math.ceil(meta.epoch)
     # What was left out by going back lies behind the checkpoint's own place.
-    wanted = trainer.data_step * per_step if same else data.tape.index_after(epoch)
-    trainer.data_step = math.ceil(wanted / data.micro_batches)
-    over = trainer.data_step * data.micro_batches - wanted
-    said = (
-        f"{over} micro-batch(es) are passed over, so that a step begins where one did"
-        if over
-        else ""
-    )
+    wanted = data_step * per_step if same else data.tape.index_after(epoch)
+    place = math.ceil(wanted / data.micro_batches)
     if not same:
-        said = (
+        return place, (
             f"the tape is another than that of the checkpoint, so the run goes on with epoch {epoch}, and "
-            f"{epoch - state['epoch']:.1%} of the one it was in is passed over"
+            f"{epoch - meta.epoch:.1%} of the one it was in is passed over"
         )
-    if said and trainer.world.is_main:
-        Console().print(said, highlight=False)
+    over = place * data.micro_batches - wanted
+    if not over:
+        return place, ""
+    return place, f"{over} micro-batch(es) are passed over, so that a step begins where one did"
 
 
-def require_step(trainer: "Trainer") -> None:
+def require_step(cfg: Config, step: int) -> None:
     """Raises ConfigError where a checkpoint's step lies beyond the run's end, which would train nothing."""
-    if trainer.step > trainer.cfg.train.steps:
+    if step > cfg.train.steps:
         raise ConfigError(
-            f"run.dir={trainer.cfg.run.dir} stands at step {trainer.step}, beyond train.steps="
-            f"{trainer.cfg.train.steps}; raise train.steps, or fork an earlier step with resume.run"
+            f"run.dir={cfg.run.dir} stands at step {step}, beyond train.steps="
+            f"{cfg.train.steps}; raise train.steps, or fork an earlier step with resume.run"
         )

@@ -1,12 +1,12 @@
 """Going back: load an earlier checkpoint in place and go on from it with other data.
 
-Skipping leaves the weights as they are, so where step after step is bad it is the weights that are.
-The run then takes up the newest checkpoint from before the first of those steps and reads on behind
+Skipping leaves the weights as they are, so where step after step is bad the weights are to blame.
+The run then takes the newest checkpoint from before the first of those steps and reads on behind
 them: the data from that checkpoint to here is left out (PaLM, arXiv:2204.02311, section 5.1).
 
 RUN/rollbacks.jsonl is the record. A line is on disk before anything else changes, and a run killed
 at any point after it goes on as one that was not: `discard_abandoned` removes the checkpoints of
-the branch that was left, and `take_up` tells what the checkpoint gone back to cannot know.
+the branch that was left, and `later` finds what the checkpoint gone back to cannot know.
 """
 
 import json
@@ -14,14 +14,14 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from sora_train import checkpoint as checkpoints
-from sora_train.errors import Fault
-from sora_train.training.spike_detector import SpikeCounters
-
-if TYPE_CHECKING:
-    from sora_train.training.trainer import Trainer
+from sora_train.checkpoint.meta import TrainState, read_meta
+from sora_train.config import Config
+from sora_train.errors import Fault, UserError
+from sora_train.monitoring.run_folder import RunFolder
+from sora_train.runtime.control_plane import ControlPlane
+from sora_train.training.resilience.spike_detector import SpikeCounters, SpikeDetector
 
 FILE_NAME = "rollbacks.jsonl"
 
@@ -36,6 +36,84 @@ class Rollback:
     left_out: tuple[int, int]
     """Steps of the tape that are not trained: the first, and the one behind the last."""
     tally: dict[str, int]
+    """The spike detector's counters from then on."""
+
+    def __str__(self) -> str:
+        first, behind = self.left_out
+        return (
+            f"rolled back from step {self.from_step} to the checkpoint of step {self.to_step}; the data of "
+            f"steps {first + 1} to {behind} is left out (roll-back {self.number})"
+        )
+
+
+def decide(
+    state: TrainState, spikes: SpikeDetector, folder: RunFolder, control: ControlPlane, cfg: Config
+) -> tuple[checkpoints.Checkpoint, Rollback]:
+    """Where to go back to, behind the steps skipped last; the same on every rank, and a collective.
+
+    Raises:
+        Fault: the run went back `spike_detection.max_rollbacks` times, or there is no checkpoint to go to.
+    """
+    counters = spikes.tally
+    first_bad = state.step - counters.in_a_row
+    if counters.rollbacks >= spikes.cfg.max_rollbacks:
+        raise _gave_up(f"after {counters.rollbacks} roll-back(s)", state, counters, folder, cfg)
+    target = newest_undamaged(folder.checkpoints, first_bad, control)
+    if target is None:
+        why = f"and no checkpoint is older than step {first_bad + 1}"
+        raise _gave_up(why, state, counters, folder, cfg)
+    then = read_meta(target).train
+    after = SpikeCounters(
+        skipped=counters.skipped,
+        lost_clips=counters.lost_clips + state.samples_seen - then.samples_seen,
+        rollbacks=counters.rollbacks + 1,
+    )
+    return target, Rollback(
+        number=after.rollbacks,
+        from_step=state.step,
+        to_step=target.step,
+        left_out=(then.data_step, state.data_step),
+        tally=asdict(after),
+    )
+
+
+def record(rollback: Rollback, folder: RunFolder, control: ControlPlane) -> None:
+    """Write a roll-back down before it is done, and remove the checkpoints that it leaves; a collective."""
+    if control.world.is_main:
+        with (folder.path / FILE_NAME).open("a") as file:
+            file.write(json.dumps(asdict(rollback)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        discard_abandoned(folder.path)
+    control.barrier()
+
+
+def later(train: TrainState, folder: RunFolder, control: ControlPlane) -> Rollback | None:
+    """The last roll-back that was decided after a checkpoint was saved; a collective.
+
+    Raises:
+        Fault: the checkpoint belongs to a branch that was left.
+    """
+    recorded = control.broadcast(read_rollbacks(folder.path) if control.world.is_main else None)
+    assert isinstance(recorded, list)
+    unknown = [one for one in recorded if one.number > rollbacks_of(train)]
+    if not unknown:
+        return None
+    last: Rollback = unknown[-1]
+    if train.step > last.to_step:
+        raise Fault(
+            f"the checkpoint of step {train.step} belongs to a part of the run that was left by going back to step "
+            f"{last.to_step}; remove it to go on from that step"
+        )
+    return last
+
+
+def apply(rollback: Rollback, state: TrainState, spikes: SpikeDetector) -> None:
+    """Go on behind the data that a roll-back leaves out."""
+    if state.step == rollback.to_step:
+        state.data_step = rollback.left_out[1]
+    # From before it the bad data are met again, with a count of how often that was in vain.
+    spikes.tally = SpikeCounters(**rollback.tally)
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
@@ -48,141 +126,56 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
     return [Rollback(**{**line, "left_out": tuple(line["left_out"])}) for line in lines]
 
 
-def roll_back(trainer: "Trainer") -> None:
-    """Go back behind the steps skipped last; every rank calls this, after a step.
-
-    Raises:
-        Fault: it was done `spike_detection.max_rollbacks` times, or there is no checkpoint to go to.
-    """
-    trainer.commit()
-    with trainer.health.phase("save"):
-        found, done = decide(trainer)
-        state = found.state()
-        if trainer.world.is_main:
-            append(trainer.folder.path, done)
-            discard_abandoned(trainer.folder.path)
-        trainer.control.barrier()
-        checkpoints.load(found, trainer.tensors(), trainer.control)
-        trainer.engine.weights_changed()
-        trainer.restore(state)
-    # What that checkpoint still asked for was done when it was written.
-    trainer.owed = []
-    trainer.saved = (trainer.step, trainer.owed)
-    if trainer.metrics:
-        trainer.metrics.go_back(done.to_step)
-        trainer.accounts.rolled_back(trainer.metrics)
-    if trainer.world.is_main:
-        print(said(done), flush=True)
-
-
-def decide(trainer: "Trainer") -> tuple[checkpoints.Checkpoint, Rollback]:
-    """Where to go, the same on every rank; raises as `roll_back` does."""
-    judge = trainer.judge
-    first_bad = trainer.step - judge.tally.in_a_row
-    if judge.tally.rollbacks >= judge.cfg.max_rollbacks:
-        raise Fault(gave_up(trainer, f"after {judge.tally.rollbacks} roll-back(s)"))
-    found = newest_undamaged(trainer, first_bad)
-    if found is None:
-        raise Fault(gave_up(trainer, f"and no checkpoint is older than step {first_bad + 1}"))
-    state = found.state()
-    undone = trainer.samples_seen - state["samples_seen"]
-    tally = SpikeCounters(
-        skipped=judge.tally.skipped,
-        lost_clips=judge.tally.lost_clips + undone,
-        rollbacks=judge.tally.rollbacks + 1,
-    )
-    return found, Rollback(
-        number=tally.rollbacks,
-        from_step=trainer.step,
-        to_step=found.step,
-        left_out=(state["data_step"], trainer.data_step),
-        tally=asdict(tally),
-    )
-
-
-def take_up(trainer: "Trainer", state: dict[str, Any]) -> None:
-    """After a checkpoint's state was restored: what was decided after it was saved."""
-    known = rollbacks_of(state)
-    found = trainer.control.broadcast(
-        read_rollbacks(trainer.folder.path) if trainer.world.is_main else None
-    )
-    assert isinstance(found, list)
-    later = [rollback for rollback in found if rollback.number > known]
-    if not later:
-        return
-    last = later[-1]
-    if trainer.step > last.to_step:
-        raise Fault(
-            f"the checkpoint of step {trainer.step} belongs to a part of the run that was left by going back to step "
-            f"{last.to_step}; remove it to go on from that step"
-        )
-    if trainer.step == last.to_step:
-        trainer.data_step = last.left_out[1]
-    # From before it the bad data are met again, with a count of how often that was in vain.
-    trainer.judge.tally = SpikeCounters(**last.tally)
-
-
 def discard_abandoned(run_dir: Path) -> None:
     """Remove the checkpoints of branches that were left. One process calls this."""
     rollbacks = read_rollbacks(run_dir)
     if not rollbacks:
         return
-    for found in checkpoints.list_checkpoints(run_dir / "checkpoints"):
+    for candidate in checkpoints.list_checkpoints(run_dir / "checkpoints"):
         try:
-            known = rollbacks_of(found.state())
-        except (OSError, ValueError):
+            known = rollbacks_of(read_meta(candidate).train)
+        except (OSError, ValueError, UserError):
             # A damaged one is told of when a checkpoint is chosen.
             continue
-        later = [rollback for rollback in rollbacks if rollback.number > known]
-        if any(found.step > rollback.to_step for rollback in later):
-            shutil.rmtree(found.path)
+        unknown = [rollback for rollback in rollbacks if rollback.number > known]
+        if any(candidate.step > rollback.to_step for rollback in unknown):
+            shutil.rmtree(candidate.path)
 
 
-def newest_undamaged(trainer: "Trainer", step: int) -> checkpoints.Checkpoint | None:
-    """The newest checkpoint from before `step` steps were taken whose files match their digests.
+def newest_undamaged(
+    folder: Path, step: int, control: ControlPlane
+) -> checkpoints.Checkpoint | None:
+    """The newest checkpoint from before `step` steps were taken whose files match their digests; a collective.
 
     One of exactly `step` steps has the very weights that the next steps were bad with.
     """
-    world, control = trainer.world, trainer.control
-    listed = control.broadcast(earlier(trainer.folder.checkpoints, step) if world.is_main else None)
+    world = control.world
+    listed = control.broadcast(earlier(folder, step) if world.is_main else None)
     assert isinstance(listed, list)
-    for found in listed:
-        why = checkpoints.damaged(found, part=world.rank, parts=world.size)
-        if not any(control.gather_objects(why)):
-            return found
+    for candidate in listed:
+        damage = checkpoints.damaged(candidate, part=world.rank, parts=world.size)
+        if not any(control.gather_objects(damage)):
+            return candidate
     return None
 
 
 def earlier(folder: Path, step: int) -> list[checkpoints.Checkpoint]:
     """The complete checkpoints from before a step, newest first."""
-    found = [found for found in checkpoints.list_checkpoints(folder) if found.step < step]
-    return found[::-1]
+    listed = checkpoints.list_checkpoints(folder)
+    return [checkpoint for checkpoint in listed if checkpoint.step < step][::-1]
 
 
-def rollbacks_of(state: dict[str, Any]) -> int:
+def rollbacks_of(train: TrainState) -> int:
     """How often the run had gone back when a checkpoint was saved."""
-    return int(state.get("judge", {}).get("tally", {}).get("rollbacks", 0))
+    return int(train.spikes.get("tally", {}).get("rollbacks", 0))
 
 
-def append(run_dir: Path, rollback: Rollback) -> None:
-    with (run_dir / FILE_NAME).open("a") as file:
-        file.write(json.dumps(asdict(rollback)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def said(rollback: Rollback) -> str:
-    first, behind = rollback.left_out
-    return (
-        f"rolled back from step {rollback.from_step} to the checkpoint of step {rollback.to_step}; the data of "
-        f"steps {first + 1} to {behind} is left out (roll-back {rollback.number})"
-    )
-
-
-def gave_up(trainer: "Trainer", why: str) -> str:
-    in_a_row, step, row = trainer.judge.tally.in_a_row, trainer.step, trainer.row
-    return (
+def _gave_up(
+    why: str, state: TrainState, counters: SpikeCounters, folder: RunFolder, cfg: Config
+) -> Fault:
+    in_a_row, step, row = counters.in_a_row, state.step, state.row
+    return Fault(
         f"steps {step - in_a_row + 1} to {step} were bad and skipped (the last: loss {row['train/loss']:.6g}, gradient "
         f"norm {row['train/grad_norm']:.6g}), {why}; the weights are those of before. Look at the clips in "
-        f"{trainer.folder.path / 'spikes'}, lower optim.lr ({trainer.cfg.optim.lr:g}), or change spike_detection"
+        f"{folder.path / 'spikes'}, lower optim.lr ({cfg.optim.lr:g}), or change spike_detection"
     )

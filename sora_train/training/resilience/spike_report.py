@@ -1,62 +1,65 @@
 """The record of a skipped step: which clips it held on which rank, their noise levels and losses, and the limits.
 
 RUN/spikes/step-N.json, N as in metrics.jsonl; `step-N.rK.json` after K roll-backs, when other data
-stands under the same number. Written by rank 0 from what all ranks send.
+stands under the same number. Written by the first rank from what all ranks send.
 """
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sora_train.base.files import write_atomically
+from sora_train.checkpoint.meta import TrainState
 from sora_train.data.sample import ClipBatch
-from sora_train.objectives import LossTerm, TextToVideoObjective
-from sora_train.runtime.control_plane import ControlPlane
-from sora_train.training.outputs.step_picture import draw_step
-from sora_train.training.spike_detector import StepVerdict
+from sora_train.objectives import LossTerm
+from sora_train.training.components import Components
+from sora_train.training.outputs.step_picture import draw_step, samples_of
+from sora_train.training.resilience.spike_detector import SpikeDetector, StepVerdict
+from sora_train.training.run import RunContext
 
-if TYPE_CHECKING:
-    from sora_train.training.trainer import Trainer
-
-Parts = dict[str, LossTerm]
+Terms = dict[str, LossTerm]
 """The terms of one micro-batch."""
 
 
 def record_spike(
-    trainer: "Trainer",
+    run: RunContext,
+    parts: Components,
+    state: TrainState,
+    spikes: SpikeDetector,
     verdict: StepVerdict,
-    batches: list[ClipBatch],
-    parts: list[Parts],
+    batches: Sequence[ClipBatch],
+    terms: Sequence[Terms],
     totals: dict[str, float],
 ) -> None:
-    """Write down what is known of a step that is skipped, and draw its clips; every rank calls this."""
-    mine = [micro_batch(trainer, batch, terms) for batch, terms in zip(batches, parts, strict=True)]
-    if trainer.cfg.spike_detection.draw:
-        draw_step(trainer, trainer.step + 1, batches, parts, totals, why=verdict.sentence())
+    """Write down what is known of a step that is skipped, and draw its clips; a collective."""
+    step, rollbacks = state.step + 1, spikes.tally.rollbacks
+    if run.cfg.spike_detection.draw:
+        places = [(run.world.rank, slot) for slot in range(len(batches))]
+        samples = samples_of(parts.objective, parts.data.manifest, batches, places, terms, totals)
+        draw_step(run, parts, samples, batches, step, state.data_step, why=verdict.sentence())
+    mine = [described(parts, batch, each) for batch, each in zip(batches, terms, strict=True)]
     # Ranks that share a micro-batch hold the same clips: the first of them speaks for all.
-    found = gather(trainer.control, mine)[:: trainer.world.cp]
-    if not trainer.world.is_main:
+    gathered = run.control.gather_objects(mine)[:: run.world.cp]
+    if not run.is_main:
         return
-    step, rollbacks = trainer.step + 1, trainer.judge.tally.rollbacks
-    ranks = range(0, trainer.world.size, trainer.world.cp)
+    ranks = range(0, run.world.size, run.world.cp)
+    limits = ("loss", "grad_norm", "loss_limit", "grad_norm_limit")
     report = {
         "step": step,
-        "data_step": trainer.data_step,
+        "data_step": state.data_step,
         "rollbacks": rollbacks,
-        "seed": trainer.cfg.seed,
+        "seed": run.cfg.seed,
         "reason": verdict.reason,
-        **{
-            name: finite(getattr(verdict, name))
-            for name in ("loss", "grad_norm", "loss_limit", "grad_norm_limit")
-        },
+        **{name: finite(getattr(verdict, name)) for name in limits},
         "ranks": [
-            {"rank": rank, "micro_batches": held} for rank, held in zip(ranks, found, strict=True)
+            {"rank": rank, "micro_batches": held}
+            for rank, held in zip(ranks, gathered, strict=True)
         ],
     }
-    folder = trainer.folder.path / "spikes"
+    folder = run.folder.path / "spikes"
     folder.mkdir(exist_ok=True)
     suffix = f".r{rollbacks}" if rollbacks else ""
     file = folder / f"step-{step:06d}{suffix}.json"
@@ -64,11 +67,14 @@ def record_spike(
     print(f"step {step} skipped: {verdict.sentence()}; its clips are in {file}", flush=True)
 
 
-def micro_batch(trainer: "Trainer", batch: ClipBatch, terms: Parts) -> dict[str, Any]:
+def described(parts: Components, batch: ClipBatch, terms: Terms) -> dict[str, Any]:
     """One micro-batch of this rank: its losses, and its clips by all that keys their draws."""
-    entry, data = batch.micro_batch, trainer.data
+    entry, data = batch.micro_batch, parts.data
     failed = {failure.row: failure.reason for failure in batch.failures}
-    times, losses = noise_levels(trainer, batch), clip_losses(batch, terms)
+    drawn = parts.objective.describe(batch) if batch.clips else None
+    rows = [clip.row for clip in batch.clips]
+    times = dict(zip(rows, drawn.t_B.tolist(), strict=True)) if drawn else {}
+    losses = clip_losses(batch, terms)
     clips = [
         {
             "row": row,
@@ -91,15 +97,7 @@ def micro_batch(trainer: "Trainer", batch: ClipBatch, terms: Parts) -> dict[str,
     }
 
 
-def noise_levels(trainer: "Trainer", batch: ClipBatch) -> dict[int, float]:
-    """The noise level that each good clip is trained at, by row; {} for an objective without."""
-    if not isinstance(trainer.objective, TextToVideoObjective) or not batch.clips:
-        return {}
-    times = trainer.objective.draws(batch).t_B.tolist()
-    return {clip.row: t for clip, t in zip(batch.clips, times, strict=True)}
-
-
-def clip_losses(batch: ClipBatch, terms: Parts) -> dict[int, float | str]:
+def clip_losses(batch: ClipBatch, terms: Terms) -> dict[int, float | str]:
     """Each good clip's part of the loss sums, by row; {} where an objective does not tell."""
     parts = [term.per_sample for term in terms.values() if term.per_sample is not None]
     if len(parts) < len(terms) or not batch.clips:
@@ -111,12 +109,3 @@ def clip_losses(batch: ClipBatch, terms: Parts) -> dict[int, float | str]:
 def finite(value: float) -> float | str:
     """JSON has no numbers that are not finite: `nan`, `inf` and `-inf` are written as words."""
     return value if math.isfinite(value) else str(value)
-
-
-def gather(control: ControlPlane, value: object) -> list[Any]:
-    """Every rank's value, in the order of ranks, on all ranks."""
-    if control.group is None:
-        return [value]
-    found: list[Any] = [None] * control.world.size
-    dist.all_gather_object(found, value, group=control.group)
-    return found

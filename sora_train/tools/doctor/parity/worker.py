@@ -47,7 +47,7 @@ class ParityTrainer(Trainer):
     batches: list[ClipBatch]
     units: list[list[torch.Size]]
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, empty: bool = False) -> nn.Module:
         model = super().build_model()
         self.units = units_of(model)
         if self.cfg.parallel.param_dtype != "float64":

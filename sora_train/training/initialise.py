@@ -3,24 +3,21 @@
 Step and data begin anew, the optimizer's moments too unless `init.optimizer` takes them over.
 """
 
-from typing import Any
+import json
 
 from torch import Tensor, nn
 
 from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint.layout import split_step
+from sora_train.checkpoint.meta import CheckpointMeta, read_meta
 from sora_train.config import Config
-from sora_train.errors import UserError
-from sora_train.models.text_to_video import TextToVideo
+from sora_train.config.resumption import differences
+from sora_train.diffusion.spec import DiffusionSpec
+from sora_train.errors import ConfigError, UserError
 from sora_train.models.vae.autoencoder import VideoVAE
 
 PREFIX = {"ema": "ema.", "live": "model."}
 """What names of tensors begin with in a checkpoint, by `init.weights`."""
-
-
-def empty_model(cfg: Config) -> TextToVideo:
-    """The stock model without memory for what is trained; the frozen text encoder is whole."""
-    return TextToVideo(cfg.model, cfg.text, seed=cfg.seed, empty=True)
 
 
 def require_fitting(
@@ -28,10 +25,10 @@ def require_fitting(
 ) -> None:
     """Raises UserError where `init.run` is no run, its model is another by name and shape, or it was trained on
     another VAE's latents."""
-    state = found.state()
-    if state["task"] != cfg.task:
-        raise UserError(f"init.run={cfg.init.run} trained a {state['task']}, this run a {cfg.task}")
-    if state["spec"] and state["spec"]["vae_digest"] != vae.digest():
+    meta = read_meta(found)
+    if meta.task != cfg.task:
+        raise UserError(f"init.run={cfg.init.run} trained a {meta.task}, this run a {cfg.task}")
+    if meta.spec and meta.spec["vae_digest"] != vae.digest():
         raise UserError(
             f"init.run={cfg.init.run} was trained on the latents of another VAE than vae.path={cfg.vae.path!r}; give "
             "the vae section of that run's config.yaml"
@@ -60,10 +57,23 @@ def source_of(cfg: Config) -> checkpoints.Checkpoint:
     return checkpoints.find(*split_step(cfg.init.run))
 
 
-def refuse_imported(run_dir: str, state: dict[str, Any] | None) -> None:
+def refuse_imported(run_dir: str, resumed: CheckpointMeta | None) -> None:
     """Raises UserError when a run would go on in a folder of imported weights, to which no data belong."""
-    if state is not None and "imported_from" in state:
+    if resumed is not None and resumed.imported_from:
         raise UserError(
             f"run.dir={run_dir} holds imported weights and nothing of training to go on from; set "
             f"init.run={run_dir} and another run.dir"
+        )
+
+
+def require_same_spec(now: DiffusionSpec | None, resumed: CheckpointMeta) -> None:
+    """Raises ConfigError where the diffusion spec, digests of VAE and text encoder included, is another."""
+    before = json.loads(json.dumps(resumed.spec))
+    spec = json.loads(json.dumps(now.to_dict() if now else None))
+    different = differences(before, spec, "spec")
+    if different:
+        sentences = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in different[:5])
+        raise ConfigError(
+            f"the checkpoint of step {resumed.step} was trained with another diffusion spec: {sentences}; give the VAE "
+            "and the text encoder of that run, or another run.dir"
         )

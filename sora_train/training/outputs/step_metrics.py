@@ -1,4 +1,4 @@
-"""What a step tells beside its loss: the loss by noise level, bucket and task, and what the work amounts to.
+"""What a step tells beside its loss: the loss by noise level, bucket and task, and its work.
 
 Every rank adds up its own clips, the sums travel with the step's one exchange, and the same sums give
 the same row on every rank. Names are fixed by the config, so all ranks send equally many.
@@ -21,7 +21,7 @@ FAILURES = 2
 """Where the clips that failed stand in the sums."""
 BANDS = tuple(f"{low:g}-{high:g}" for low, high in pairwise(EDGES))
 
-Parts = dict[str, LossTerm]
+Terms = dict[str, LossTerm]
 
 
 def band_of(t: float) -> int:
@@ -30,7 +30,7 @@ def band_of(t: float) -> int:
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipLoss:
     """One clip of a step: where it counts, and its part of the loss with its weight."""
 
     groups: tuple[str, ...]
@@ -38,17 +38,17 @@ class Clip:
     weight: float
 
 
-class StepNumbers:
+class StepMetrics:
     """The sums of one run's steps, and what they mean."""
 
     def __init__(self, cfg: Config, data: TrainingData, ranks: int, peak_flops: float | None):
         """`ranks` share the work; `peak_flops` is what one of their devices could do, None where that is unknown."""
         self.tokens_of = data.tokens_of
-        self.flows = cfg.task == "text_to_video"
+        self.has_noise_levels = cfg.task == "text_to_video"
         self.peak = None if peak_flops is None else peak_flops * ranks
-        buckets = dict.fromkeys(spec.bucket.name for spec in data.table)
         self.names: list[str] = []
-        if self.flows:
+        if self.has_noise_levels:
+            buckets = dict.fromkeys(spec.bucket.name for spec in data.table)
             self.names = [f"by_t/{band}" for band in BANDS]
             self.names += [f"by_bucket/{name}" for name in buckets]
             self.names += [f"by_task/{kind}" for kind in KINDS]
@@ -56,10 +56,10 @@ class StepNumbers:
         self._flops = {
             tokens: 3.0 * training_flops(cfg.model, cfg.text, tokens, cfg.text.max_length)
             for tokens in {data.tokens_of(spec.bucket) for spec in data.table}
-            if self.flows
+            if self.has_noise_levels
         }
 
-    def sums(self, batches: Sequence[ClipBatch], parts: Sequence[Parts]) -> list[float]:
+    def sums(self, batches: Sequence[ClipBatch], parts: Sequence[Terms]) -> list[float]:
         """This rank's sums of a step, in an order that `row` knows: clips, tokens, failures first."""
         clips = tokens = failures = held = flops = 0.0
         for batch in batches:
@@ -90,7 +90,7 @@ class StepNumbers:
             "train/clips_per_second": clips,
             "train/padding": 1.0 - tokens / held if held else 0.0,
         }
-        if self.flows:
+        if self.has_noise_levels:
             row["train/tflops"] = flops / 1e12
         for name, loss, weight in zip(self.names, losses, weights, strict=True):
             if weight > 0:
@@ -106,17 +106,16 @@ class StepNumbers:
         return rates
 
 
-def clips_of(batch: ClipBatch, terms: Parts) -> Iterator[Clip]:
+def clips_of(batch: ClipBatch, terms: Terms) -> Iterator[ClipLoss]:
     """The clips of a micro-batch with the groups they count in; none where an objective does not tell of them."""
-    told = [
-        term for term in terms.values() if term.info is not None and term.per_sample is not None
-    ]
-    if len(told) != 1 or len(terms) != 1 or not batch.clips:
+    if len(terms) != 1 or not batch.clips:
         return
-    about, losses = told[0].info, told[0].per_sample
-    assert about is not None and losses is not None
+    (term,) = terms.values()
+    info, losses = term.info, term.per_sample
+    if info is None or losses is None:
+        return
     bucket = f"by_bucket/{batch.micro_batch.bucket.name}"
-    told_of = (about.times.tolist(), about.kinds, about.weights.tolist(), losses.double().tolist())
-    for t, kind, weight, loss in zip(*told_of, strict=True):
+    columns = (info.times.tolist(), info.kinds, info.weights.tolist(), losses.double().tolist())
+    for t, kind, weight, loss in zip(*columns, strict=True):
         groups = (f"by_t/{BANDS[band_of(t)]}", bucket, f"by_task/{kind}")
-        yield Clip(groups, loss, weight)
+        yield ClipLoss(groups, loss, weight)
