@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sora_train.config import Config
-from sora_train.config.compose import split_yaml_file
 from sora_train.config.job import OPTIONS, JobConfig, compose_job, freeze
+from sora_train.config.overrides import split_yaml_file
 from sora_train.errors import run_command
 from sora_train.runtime.preemption import listening
 from sora_train.tools.launch.check import check_job

@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from sora_train.config import Config
-from sora_train.config.compose import compose, find_configs
+from sora_train.config.compose import compose
 from sora_train.config.reference import reference
 from sora_train.config.schema import keys
+from sora_train.config.yaml_files import find_configs
 from sora_train.data.tape.buckets import build_buckets
 from sora_train.errors import ConfigError
 from sora_train.tools.plan.time.encoders import geometry_of

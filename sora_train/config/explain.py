@@ -6,11 +6,12 @@ from typing import Any
 import yaml
 
 from sora_train.config import Config
-from sora_train.config.compose import DEFAULT, Composed, compose, find_configs, load_yaml
+from sora_train.config.compose import DEFAULT, Composed, compose
 from sora_train.config.messages import unknown_key
 from sora_train.config.renamed import with_new_names
 from sora_train.config.resumption import MEANING, resume_class
 from sora_train.config.schema import MISSING, Key, flatten, keys, plain, sections
+from sora_train.config.yaml_files import find_configs, load_yaml
 from sora_train.errors import ConfigError
 
 ABSENT = "(absent)"

@@ -15,10 +15,12 @@ import yaml
 
 from sora_train.base.files import write_atomically
 from sora_train.config import Config
-from sora_train.config.compose import Composed, compose, load_yaml, split_yaml_file
+from sora_train.config.compose import Composed, compose
 from sora_train.config.messages import validated
+from sora_train.config.overrides import split_yaml_file
 from sora_train.config.renamed import with_new_names
 from sora_train.config.stages import Compose, compose_stages
+from sora_train.config.yaml_files import load_yaml
 from sora_train.errors import Fault, UserError
 
 FOLDER = "launch"

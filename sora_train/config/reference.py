@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from sora_train.config import Config
-from sora_train.config.compose import FOREIGN, find_configs
 from sora_train.config.explain import group_options, scalar
 from sora_train.config.resumption import resume_class
 from sora_train.config.schema import MISSING, Key, keys, plain, sections
+from sora_train.config.yaml_files import NO_GROUP, find_configs
 
 HEAD = """# Configuration
 
@@ -29,7 +29,7 @@ def reference(cls: type[Config] = Config) -> str:
     for group in sorted(
         folder.name
         for folder in find_configs().iterdir()
-        if folder.is_dir() and folder.name != FOREIGN
+        if folder.is_dir() and folder.name != NO_GROUP
     ):
         parts += [
             f"| `{group}={option}` | {_cell(about)} |"

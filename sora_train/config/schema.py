@@ -106,6 +106,13 @@ def plain(value: Any) -> Any:
     return value
 
 
+def overlaid(base: Any, values: Any) -> Any:
+    """Nested plain values over `base`: mappings are merged key by key, everything else is replaced."""
+    if isinstance(base, dict) and isinstance(values, dict):
+        return base | {key: overlaid(base.get(key), value) for key, value in values.items()}
+    return values
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted leaf keys of nested dicts; lists and empty dicts are leaves."""
     leaves: dict[str, Any] = {}

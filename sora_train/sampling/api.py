@@ -14,9 +14,9 @@ from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint.layout import split_step
 from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.config import Config, ModelConfig
-from sora_train.config.compose import load_yaml
 from sora_train.config.messages import validated
 from sora_train.config.renamed import with_new_names
+from sora_train.config.yaml_files import load_yaml
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sora_train.config import Config
-from sora_train.config.compose import read_config
+from sora_train.config.messages import validated
+from sora_train.config.yaml_files import load_yaml
 from sora_train.monitoring.metrics import METRICS, is_clocked, read_metrics
 from sora_train.monitoring.tracking import process as tracking
 from sora_train.training.trainer import Trainer
@@ -64,7 +65,7 @@ def test_metrics_are_complete_and_every_name_is_documented(finished_run: Path) -
 
 
 def test_the_config_is_the_one_that_ran_and_the_fingerprint_is_whole(finished_run: Path) -> None:
-    cfg = read_config(finished_run)
+    cfg = validated(Config, load_yaml(finished_run / "config.yaml"))
     assert cfg.run.dir == str(finished_run) and cfg.train.steps == 2 and cfg.name == "parity_tiny"
     fingerprint = json.loads((finished_run / "run.json").read_text())
     assert fingerprint["seed"] == cfg.seed and fingerprint["threads"] == cfg.run.threads == 1

@@ -13,7 +13,9 @@ import yaml
 from sora_train import checkpoint as checkpoints
 from sora_train import cli
 from sora_train.config import Config
-from sora_train.config.compose import compose, read_config
+from sora_train.config.compose import compose
+from sora_train.config.messages import validated
+from sora_train.config.yaml_files import load_yaml
 from sora_train.data.index.shard_writer import read_bytes
 from sora_train.errors import ConfigError, Fault, UserError
 from sora_train.monitoring.metrics import read_metrics
@@ -95,7 +97,7 @@ def test_unknown_keys_are_refused_wherever_a_config_comes_from(tmp_path: Path) -
     values["trian"] = {}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match="unknown config key 'trian'"):
-        read_config(tmp_path)
+        validated(Config, load_yaml(tmp_path / "config.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_a_missing_weight_is_named(finished_run: Path) -> None:
     from sora_train.models.text_to_video import TextToVideo
 
     found = checkpoints.find(finished_run)
-    cfg = read_config(finished_run)
+    cfg = validated(Config, load_yaml(finished_run / "config.yaml"))
     model = TextToVideo(cfg.model, cfg.text, seed=0)
     tensors = {f"ema.{name}": value.detach() for name, value in model.named_parameters()}
     extra = next(iter(tensors.values()))

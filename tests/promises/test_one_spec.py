@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 import sora_train
-from sora_train.config.compose import read_config
+from sora_train.config import Config
+from sora_train.config.messages import validated
+from sora_train.config.yaml_files import load_yaml
 from sora_train.diffusion import flow, sampler
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
@@ -95,7 +97,10 @@ def test_training_and_load_sample_the_same_pixels(run: Path) -> None:
 
 
 def test_the_spec_says_what_the_config_said_when_training_began(run: Path) -> None:
-    spec, objective = sora_train.load(run).spec, read_config(run).objective
+    spec, objective = (
+        sora_train.load(run).spec,
+        validated(Config, load_yaml(run / "config.yaml")).objective,
+    )
     shared = set(type(objective).model_fields) & {field.name for field in dataclasses.fields(spec)}
     assert {"shift", "time_law", "num_steps", "guidance_scale", "caption_dropout"} <= shared
     for name in shared - {"conditioning"}:
@@ -115,7 +120,7 @@ def test_unknown_and_missing_keys_of_the_spec_are_errors(run: Path) -> None:
 
 def test_another_vae_is_refused(run: Path, tmp_path: Path) -> None:
     """Even one whose weights are the same and whose latents are normalised otherwise."""
-    vae = VideoVAE.from_config(read_config(run).vae)
+    vae = VideoVAE.from_config(validated(Config, load_yaml(run / "config.yaml")).vae)
     vae.save(tmp_path / "same")
     edit_config(run, lambda config: config["vae"].update(path=str(tmp_path / "same"), arch={}))
     assert vae.digest() == sora_train.load(run).spec.vae_digest

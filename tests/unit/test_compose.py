@@ -7,21 +7,17 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from pydantic import Field
 
 from sora_train.config import Config, Section
-from sora_train.config.compose import (
-    COMMAND_LINE,
-    DEFAULT,
-    compose,
-    load_yaml,
-    parse_settings,
-    read_config,
-    split_yaml_file,
-)
+from sora_train.config.compose import COMMAND_LINE, DEFAULT, compose
 from sora_train.config.explain import diff, explain, show
+from sora_train.config.messages import validated
+from sora_train.config.overrides import parse_settings, split_yaml_file
 from sora_train.config.renamed import with_new_names
 from sora_train.config.schema import default_tree, flatten, keys, plain
+from sora_train.config.yaml_files import find_configs, load_yaml
 from sora_train.errors import ConfigError
 
 
@@ -130,7 +126,7 @@ def test_the_default_tree_is_the_default_config():
 def test_a_config_survives_its_file(tmp_path: Path):
     config = compose(["experiment=parity_tiny"]).config
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    assert read_config(tmp_path) == config
+    assert validated(Config, load_yaml(tmp_path / "config.yaml")) == config
 
 
 # --- a user's own files ---
@@ -312,6 +308,24 @@ def test_a_fault_in_a_file_names_the_file(tmp_path: Path):
 def test_loading_a_file_refuses_a_key_given_twice(tmp_path: Path):
     with pytest.raises(ConfigError, match="line 2"):
         load_yaml(write(tmp_path / "a.yaml", "a: 1\na: 2\n"))
+
+
+@pytest.mark.parametrize("path", sorted(find_configs().rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_files_are_read_as_hydra_reads_them(path: Path):
+    assert load_yaml(path) == OmegaConf.to_container(OmegaConf.load(path))
+
+
+SCALARS = """
+1e-4 1E5 -1e3 +2e+3 1.e3 1.5e4 1.5e+4 .5 .5e3 .5e+3 5. 1_000 1_0e1 0x1F 0o17 017 .inf -.INF .nan inf nan true Yes off
+null ~ 2024-01-01 12:30 1:30.5 1e 1e5x e5 "1e-4" 'off' 1.2.3 ${name} a=b 256px_1e3
+"""
+
+
+@pytest.mark.parametrize("scalar", SCALARS.split())
+def test_a_scalar_is_read_as_hydra_reads_it(tmp_path: Path, scalar: str):
+    path = write(tmp_path / "a.yaml", f"a: {scalar}\n")
+    ours, hydras = load_yaml(path), OmegaConf.to_container(OmegaConf.load(path))
+    assert repr(ours) == repr(hydras)
 
 
 def test_settings_of_a_command_are_strict():

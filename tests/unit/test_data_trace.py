@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sora_train import cli
-from sora_train.config.compose import compose, split_settings
+from sora_train.config.compose import compose
+from sora_train.config.overrides import split_settings
 from sora_train.config.sections.settings import TraceSettings
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from sora_train.config import Config
-from sora_train.config.compose import compose, find_configs
+from sora_train.config.compose import compose
+from sora_train.config.yaml_files import find_configs
 from sora_train.errors import ConfigError, UserError
 from sora_train.models.flops import transformer_flops
 from sora_train.models.transformer.dit import VideoDiT

@@ -23,7 +23,7 @@ from sora_train.base.progress import Progress
 from sora_train.checkpoint import Checkpoint
 from sora_train.checkpoint.layout import prefix_of, tag_of
 from sora_train.checkpoint.tensors import LIVE, StoredTensors
-from sora_train.config.compose import load_yaml
+from sora_train.config.yaml_files import load_yaml
 from sora_train.errors import UserError
 from sora_train.training.optim.ema_profiles import WIDEST, Profile, solve
 from sora_train.training.optim.ema_snapshots import FOLDER as SNAPSHOTS

@@ -16,7 +16,7 @@ from sora_train.tools.terminal import (
 
 if TYPE_CHECKING:
     from sora_train.config import Config
-    from sora_train.config.compose import SettingsT
+    from sora_train.config.overrides import SettingsT
     from sora_train.config.sections.settings import SourceSettings
     from sora_train.data.manifest import Manifest
     from sora_train.tools.data.verify import Verification
@@ -34,7 +34,7 @@ def prep_shards(settings: Overrides = None) -> None:
     sora prep shards input=my_clips output=shards        (a .txt beside each clip)
     """
     from data_prep.shards import write_shards
-    from sora_train.config.compose import parse_settings
+    from sora_train.config.overrides import parse_settings
     from sora_train.config.sections.settings import ShardSettings
 
     parsed = parse_settings(ShardSettings, settings or [])
@@ -72,7 +72,7 @@ def data_show(settings: Overrides = None) -> None:
     \b
     sora data show source=shards limit=20
     """
-    from sora_train.config.compose import parse_settings
+    from sora_train.config.overrides import parse_settings
     from sora_train.config.sections.settings import SourceSettings
 
     parsed = parse_settings(SourceSettings, settings or [])
@@ -165,7 +165,7 @@ def data_verify(arguments: Overrides = None, config_dir: ConfigDir = None) -> in
 
 def index_source(arguments: Sequence[str]) -> str:
     """Index a source; returns how many clips are usable, and which are dropped, with reasons."""
-    from sora_train.config.compose import parse_settings
+    from sora_train.config.overrides import parse_settings
     from sora_train.config.sections.settings import SourceSettings
     from sora_train.data.index.shards import is_shards
 
@@ -268,8 +268,8 @@ def _own_and_run(
     cls: "type[SettingsT]", arguments: Sequence[str] | None, config_dir: Path | None
 ) -> "tuple[SettingsT, Config]":
     """The command's own settings, and the run that the other arguments describe; source= is data.source=."""
-    from sora_train.config.compose import split_settings
     from sora_train.config.job import compose_arguments
+    from sora_train.config.overrides import split_settings
 
     settings, rest = split_settings(cls, arguments or [])
     overrides = [f"data.{text}" if text.startswith("source=") else text for text in rest]

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sora_train.config import Config
-from sora_train.config.compose import split_yaml_file
 from sora_train.config.job import JobConfig, freeze, split_script, with_stages
+from sora_train.config.overrides import split_yaml_file
 from sora_train.errors import UserError
 from sora_train.tools.launch.check import check_job
 from sora_train.tools.launch.job import Job

@@ -94,8 +94,8 @@ def asked(
     Raises:
         ConfigError: one of them is wrong.
     """
-    from sora_train.config.compose import parse_overrides
     from sora_train.config.messages import validated
+    from sora_train.config.overrides import parse_overrides
     from sora_train.config.schema import closest
     from sora_train.errors import ConfigError
     from sora_train.tools.plan.assumptions import Assumptions

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sora_train.config.compose import compose, find_configs
+from sora_train.config.compose import compose
 from sora_train.config.sections.model import ModelConfig
+from sora_train.config.yaml_files import find_configs
 from sora_train.models.flops import transformer_flops
 from sora_train.models.memory import transformer_parameters
 

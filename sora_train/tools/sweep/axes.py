@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from sora_train.config.compose import parse_overrides
+from sora_train.config.overrides import parse_overrides
 from sora_train.errors import ConfigError
 
 MAX_ID = 80

@@ -24,6 +24,7 @@ from sora_train.checkpoint.layout import split_step
 from sora_train.checkpoint.meta import CheckpointMeta, read_meta
 from sora_train.config import Config
 from sora_train.config.resumption import changes, resume_class
+from sora_train.config.schema import overlaid
 from sora_train.errors import ConfigError, Fault, UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.run_folder import CHANGES, RunFolder
@@ -191,13 +192,7 @@ def allowed_changes(cfg: Config, saved: dict[str, Any]) -> list[Change]:
 
 def _with_defaults(saved: dict[str, Any], cfg: Config) -> dict[str, Any]:
     """A key that came after the checkpoint was written had its default's meaning."""
-
-    def merged(default: Any, value: Any) -> Any:
-        if isinstance(default, dict) and isinstance(value, dict):
-            return default | {k: merged(default.get(k), v) for k, v in value.items()}
-        return value
-
-    return merged(type(cfg)().model_dump(mode="json"), saved)
+    return overlaid(type(cfg)().model_dump(mode="json"), saved)
 
 
 def record_changes(run: RunContext, step: int, changed: list[Change]) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sora_train.config import Config
-from sora_train.config.compose import find_configs, load_yaml
 from sora_train.config.sections.model import TextConfig
+from sora_train.config.yaml_files import find_configs, load_yaml
 from sora_train.data.sample import Bucket
 from sora_train.errors import ConfigError
 from sora_train.models.memory import text_parameters

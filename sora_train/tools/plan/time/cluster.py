@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import Field
 
-from sora_train.config.compose import load_yaml
 from sora_train.config.messages import validated
 from sora_train.config.schema import closest
 from sora_train.config.sections.base import Section
+from sora_train.config.yaml_files import load_yaml
 from sora_train.errors import ConfigError
 
 GB = 1e9

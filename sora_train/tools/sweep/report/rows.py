@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sora_train.config.compose import load_yaml
 from sora_train.config.renamed import with_new_names
 from sora_train.config.schema import flatten
+from sora_train.config.yaml_files import load_yaml
 from sora_train.errors import UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.status import is_run, read_status
