@@ -18,8 +18,8 @@ from sora_train.objectives.quality import psnr, ssim
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World, pick_device
 from sora_train.tools.measuring import Measured, Result, Stats
-from sora_train.training.pipeline.data import read_validation
 from sora_train.training.pipeline.plan import bucket_table
+from sora_train.training.pipeline.validation_clips import read_validation
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
 DEFAULT_OUT = Path("benchmarks/results")

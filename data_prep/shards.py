@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from sora_train.data.decode.frames import StorageFault
 from sora_train.data.index.folder import open_source
 from sora_train.data.index.shard_writer import ShardWriter, read_bytes
 from sora_train.data.latents.members import KIND, LATENTS
 from sora_train.data.manifest import FILE_NAME, Manifest
+from sora_train.data.storage.ranges import StorageFault
 from sora_train.errors import Fault, UserError
 
 

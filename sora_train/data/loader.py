@@ -22,7 +22,7 @@ from sora_train.data import quarantine
 from sora_train.data.captions.choice import CaptionChoice, require_captions
 from sora_train.data.decode import decord as decode_decord
 from sora_train.data.decode import torchcodec as decode_torchcodec
-from sora_train.data.decode.frames import DecodeRequest, StorageFault
+from sora_train.data.decode.frames import DecodeRequest
 from sora_train.data.decode.pool import DecodePool, worker_of
 from sora_train.data.latents import members as stored
 from sora_train.data.latents.cache import LatentCache, TextCache, latent_key
@@ -30,6 +30,7 @@ from sora_train.data.latents.provenance import decoder_name
 from sora_train.data.manifest import Manifest, text_digest
 from sora_train.data.sample import Bucket, Clip, ClipBatch, Failure, MicroBatch
 from sora_train.data.storage.cached_reads import require
+from sora_train.data.storage.ranges import StorageFault
 from sora_train.data.storage.remote import is_remote
 from sora_train.data.storage.retry import ReadPolicy
 from sora_train.data.tape.tape import TapeLike, rows_for_rank

@@ -38,7 +38,7 @@ from sora_train.errors import UserError
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
 from sora_train.tools.data.command import index_source
-from sora_train.training.pipeline.data import read_validation
+from sora_train.training.pipeline.validation_clips import read_validation
 
 FIELDS = {"style": "flat", "subject": "a red ball", "action": "rolls left", "camera": "still"}
 CAPTIONS = dumped({"short": "ball", "dense": "a red ball that rolls", "fields": FIELDS})

@@ -23,7 +23,6 @@ from sora_train.data.decode.frames import (
     BadClip,
     DecodeRequest,
     ProbeRequest,
-    StorageFault,
     decode_frames,
     probe_video,
 )
@@ -33,6 +32,7 @@ from sora_train.data.index.shards import HowToIndex, index_shards
 from sora_train.data.index.tars import MemberKeys, caption_of, split_name
 from sora_train.data.manifest import COLUMNS, FILE_NAME, Manifest
 from sora_train.data.storage import remote
+from sora_train.data.storage.ranges import StorageFault
 from sora_train.data.storage.remote import RemoteRange, expand
 from sora_train.errors import Fault, UserError
 from sora_train.tools.data.command import index_source

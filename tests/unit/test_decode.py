@@ -14,11 +14,12 @@ from clip_files import number_of, numbered, real_clips, write_clip, write_timed
 from PIL import Image
 
 from sora_train.data.decode import frames as decode
-from sora_train.data.decode.frames import BadClip, DecodeRequest, ProbeRequest, StorageFault
+from sora_train.data.decode.frames import BadClip, DecodeRequest, ProbeRequest
 from sora_train.data.decode.pool import DecodePool
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.data.decode.worker import TEST_HOOK
 from sora_train.data.sample import Failure
+from sora_train.data.storage.ranges import StorageFault
 from sora_train.errors import Fault, UserError
 
 

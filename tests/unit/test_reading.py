@@ -21,7 +21,7 @@ from range_server import RangeServer
 from s3_server import S3Server
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
-from sora_train.data.decode.frames import ProbeRequest, StorageFault, _digest
+from sora_train.data.decode.frames import ProbeRequest, _digest
 from sora_train.data.decode.worker import TEST_HOOK
 from sora_train.data.index.shard_writer import ShardWriter
 from sora_train.data.index.shards import HowToIndex, index_shards
@@ -32,6 +32,7 @@ from sora_train.data.storage import cached_reads as reading
 from sora_train.data.storage import remote
 from sora_train.data.storage.cached_reads import read_range, require
 from sora_train.data.storage.disk_cache import DiskCache
+from sora_train.data.storage.ranges import StorageFault
 from sora_train.data.storage.retry import ReadPolicy
 from sora_train.data.tape.buckets import assign, build_buckets
 from sora_train.data.tape.tape import Tape

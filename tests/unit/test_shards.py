@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from clip_files import write_clip
 
-from sora_train.data.decode.frames import StorageFault
 from sora_train.data.index.folder import open_source
 from sora_train.data.index.shapes_source import prepare_shapes
 from sora_train.data.index.shard_writer import ShardWriter, read_bytes
 from sora_train.data.manifest import COLUMNS, Manifest
+from sora_train.data.storage.ranges import StorageFault
 from sora_train.errors import UserError
 
 RNG = np.random.default_rng(0)

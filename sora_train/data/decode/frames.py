@@ -8,7 +8,6 @@ Times are seconds after the clip's first frame.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import av
 import numpy as np
 from PIL import Image, ImageOps
+
+from sora_train.data.storage.ranges import ByteRange, StorageFault, digest_of_ends
 
 if TYPE_CHECKING:
     from sora_train.data.manifest import Stamp
@@ -27,8 +28,6 @@ av.logging.set_level(av.logging.PANIC)
 TIME_TOLERANCE = 1e-3
 # A seek costs about as much as decoding a second of video from the start.
 SEEK_WORTH_SECONDS = 1.0
-# Enough of each end to tell two clips apart where reading the middle would cost too much.
-DIGEST_END_BYTES = 1 << 16
 # Decoders that hand out whole batches get no larger ones: a minute of 1080p would be 6 GB.
 BATCH_BYTES = 1 << 28
 # Frame intervals that differ from the median by more than this share of it make a rate variable.
@@ -42,10 +41,6 @@ class BadClip(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
-
-
-class StorageFault(Exception):
-    """The bytes could not be read: no fault of the clip."""
 
 
 @dataclass(frozen=True)
@@ -109,76 +104,6 @@ class DecodeRequest:
     """What the index says of the whole shard at an address, so that a cache can keep it block by block."""
 
 
-class PartOfFile(io.RawIOBase):
-    """`length` bytes from `offset` on as a file of its own; what reads them is a subclass's.
-
-    A read that fails is remembered in `fault`: libav would report it as damage of the clip.
-    """
-
-    def __init__(self, name: str, offset: int, length: int):
-        super().__init__()
-        self.fault = ""
-        self.name = name
-        self._offset, self._length, self._position = offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-
-class ByteRange(PartOfFile):
-    """A part of a local file, so that a tar's member is decoded where it lies.
-
-    `data` are its bytes where they were read already.
-    """
-
-    def __init__(self, path: str, offset: int, length: int, data: bytes | None = None):
-        super().__init__(path, offset if data is None else 0, length)
-        self._file: io.RawIOBase | io.BytesIO
-        if data is not None:
-            self._file = io.BytesIO(data)
-            return
-        try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise StorageFault(f"{path}: {error.strerror}") from error
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        wanted = min(len(view), max(0, self._length - self._position))
-        done = 0
-        try:
-            self._file.seek(self._offset + self._position)
-            while done < wanted:
-                count = self._file.readinto(view[done:wanted])
-                if not count:
-                    raise OSError(
-                        0,
-                        f"ends {self._length - self._position - done} bytes before the index says",
-                    )
-                done += count
-        except OSError as error:
-            self.fault = f"{self.name}: {error.strerror}"
-            raise
-        self._position += done
-        return done
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
-
-
 def probe_video(request: ProbeRequest) -> Probe:
     """Everything the manifest holds about a clip, its frames really decoded (or its packets counted).
 
@@ -205,23 +130,7 @@ def _digest(file: Any, request: ProbeRequest) -> str:
     """SHA-256 of the bytes; where only the header is read, of their number and their two ends."""
     if request.count != "header":
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    return _digest_of_ends(file, request.length)
-
-
-def _digest_of_ends(file: Any, length: int) -> str:
-    state = hashlib.sha256(f"ends {length} ".encode())
-    for start in (0, max(0, length - DIGEST_END_BYTES)):
-        file.seek(start)
-        state.update(file.read(DIGEST_END_BYTES) or b"")
-    return state.hexdigest()[:32]
-
-
-def is_digest_of(digest: str, data: bytes) -> bool:
-    """Whether a sample's digest is that of these bytes, however much of them the index looked at."""
-    # The ends first, since they cost next to nothing.
-    return digest == _digest_of_ends(io.BytesIO(data), len(data)) or (
-        digest == hashlib.sha256(data).hexdigest()[:32]
-    )
+    return digest_of_ends(file, request.length)
 
 
 def _explain(error: Exception, file: Any) -> Exception:

@@ -22,13 +22,12 @@ import numpy as np
 from sora_train.data.decode.frames import (
     TIME_TOLERANCE,
     BadClip,
-    ByteRange,
     DecodeRequest,
-    StorageFault,
     batches_of_frames,
     fit_frame,
     video_stream,
 )
+from sora_train.data.storage.ranges import ByteRange, StorageFault
 from sora_train.errors import UserError
 
 LINKS = "SORA_FFMPEG_LINKS"

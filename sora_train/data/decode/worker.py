@@ -19,6 +19,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 from sora_train.data.decode import frames as decode  # noqa: E402 - the threads above must be set before numpy loads
 from sora_train.data.decode import pipe  # noqa: E402 - the threads above must be set before numpy loads
 from sora_train.data.storage import cached_reads as reading  # noqa: E402 - the threads above must be set before numpy loads
+from sora_train.data.storage.ranges import StorageFault  # noqa: E402 - the threads above must be set before numpy loads
 
 PARENT_DEATH_SIGNAL = 1
 # Of the parent's deadline; the alarm is for a parent that died while the child spun in native code.
@@ -51,7 +52,7 @@ def guarded(find: Callable[[], object]) -> tuple[str, object]:
         return "ok", find()
     except decode.BadClip as error:
         return "bad", (error.reason, error.detail)
-    except decode.StorageFault as error:
+    except StorageFault as error:
         return "storage", str(error)
     except MemoryError as error:
         return "storage", f"out of memory: {error}"
@@ -99,7 +100,7 @@ def fetch(request: Any) -> tuple[Any, tuple[str, object] | None]:
             digest=request.digest,
             stamp=request.stamp,
         )
-    except decode.StorageFault as error:
+    except StorageFault as error:
         return request, ("storage", str(error))
     except MemoryError as error:
         return request, ("storage", f"out of memory: {error}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sora_train.data.captions.tables import TABLE_SUFFIXES, Texts, read_table
-from sora_train.data.decode.frames import Probe, ProbeRequest, StorageFault
+from sora_train.data.decode.frames import Probe, ProbeRequest
 from sora_train.data.decode.pool import DecodePool
 from sora_train.data.index.tars import (
     COMPRESSED_SUFFIXES,
@@ -26,6 +26,7 @@ from sora_train.data.index.tars import (
 from sora_train.data.latents import members as stored
 from sora_train.data.manifest import FILE_NAME, Manifest, empty_row
 from sora_train.data.sample import Failure
+from sora_train.data.storage.ranges import StorageFault
 from sora_train.data.storage.remote import fingerprint, is_remote, size_of
 from sora_train.errors import Fault, UserError
 

@@ -10,8 +10,9 @@ import io
 from collections.abc import Callable
 
 from sora_train.data.decode import worker as decode_worker
-from sora_train.data.decode.frames import ByteRange, ProbeRequest, StorageFault, probe_file
+from sora_train.data.decode.frames import ProbeRequest, probe_file
 from sora_train.data.index.tars import Listing, ListRequest, compression, list_shard
+from sora_train.data.storage.ranges import ByteRange, StorageFault
 from sora_train.data.storage.remote import RemoteRange, is_remote, read_range
 
 # What is read whole comes in pieces, so that a pause in the network costs one of them.

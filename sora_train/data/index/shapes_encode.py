@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from sora_train.data.decode.video_io import encode_h264
-from sora_train.data.shapes.world import Scene, render
+from sora_train.data.shapes.scene import Scene
+from sora_train.data.shapes.world import render
 
 # Fine enough that the oracle reads the files as well as the renderer's own frames.
 CRF = 14

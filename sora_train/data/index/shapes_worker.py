@@ -2,7 +2,8 @@
 
 from sora_train.data.decode.worker import serve
 from sora_train.data.index.shapes_encode import ShapesRequest, encode_scene
-from sora_train.data.shapes.world import Scene, sample_scene
+from sora_train.data.shapes.scene import Scene
+from sora_train.data.shapes.world import sample_scene
 
 
 def scene(request: ShapesRequest, number: int) -> Scene:

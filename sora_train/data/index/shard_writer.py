@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sora_train.data.decode.frames import ByteRange, StorageFault
 from sora_train.data.latents.members import LATENTS, TEXT, as_members, describe_bytes
 from sora_train.data.manifest import FILE_NAME, Manifest, empty_row
+from sora_train.data.storage.ranges import ByteRange, StorageFault
 from sora_train.errors import UserError
 
 BLOCK = 512

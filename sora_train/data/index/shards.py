@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_train.data.decode.frames import ProbeRequest, StorageFault
+from sora_train.data.decode.frames import ProbeRequest
 from sora_train.data.decode.pool import DecodePool
 from sora_train.data.index.folder import CHECK_THREADS, PROBE_SECONDS_PER_MIB, Member, member_row
 from sora_train.data.index.tars import (
@@ -32,6 +32,7 @@ from sora_train.data.index.tars import (
 from sora_train.data.latents import members as stored
 from sora_train.data.manifest import FILE_NAME, Manifest, Stamp
 from sora_train.data.sample import Failure
+from sora_train.data.storage.ranges import StorageFault
 from sora_train.data.storage.remote import (
     MISSING,
     common_root,

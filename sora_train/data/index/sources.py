@@ -18,8 +18,6 @@ from sora_train.data.index.shapes_source import prepare_shapes
 from sora_train.data.manifest import Manifest, text_digest
 from sora_train.data.storage.remote import is_remote
 from sora_train.errors import Fault, UserError
-from sora_train.runtime.control_plane import ControlPlane
-from sora_train.runtime.world import World
 
 SHAPES = "shapes"
 ONLY = "all"
@@ -87,25 +85,6 @@ class Sources:
     def digest(self) -> str:
         """Names what is trained on now, wherever it is mounted."""
         return text_digest(" ".join(self.stocks[-1].digests.values()))
-
-
-def open_together(
-    cfg: Config,
-    world: World,
-    control: ControlPlane,
-    run_dir: Path,
-    stocks: Sequence[Stock] = (),
-) -> Sources:
-    """`open_sources` on every rank: rank 0 probes or renders, the others read the manifests it has written."""
-    opened: Sources | None = None
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            opened = open_sources(cfg, run_dir, stocks)
-        except Exception as failure:
-            error = failure
-    control.raise_together(error)
-    return opened or open_sources(cfg, run_dir, stocks)
 
 
 def open_sources(cfg: Config, run_dir: Path, stocks: Sequence[Stock] = ()) -> Sources:

@@ -24,8 +24,8 @@ from sora_train.data.captions.texts import (
     text_or_fields,
     with_main,
 )
-from sora_train.data.decode.frames import ByteRange, StorageFault
 from sora_train.data.latents import members as stored
+from sora_train.data.storage.ranges import ByteRange, StorageFault
 from sora_train.errors import UserError
 
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mkv", "webm", "mov", "avi"})

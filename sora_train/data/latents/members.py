@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from sora_train.data.decode.frames import DIGEST_END_BYTES, ByteRange, Probe
+from sora_train.data.decode.frames import Probe
 from sora_train.data.manifest import Stamp, text_digest
 from sora_train.data.sample import Bucket
 from sora_train.data.storage.cached_reads import read_range
+from sora_train.data.storage.ranges import DIGEST_END_BYTES, ByteRange
 from sora_train.data.storage.remote import is_remote
 from sora_train.data.storage.retry import ReadPolicy
 from sora_train.errors import UserError

@@ -1,1 +1,1 @@
-"""The embedded default data: a world of moving shapes, their captions, and an oracle. It needs numpy alone."""
+"""The embedded default data: a world of moving shapes, their captions and an oracle, made with numpy alone."""

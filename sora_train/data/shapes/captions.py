@@ -7,10 +7,7 @@ short because a byte-level text encoder has to learn to read them from scratch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sora_train.data.shapes.world import Scene, Thing
+from sora_train.data.shapes.scene import Scene, Thing
 
 ARTICLE, SIZE, SYNONYM, SETTING, CAMERA, LIGHTING, STYLE = (1 << bit for bit in range(7))
 NUM_PHRASINGS = 1 << 7

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sora_train.data.shapes.scene import Prompt
 from sora_train.data.shapes.world import (
     COLOURS,
     GROW_FROM,
@@ -28,7 +29,6 @@ from sora_train.data.shapes.world import (
     SYMMETRY,
     TRAVEL,
     TURN,
-    Prompt,
     distance,
 )
 from sora_train.errors import UserError

@@ -21,6 +21,7 @@ from typing import TypeVar
 import numpy as np
 
 from sora_train.data.shapes import captions
+from sora_train.data.shapes.scene import Prompt, Scene, Thing
 from sora_train.errors import UserError
 
 T = TypeVar("T")
@@ -108,58 +109,6 @@ PLACE_JITTER = 0.02
 TURN = 2 * math.pi / 3
 GROW_FROM = 0.5
 MAX_TILT = math.radians(4)
-
-
-@dataclass(frozen=True)
-class Thing:
-    """One object: `x`, `y` where it starts, `radius` the largest it gets."""
-
-    shape: str
-    colour: str
-    size: str
-    x: float
-    y: float
-    angle: float
-    radius: float
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Everything `render` needs and everything an oracle could be asked.
-
-    `motion` is that of the first thing against the background; things of a pair are still.
-    `travel` is its path in fractions of the frame (signed, x or y by the motion), `pan` the way
-    the camera goes in fractions of the width. `phrasing` is the bit field of `captions.describe`.
-    """
-
-    things: tuple[Thing, ...]
-    motion: str
-    background: str
-    camera: str
-    relation: str | None
-    lighting: str
-    style: str
-    caption: str
-    phrasing: int
-    num_frames: int
-    fps: float
-    height: int
-    width: int
-    travel: float
-    pan: float
-    phase: float
-    key: str
-    held_out: bool
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A text and what a clip made from it must show."""
-
-    text: str
-    colour: str
-    shape: str
-    motion: str
 
 
 def is_decidable(shape: str, motion: str) -> bool:

@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sora_train.data.decode.frames import StorageFault, is_digest_of
 from sora_train.data.storage import remote
 from sora_train.data.storage.disk_cache import DiskCache
+from sora_train.data.storage.ranges import StorageFault, is_digest_of
 from sora_train.data.storage.retry import ReadPolicy, Refused, retried
 from sora_train.errors import UserError
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sora_train.data.decode.frames import PartOfFile, StorageFault
+from sora_train.data.storage.ranges import PartOfFile, StorageFault
 from sora_train.data.storage.retry import Found, ReadPolicy, Refused, retried
 from sora_train.errors import UserError
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from sora_train.base.seeding import key_seed
-from sora_train.data.decode.frames import StorageFault
+from sora_train.data.storage.ranges import StorageFault
 
 LONGEST_PAUSE_SECONDS = 10.0
 

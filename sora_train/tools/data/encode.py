@@ -19,9 +19,8 @@ import numpy as np
 from sora_train.base.progress import Progress
 from sora_train.config import Config
 from sora_train.config.sections.settings import EncodeSettings
-from sora_train.data.decode.frames import StorageFault
 from sora_train.data.index.shard_writer import ShardWriter, read_bytes
-from sora_train.data.index.sources import Sources, open_together
+from sora_train.data.index.sources import Sources
 from sora_train.data.latents.cache import LatentCache, TextCache
 from sora_train.data.latents.members import KIND, LATENTS, TEXT, digest, pack_latents, pack_text
 from sora_train.data.latents.provenance import Made, require_same, write_made_with
@@ -29,6 +28,7 @@ from sora_train.data.loader import Loader
 from sora_train.data.manifest import FILE_NAME, Manifest
 from sora_train.data.sample import Failure
 from sora_train.data.storage.cached_reads import read_range
+from sora_train.data.storage.ranges import StorageFault
 from sora_train.data.storage.remote import is_remote
 from sora_train.data.storage.retry import ReadPolicy
 from sora_train.data.tape.buckets import Assignment
@@ -39,6 +39,7 @@ from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.runtime import world as distributed
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
+from sora_train.training.pipeline.data import open_together
 from sora_train.training.pipeline.encoding import CACHE_CHUNK, CacheFiller, distinct
 from sora_train.training.pipeline.plan import (
     assigned,
@@ -137,7 +138,7 @@ class _Work:
         cls, cfg: Config, settings: EncodeSettings, world: World, control: ControlPlane
     ) -> "_Work":
         """Open everything. Raises UserError where the output was begun with other settings."""
-        sources = open_together(cfg, world, control, Path(cfg.run.dir))
+        sources = open_together(cfg, control, Path(cfg.run.dir))
         vae = VideoVAE.from_config(cfg.vae).to(world.device)
         encoder, text_digest = None, ""
         if not cfg.text.trainable:

@@ -18,9 +18,9 @@ from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint import Checkpoint
 from sora_train.checkpoint.meta import read_meta
 from sora_train.config import Config, ParallelConfig
-from sora_train.data.decode.frames import is_digest_of
 from sora_train.data.manifest import Manifest
 from sora_train.data.sample import ClipBatch
+from sora_train.data.storage.ranges import is_digest_of
 from sora_train.data.storage.remote import is_remote
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError

@@ -6,7 +6,8 @@ import torch
 from sora_train.base.progress import Progress
 from sora_train.data.sample import Clip
 from sora_train.data.shapes.oracle import CHANCE, score
-from sora_train.data.shapes.world import Prompt, eval_prompts, render, scene_of
+from sora_train.data.shapes.scene import Prompt
+from sora_train.data.shapes.world import eval_prompts, render, scene_of
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import to_pixels
 from sora_train.sampling.pipeline import ClipShape, sample_clips, to_uint8

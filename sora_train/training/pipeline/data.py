@@ -2,31 +2,28 @@
 
 import hashlib
 import math
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from sora_train.checkpoint.meta import CheckpointMeta
 from sora_train.config import Config
-from sora_train.data.index.sources import Sources, Stock, open_together
+from sora_train.data.index.sources import Sources, Stock, open_sources
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.sample import Bucket, Clip, ClipBatch, Failure
+from sora_train.data.sample import Bucket, Clip, ClipBatch
 from sora_train.data.tape.buckets import Assignment, BucketSpec
 from sora_train.data.tape.mixture import Splice
 from sora_train.data.tape.tape import Tape, require_efficiency
-from sora_train.errors import Fault, Preempted
+from sora_train.errors import Preempted
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.objectives import to_pixels
 from sora_train.runtime import preemption
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.training.pipeline.encoding import CacheFiller, fill_cache, open_caches, open_filler
 from sora_train.training.pipeline.plan import (
-    assigned,
     bucket_table,
     cost_model,
     data_as_read,
@@ -36,6 +33,7 @@ from sora_train.training.pipeline.plan import (
     token_counter,
 )
 from sora_train.training.pipeline.shared_batches import read_together
+from sora_train.training.pipeline.validation_clips import read_validation
 from sora_train.training.run import RunContext
 
 
@@ -79,7 +77,7 @@ class TrainingData:
         cfg, world, control, folder = run.cfg, run.world, run.control, run.folder
         require_efficiency(cfg.train.micro_batches, world.dp_size, cfg.elastic.min_efficiency)
         stocks = Stock.listed(resumed.snapshots) if resumed else []
-        sources = open_together(cfg, world, control, folder.path, stocks)
+        sources = open_together(cfg, control, folder.path, stocks)
         train = sources.train
         reads_vae_latents = cfg.task == "text_to_video"
         patch = cfg.model.patch_size if reads_vae_latents else (1, 1, 1)
@@ -204,70 +202,19 @@ class TrainingData:
         self.loader.close()
 
 
-def without_failed(
+def open_together(
     cfg: Config,
-    manifest: Manifest,
-    clips: list[Clip],
-    failures: list[Failure],
     control: ControlPlane,
-) -> list[Clip]:
-    """The clips that no rank failed to decode, so that all ranks hold the same; the others are named.
-
-    Raises Fault where they are more than `data.max_drop_fraction`.
-    """
-    mine = {failure.row: f"{failure.reason}, {failure.detail}" for failure in failures}
-    failed: dict[int, str] = {}
-    for found in control.gather_objects(mine):
-        assert isinstance(found, dict)
-        failed |= found
-    if not failed:
-        return clips
-    named = "; ".join(f"{manifest.key[row]}: {why}" for row, why in list(failed.items())[:3])
-    share = len(failed) / (len(clips) + len(mine))
-    if share > cfg.data.max_drop_fraction:
-        raise Fault(
-            f"{share:.1%} of the held-out clips do not decode, more than data.max_drop_fraction="
-            f"{cfg.data.max_drop_fraction:g} ({named}); mend or remove them"
-        )
+    run_dir: Path,
+    stocks: Sequence[Stock] = (),
+) -> Sources:
+    """`open_sources` on every rank: rank 0 probes or renders, the others read the manifests it has written."""
+    opened: Sources | None = None
+    error: Exception | None = None
     if control.world.is_main:
-        print(f"held-out clips left out: {len(failed)} ({named})", file=sys.stderr, flush=True)
-    return [clip for clip in clips if clip.row not in failed]
-
-
-def read_validation(
-    cfg: Config,
-    manifest: Manifest,
-    table: list[BucketSpec],
-    vae: VideoVAE,
-    with_latents: bool,
-    control: ControlPlane,
-) -> list[Clip]:
-    """The held-out clips that fit a bucket, decoded once, with their main captions; their latents too
-    where a VAE is frozen.
-
-    Those that fail are named, and bounded by `data.max_drop_fraction` as training clips are.
-    """
-    assignment = assigned(cfg, manifest, table)
-    rows = np.flatnonzero(assignment.bucket_of_row >= 0)[: cfg.validation.max_clips]
-    if len(rows) == 0 or cfg.validation.every == 0:
-        return []
-    kept = np.full(len(manifest), -1)
-    kept[rows] = assignment.bucket_of_row[rows]
-    buckets = [spec.bucket for spec in table]
-    tape = Tape(kept, manifest.shard, buckets, dict.fromkeys(buckets, 1), seed=cfg.seed)
-    device = next(vae.parameters()).device
-    data = data_as_read(cfg).model_copy(update={"max_drop_fraction": 1.0, "caption_weights": {}})
-    with Loader(manifest, tape, cfg.buckets, data, seed=cfg.seed, micro_batches=1) as loader:
-        clips, failures = loader.decode_rows(rows.tolist())
-    clips = without_failed(cfg, manifest, clips, failures, control)
-    if not with_latents:
-        return clips
-    with torch.no_grad():
-        return [
-            clip
-            if clip.latents is not None
-            else replace(
-                clip, latents=vae.encode(to_pixels([clip], device))[0].float().cpu().numpy()
-            )
-            for clip in clips
-        ]
+        try:
+            opened = open_sources(cfg, run_dir, stocks)
+        except Exception as failure:
+            error = failure
+    control.raise_together(error)
+    return opened or open_sources(cfg, run_dir, stocks)
