@@ -21,7 +21,6 @@ NOT_YET: dict[str, set[str]] = {
         "sora_train/tools/sweep/run.py",
     },
     "optional_packages": {
-        "sora_train/tools/doctor/parity/worker.py",
         "sora_train/tools/plan/memory/step.py",
     },
     "folders_without_idea": {

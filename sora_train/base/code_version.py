@@ -1,6 +1,7 @@
-"""Which code a run was made by: the commit, what was changed since, and a digest of the package itself."""
+"""Which code and machine made a run: the commit, what was changed since, a digest of the package, the CPU."""
 
 import hashlib
+import platform
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -50,3 +51,12 @@ def _git(*arguments: str) -> bytes | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
+
+
+def cpu_model() -> str:
+    """The processor's name, as far as the system knows it."""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

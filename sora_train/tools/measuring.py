@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from sora_train.base.code_version import cpu_model
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -69,7 +71,7 @@ def machine() -> dict[str, str | int]:
     """The facts a number depends on."""
     gpus = torch.cuda.device_count()
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count() or 1,
@@ -79,15 +81,6 @@ def machine() -> dict[str, str | int]:
         "cuda": torch.version.cuda or "none",
         "python": platform.python_version(),
     }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str:

@@ -15,12 +15,12 @@ import pytest
 from sora_train.errors import UserError
 from sora_train.tools.doctor.parity.layouts import LAYOUTS, Cell, chosen, matrix, with_references
 from sora_train.tools.doctor.parity.parity import (
-    Wanted,
+    MatrixSelection,
+    cell_plan,
     compare,
     compare_chain,
     launches,
     run,
-    told,
     weights_apart,
 )
 
@@ -96,7 +96,7 @@ def test_each_break_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     starts = launches(references, chain=False)
     for name, one in BREAKS.items():
         starts.append({
-            "world": 2, "breaks": f"parity_breaks:{name}", "cells": [told(name, one.overrides, 5)],
+            "world": 2, "breaks": f"parity_breaks:{name}", "cells": [cell_plan(name, one.overrides, 5)],
         })  # fmt: skip
     run(tmp_path, starts, progress=False)
     seen = {name: compare(tmp_path, one, name) for name, one in BREAKS.items()}
@@ -106,13 +106,13 @@ def test_each_break_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        (Wanted(layouts=("fsdp x3",)), "fsdp x2"),
-        (Wanted(optimizers=("lion",)), "adamw"),
-        (Wanted(accumulations=("0",)), "micro-batches"),
-        (Wanted(dtype="float16"), "bfloat16"),
-        (Wanted(layouts=("zero2 x2",), dtype="float64"), "float32 masters"),
+        (MatrixSelection(layouts=("fsdp x3",)), "fsdp x2"),
+        (MatrixSelection(optimizers=("lion",)), "adamw"),
+        (MatrixSelection(accumulations=("0",)), "micro-batches"),
+        (MatrixSelection(dtype="float16"), "bfloat16"),
+        (MatrixSelection(layouts=("zero2 x2",), dtype="float64"), "float32 masters"),
     ],
 )
-def test_what_there_is_not_is_told(wanted: Wanted, said: str) -> None:
+def test_what_there_is_not_is_told(wanted: MatrixSelection, said: str) -> None:
     with pytest.raises(UserError, match=said):
         wanted.cells()

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from sora_train.base.code_version import package_digest
 from sora_train.errors import EXIT_FAULT, Fault
 from sora_train.tools.doctor.checks import (
     clock,
@@ -26,10 +27,10 @@ from sora_train.tools.doctor.checks import (
     storage,
     versions,
 )
-from sora_train.tools.doctor.findings import FAIL, OK, SAID, WARN, Finding, worst
+from sora_train.tools.doctor.findings import FAIL, INFO, OK, WARN, Finding, worst
 from sora_train.tools.doctor.nodes import bandwidth, peers
 from sora_train.tools.doctor.nodes.deadline import LateError, all_checked, apart, checked, within
-from sora_train.tools.doctor.nodes.examination import ended_after, told_apart
+from sora_train.tools.doctor.nodes.examination import ended_after, unique_names
 from sora_train.tools.doctor.table import NodeReport, Report, show
 
 GIB = 2**30
@@ -218,7 +219,7 @@ def test_a_port_in_use_is_told_and_one_that_answers():
         answers = network.meeting_port("127.0.0.1", port, under_launcher=True, seconds=1)[0]
     free = network.meeting_port("", port, under_launcher=False, seconds=1)[0]
     silent = network.meeting_port("127.0.0.1", port, under_launcher=True, seconds=1)[0]
-    assert [one.verdict for one in (used, answers, free, silent)] == [WARN, OK, SAID, FAIL]
+    assert [one.verdict for one in (used, answers, free, silent)] == [WARN, OK, INFO, FAIL]
 
 
 # -- clocks ---------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def test_every_node_is_tried_and_tries_others(nodes: int):
 
 
 def test_nodes_reach_each_other_and_a_wrong_token_does_not():
-    server = peers.Answering(b"token")
+    server = peers.EchoServer(b"token")
     found = peers.reach(1, "127.0.0.1", server.port, b"token", 5)
     refused = peers.reach(1, "127.0.0.1", server.port, b"other", 5)
     server.close()
@@ -284,8 +285,8 @@ def test_a_silent_peer_is_named_in_time():
     assert "timed out" in found[1].value and "refused" in found[2].value.lower()
 
 
-def test_nodes_of_one_name_are_told_apart():
-    assert told_apart({0: "a", 1: "b", 2: "a"}) == {0: "a (node 0)", 1: "b", 2: "a (node 2)"}
+def test_nodes_of_one_name_are_unique_names():
+    assert unique_names({0: "a", 1: "b", 2: "a"}) == {0: "a (node 0)", 1: "b", 2: "a (node 2)"}
 
 
 # -- versions -------------------------------------------------------------------------------------
@@ -312,13 +313,13 @@ def test_those_who_differ_are_never_more_than_those_who_agree_with_most(values: 
 
 def test_the_codes_digest_is_of_names_and_text(tmp_path: Path):
     (tmp_path / "a.py").write_text("x = 1")
-    first = versions.code_digest(tmp_path)
+    first = package_digest(tmp_path)
     (tmp_path / "a.txt").write_text("nothing")
-    assert versions.code_digest(tmp_path) == first
+    assert package_digest(tmp_path) == first
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    renamed = versions.code_digest(tmp_path)
+    renamed = package_digest(tmp_path)
     (tmp_path / "b.py").write_text("x = 2")
-    assert len({first, renamed, versions.code_digest(tmp_path)}) == 3
+    assert len({first, renamed, package_digest(tmp_path)}) == 3
 
 
 # -- GPUs -----------------------------------------------------------------------------------------
@@ -354,7 +355,7 @@ PROCESS = (
 def test_gpus_are_judged_by_what_nvidia_smi_says(changed: dict, expected: dict):
     usual = {"temperature": 41, "slowed": "Not Active", "errors": 0, "processes": ""}
     told = {"query": SMI.format(**usual | changed), "links": "", "kernel": ""}
-    found = gpus.judge(told, ranks=1, wanted=True, kernel_files=True)
+    found = gpus.judge(told, ranks=1, required=True, kernel_files=True)
     assert wrong(found) == expected
     assert "NVIDIA H100 80 GiB, driver 570.86" in found[0].value
     assert gpus.compared(told) == {"driver": "570.86", "GPUs": "NVIDIA H100"}
@@ -362,19 +363,19 @@ def test_gpus_are_judged_by_what_nvidia_smi_says(changed: dict, expected: dict):
 
 @pytest.mark.parametrize(
     ("wanted", "files", "ranks", "expected"),
-    [(False, False, 1, SAID), (True, False, 1, FAIL), (False, True, 1, WARN)],
+    [(False, False, 1, INFO), (True, False, 1, FAIL), (False, True, 1, WARN)],
 )
 def test_no_gpu_is_said_and_judged_by_what_the_run_wants(wanted, files, ranks, expected):
     none = {"query": "", "links": "", "kernel": ""}
-    assert gpus.judge(none, ranks=ranks, wanted=wanted, kernel_files=files)[0].verdict is expected
+    assert gpus.judge(none, ranks=ranks, required=wanted, kernel_files=files)[0].verdict is expected
 
 
 def test_a_driver_that_fails_and_an_xid_are_told():
     failed = {"query": "", "links": "", "kernel": "", "failed": "No devices were found"}
-    assert worst(gpus.judge(failed, ranks=1, wanted=False, kernel_files=True)) is FAIL
+    assert worst(gpus.judge(failed, ranks=1, required=False, kernel_files=True)) is FAIL
     usual = {"temperature": 41, "slowed": "Not Active", "errors": 0, "processes": ""}
     fell = {"query": SMI.format(**usual), "links": "", "kernel": "NVRM: Xid (PCI:0000:01:00): 79"}
-    found = gpus.judge(fell, ranks=2, wanted=False, kernel_files=True)
+    found = gpus.judge(fell, ranks=2, required=False, kernel_files=True)
     assert wrong(found) == {"GPUs": "fail", "XID in the kernel's log": "warn"}
 
 
@@ -439,13 +440,15 @@ def test_what_other_nodes_see_is_judged(first: dict, last: dict, expected: dict)
 def test_readers_of_a_replaced_file_meet_it_whole_and_of_a_rewritten_one_do_not(tmp_path: Path):
     path = tmp_path / "x" / "token"
     told = {"path": str(path), "first": 0, "versions": 30}
-    writer = threading.Thread(target=storage.put, args=(told,))
+    writer = threading.Thread(target=storage.write_versions, args=(told,))
     writer.start()
-    found = storage.look({"path": str(path), "version": 30, "seconds": 10.0})
+    found = storage.await_version({"path": str(path), "version": 30, "seconds": 10.0})
     writer.join()
     assert found["seen"] == 30 and found[storage.TORN] == 0
     path.write_bytes(storage.content(5)[:-8])
-    assert storage.look({"path": str(path), "version": 5, "seconds": 0.0})[storage.TORN] == 1
+    assert (
+        storage.await_version({"path": str(path), "version": 5, "seconds": 0.0})[storage.TORN] == 1
+    )
     storage.remove({"path": str(path)})
     assert list(tmp_path.iterdir()) == []
 
@@ -511,7 +514,7 @@ def test_a_blocked_read_is_left_behind_in_a_thread_and_in_a_process(tmp_path: Pa
         within(0.3, pipe.read_bytes)
     with pytest.raises(LateError):
         apart(
-            "sora_train.tools.doctor.checks.storage:look",
+            "sora_train.tools.doctor.checks.storage:await_version",
             {"path": str(pipe), "version": 0, "seconds": 0.1},
             1.5,
         )
@@ -570,9 +573,9 @@ def test_the_table_tells_all_within_the_width(width: int, tmp_path: Path):
     assert all(len(line) <= width for line in lines[:-1])
     assert text.count("[half]") == 7 and len(re.findall("│ ok ", text)) == 2
     assert lines[-1].startswith("fail: do not start a run on 6 node(s), 6 failure(s), 0 warning(s)")
-    told = json.loads(json.dumps(report.told()))
+    told = json.loads(json.dumps(report.to_dict()))
     assert told["verdict"] == "fail" and told["nodes"][3]["node"] == "n3"
-    assert Finding.read(told["nodes"][0]["findings"][1]) == bad
+    assert Finding.from_dict(told["nodes"][0]["findings"][1]) == bad
 
 
 def test_a_process_is_ended_while_it_is_examined_and_not_thereafter():

@@ -63,9 +63,9 @@ def parallel(arguments: Overrides = None, config_dir: ConfigDir = None) -> None:
     """
     from sora_train.tools.doctor.parity.one_layout import check_layout
 
-    said = check_layout(list(arguments or []), config_dir)
-    if said:
-        print(said)
+    result = check_layout(list(arguments or []), config_dir)
+    if result:
+        print(result)
 
 
 @doctor_app.command("parity")
@@ -90,16 +90,16 @@ def parity(
     sora doctor parity --layouts "fsdp x2,ring 2" --dtype bfloat16
     sora doctor parity --out docs/parity.md
     """
-    from sora_train.tools.doctor.parity.parity import Wanted, parity
+    from sora_train.tools.doctor.parity.parity import MatrixSelection, parity
 
     named = {"layouts": layouts, "accumulations": accumulations, "optimizers": optimizers}
     usual = {"layouts": "", "accumulations": "1,3", "optimizers": "sgd,adamw"}
-    told = [f'--{name} "{value}"' for name, value in named.items() if value != usual[name]]
-    told += [f"--dtype {dtype}"] if dtype != "auto" else []
-    told += [f"--out {out}"] if out else []
+    options = [f'--{name} "{value}"' for name, value in named.items() if value != usual[name]]
+    options += [f"--dtype {dtype}"] if dtype != "auto" else []
+    options += [f"--out {out}"] if out else []
     lists = {
         name: tuple(part.strip() for part in value.split(",") if part.strip())
         for name, value in named.items()
     }
-    wanted = Wanted(**lists, dtype=dtype)
-    return 0 if parity(wanted, out, command=" ".join(["sora doctor parity", *told])) else 1
+    selection = MatrixSelection(**lists, dtype=dtype)
+    return 0 if parity(selection, out, command=" ".join(["sora doctor parity", *options])) else 1

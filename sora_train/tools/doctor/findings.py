@@ -1,4 +1,4 @@
-"""What the examination found: one line each, with a verdict, and a remedy where something is wrong."""
+"""Findings of an examination: one line each, with a verdict, and a remedy where something is wrong."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Verdict(StrEnum):
-    """From harmless to grave. `said` is a fact that nobody judges."""
+    """From harmless to grave; `info` is a fact that is not judged."""
 
-    SAID = "said"
+    INFO = "info"
     OK = "ok"
     WARN = "warn"
     FAIL = "fail"
@@ -19,12 +19,12 @@ class Verdict(StrEnum):
         return self in (Verdict.WARN, Verdict.FAIL)
 
 
-SAID, OK, WARN, FAIL = Verdict
+INFO, OK, WARN, FAIL = Verdict
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`name` is what was looked at, `value` what it is; a remedy stands beside all that is wrong."""
+    """`name` is what was checked, `value` its state. Whatever is wrong has a remedy."""
 
     name: str
     value: str
@@ -35,17 +35,16 @@ class Finding:
         if self.verdict.wrong and not self.remedy:
             raise ValueError(f"{self.name}: {self.value} is judged {self.verdict} without a remedy")
 
-    def told(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, str]:
         return {key: str(value) for key, value in asdict(self).items()}
 
     @classmethod
-    def read(cls, told: dict[str, Any]) -> "Finding":
-        """What `told` has given."""
-        return cls(told["name"], told["value"], Verdict(told["verdict"]), told["remedy"])
+    def from_dict(cls, values: dict[str, Any]) -> "Finding":
+        return cls(values["name"], values["value"], Verdict(values["verdict"]), values["remedy"])
 
 
-def said(name: str, value: str) -> Finding:
-    return Finding(name, value, SAID)
+def info(name: str, value: str) -> Finding:
+    return Finding(name, value, INFO)
 
 
 def judged(name: str, value: str, *steps: tuple[bool, Verdict, str], good: Verdict = OK) -> Finding:

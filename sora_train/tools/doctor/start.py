@@ -1,4 +1,4 @@
-"""From the command line to an examination, and from there to paper."""
+"""`sora doctor`: from the command line to an examination, and its report printed and written."""
 
 import json
 import socket
@@ -17,7 +17,7 @@ from sora_train.tools.doctor.nodes.examination import (
     ended_after,
     examine_alone,
 )
-from sora_train.tools.doctor.nodes.node import Place, Run
+from sora_train.tools.doctor.nodes.node import PlannedRun, RankPlace
 from sora_train.tools.doctor.table import show
 
 LEAST = 20.0
@@ -37,9 +37,9 @@ def start(
     """
     if seconds < LEAST:
         raise UserError(
-            f"--seconds {seconds:g} is too short to wait for anybody; give {LEAST:g} or more"
+            f"--seconds {seconds:g} is too short to wait for other nodes; give {LEAST:g} or more"
         )
-    place = Place.read(name or socket.gethostname())
+    place = RankPlace.read(name or socket.gethostname())
 
     def too_late() -> None:
         print(f"error: {place.name}: the examination hung for {seconds:g} s", file=sys.stderr)
@@ -50,31 +50,31 @@ def start(
     torch.set_num_threads(1)
     with ended_after(seconds + GRACE, too_late):
         if place.size == 1:
-            report = examine_alone(described(arguments, alone=True), place)
+            report = examine_alone(planned_run(arguments, alone=True), place)
             code = EXIT_FAULT if report.verdict is FAIL else 0
         else:
             # Before anything starts a thread or talks to a GPU.
             measuring = Measuring() if bandwidth else None
-            run = described(arguments, alone=False)
-            found, code = Examination(place, run, Patience(seconds), measuring).take()
-            if found is None:
+            run = planned_run(arguments, alone=False)
+            own_report, code = Examination(place, run, Patience(seconds), measuring).take()
+            if own_report is None:
                 return code
-            report = found
+            report = own_report
     show(report, Console())
     if json_file is not None:
-        write_atomically(json_file, json.dumps(report.told(), indent=1))
+        write_atomically(json_file, json.dumps(report.to_dict(), indent=1))
     return code
 
 
-def described(arguments: list[str], *, alone: bool) -> Run:
-    """The run that is named, none where there is no argument."""
+def planned_run(arguments: list[str], *, alone: bool) -> PlannedRun:
+    """The run that the arguments describe, none where there is no argument."""
     from sora_train.config.job import compose_job
 
     if not arguments:
-        return Run()
+        return PlannedRun()
     try:
-        return Run(compose_job(arguments).config)
+        return PlannedRun(compose_job(arguments).config)
     except SoraError as error:
         if alone:
             raise
-        return Run(error=sentence(error))
+        return PlannedRun(error=sentence(error))

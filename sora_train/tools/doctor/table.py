@@ -1,4 +1,4 @@
-"""The examination on paper: a table for each node, what differs between them, and the verdict."""
+"""The report of an examination: a table for each node, what differs between them, and the verdict."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sora_train.tools.doctor.findings import FAIL, WARN, Finding, Verdict, count, worst
 
-STYLES = {"said": "dim", "ok": "green", "warn": "yellow", "fail": "bold red"}
+STYLES = {"info": "dim", "ok": "green", "warn": "yellow", "fail": "bold red"}
 WHOLE = 4
 """Of more nodes than this only the first one's table is whole; the others' show what is wrong."""
 
@@ -20,9 +20,9 @@ class NodeReport:
     name: str
     findings: list[Finding]
 
-    def told(self) -> dict[str, Any]:
-        found = [finding.told() for finding in self.findings]
-        return {"node": self.name, "verdict": str(worst(self.findings)), "findings": found}
+    def to_dict(self) -> dict[str, Any]:
+        findings = [finding.to_dict() for finding in self.findings]
+        return {"node": self.name, "verdict": str(worst(self.findings)), "findings": findings}
 
 
 @dataclass(frozen=True)
@@ -43,29 +43,29 @@ class Report:
         return worst(finding for _, finding in self.all)
 
     def sentence(self) -> str:
-        """What to make of it."""
+        """The conclusion, in one sentence."""
         findings = [finding for _, finding in self.all]
         nodes = f"{len(self.nodes)} node(s)"
         if not self.verdict.wrong:
             return f"ok: nothing found against a run on {nodes} ({self.seconds:.0f} s)"
         failed, warned = count(findings, FAIL), count(findings, WARN)
-        node, first = next(found for found in self.all if found[1].verdict is self.verdict)
+        node, first = next(pair for pair in self.all if pair[1].verdict is self.verdict)
         where = f"{node}: " if node and len(self.nodes) > 1 else ""
         counted = f"{failed} failure(s), {warned} warning(s)" if failed else f"{warned} warning(s)"
-        say = "do not start a run" if failed else "a run can start"
+        advice = "do not start a run" if failed else "a run can start"
         return (
-            f"{self.verdict}: {say} on {nodes}, {counted} ({self.seconds:.0f} s). "
+            f"{self.verdict}: {advice} on {nodes}, {counted} ({self.seconds:.0f} s). "
             f"First: {where}{first.name}: {first.value}"
         )
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return {
             "verdict": str(self.verdict),
             "sentence": self.sentence(),
             "seconds": round(self.seconds, 1),
-            "nodes": [node.told() for node in self.nodes],
-            "between": [finding.told() for finding in self.between],
+            "nodes": [node.to_dict() for node in self.nodes],
+            "between": [finding.to_dict() for finding in self.between],
         }
 
 
@@ -86,15 +86,15 @@ def show(report: Report, console: Console) -> None:
 
 
 def table(title: str, findings: Sequence[Finding]) -> Table:
-    """A remedy stands below the value it belongs to."""
-    found = Table(title=escape(title), title_justify="left", title_style="bold", expand=False)
-    found.add_column("", width=4)
-    found.add_column("looked at", width=23)
-    found.add_column("found, and what to do", overflow="fold")
+    """One row for each finding; a remedy stands below its value."""
+    drawn = Table(title=escape(title), title_justify="left", title_style="bold", expand=False)
+    drawn.add_column("", width=4)
+    drawn.add_column("checked", width=23)
+    drawn.add_column("result, and what to do", overflow="fold")
     for finding in findings:
         style = STYLES[finding.verdict]
         text = escape(finding.value)
         if finding.remedy:
             text += f"\n[italic]-> {escape(finding.remedy)}[/italic]"
-        found.add_row(f"[{style}]{finding.verdict}[/{style}]", escape(finding.name), text)
-    return found
+        drawn.add_row(f"[{style}]{finding.verdict}[/{style}]", escape(finding.name), text)
+    return drawn

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from sora_train.tools.doctor.findings import FAIL, OK, WARN, Finding, Verdict, said
+from sora_train.tools.doctor.findings import FAIL, OK, WARN, Finding, Verdict, info
 
 PREFIXES = (
     "NCCL_",
@@ -38,20 +38,20 @@ WRONG: tuple[tuple[str, tuple[str, ...], Verdict, str], ...] = (
 
 def chosen(environ: Mapping[str, str]) -> dict[str, str]:
     """Those that matter, secrets hidden."""
-    found = {}
+    shown = {}
     for name, value in sorted(environ.items()):
         if name.startswith(PREFIXES) and not name.startswith("TORCHELASTIC_"):
-            found[name] = "(set)" if any(part in name for part in SECRETS) else value
+            shown[name] = "(set)" if any(part in name for part in SECRETS) else value
         elif name.lower() in PROXIES:
-            found[name] = value.rpartition("@")[2]
-    return found
+            shown[name] = value.rpartition("@")[2]
+    return shown
 
 
 def judge(
     environ: Mapping[str, str], *, interfaces: list[str], cores: int, ranks: int
 ) -> list[Finding]:
     """`cores` that this node's `ranks` may use; `interfaces` that it has."""
-    found = [
+    findings = [
         Finding(name, environ[name], verdict, remedy)
         for name, values, verdict, remedy in WRONG
         if environ.get(name, "").lower() in [value.lower() for value in values]
@@ -60,15 +60,15 @@ def judge(
         asked = environ.get(name, "")
         if asked and not any(interface_named(asked, interface) for interface in interfaces):
             remedy = f"this node has {', '.join(interfaces)}: name one of them, or unset it (launch.interface)"
-            found.append(Finding(name, asked, FAIL, remedy))
+            findings.append(Finding(name, asked, FAIL, remedy))
     threads = environ.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) * ranks > cores and ranks * cores > 1:
         remedy = f"set it to {max(1, cores // ranks)}: {ranks} rank(s) share {cores} cores"
-        found.append(Finding("OMP_NUM_THREADS", threads, WARN, remedy))
-    told = {finding.name for finding in found}
-    rest = {name: value for name, value in chosen(environ).items() if name not in told}
+        findings.append(Finding("OMP_NUM_THREADS", threads, WARN, remedy))
+    judged_names = {finding.name for finding in findings}
+    rest = {name: value for name, value in chosen(environ).items() if name not in judged_names}
     plain = " ".join(f"{name}={value}" for name, value in rest.items())
-    return [*found, said("environment", plain or "nothing that changes how ranks run")]
+    return [*findings, info("environment", plain or "nothing that changes how ranks run")]
 
 
 def interface_named(asked: str, interface: str) -> bool:
@@ -90,15 +90,17 @@ def judge_job(environ: Mapping[str, str], *, owns_master: bool | None) -> list[F
     """
     size = int(environ.get("WORLD_SIZE", "1"))
     node = environ.get("GROUP_RANK", "")
-    found = []
+    findings = []
     tasks, nodes = environ.get("SLURM_NTASKS", ""), environ.get("SLURM_NNODES", "")
     if "WORLD_SIZE" not in environ and (tasks or "1") != "1" and "SLURM_STEP_ID" in environ:
         remedy = "let srun start one torchrun a node, with --nnodes and --node-rank; see sora launch slurm --print"
-        found.append(Finding("job", f"{tasks} SLURM tasks, each a world of its own", FAIL, remedy))
+        findings.append(
+            Finding("job", f"{tasks} SLURM tasks, each a world of its own", FAIL, remedy)
+        )
     local = int(environ.get("LOCAL_WORLD_SIZE", "1"))
     if size > 1 and nodes.isdigit() and int(nodes) * local != size:
         remedy = "give torchrun --nnodes $SLURM_NNODES, and the same --nproc-per-node everywhere"
-        found.append(
+        findings.append(
             Finding(
                 "job", f"{nodes} SLURM nodes x {local} ranks, and a world of {size}", WARN, remedy
             )
@@ -106,12 +108,12 @@ def judge_job(environ: Mapping[str, str], *, owns_master: bool | None) -> list[F
     slurm = environ.get("SLURM_NODEID", "")
     if node and slurm and size > local and node != slurm:
         remedy = "$SLURM_NODEID was expanded before srun: put the command in single quotes (bash -c '...')"
-        found.append(Finding("node rank", f"{node} of torchrun, {slurm} of SLURM", WARN, remedy))
+        findings.append(Finding("node rank", f"{node} of torchrun, {slurm} of SLURM", WARN, remedy))
     if size > local and environ.get("RANK") == "0" and owns_master is False:
         remedy = (
             "MASTER_ADDR must be the first node of the job, not the login node; and only one node has node rank 0 "
             "($SLURM_NODEID in single quotes)"
         )
         value = f"rank 0 is here, and {environ.get('MASTER_ADDR')} is not this machine"
-        found.append(Finding("node rank", value, FAIL, remedy))
-    return found or [Finding("job", f"{size} rank(s), {local} on this node", OK)]
+        findings.append(Finding("node rank", value, FAIL, remedy))
+    return findings or [Finding("job", f"{size} rank(s), {local} on this node", OK)]

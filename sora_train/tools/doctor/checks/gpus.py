@@ -6,15 +6,15 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from typing import Any
 
-from sora_train.tools.doctor.findings import FAIL, SAID, WARN, Finding, judged, said
+from sora_train.tools.doctor.findings import FAIL, INFO, WARN, Finding, info, judged
 
 HOT = 85.0
 SECONDS = 12.0
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """Degrees Celsius, MiB, counts. None: not told."""
+class GpuState:
+    """Degrees Celsius, MiB, counts. None: not known."""
 
     name: str
     memory: int | None
@@ -56,14 +56,14 @@ def read(_argument: object = None) -> dict[str, Any]:
     return {"query": query, "links": links.stdout, "kernel": kernel, "failed": failed}
 
 
-def parsed(xml: str) -> tuple[str, list[Gpu]]:
+def parsed(xml: str) -> tuple[str, list[GpuState]]:
     """The driver's version, and the GPUs, of `nvidia-smi -q -x`."""
     root = ET.fromstring(xml)
     driver = root.findtext("driver_version", "")
     return driver, [_gpu(gpu) for gpu in root.findall("gpu")]
 
 
-def _gpu(gpu: ET.Element) -> Gpu:
+def _gpu(gpu: ET.Element) -> GpuState:
     reasons = [
         entry
         for kind in ("clocks_event_reasons", "clocks_throttle_reasons")
@@ -78,7 +78,7 @@ def _gpu(gpu: ET.Element) -> Gpu:
     ]
     pending = gpu.findtext("remapped_rows/remapped_row_pending", "No")
     failure = gpu.findtext("remapped_rows/remapped_row_failure", "No")
-    return Gpu(
+    return GpuState(
         name=gpu.findtext("product_name", "?"),
         memory=_whole(gpu.findtext("fb_memory_usage/total")),
         used=_whole(gpu.findtext("fb_memory_usage/used")),
@@ -120,49 +120,56 @@ def _whole(text: str | None) -> int | None:
     return None if number is None else int(number)
 
 
-def compared(found: dict[str, Any]) -> dict[str, str]:
+def compared(output: dict[str, Any]) -> dict[str, str]:
     """What should be the same on all nodes."""
-    if not found["query"]:
+    if not output["query"]:
         return {"GPUs": "none"}
-    driver, gpus = parsed(found["query"])
+    driver, gpus = parsed(output["query"])
     return {"driver": driver, "GPUs": ", ".join(gpu.name for gpu in gpus)}
 
 
-def judge(found: dict[str, Any], *, ranks: int, wanted: bool, kernel_files: bool) -> list[Finding]:
-    """`wanted`: whether the run asks for GPUs; `kernel_files`: whether the kernel has an NVIDIA device."""
-    if found.get("failed"):
+def judge(
+    output: dict[str, Any], *, ranks: int, required: bool, kernel_files: bool
+) -> list[Finding]:
+    """`required`: whether the run asks for GPUs; `kernel_files`: whether the kernel has an NVIDIA device."""
+    if output.get("failed"):
         remedy = "the driver does not answer as it should: nvidia-smi by hand, dmesg, then a reboot of the node"
-        return [Finding("GPUs", found["failed"], FAIL, remedy)]
-    if not found["query"]:
+        return [Finding("GPUs", output["failed"], FAIL, remedy)]
+    if not output["query"]:
         lost = "nvidia-smi is missing though the kernel has NVIDIA devices: install the driver's tools, or start the "
         lost += "container with --gpus all"
         return [
             judged(
-                "GPUs", "none",
-                (wanted, FAIL, "run.device=cuda needs one: ask for GPUs (launch.gpus), or set run.device=cpu"),
+                "GPUs",
+                "none",
+                (
+                    required,
+                    FAIL,
+                    "run.device=cuda needs one: ask for GPUs (launch.gpus), or set run.device=cpu",
+                ),
                 (kernel_files, WARN, lost),
-                good=SAID,
+                good=INFO,
             )
-        ]  # fmt: skip
-    driver, gpus = parsed(found["query"])
+        ]
+    driver, gpus = parsed(output["query"])
     names = ", ".join(
         dict.fromkeys(f"{gpu.name} {(gpu.memory or 0) / 1024:.0f} GiB" for gpu in gpus)
     )
     few = f"{ranks} ranks share {len(gpus)} GPU(s): --nproc-per-node (launch.ranks) must not be more than the GPUs"
     lines = [
         judged("GPUs", f"{len(gpus)} x {names}, driver {driver}", (ranks > len(gpus), FAIL, few)),
-        said("GPU links", links_of(found["links"], gpus)),
+        info("GPU links", links_of(output["links"], gpus)),
     ]
     for number, gpu in enumerate(gpus):
         lines += judge_gpu(number, gpu)
-    kernel = found["kernel"].splitlines()
+    kernel = output["kernel"].splitlines()
     if kernel:
         remedy = "look the number up in NVIDIA's list of XIDs; 48, 63, 64, 74, 79, 94, 95 mean hardware: drain the node"
         lines.append(Finding("XID in the kernel's log", kernel[-1][-120:], WARN, remedy))
     return lines
 
 
-def judge_gpu(number: int, gpu: Gpu) -> list[Finding]:
+def judge_gpu(number: int, gpu: GpuState) -> list[Finding]:
     """One line where it is well, one for each thing where it is not."""
     hot = gpu.temperature is not None and gpu.temperature > HOT
     degrees = "?" if gpu.temperature is None else f"{gpu.temperature:.0f}"
@@ -179,16 +186,16 @@ def judge_gpu(number: int, gpu: Gpu) -> list[Finding]:
         (gpu.mig, "MIG is on", WARN, "ranks see slices of it: nvidia-smi -mig 0, unless that is meant"),
         (gpu.mode == "Prohibited", "compute mode is Prohibited", FAIL, "nvidia-smi -c 0"),
     ]  # fmt: skip
-    found = [
+    findings = [
         Finding(name, value, verdict, remedy) for holds, value, verdict, remedy in wrong if holds
     ]
     well = f"{degrees} degrees, {(gpu.used or 0):,} MiB used, no errors" + (
         f", {gpu.pcie}" if gpu.pcie else ""
     )
-    return found or [Finding(name, well)]
+    return findings or [Finding(name, well)]
 
 
-def links_of(text: str, gpus: list[Gpu]) -> str:
+def links_of(text: str, gpus: list[GpuState]) -> str:
     """In one line: how many NVLinks, and of what speed."""
     speeds = [
         part.split(":", 1)[1].strip()

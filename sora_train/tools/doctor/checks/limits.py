@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora_train.tools.doctor.findings import FAIL, OK, SAID, WARN, Finding, judged, said
+from sora_train.tools.doctor.findings import FAIL, INFO, OK, WARN, Finding, info, judged
 
 MIB, GIB = 2**20, 2**30
 ENOUGH_FILES, ENOUGH_PROCESSES = 4096, 4096
@@ -18,7 +18,7 @@ LOCKED = 64 * MIB
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes and counts; None: no limit, or not told."""
+    """Bytes and counts; None: no limit, or not known."""
 
     open_files: int | None
     open_files_hard: int | None
@@ -101,9 +101,9 @@ def cgroup_memory() -> int | None:
 
 def cgroup_cores() -> float | None:
     """Cores' worth of time that this process may take, None without a limit."""
-    found = [value.split() for value in _cgroup_values("cpu.max")]
+    quotas = [value.split() for value in _cgroup_values("cpu.max")]
     return min(
-        (int(quota) / int(period) for quota, period in found if quota.isdigit()), default=None
+        (int(quota) / int(period) for quota, period in quotas if quota.isdigit()), default=None
     )
 
 
@@ -131,16 +131,25 @@ def _counts(limits: Limits, infiniband: bool) -> list[Finding]:
     return [
         judged("open files", shown(limits.open_files), (few_files, WARN, remedy)),
         judged(
-            "processes", shown(limits.processes),
-            (few, WARN, "ulimit -u 65536, or nproc in /etc/security/limits.conf; threads count too"),
+            "processes",
+            shown(limits.processes),
+            (
+                few,
+                WARN,
+                "ulimit -u 65536, or nproc in /etc/security/limits.conf; threads count too",
+            ),
         ),
         judged(
-            "locked memory", "no limit" if limits.locked is None else size(limits.locked),
-            (pinned and infiniband, FAIL,
-             "InfiniBand pins its buffers: ulimit -l unlimited, LimitMEMLOCK=infinity of slurmd or dockerd"),
-            good=OK if infiniband else SAID,
+            "locked memory",
+            "no limit" if limits.locked is None else size(limits.locked),
+            (
+                pinned and infiniband,
+                FAIL,
+                "InfiniBand pins its buffers: ulimit -l unlimited, LimitMEMLOCK=infinity of slurmd or dockerd",
+            ),
+            good=OK if infiniband else INFO,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _spaces(limits: Limits) -> list[Finding]:
@@ -148,16 +157,22 @@ def _spaces(limits: Limits) -> list[Finding]:
     larger = "give the container more: docker run --shm-size=16g, --ipc=host, or a Memory emptyDir in Kubernetes"
     return [
         judged(
-            "/dev/shm", shm if limits.shm_total else "none",
-            (limits.shm_free < 32 * MIB, FAIL, f"NCCL and loaders die there with a bus error; {larger}"),
+            "/dev/shm",
+            shm if limits.shm_total else "none",
+            (
+                limits.shm_free < 32 * MIB,
+                FAIL,
+                f"NCCL and loaders die there with a bus error; {larger}",
+            ),
             (limits.shm_total < GIB, WARN, larger),
         ),
         judged(
-            "temporary folder", f"{limits.tmp}, {size(limits.tmp_free)} free",
+            "temporary folder",
+            f"{limits.tmp}, {size(limits.tmp_free)} free",
             (limits.tmp_free < 100 * MIB, FAIL, "free it, or set TMPDIR to a local disk with room"),
             (limits.tmp_free < GIB, WARN, "free it, or set TMPDIR to a local disk with room"),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _cores(limits: Limits, ranks: int, workers: int) -> list[Finding]:
@@ -167,15 +182,25 @@ def _cores(limits: Limits, ranks: int, workers: int) -> list[Finding]:
     value += f" with {workers} loader worker(s) each" if workers else ""
     return [
         judged(
-            "CPU cores", value,
-            (usable < ranks, FAIL,
-             "ranks share cores and wait for each other: --cpus-per-task or launch.cpus, and no binding to one core"),
-            (usable == 1 < limits.cores, WARN,
-             "the scheduler bound this process to one core: --cpus-per-task or launch.cpus, or srun --cpu-bind=none"),
-            (usable < needed, WARN,
-             f"{needed} processes share {usable:g} cores: ask for more (launch.cpus) or lower data.num_workers"),
+            "CPU cores",
+            value,
+            (
+                usable < ranks,
+                FAIL,
+                "ranks share cores and wait for each other: --cpus-per-task or launch.cpus, and no binding to one core",
+            ),
+            (
+                usable == 1 < limits.cores,
+                WARN,
+                "the scheduler bound this process to one core: --cpus-per-task or launch.cpus, or srun --cpu-bind=none",
+            ),
+            (
+                usable < needed,
+                WARN,
+                f"{needed} processes share {usable:g} cores: ask for more (launch.cpus) or lower data.num_workers",
+            ),
         )
-    ]  # fmt: skip
+    ]
 
 
 def _memory(limits: Limits) -> list[Finding]:
@@ -184,16 +209,27 @@ def _memory(limits: Limits) -> list[Finding]:
     value += " (limit of the control group)" if total < limits.memory else ""
     return [
         judged(
-            "memory", value,
-            (limits.memory_free < 0.1 * limits.memory, WARN,
-             "somebody else uses this node: look with `ps aux --sort -rss`, or ask for the node alone (--exclusive)"),
+            "memory",
+            value,
+            (
+                limits.memory_free < 0.1 * limits.memory,
+                WARN,
+                "somebody else uses this node: look with `ps aux --sort -rss`, or ask for the node alone (--exclusive)",
+            ),
         ),
         judged(
-            "swap in use", size(limits.swap_used),
-            (limits.swap_used > GIB, WARN, "swapping ranks hold up all others: free memory, then swapoff -a"),
-            good=SAID,
-        ) if limits.swap_used else said("swap in use", "none"),
-    ]  # fmt: skip
+            "swap in use",
+            size(limits.swap_used),
+            (
+                limits.swap_used > GIB,
+                WARN,
+                "swapping ranks hold up all others: free memory, then swapoff -a",
+            ),
+            good=INFO,
+        )
+        if limits.swap_used
+        else info("swap in use", "none"),
+    ]
 
 
 def size(number: float) -> str:

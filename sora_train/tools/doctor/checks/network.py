@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sora_train.tools.doctor.findings import FAIL, OK, SAID, WARN, Finding, Verdict, judged, said
+from sora_train.tools.doctor.findings import FAIL, INFO, OK, WARN, Finding, Verdict, info, judged
 
 SIOCGIFADDR = 0x8915
 SLOW_MBITS = 10_000
@@ -61,8 +61,10 @@ class Network:
     @property
     def chosen(self) -> Interface | None:
         """The interface towards MASTER_ADDR, or GLOO's own choice by the hostname's address."""
-        wanted = self.source or next(iter(self.resolved), "")
-        return next((found for found in self.interfaces if found.address == wanted), None)
+        address = self.source or next(iter(self.resolved), "")
+        return next(
+            (interface for interface in self.interfaces if interface.address == address), None
+        )
 
     @property
     def owns_master(self) -> bool | None:
@@ -83,16 +85,16 @@ def read(master: str = "") -> Network:
         master=master,
         master_resolved=resolve(master) if master else (),
         source=address_towards(master) if master else "",
-        addresses=frozenset(found.address for found in interfaces) | ipv6_addresses(),
+        addresses=frozenset(interface.address for interface in interfaces) | ipv6_addresses(),
     )
 
 
 def resolve(name: str) -> tuple[str, ...]:
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
         return ()
-    return tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
+    return tuple(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
 def read_interfaces(root: Path = Path("/sys/class/net")) -> tuple[Interface, ...]:
@@ -132,12 +134,12 @@ def _text(path: Path) -> str:
 def _ipv4(name: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         try:
-            found = fcntl.ioctl(
+            answer = fcntl.ioctl(
                 asked.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15])
             )
         except OSError:
             return ""
-    return socket.inet_ntoa(found[20:24])
+    return socket.inet_ntoa(answer[20:24])
 
 
 def ipv6_addresses(table: Path = Path("/proc/net/if_inet6")) -> frozenset[str]:
@@ -169,7 +171,7 @@ def loopback(address: str) -> bool:
 
 
 def judge(network: Network, *, nodes: int, interface_named: bool = False) -> list[Finding]:
-    """`interface_named`: whether gloo is told its interface, and need not ask for the hostname's address."""
+    """`interface_named`: whether gloo's interface is given, so that it need not ask for the hostname's address."""
     return [
         *_names(network, nodes, interface_named),
         *_interfaces(network, nodes),
@@ -181,49 +183,78 @@ def _names(network: Network, nodes: int, interface_named: bool) -> list[Finding]
     grave: Verdict = FAIL if nodes > 1 else WARN
     own = ", ".join(network.resolved) or "does not resolve"
     local = bool(network.resolved) and all(loopback(one) for one in network.resolved)
-    found = [
+    findings = [
         judged(
-            "hostname", f"{network.hostname}: {own}",
-            (not network.resolved and not interface_named, grave, "gloo cannot bind to it: add it to /etc/hosts"),
-            (local and nodes > 1 and not interface_named, WARN,
-             "gloo tells others a loopback address: set GLOO_SOCKET_IFNAME (launch.interface), or mend /etc/hosts"),
+            "hostname",
+            f"{network.hostname}: {own}",
+            (
+                not network.resolved and not interface_named,
+                grave,
+                "gloo cannot bind to it: add it to /etc/hosts",
+            ),
+            (
+                local and nodes > 1 and not interface_named,
+                WARN,
+                "gloo tells others a loopback address: set GLOO_SOCKET_IFNAME (launch.interface), or mend /etc/hosts",
+            ),
         )
-    ]  # fmt: skip
+    ]
     if network.master:
         meant = ", ".join(network.master_resolved) or "does not resolve"
         unreal = nodes > 1 and all(loopback(one) for one in network.master_resolved)
-        found.append(
+        findings.append(
             judged(
-                "MASTER_ADDR", f"{network.master}: {meant}",
-                (not network.master_resolved, FAIL, "give an address or name that this node resolves"),
-                (unreal, WARN, "a loopback address reaches this machine alone; give the first node's own"),
+                "MASTER_ADDR",
+                f"{network.master}: {meant}",
+                (
+                    not network.master_resolved,
+                    FAIL,
+                    "give an address or name that this node resolves",
+                ),
+                (
+                    unreal,
+                    WARN,
+                    "a loopback address reaches this machine alone; give the first node's own",
+                ),
             )
-        )  # fmt: skip
-    return found
+        )
+    return findings
 
 
 def _interfaces(network: Network, nodes: int) -> list[Finding]:
     chosen = network.chosen
-    shown = [found.row() for found in network.interfaces if not found.name.startswith(VIRTUAL)]
-    found = [said("interfaces", "; ".join(shown) or "none but loopback")]
+    shown = [
+        interface.row()
+        for interface in network.interfaces
+        if not interface.name.startswith(VIRTUAL)
+    ]
+    findings = [info("interfaces", "; ".join(shown) or "none but loopback")]
     if chosen is None:
-        return found
+        return findings
     slow = chosen.mbits is not None and chosen.mbits < SLOW_MBITS and not network.infiniband
-    found.append(
+    findings.append(
         judged(
-            "chosen interface", chosen.row(),
-            (not chosen.up, FAIL, "it is down: name another one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"),
-            (slow and nodes > 1, WARN,
-             "ranks exchange gigabytes each step: name a faster interface in NCCL_SOCKET_IFNAME (launch.interface)"),
+            "chosen interface",
+            chosen.row(),
+            (
+                not chosen.up,
+                FAIL,
+                "it is down: name another one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+            ),
+            (
+                slow and nodes > 1,
+                WARN,
+                "ranks exchange gigabytes each step: name a faster interface in NCCL_SOCKET_IFNAME (launch.interface)",
+            ),
         )
-    )  # fmt: skip
-    return found
+    )
+    return findings
 
 
 def _ports(network: Network) -> list[Finding]:
     ports = network.infiniband
     if not ports:
-        return [said("InfiniBand", "none")]
+        return [info("InfiniBand", "none")]
     active = [port for port in ports if "ACTIVE" in port.state]
     asleep = [port.name for port in ports if port not in active]
     value = f"{len(active)} of {len(ports)} ports active; " + ", ".join(
@@ -252,4 +283,4 @@ def meeting_port(address: str, port: int, *, under_launcher: bool, seconds: floa
             remedy = f"a job that meets there cannot start: ss -ltnp 'sport = :{port}', or give --master-port"
             text = "in use" if used else os.strerror(error.errno or 0)
             return [Finding(name, f"{port}: {text}", WARN, remedy)]
-    return [Finding(name, f"{port} is free", SAID)]
+    return [Finding(name, f"{port} is free", INFO)]

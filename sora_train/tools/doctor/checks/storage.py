@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.tools.doctor.checks.limits import GIB, MIB, size
-from sora_train.tools.doctor.findings import FAIL, WARN, Finding, judged, said
+from sora_train.tools.doctor.findings import FAIL, WARN, Finding, info, judged
 
 WRITTEN = 64 * MIB
 PART = 4 * MIB
@@ -28,10 +28,10 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     asked = Path(argument["folder"]).absolute()
     place = next(path for path in (asked, *asked.parents) if path.is_dir())
     usage = shutil.disk_usage(place)
-    found: dict[str, Any] = {"place": str(place), "kind": kind_of(place), "free": usage.free}
+    facts: dict[str, Any] = {"place": str(place), "kind": kind_of(place), "free": usage.free}
     if argument.get("write"):
-        found |= _speed(place)
-    return found
+        facts |= _speed(place)
+    return facts
 
 
 def kind_of(place: Path, mounts: Path = Path("/proc/mounts")) -> str:
@@ -74,35 +74,40 @@ def _speed(place: Path) -> dict[str, Any]:
 
 
 def judge_folder(
-    name: str, found: dict[str, Any], *, needed: float = 0.0, lasting: bool = True
+    name: str, facts: dict[str, Any], *, needed: float = 0.0, lasting: bool = True
 ) -> list[Finding]:
-    """`found` by `measure`; `needed` bytes of checkpoints lie there by the end of a run; `lasting`: what is written
+    """`facts` by `measure`; `needed` bytes of checkpoints lie there by the end of a run; `lasting`: what is written
     there is to be kept."""
-    kind, place = found["kind"], found["place"]
+    kind, place = facts["kind"], facts["place"]
     gone = "it is lost with the machine or container: set run.dir on storage that lasts"
-    space = f"{size(found['free'])} free" + (f", checkpoints take {size(needed)}" if needed else "")
+    space = f"{size(facts['free'])} free" + (f", checkpoints take {size(needed)}" if needed else "")
     lines = [
         judged(
-            name, f"{place} ({kind})",
+            name,
+            f"{place} ({kind})",
             (lasting and kind in MEMORY, WARN, f"this is memory: {gone}"),
             (lasting and kind in LAYERED, WARN, f"this is a container's own layer: {gone}"),
         ),
         judged(
-            f"{name}: space", space,
-            (found["free"] < needed, FAIL,
-             "lower checkpoint.keep_last, free space or set run.dir on a larger disk"),
-            (found["free"] < GIB, WARN, "free space, or take another folder"),
+            f"{name}: space",
+            space,
+            (
+                facts["free"] < needed,
+                FAIL,
+                "lower checkpoint.keep_last, free space or set run.dir on a larger disk",
+            ),
+            (facts["free"] < GIB, WARN, "free space, or take another folder"),
         ),
-    ]  # fmt: skip
-    if "error" in found:
+    ]
+    if "error" in facts:
         remedy = (
             f"{place} must be writable by this user on every node: check owner, quota and mount"
         )
-        lines.append(Finding(f"{name}: writing", found["error"], FAIL, remedy))
-    elif "write" in found:
-        value = f"{found['write']:,.0f} MB/s, fsync {found['fsync']:.2f} s; reading {found['read']:,.0f} MB/s"
+        lines.append(Finding(f"{name}: writing", facts["error"], FAIL, remedy))
+    elif "write" in facts:
+        value = f"{facts['write']:,.0f} MB/s, fsync {facts['fsync']:.2f} s; reading {facts['read']:,.0f} MB/s"
         slow = "checkpoints hold up the run: ask for a faster file system, or write less often (checkpoint.every)"
-        lines.append(judged(f"{name}: writing", value, (found["write"] < SLOW, WARN, slow)))
+        lines.append(judged(f"{name}: writing", value, (facts["write"] < SLOW, WARN, slow)))
     return lines
 
 
@@ -129,11 +134,11 @@ def _reached(source: str) -> str:
     return ""
 
 
-def judge_sources(sources: list[str], found: list[str]) -> list[Finding]:
+def judge_sources(sources: list[str], problems: list[str]) -> list[Finding]:
     remedy = "it must be readable on every node under this name: check the mount, the credentials and data.source"
     return [
         judged(f"data {source}", why or "can be read", (bool(why), FAIL, remedy))
-        for source, why in zip(sources, found, strict=True)
+        for source, why in zip(sources, problems, strict=True)
     ]
 
 
@@ -145,7 +150,7 @@ def content(version: int) -> bytes:
     return f"{version:08d}".encode() * 16_384
 
 
-def put(argument: dict[str, Any]) -> None:
+def write_versions(argument: dict[str, Any]) -> None:
     """Write version 0 of the token, and replace it at once by 1, 2, ... `versions`."""
     path = Path(argument["path"])
     path.parent.mkdir(exist_ok=True)
@@ -159,10 +164,10 @@ def put(argument: dict[str, Any]) -> None:
         time.sleep(argument.get("pause", 0.0))
 
 
-def look(argument: dict[str, Any]) -> dict[str, Any]:
+def await_version(argument: dict[str, Any]) -> dict[str, Any]:
     """Read the token until it is of `version`, at most `seconds` long: how long that took, and whether a reader met
     a file that was not whole."""
-    path, wanted = Path(argument["path"]), argument["version"]
+    path, version = Path(argument["path"]), argument["version"]
     began, torn, seen = time.monotonic(), 0, -1
     while True:
         with contextlib.suppress(OSError):
@@ -172,7 +177,7 @@ def look(argument: dict[str, Any]) -> dict[str, Any]:
             else:
                 torn += 1
         waited = time.monotonic() - began
-        if seen >= wanted or waited > argument["seconds"]:
+        if seen >= version or waited > argument["seconds"]:
             return {"seen": seen, "waited": waited, TORN: torn}
         time.sleep(0.02)
 
@@ -184,7 +189,7 @@ def remove(argument: dict[str, Any]) -> None:
 def judge_shared(
     name: str, first: dict[str, Any], last: dict[str, Any], patience: float
 ) -> list[Finding]:
-    """`first`: `look` for a new file, `last`: for its last version."""
+    """`first`: `await_version` of a new file, `last`: of its last version."""
     if first["seen"] < 0:
         remedy = (
             "run.dir must lie on storage that all nodes share, mounted at the same path: checkpoints and the frozen "
@@ -197,10 +202,13 @@ def judge_shared(
     cache = "it shows old content: mount with a shorter attribute cache (NFS: actimeo=3, lookupcache=positive)"
     lines = [
         judged(
-            name, "old content is still seen here" if stale else f"node 0's file is seen after {lag:.1f} s",
+            name,
+            "old content is still seen here"
+            if stale
+            else f"node 0's file is seen after {lag:.1f} s",
             (stale or lag > 5, WARN, cache),
         )
-    ]  # fmt: skip
+    ]
     torn = first[TORN] + last[TORN]
     half = "a rename is not atomic on this file system: take another for run.dir, a reader may meet half a file"
     value = f"{torn} times half a file" if torn else "no half file seen"
@@ -214,4 +222,4 @@ def judge_caches(environ: dict[str, str]) -> list[Finding]:
     hub = Path(environ.get("HF_HUB_CACHE") or f"{home}/hub")
     models = [path.name for path in hub.glob("models--*")] if hub.is_dir() else []
     value = f"{hub}: {len(models)} model(s)" + (", offline" if offline else "")
-    return [said("Hugging Face cache", value)]
+    return [info("Hugging Face cache", value)]

@@ -15,7 +15,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from sora_train.tools.doctor.findings import FAIL, SAID, WARN, Finding, said
+from sora_train.tools.doctor.findings import FAIL, INFO, WARN, Finding, info
 
 MIB = 2**20
 SIZES = {"gloo": (1 * MIB, 8 * MIB, 32 * MIB), "nccl": (1 * MIB, 32 * MIB, 256 * MIB)}
@@ -39,7 +39,7 @@ def busbw(kind: str, nbytes: float, seconds: float, ranks: int) -> float:
 
 
 class Measuring:
-    """A fork of this process that measures when it is told to."""
+    """A fork of this process that measures on request."""
 
     def __init__(self) -> None:
         self._end, child = multiprocessing.Pipe()
@@ -49,29 +49,29 @@ class Measuring:
             _serve(child)
         child.close()
 
-    def run(self, wanted_device: str, seconds: float) -> dict[str, Any]:
+    def run(self, device_name: str, seconds: float) -> dict[str, Any]:
         """`rows` of kind, bytes and seconds; and `error` where it did not end well, or not in time."""
         ends = time.monotonic() + seconds
-        found: dict[str, Any] = {"rows": [], "backend": "", "error": ""}
-        self._end.send((wanted_device, seconds))
+        measured: dict[str, Any] = {"rows": [], "backend": "", "error": ""}
+        self._end.send((device_name, seconds))
         while self._end.poll(max(0.0, ends - time.monotonic())):
             try:
-                told = self._end.recv()
+                message = self._end.recv()
             except EOFError:
-                return found | {"error": "its process ended without a word"}
-            if told.get("done"):
-                return found
-            found["rows"] += told.pop("rows", [])
-            found |= told
-            if found["error"]:
-                return found
-        last = found["rows"][-1] if found["rows"] else None
+                return measured | {"error": "its process ended without an answer"}
+            if message.get("done"):
+                return measured
+            measured["rows"] += message.pop("rows", [])
+            measured |= message
+            if measured["error"]:
+                return measured
+        last = measured["rows"][-1] if measured["rows"] else None
         where = (
             f" after {last['kind']} of {last['bytes'] // MIB} MiB"
             if last
             else ", ranks did not meet"
         )
-        return found | {"error": f"no answer within {seconds:g} s{where}"}
+        return measured | {"error": f"no answer within {seconds:g} s{where}"}
 
     def end(self) -> None:
         os.kill(self._pid, signal.SIGKILL)
@@ -82,10 +82,10 @@ class Measuring:
 def _serve(end: Connection) -> None:
     """The fork's life."""
     try:
-        wanted_device, seconds = end.recv()
+        device_name, seconds = end.recv()
         # The system ends it when the one that waits has long gone.
         signal.alarm(int(seconds) + 30)
-        measure(wanted_device, seconds, end.send)
+        measure(device_name, seconds, end.send)
         end.send({"done": True})
     except EOFError:
         os._exit(0)
@@ -95,7 +95,7 @@ def _serve(end: Connection) -> None:
         os._exit(0)
 
 
-def measure(wanted_device: str, seconds: float, tell: Callable[[dict[str, Any]], None]) -> None:
+def measure(device_name: str, seconds: float, send: Callable[[dict[str, Any]], None]) -> None:
     """Meet the other ranks and measure; ranks agree when it is too late for a larger size."""
     import torch
     import torch.distributed as dist
@@ -105,7 +105,7 @@ def measure(wanted_device: str, seconds: float, tell: Callable[[dict[str, Any]],
 
     began = time.monotonic()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = pick_device(wanted_device, int(os.environ.get("LOCAL_RANK", "0")))
+    device = pick_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -114,13 +114,13 @@ def measure(wanted_device: str, seconds: float, tell: Callable[[dict[str, Any]],
     shared = dist.TCPStore(address, port, timeout=patience, wait_for_workers=False)
     store = dist.PrefixStore(f"doctor/bandwidth/{attempt()}", shared)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
-    tell({"backend": backend})
+    send({"backend": backend})
     for nbytes in SIZES[backend]:
         buffer = torch.ones(nbytes // (4 * ranks) * ranks, device=device)
         other = torch.empty_like(buffer)
         for kind, work in collectives(buffer, other, rank, ranks).items():
             taken = timed(work, device)
-            tell({"rows": [{"kind": kind, "bytes": buffer.numel() * 4, "seconds": taken}]})
+            send({"rows": [{"kind": kind, "bytes": buffer.numel() * 4, "seconds": taken}]})
         spent = torch.tensor([time.monotonic() - began], device=device)
         dist.all_reduce(spent, op=dist.ReduceOp.MAX)
         if spent.item() > 0.4 * seconds:
@@ -164,19 +164,23 @@ def timed(work: Callable[[], None], device: Any) -> float:
 # -- judging --------------------------------------------------------------------------------------
 
 
-def judge(found: dict[int, dict[str, Any]], names: dict[int, str]) -> list[Finding]:
-    """`found` by rank, and the name of each rank's node."""
+def judge(measured: dict[int, dict[str, Any]], names: dict[int, str]) -> list[Finding]:
+    """`measured` by rank, and the name of each rank's node."""
     ranks = len(names)
-    failed = {rank: told["error"] for rank in names if (told := found.get(rank, _SILENT))["error"]}
+    failed = {
+        rank: result["error"] for rank in names if (result := measured.get(rank, _SILENT))["error"]
+    }
     lines = [
         Finding(
-            f"bandwidth: rank {rank} on {names[rank]}", error, FAIL,
+            f"bandwidth: rank {rank} on {names[rank]}",
+            error,
+            FAIL,
             "the collective of this rank broke or hung: look at what fails above for its node, then NCCL_DEBUG=INFO "
             "(GLOO: TORCH_CPP_LOG_LEVEL=INFO) in a run of `sora doctor` alone",
         )
         for rank, error in list(failed.items())[:8]
-    ]  # fmt: skip
-    whole = {rank: told["rows"] for rank, told in found.items() if told["rows"]}
+    ]
+    whole = {rank: result["rows"] for rank, result in measured.items() if result["rows"]}
     if len(whole) < ranks:
         return lines
     length = min(len(rows) for rows in whole.values())
@@ -184,8 +188,8 @@ def judge(found: dict[int, dict[str, Any]], names: dict[int, str]) -> list[Findi
         rows = [whole[rank][place] for rank in sorted(whole)]
         if rows[0]["kind"] != NEIGHBOURS:
             lines.append(_row(rows, ranks))
-    backend = next(iter(found.values()))["backend"]
-    lines.append(said("bandwidth expected", EXPECTED.get(backend, backend)))
+    backend = next(iter(measured.values()))["backend"]
+    lines.append(info("bandwidth expected", EXPECTED.get(backend, backend)))
     last = [
         [row for row in whole[rank][:length] if row["kind"] == NEIGHBOURS][-1:]
         for rank in sorted(whole)
@@ -203,7 +207,7 @@ def _row(rows: list[dict[str, Any]], ranks: int) -> Finding:
     slowest = max(row["seconds"] for row in rows)
     name = f"{kind} of {nbytes / MIB:.0f} MiB"
     value = f"algbw {nbytes / slowest / 1e9:.2f} GB/s, busbw {busbw(kind, nbytes, slowest, ranks) / 1e9:.2f} GB/s"
-    return Finding(name, f"{value}, {slowest * 1e3:.1f} ms over {ranks} ranks", SAID)
+    return Finding(name, f"{value}, {slowest * 1e3:.1f} ms over {ranks} ranks", INFO)
 
 
 def slow_ranks(received: list[float]) -> list[int]:
@@ -230,7 +234,7 @@ def _slow(received: list[float], names: dict[int, str]) -> list[Finding]:
     value = f"{median / 1e9:.2f} GB/s from the rank before (median), {least}"
     remedy = "all ranks wait for it: look at its node's GPUs, PCIe and network, or leave it out (launch.exclude)"
     return [
-        said(NEIGHBOURS, value),
+        info(NEIGHBOURS, value),
         *(
             Finding(
                 f"rank {rank} on {names[rank]}",

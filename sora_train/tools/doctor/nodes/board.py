@@ -59,21 +59,21 @@ class Board:
 
     def read(self, keys: Iterable[str], seconds: float) -> dict[str, Any]:
         """The values of those keys that are there in time."""
-        wanted, patience = list(keys), max(0.1, seconds)
-        if not wanted:
+        requested, patience = list(keys), max(0.1, seconds)
+        if not requested:
             return {}
         try:
-            within(patience + 1, lambda: self._store.wait(wanted, timedelta(seconds=patience)))
-            there = wanted
+            within(patience + 1, lambda: self._store.wait(requested, timedelta(seconds=patience)))
+            there = requested
         except self._error:
-            there = self._present(wanted)
+            there = self._present(requested)
         except LateError:
             return {}
         try:
-            found = within(ASKED, lambda: self._store.multi_get(there)) if there else []
+            values = within(ASKED, lambda: self._store.multi_get(there)) if there else []
         except (LateError, self._error):
             return {}
-        return {key: json.loads(value) for key, value in zip(there, found, strict=True)}
+        return {key: json.loads(value) for key, value in zip(there, values, strict=True)}
 
     def _present(self, keys: list[str]) -> list[str]:
         try:

@@ -1,10 +1,13 @@
 """Checks that cannot hang: each has a deadline, and is abandoned when it is over.
 
 What may block in the kernel (a dead file server, a sick GPU) is asked in a process of its own, which is killed and
-not waited for: a process with such a thread would not even end.
+not waited for: a process with such a thread would not even end. That process runs this file, without torch:
+
+    python -m sora_train.tools.doctor.nodes.deadline MODULE:FUNCTION ARGUMENT-AS-JSON
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -27,12 +30,12 @@ class LateError(Exception):
 
 def within(seconds: float, work: Callable[[], Done]) -> Done:
     """`work()`, or LateError; then its thread is left behind."""
-    found: list[Done] = []
+    results: list[Done] = []
     failed: list[Exception] = []
 
     def run() -> None:
         try:
-            found.append(work())
+            results.append(work())
         except Exception as error:
             failed.append(error)
 
@@ -41,9 +44,9 @@ def within(seconds: float, work: Callable[[], Done]) -> Done:
     thread.join(seconds)
     if failed:
         raise failed[0]
-    if not found:
+    if not results:
         raise LateError
-    return found[0]
+    return results[0]
 
 
 def apart(probe: str, argument: object, seconds: float) -> Any:
@@ -57,7 +60,13 @@ def apart(probe: str, argument: object, seconds: float) -> Any:
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     # Not a `with`, which would wait for a process that cannot be killed.
     child = subprocess.Popen(
-        [sys.executable, "-m", "sora_train.tools.doctor.nodes.probe", probe, json.dumps(argument)],
+        [
+            sys.executable,
+            "-m",
+            "sora_train.tools.doctor.nodes.deadline",
+            probe,
+            json.dumps(argument),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -72,7 +81,7 @@ def apart(probe: str, argument: object, seconds: float) -> Any:
             os.killpg(child.pid, signal.SIGKILL)
         raise LateError from None
     if child.returncode:
-        lines = err.strip().splitlines() or ["it said nothing"]
+        lines = err.strip().splitlines() or ["it printed nothing"]
         raise Fault(f"{probe} failed: {lines[-1]}")
     return json.loads(out)
 
@@ -92,10 +101,10 @@ def checked(
 
 def all_checked(checks: list[tuple[str, float, Callable[[], list[Finding]], str]]) -> list[Finding]:
     """All of them at once, in their order: together they take as long as the longest."""
-    found: list[list[Finding]] = [[] for _ in checks]
+    results: list[list[Finding]] = [[] for _ in checks]
 
     def run(number: int) -> None:
-        found[number] = checked(*checks[number])
+        results[number] = checked(*checks[number])
 
     threads = [
         threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(checks))
@@ -104,4 +113,15 @@ def all_checked(checks: list[tuple[str, float, Callable[[], list[Finding]], str]
         thread.start()
     for thread in threads:
         thread.join()
-    return [finding for part in found for finding in part]
+    return [finding for part in results for finding in part]
+
+
+def main() -> None:
+    """Call a function in this process and print what it returns as JSON."""
+    module, _, function = sys.argv[1].partition(":")
+    result = getattr(importlib.import_module(module), function)(json.loads(sys.argv[2]))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

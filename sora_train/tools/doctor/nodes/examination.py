@@ -1,4 +1,4 @@
-"""`sora doctor`: every node examines itself, then nodes try each other; rank 0 tells what came of it.
+"""`sora doctor`: every node examines itself, then nodes try each other; rank 0 reports.
 
 Ranks talk through the job's store (board.py) and wait for each other with deadlines only, so a node that is dead,
 frozen or behind a firewall is named by the others. On one machine without a launcher there is nobody to ask.
@@ -17,12 +17,12 @@ from typing import Any
 
 from sora_train.errors import EXIT_FAULT, Fault
 from sora_train.tools.doctor.checks import clock, network, storage, versions
-from sora_train.tools.doctor.findings import FAIL, Finding, said
+from sora_train.tools.doctor.findings import FAIL, Finding, info
 from sora_train.tools.doctor.nodes import bandwidth, peers
 from sora_train.tools.doctor.nodes.bandwidth import Measuring
 from sora_train.tools.doctor.nodes.board import Board
 from sora_train.tools.doctor.nodes.deadline import LateError, apart, checked
-from sora_train.tools.doctor.nodes.node import Place, Run, examine
+from sora_train.tools.doctor.nodes.node import PlannedRun, RankPlace, examine
 from sora_train.tools.doctor.table import NodeReport, Report
 
 SECONDS = 110.0
@@ -60,7 +60,7 @@ class Patience:
         return 0.1 * self.whole
 
 
-def examine_alone(run: Run, place: Place) -> Report:
+def examine_alone(run: PlannedRun, place: RankPlace) -> Report:
     """This machine, without others."""
     began = time.monotonic()
     findings, _ = examine(place, run)
@@ -71,8 +71,8 @@ def examine_alone(run: Run, place: Place) -> Report:
 class Examination:
     """One rank's part of an examination of all nodes."""
 
-    place: Place
-    run: Run
+    place: RankPlace
+    run: PlannedRun
     patience: Patience
     measuring: Measuring | None
     """None: bandwidth is not measured."""
@@ -90,8 +90,8 @@ class Examination:
         try:
             self.board = Board(self.patience.meeting)
             self._meet()
-            if self.place.speaks:
-                self._speak()
+            if self.place.examines:
+                self._examine_node()
             self._measure()
             if self.place.rank:
                 return None, self._await_verdict()
@@ -109,16 +109,20 @@ class Examination:
 
     def _meet(self) -> None:
         place, host = self.place, socket.gethostname()
-        self.answering = peers.Answering(self._token()) if place.speaks else None
-        told: dict[str, Any] = {"name": place.name, "host": host}
-        if self.answering is not None:
+        self.echo_server = peers.EchoServer(self._token()) if place.examines else None
+        greeting: dict[str, Any] = {"name": place.name, "host": host}
+        if self.echo_server is not None:
             address = network.address_towards(os.environ["MASTER_ADDR"]) or "127.0.0.1"
-            told |= {"address": address, "port": self.answering.port}
-        self.board.post(f"here/{place.rank}", told)
+            greeting |= {"address": address, "port": self.echo_server.port}
+        self.board.post(f"here/{place.rank}", greeting)
         keys = {f"here/{rank}": rank for rank in range(place.size)}
-        found = self.board.read(keys, self.patience.meeting - (time.monotonic() - self.began) + 5)
-        self.here: dict[int, dict[str, Any]] = {keys[key]: value for key, value in found.items()}
-        self.names = told_apart(
+        greetings = self.board.read(
+            keys, self.patience.meeting - (time.monotonic() - self.began) + 5
+        )
+        self.here: dict[int, dict[str, Any]] = {
+            keys[key]: value for key, value in greetings.items()
+        }
+        self.names = unique_names(
             {
                 rank // place.ranks: value["name"]
                 for rank, value in sorted(self.here.items())
@@ -131,17 +135,17 @@ class Examination:
         """Of this examination, the same on all nodes: rank 0 makes it."""
         if self.place.rank == 0:
             self.board.post("token", secrets.token_hex(16))
-        found = self.board.read(["token"], self.patience.meeting)
-        if not found:
+        values = self.board.read(["token"], self.patience.meeting)
+        if not values:
             raise Fault(
                 "rank 0 of this examination does not answer; look at its node, and at its log"
             )
-        self.token = str(found["token"])
+        self.token = str(values["token"])
         return self.token.encode()
 
     # -- one node's part ----------------------------------------------------------------------
 
-    def _speak(self) -> None:
+    def _examine_node(self) -> None:
         findings, held = examine(self.place, self.run)
         remedy = "look at this by hand: ping, nc, ls in run.dir"
         for name, seconds, check in (
@@ -149,23 +153,23 @@ class Examination:
             ("shared folder", 5 * self.patience.folder, self._shared),
         ):
             findings += checked(name, seconds, check, remedy)
-        told = {"findings": [finding.told() for finding in findings], "versions": held}
-        self.board.post(f"report/{self.place.node}", told)
+        report = {"findings": [finding.to_dict() for finding in findings], "versions": held}
+        self.board.post(f"report/{self.place.node}", report)
 
     def _peers(self) -> list[Finding]:
         place = self.place
         others = {
-            node: (told["address"], told["port"])
+            node: (greeting["address"], greeting["port"])
             for node in peers.partners(place.node, place.nodes)
-            if (told := self.here.get(node * place.ranks)) is not None
+            if (greeting := self.here.get(node * place.ranks)) is not None
         }
         reached = peers.reach_all(others, self.token.encode(), self.patience.peers)
-        found = peers.judge(reached, self.names)
+        findings = peers.judge(reached, self.names)
         if first := next((one for one in reached if one.node == 0 and not one.why), None):
             # What is known is node 0's clock minus ours.
             mine = clock.Offset(-first.offset.seconds, first.offset.error)
-            found.append(clock.judge(mine))
-        return found
+            findings.append(clock.judge(mine))
+        return findings
 
     def _shared(self) -> list[Finding]:
         """Node 0 writes a file and replaces it again and again; the others watch."""
@@ -182,10 +186,10 @@ class Examination:
         try:
             # A reader that has looked before may keep in mind that there is nothing.
             looked = self.board.read([f"file/looked/{node}" for node in others], seconds)
-            apart(f"{STORAGE}:put", {"path": path, "first": 0, "versions": 0}, seconds)
+            apart(f"{STORAGE}:write_versions", {"path": path, "first": 0, "versions": 0}, seconds)
             self.board.post("file/first", True)
-            told = {"path": path, "first": 1, "versions": RENAMED, "pause": 0.02}
-            apart(f"{STORAGE}:put", told, seconds + 5)
+            argument = {"path": path, "first": 1, "versions": RENAMED, "pause": 0.02}
+            apart(f"{STORAGE}:write_versions", argument, seconds + 5)
             self.board.post("file/last", True)
             self.board.read([key.replace("looked", "done") for key in looked], 2 * seconds)
         except LateError:
@@ -193,51 +197,53 @@ class Examination:
             return [Finding(name, f"no answer within {seconds:g} s", FAIL, remedy)]
         finally:
             with_patience = partial(apart, f"{STORAGE}:remove", {"path": path}, seconds)
-            checked(name, seconds, lambda: [said(name, str(with_patience()))], "remove it by hand")
-        return [said(name, f"written for {len(others)} other node(s) to see")]
+            checked(name, seconds, lambda: [info(name, str(with_patience()))], "remove it by hand")
+        return [info(name, f"written for {len(others)} other node(s) to see")]
 
     def _watch(self, name: str) -> list[Finding]:
         seconds = self.patience.folder
         place = self.board.read(["file/place"], seconds)
         if not place:
-            return [said(name, "node 0 wrote nothing")]
-        look: Callable[..., Any] = partial(self._look, place["file/place"], seconds)
-        look(0, 0.0)
+            return [info(name, "node 0 wrote nothing")]
+        read: Callable[..., Any] = partial(self._await_version, place["file/place"], seconds)
+        read(0, 0.0)
         self.board.post(f"file/looked/{self.place.node}", True)
         self.board.read(["file/first"], 2 * seconds)
-        first = look(0, seconds)
+        first = read(0, seconds)
         # Read on while it is replaced, then until the last one is seen.
-        during = look(RENAMED, 1.5)
+        during = read(RENAMED, 1.5)
         self.board.read(["file/last"], 2 * seconds)
-        last = look(RENAMED, seconds)
+        last = read(RENAMED, seconds)
         last[storage.TORN] += during[storage.TORN]
         self.board.post(f"file/done/{self.place.node}", True)
         return storage.judge_shared(name, first, last, seconds)
 
-    def _look(self, path: str, limit: float, version: int, seconds: float) -> dict[str, Any]:
-        told = {"path": path, "version": version, "seconds": seconds}
-        return apart(f"{STORAGE}:look", told, seconds + limit)
+    def _await_version(
+        self, path: str, limit: float, version: int, seconds: float
+    ) -> dict[str, Any]:
+        argument = {"path": path, "version": version, "seconds": seconds}
+        return apart(f"{STORAGE}:await_version", argument, seconds + limit)
 
     def _measure(self) -> None:
         if self.measuring is None or self.silent:
             return
         device = self.run.cfg.run.device if self.run.cfg else "auto"
-        found = self.measuring.run(device, self.patience.bandwidth)
-        self.board.post(f"bandwidth/{self.place.rank}", found)
+        measured = self.measuring.run(device, self.patience.bandwidth)
+        self.board.post(f"bandwidth/{self.place.rank}", measured)
 
     # -- rank 0 -------------------------------------------------------------------------------
 
     def _gather(self) -> Report:
         nodes, between = [], self._missing()
         keys = {f"report/{node}": node for node in self.names}
-        told = self.board.read(keys, self.patience.report)
+        reports = self.board.read(keys, self.patience.report)
         held: dict[str, dict[str, str]] = {}
-        self.reported = [self.names[keys[key]] for key in told]
+        self.reported = [self.names[keys[key]] for key in reports]
         for key, node in keys.items():
             name = self.names[node]
-            if key in told:
-                findings = [Finding.read(finding) for finding in told[key]["findings"]]
-                held[name] = told[key]["versions"]
+            if key in reports:
+                findings = [Finding.from_dict(finding) for finding in reports[key]["findings"]]
+                held[name] = reports[key]["versions"]
             else:
                 findings = [Finding("examination", "came, and has not answered since", FAIL, GONE)]
             nodes.append(NodeReport(name, findings))
@@ -266,29 +272,29 @@ class Examination:
 
     def _bandwidth(self) -> list[Finding]:
         if self.silent:
-            return [said("bandwidth", "not measured, since not all ranks came")]
+            return [info("bandwidth", "not measured, since not all ranks came")]
         keys = {f"bandwidth/{rank}": rank for rank in range(self.place.size)}
-        told = self.board.read(keys, self.patience.report)
-        found = {keys[key]: value for key, value in told.items()}
+        answers = self.board.read(keys, self.patience.report)
+        measured = {keys[key]: value for key, value in answers.items()}
         names = {rank: self.names[rank // self.place.ranks] for rank in range(self.place.size)}
-        return bandwidth.judge(found, names)
+        return bandwidth.judge(measured, names)
 
     def _await_verdict(self) -> int:
         left = self.patience.whole - (time.monotonic() - self.began)
-        found = self.board.read(["verdict"], max(left, 2 * self.patience.report))
-        if not found:
+        answer = self.board.read(["verdict"], max(left, 2 * self.patience.report))
+        if not answer:
             raise Fault(
                 f"{self.place.name}: rank 0 gave no verdict within {self.patience.whole:g} s; its node or its way "
                 "here is at fault"
             )
         self.board.post(f"left/{self.place.rank}", True)
-        return int(found["verdict"])
+        return int(answer["verdict"])
 
 
 GONE = "look at this node and at its ranks' logs: is it up, was the job started there, does it reach MASTER_ADDR?"
 
 
-def told_apart(names: dict[int, str]) -> dict[int, str]:
+def unique_names(names: dict[int, str]) -> dict[int, str]:
     """Names of nodes, with the number of the node where several have the same."""
     held = list(names.values())
     return {

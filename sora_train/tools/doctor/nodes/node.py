@@ -10,10 +10,9 @@ from sora_train.config import Config
 from sora_train.config.job import digest
 from sora_train.errors import ConfigError
 from sora_train.tools.doctor.checks import environment, gpus, limits, network, storage, versions
-from sora_train.tools.doctor.findings import FAIL, Finding, said
+from sora_train.tools.doctor.findings import FAIL, Finding, info
 from sora_train.tools.doctor.nodes.deadline import LateError, all_checked, apart, within
 
-PACKAGE = Path(__file__).resolve().parents[3]
 PORT = 29500
 SHAPES = "shapes"
 """The built-in source of clips, which is rendered."""
@@ -22,7 +21,7 @@ FILES = 15.0
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """Where this rank stands, by the environment that torchrun has made."""
 
     rank: int = 0
@@ -34,7 +33,7 @@ class Place:
     """What the node is called in the tables."""
 
     @classmethod
-    def read(cls, name: str) -> "Place":
+    def read(cls, name: str) -> "RankPlace":
         value = partial(_whole, os.environ)
         ranks = value("LOCAL_WORLD_SIZE", 1)
         return cls(value("RANK", 0), value("WORLD_SIZE", 1), value("LOCAL_RANK", 0), ranks, name)
@@ -48,7 +47,7 @@ class Place:
         return self.rank // self.ranks
 
     @property
-    def speaks(self) -> bool:
+    def examines(self) -> bool:
         """Whether this rank examines its node."""
         return self.local_rank == 0
 
@@ -58,7 +57,7 @@ def _whole(environ: Any, name: str, usual: int) -> int:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """What is to be trained, None where no run is named; or why its configuration is refused."""
 
     cfg: Config | None = None
@@ -83,12 +82,12 @@ class Run:
         if self.cfg is None:
             return []
         data = self.cfg.data
-        found = [data.source] if data.source else [source.source for source in data.sources]
-        return [place for place in found if place != SHAPES]
+        places = [data.source] if data.source else [source.source for source in data.sources]
+        return [place for place in places if place != SHAPES]
 
 
-def examine(place: Place, run: Run) -> tuple[list[Finding], dict[str, str]]:
-    """What is found on this node, and its versions."""
+def examine(place: RankPlace, run: PlannedRun) -> tuple[list[Finding], dict[str, str]]:
+    """The findings of this node, and its versions."""
     master = os.environ.get("MASTER_ADDR", "") if place.size > 1 else ""
     late = "its name server does not answer: look at /etc/resolv.conf, or give addresses instead of names"
     try:
@@ -117,15 +116,15 @@ def examine(place: Place, run: Run) -> tuple[list[Finding], dict[str, str]]:
     return lines, held
 
 
-def _job(place: Place, run: Run, net: network.Network) -> list[Finding]:
-    found = environment.judge_job(os.environ, owns_master=net.owns_master)
+def _job(place: RankPlace, run: PlannedRun, net: network.Network) -> list[Finding]:
+    findings = environment.judge_job(os.environ, owns_master=net.owns_master)
     if run.error:
         remedy = "mend the command line or the files it names, on every node"
-        return [*found, Finding("configuration", run.error, FAIL, remedy)]
+        return [*findings, Finding("configuration", run.error, FAIL, remedy)]
     if run.cfg is None:
         return [
-            *found,
-            said("configuration", "no run is named: sora doctor experiment=... sees more"),
+            *findings,
+            info("configuration", "no run is named: sora doctor experiment=... sees more"),
         ]
     from sora_train.parallel.degrees import check_degrees, resolve_degrees
 
@@ -135,57 +134,55 @@ def _job(place: Place, run: Run, net: network.Network) -> list[Finding]:
         check_degrees(run.cfg, degrees)
     except ConfigError as error:
         remedy = "change parallel.* or the number of ranks"
-        return [*found, Finding("layout", f"{world} rank(s): {error}", FAIL, remedy)]
-    return [*found, Finding("layout", f"{world} rank(s): {degrees}")]
+        return [*findings, Finding("layout", f"{world} rank(s): {error}", FAIL, remedy)]
+    return [*findings, Finding("layout", f"{world} rank(s): {degrees}")]
 
 
-def _port(place: Place, run: Run) -> list[Finding]:
-    given = run.cfg.launch.port if run.cfg else 0
-    port = _whole(os.environ, "MASTER_PORT", given or PORT)
+def _port(place: RankPlace, run: PlannedRun) -> list[Finding]:
+    configured = run.cfg.launch.port if run.cfg else 0
+    port = _whole(os.environ, "MASTER_PORT", configured or PORT)
     address = os.environ.get("MASTER_ADDR", "")
     return network.meeting_port(address, port, under_launcher=place.size > 1, seconds=5)
 
 
-def _versions(run: Run, held: dict[str, str]) -> list[Finding]:
-    found = apart(
-        "sora_train.tools.doctor.checks.versions:read", {"package": str(PACKAGE)}, FILES - 1
-    )
-    found |= versions.of_torch()
+def _versions(run: PlannedRun, held: dict[str, str]) -> list[Finding]:
+    values = apart("sora_train.tools.doctor.checks.versions:read", None, FILES - 1)
+    values |= versions.of_torch()
     if run.digest:
-        found |= {"config": run.digest, "run.dir": str(run.folder)}
-    held.update(found)
-    return versions.judge(found)
+        values |= {"config": run.digest, "run.dir": str(run.folder)}
+    held.update(values)
+    return versions.judge(values)
 
 
-def _gpus(place: Place, run: Run, held: dict[str, str]) -> list[Finding]:
-    found = apart("sora_train.tools.doctor.checks.gpus:read", None, 2 * gpus.SECONDS)
-    wanted = run.cfg is not None and run.cfg.run.device == "cuda"
-    held.update(gpus.compared(found))
+def _gpus(place: RankPlace, run: PlannedRun, held: dict[str, str]) -> list[Finding]:
+    output = apart("sora_train.tools.doctor.checks.gpus:read", None, 2 * gpus.SECONDS)
+    required = run.cfg is not None and run.cfg.run.device == "cuda"
+    held.update(gpus.compared(output))
     kernel_files = any(Path("/dev").glob("nvidia[0-9]*"))
     ranks = 1 if run.cfg is not None and run.cfg.run.device == "cpu" else place.ranks
-    return gpus.judge(found, ranks=ranks, wanted=wanted, kernel_files=kernel_files)
+    return gpus.judge(output, ranks=ranks, required=required, kernel_files=kernel_files)
 
 
-def _limits(place: Place, run: Run, net: network.Network) -> list[Finding]:
+def _limits(place: RankPlace, run: PlannedRun, net: network.Network) -> list[Finding]:
     workers = run.cfg.data.num_workers if run.cfg else 0
     return limits.judge(
         limits.read(), ranks=place.ranks, workers=workers, infiniband=bool(net.infiniband)
     )
 
 
-def _environment(place: Place, net: network.Network, cores: int) -> list[Finding]:
+def _environment(place: RankPlace, net: network.Network, cores: int) -> list[Finding]:
     names = [interface.name for interface in net.interfaces]
     return environment.judge(os.environ, interfaces=names, cores=cores, ranks=place.ranks)
 
 
-def _folder(run: Run) -> list[Finding]:
+def _folder(run: PlannedRun) -> list[Finding]:
     name = "run.dir" if run.cfg else "working folder"
-    found = apart(
+    facts = apart(
         "sora_train.tools.doctor.checks.storage:measure",
         {"folder": str(run.folder), "write": True},
         FILES - 1,
     )
-    return storage.judge_folder(name, found, needed=checkpoint_bytes(run.cfg) if run.cfg else 0.0)
+    return storage.judge_folder(name, facts, needed=checkpoint_bytes(run.cfg) if run.cfg else 0.0)
 
 
 def checkpoint_bytes(cfg: Config) -> float:
@@ -199,12 +196,12 @@ def checkpoint_bytes(cfg: Config) -> float:
     return one * (cfg.checkpoint.keep_last + cfg.checkpoint.keep_best + 1)
 
 
-def _data(run: Run) -> list[Finding]:
-    found: list[Finding] = storage.judge_caches(dict(os.environ))
+def _data(run: PlannedRun) -> list[Finding]:
+    findings: list[Finding] = storage.judge_caches(dict(os.environ))
     sources = run.sources
     if not sources:
-        return found
+        return findings
     why = apart(
         "sora_train.tools.doctor.checks.storage:source_reached", {"sources": sources}, FILES - 1
     )
-    return [*found, *storage.judge_sources(sources, why)]
+    return [*findings, *storage.judge_sources(sources, why)]

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 from sora_train.tools.doctor.checks.clock import Exchange, Offset, estimate
-from sora_train.tools.doctor.findings import FAIL, OK, SAID, Finding, judged, said
+from sora_train.tools.doctor.findings import FAIL, INFO, OK, Finding, info, judged
 
 ROUNDS = 8
 TIMES = struct.Struct("!dd")
@@ -17,7 +17,7 @@ ALL_PAIRS = 16
 """Up to so many nodes each one tries all others; of more, each tries those 1, 2, 4, ... places on, and node 0."""
 
 
-class Answering:
+class EchoServer:
     """A thread that answers each byte with the times of its coming and going, for those who know the token."""
 
     def __init__(self, token: bytes):
@@ -54,17 +54,17 @@ class Answering:
 
 def read_exactly(connection: socket.socket, count: int) -> bytes:
     """Raises ConnectionError when the other side ends before."""
-    found = b""
-    while len(found) < count:
-        part = connection.recv(count - len(found))
+    data = b""
+    while len(data) < count:
+        part = connection.recv(count - len(data))
         if not part:
             raise ConnectionError("the other side ended the connection")
-        found += part
-    return found
+        data += part
+    return data
 
 
 @dataclass(frozen=True)
-class Reached:
+class PeerCheck:
     """What one node knows of another: `why` not, or how."""
 
     node: int
@@ -74,8 +74,8 @@ class Reached:
     offset: Offset = Offset(0.0, 0.0)
 
 
-def reach(node: int, address: str, port: int, token: bytes, seconds: float) -> Reached:
-    """Talk to the Answering at this address."""
+def reach(node: int, address: str, port: int, token: bytes, seconds: float) -> PeerCheck:
+    """Talk to the EchoServer at this address."""
     ends = time.monotonic() + seconds
     try:
         with socket.create_connection((address, port), timeout=seconds) as connection:
@@ -84,18 +84,18 @@ def reach(node: int, address: str, port: int, token: bytes, seconds: float) -> R
             connection.sendall(token)
             if read_exactly(connection, 1) != b"+":
                 raise ConnectionError("something else listens there")
-            found = []
+            exchanges = []
             for _ in range(ROUNDS):
                 sent = time.time()
                 connection.sendall(b"?")
                 received, returned = TIMES.unpack(read_exactly(connection, TIMES.size))
-                found.append(Exchange(sent, received, returned, time.time()))
+                exchanges.append(Exchange(sent, received, returned, time.time()))
     except OSError as error:
-        return Reached(
+        return PeerCheck(
             node, f"{address}:{port}", error.strerror or str(error) or type(error).__name__
         )
-    quickest = min(exchange.on_the_way for exchange in found)
-    return Reached(node, f"{address}:{port}", "", quickest * 1e3, estimate(found))
+    quickest = min(exchange.on_the_way for exchange in exchanges)
+    return PeerCheck(node, f"{address}:{port}", "", quickest * 1e3, estimate(exchanges))
 
 
 def partners(node: int, nodes: int) -> list[int]:
@@ -106,12 +106,12 @@ def partners(node: int, nodes: int) -> list[int]:
     return sorted({(node + step) % nodes for step in steps} | {0} - {node})
 
 
-def reach_all(others: dict[int, tuple[str, int]], token: bytes, seconds: float) -> list[Reached]:
+def reach_all(others: dict[int, tuple[str, int]], token: bytes, seconds: float) -> list[PeerCheck]:
     """All at once; `others` are address and port by node."""
-    found: dict[int, Reached] = {}
+    checks: dict[int, PeerCheck] = {}
 
     def run(node: int, address: str, port: int) -> None:
-        found[node] = reach(node, address, port, token, seconds)
+        checks[node] = reach(node, address, port, token, seconds)
 
     threads = [
         threading.Thread(target=run, args=(node, *where), daemon=True)
@@ -124,15 +124,15 @@ def reach_all(others: dict[int, tuple[str, int]], token: bytes, seconds: float) 
         thread.join(max(0.0, ends - time.monotonic()))
     late = f"no answer within {seconds:g} s"
     return [
-        found.get(node, Reached(node, f"{address}:{port}", late))
+        checks.get(node, PeerCheck(node, f"{address}:{port}", late))
         for node, (address, port) in others.items()
     ]
 
 
-def judge(reached: list[Reached], names: dict[int, str]) -> list[Finding]:
+def judge(reached: list[PeerCheck], names: dict[int, str]) -> list[Finding]:
     """`names` by node."""
     if not reached:
-        return [said("other nodes", "none")]
+        return [info("other nodes", "none")]
     good = [one for one in reached if not one.why]
     bad = [one for one in reached if one.why]
     slowest = max((one.milliseconds for one in good), default=0.0)
@@ -146,4 +146,4 @@ def judge(reached: list[Reached], names: dict[int, str]) -> list[Finding]:
         Finding(f"to {names.get(one.node, one.node)}", f"{one.address}: {one.why}", FAIL, remedy)
         for one in bad
     ]
-    return [judged("other nodes", value, good=SAID if bad else OK), *pairs]
+    return [judged("other nodes", value, good=INFO if bad else OK), *pairs]

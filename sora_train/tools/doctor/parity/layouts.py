@@ -10,13 +10,22 @@ ACCUMULATIONS = (1, 3)
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "sgd": ("optim=sgd", "optim.lr=0.05", "optim.grad_clip=0", "optim.warmup_steps=0"),
     # Clipping at 0.1 acts in every step; the norms are some tenths.
-    "adamw": ("optim=adamw", "optim.lr=1e-3", "optim.grad_clip=0.1", "optim.warmup_steps=2", "optim.eps=1e-4"),
-}  # fmt: skip
+    "adamw": (
+        "optim=adamw",
+        "optim.lr=1e-3",
+        "optim.grad_clip=0.1",
+        "optim.warmup_steps=2",
+        "optim.eps=1e-4",
+    ),
+}
 """Plain SGD without clipping, since AdamW and clipping both hide a wrong gradient scale; and both with it."""
 COMMON = (
-    "experiment=parity_tiny", f"train.steps={STEPS}", "validation.every=0", "checkpoint.every=0",
+    "experiment=parity_tiny",
+    f"train.steps={STEPS}",
+    "validation.every=0",
+    "checkpoint.every=0",
     "parallel.self_test=false",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -32,10 +41,10 @@ class Layout:
     def zero(self) -> bool:
         return self.name.startswith("zero")
 
-    def dtype(self, wanted: str) -> str:
+    def dtype(self, requested: str) -> str:
         """`auto`: float64, or float32 for ZeRO, whose masters are float32."""
-        if wanted != "auto":
-            return wanted
+        if requested != "auto":
+            return requested
         return "float32" if self.zero else "float64"
 
 
@@ -97,9 +106,12 @@ class Cell:
     @property
     def overrides(self) -> list[str]:
         return [
-            *COMMON, *OPTIMIZERS[self.optimizer], *self.layout.overrides,
-            f"train.micro_batches={self.micro_batches}", f"parallel.param_dtype={self.dtype}",
-        ]  # fmt: skip
+            *COMMON,
+            *OPTIMIZERS[self.optimizer],
+            *self.layout.overrides,
+            f"train.micro_batches={self.micro_batches}",
+            f"parallel.param_dtype={self.dtype}",
+        ]
 
 
 def chosen(names: Sequence[str]) -> list[Layout]:
@@ -127,5 +139,5 @@ def matrix(
 
 def with_references(cells: Sequence[Cell]) -> list[Cell]:
     """These and all that they are compared with, each once, one process first."""
-    found = dict.fromkeys([*(cell.reference for cell in cells), *cells])
-    return sorted(found, key=lambda cell: cell.layout.world)
+    cells_and_references = dict.fromkeys([*(cell.reference for cell in cells), *cells])
+    return sorted(cells_and_references, key=lambda cell: cell.layout.world)

@@ -29,7 +29,7 @@ def check_layout(overrides: Sequence[str], config_dir: Path | None = None) -> st
         world = replace(world, cp=degrees.cp)
         check_engine(cfg, degrees, world.device)
         check_kernels(cfg, world.device)
-        found = self_test(cfg, world, ControlPlane(world))
+        result = self_test(cfg, world, ControlPlane(world))
     finally:
         distributed.stop(world)
-    return f"self-test: {found}" if world.is_main else ""
+    return f"self-test: {result}" if world.is_main else ""

@@ -1,7 +1,7 @@
 """The parity matrix: runs every cell, compares it with one process, and writes docs/parity.md.
 
 A relative difference is max|a - b| / max|b| of a tensor, |a - b| / |b| of a number; of a cell the largest
-over all steps and tensors is told.
+over all steps and tensors is reported.
 """
 
 import json
@@ -49,7 +49,7 @@ NUMBERS = ("train/loss", "train/grad_norm")
 
 
 @dataclass(frozen=True)
-class Result:
+class CellResult:
     """A cell against one process: largest relative differences, and bytes of a step counted and by the formula."""
 
     name: str
@@ -79,29 +79,35 @@ class Result:
 
 
 def launches(cells: Sequence[Cell], *, chain: bool) -> list[dict[str, Any]]:
-    """What worker.py is told to start: one launch a world size, and one for each part of the chain."""
-    found = [
-        {"world": world, "cells": [told(cell.folder, cell.overrides, STEPS) for cell in of_world]}
+    """What worker.py starts: one launch a world size, and one for each part of the chain."""
+    starts = [
+        {
+            "world": world,
+            "cells": [cell_plan(cell.folder, cell.overrides, STEPS) for cell in of_world],
+        }
         for world, of_world in groupby(cells, key=lambda cell: cell.layout.world)
     ]
     if chain:
         steps = 2 * len(CHAIN)
         same = [
-            *COMMON, *OPTIMIZERS["adamw"], f"train.steps={steps}", "train.micro_batches=4",
+            *COMMON,
+            *OPTIMIZERS["adamw"],
+            f"train.steps={steps}",
+            "train.micro_batches=4",
             "parallel.param_dtype=float32",
-        ]  # fmt: skip
-        found.append({"world": 1, "cells": [told("straight", same, steps)]})
+        ]
+        starts.append({"world": 1, "cells": [cell_plan("straight", same, steps)]})
         for part, (_, world, overrides) in enumerate(CHAIN):
             until = 2 * (part + 1)
-            part_of = told("chain", [*same, *overrides], until, f"found-{part}.json")
-            found.append({"world": world, "cells": [part_of]})
-    return found
+            part_of = cell_plan("chain", [*same, *overrides], until, f"result-{part}.json")
+            starts.append({"world": world, "cells": [part_of]})
+    return starts
 
 
-def told(
-    folder: str, overrides: list[str], until: int, found: str = "found.json"
+def cell_plan(
+    folder: str, overrides: list[str], until: int, result_file: str = "result.json"
 ) -> dict[str, Any]:
-    return {"folder": folder, "overrides": overrides, "until": until, "found": found}
+    return {"folder": folder, "overrides": overrides, "until": until, "result": result_file}
 
 
 def run(folder: Path, starts: list[dict[str, Any]], *, progress: bool = True) -> None:
@@ -131,16 +137,16 @@ def run(folder: Path, starts: list[dict[str, Any]], *, progress: bool = True) ->
                 done = folder / "done"
                 bar.update(len(done.read_text().splitlines()) if done.exists() else 0)
                 if time.monotonic() > deadline:
-                    raise Fault(f"the parity runs are not done in time; {said(folder)}")
+                    raise Fault(f"the parity runs are not done in time; {last_errors(folder)}")
                 time.sleep(0.3)
         finally:
             if worker.poll() is None:
                 os.killpg(worker.pid, signal.SIGKILL)
     if worker.returncode:
-        raise Fault(f"the parity runs failed; {said(folder)}")
+        raise Fault(f"the parity runs failed; {last_errors(folder)}")
 
 
-def said(folder: Path) -> str:
+def last_errors(folder: Path) -> str:
     """The last words of the first rank that failed."""
     logs = sorted(folder.glob("log*"), key=lambda path: path.stat().st_mtime)
     lines = [
@@ -152,18 +158,18 @@ def said(folder: Path) -> str:
     return " / ".join(dict.fromkeys(lines[-4:])) or f"see {folder}"
 
 
-def relative(found: float, expected: float) -> float:
-    return abs(found - expected) / max(abs(expected), 1e-30)
+def relative(value: float, expected: float) -> float:
+    return abs(value - expected) / max(abs(expected), 1e-30)
 
 
-def apart(found: Sequence[dict], expected: Sequence[dict], key: str) -> float:
+def apart(rows: Sequence[dict], expected: Sequence[dict], key: str) -> float:
     """Largest relative difference over the steps; infinite where they are not the same steps."""
-    if len(found) != len(expected) or not found:
+    if len(rows) != len(expected) or not rows:
         return float("inf")
-    return max(relative(a[key], b[key]) for a, b in zip(found, expected, strict=True))
+    return max(relative(a[key], b[key]) for a, b in zip(rows, expected, strict=True))
 
 
-def weights_apart(found: Path, expected: Path) -> float:
+def weights_apart(folder: Path, expected: Path) -> float:
     """max|a - b| / max|b| of each tensor, the largest of them.
 
     A bias of keys adds nearly the same to all scores of a query, which a softmax does not see: its gradient is sums
@@ -171,7 +177,7 @@ def weights_apart(found: Path, expected: Path) -> float:
     """
     import torch
 
-    mine, theirs = torch.load(found / "weights.pt"), torch.load(expected / "weights.pt")
+    mine, theirs = torch.load(folder / "weights.pt"), torch.load(expected / "weights.pt")
     if mine.keys() != theirs.keys():
         return float("inf")
     worst = 0.0
@@ -184,30 +190,36 @@ def weights_apart(found: Path, expected: Path) -> float:
     return worst
 
 
-def compare(folder: Path, cell: Cell, place: str = "") -> Result:
+def compare(folder: Path, cell: Cell, place: str = "") -> CellResult:
     """A cell against its reference; `place` where it did not run in its own folder."""
     own, one = folder / (place or cell.folder), folder / cell.reference.folder
-    found, expected = (json.loads((place / "found.json").read_text()) for place in (own, one))
-    loss, norm = (apart(found["rows"], expected["rows"], key) for key in NUMBERS)
-    return Result(
-        cell.layout.name, f"{cell.accumulation} x {cell.optimizer}", cell.dtype, loss, norm,
-        weights_apart(own, one), found["counted"], found["expected"],
-    )  # fmt: skip
+    result, expected = (json.loads((place / "result.json").read_text()) for place in (own, one))
+    loss, norm = (apart(result["rows"], expected["rows"], key) for key in NUMBERS)
+    return CellResult(
+        cell.layout.name,
+        f"{cell.accumulation} x {cell.optimizer}",
+        cell.dtype,
+        loss,
+        norm,
+        weights_apart(own, one),
+        result["counted"],
+        result["expected"],
+    )
 
 
-def compare_chain(folder: Path) -> Result:
-    straight = json.loads((folder / "straight" / "found.json").read_text())["rows"]
+def compare_chain(folder: Path) -> CellResult:
+    straight = json.loads((folder / "straight" / "result.json").read_text())["rows"]
     rows: list[dict] = []
     for part in range(len(CHAIN)):
-        rows += json.loads((folder / "chain" / f"found-{part}.json").read_text())["rows"]
+        rows += json.loads((folder / "chain" / f"result-{part}.json").read_text())["rows"]
     loss, norm = (apart(rows, straight, key) for key in NUMBERS)
     weights = weights_apart(folder / "chain", folder / "straight")
-    return Result(CHAIN_NAME, "resumed, adamw", "float32", loss, norm, weights, {}, {})
+    return CellResult(CHAIN_NAME, "resumed, adamw", "float32", loss, norm, weights, {}, {})
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which part of the matrix; everything unless told otherwise."""
+class MatrixSelection:
+    """Which part of the matrix; everything by default."""
 
     layouts: tuple[str, ...] = ()
     accumulations: tuple[str, ...] = tuple(map(str, ACCUMULATIONS))
@@ -243,14 +255,14 @@ class Wanted:
         return cells
 
 
-def parity(wanted: Wanted, out: Path | None = None, command: str = "") -> bool:
+def parity(selection: MatrixSelection, out: Path | None = None, command: str = "") -> bool:
     """Run the matrix, print its table, write it to `out`; returns whether everything agrees.
 
     Raises:
         UserError: a layout, optimizer or dtype that there is not.
     """
-    cells = wanted.cells()
-    chain = not wanted.layouts and wanted.dtype in ("auto", "float32")
+    cells = selection.cells()
+    chain = not selection.layouts and selection.dtype in ("auto", "float32")
     with tempfile.TemporaryDirectory(prefix="sora-parity-") as made:
         folder = Path(made)
         run(folder, launches(with_references(cells), chain=chain))
@@ -276,14 +288,20 @@ COLUMNS = (
 )
 
 
-def cells_of(result: Result) -> tuple[str, ...]:
+def cells_of(result: CellResult) -> tuple[str, ...]:
     return (
-        result.name, result.detail, result.dtype, f"{result.loss:.1e}", f"{result.norm:.1e}", f"{result.weights:.1e}",
-        "yes" if result.agrees else f"NO, {TOLERANCE[result.dtype]:g} is allowed", volume(result),
-    )  # fmt: skip
+        result.name,
+        result.detail,
+        result.dtype,
+        f"{result.loss:.1e}",
+        f"{result.norm:.1e}",
+        f"{result.weights:.1e}",
+        "yes" if result.agrees else f"NO, {TOLERANCE[result.dtype]:g} is allowed",
+        volume(result),
+    )
 
 
-def volume(result: Result) -> str:
+def volume(result: CellResult) -> str:
     """Bytes by collective, and what the formula says where it says otherwise."""
     text = ", ".join(f"{kind} {value:,.0f}" for kind, value in result.moved.items())
     if result.volume_agrees:
@@ -292,16 +310,16 @@ def volume(result: Result) -> str:
     return f"{text or 'nothing'}; the formula says {other or 'nothing'}"
 
 
-def table(results: Sequence[Result]) -> Table:
-    found = Table(title="largest relative difference from one process", title_justify="left")
+def table(results: Sequence[CellResult]) -> Table:
+    drawn = Table(title="largest relative difference from one process", title_justify="left")
     for column in COLUMNS:
-        found.add_column(column)
+        drawn.add_column(column)
     for result in results:
-        found.add_row(*cells_of(result))
-    return found
+        drawn.add_row(*cells_of(result))
+    return drawn
 
 
-def document(results: Sequence[Result], command: str) -> str:
+def document(results: Sequence[CellResult], command: str) -> str:
     """docs/parity.md."""
     from sora_train.tools.measuring import machine
 

@@ -3,7 +3,7 @@
     python -m sora_train.tools.doctor.parity.worker PLAN.json
 
 Every rank of every world size is a fork of this process, so that torch is imported once. A cell leaves its
-losses, norms and bytes in FOLDER/found.json and its weights in FOLDER/weights.pt.
+losses, norms and bytes in FOLDER/result.json and its weights in FOLDER/weights.pt.
 """
 
 import importlib
@@ -54,13 +54,13 @@ class ParityTrainer(Trainer):
             return model
         for module in model.modules():
             if isinstance(module, UMT5LayerNorm):
-                module.forward = types.MethodType(norm_as_given, module)
+                module.forward = types.MethodType(norm_in_own_dtype, module)
         return model.double()
 
     def read(self) -> tuple[list[ClipBatch], list[dict[str, float]], Exception | None]:
-        found = super().read()
-        self.batches = found[0]
-        return found
+        batches_read = super().read()
+        self.batches = batches_read[0]
+        return batches_read
 
     def expected(self) -> Counter[str]:
         """Bytes of the last step by the formula, this rank's part."""
@@ -73,13 +73,13 @@ class ParityTrainer(Trainer):
         return expected_volume(self.cfg, self.degrees, self.units, slots, dtype)
 
 
-def norm_as_given(norm: UMT5LayerNorm, x: Tensor) -> Tensor:
-    """Of float64 in float64. The original squares in float32 whatever it is given, where a difference in the 16th
-    digit may become one in the 8th."""
+def norm_in_own_dtype(norm: UMT5LayerNorm, x: Tensor) -> Tensor:
+    """A norm computed in the dtype of `x`. The original squares in float32 whatever the dtype, where a difference in
+    the 16th digit may become one in the 8th."""
     return nn.functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def train(overrides: list[str], folder: Path, until: int, found_in: str) -> None:
+def train(overrides: list[str], folder: Path, until: int, result_file: str) -> None:
     """The steps of one run up to `until`; what came of them is written by rank 0."""
     trainer = ParityTrainer(compose([*overrides, f"run.dir={folder}"]).config)
     rows, counted, expected = [], {}, {}
@@ -101,8 +101,8 @@ def train(overrides: list[str], folder: Path, until: int, found_in: str) -> None
         trainer.close()
     if trainer.world.is_main:
         torch.save(weights, folder / "weights.pt")
-        found = {"rows": rows, "counted": counted, "expected": expected}
-        (folder / found_in).write_text(json.dumps(found))
+        result = {"rows": rows, "counted": counted, "expected": expected}
+        (folder / result_file).write_text(json.dumps(result))
 
 
 def added(mine: Counter[str]) -> dict[str, float]:
@@ -136,7 +136,7 @@ def run_rank(rank: int, launch: int, plan: dict[str, Any]) -> None:
             share_clips(folder, own)
         if size > 1:
             dist.barrier()
-        train(cell["overrides"], own, cell["until"], cell["found"])
+        train(cell["overrides"], own, cell["until"], cell["result"])
         if rank == 0:
             with (folder / "done").open("a") as file:
                 file.write(cell["folder"] + "\n")
@@ -170,10 +170,6 @@ def main() -> None:
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     plan = json.loads(Path(sys.argv[1]).read_text())
     import_everything()
-    cells = [cell for launch in plan["launches"] for cell in launch["cells"]]
-    if any("engine=zero" in override for cell in cells for override in cell["overrides"]):
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        importlib.import_module("deepspeed")
     for number, launch in enumerate(plan["launches"]):
         torch.multiprocessing.start_processes(
             run_rank, (number, plan), nprocs=launch["world"], start_method="fork"
