@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sentences import refuses
 
 from sora_train.config import Config
 from sora_train.config.compose import compose
@@ -66,7 +67,7 @@ def test_train_yaml_holds_choices_and_no_values():
 
 
 def test_real_tiny_asks_for_its_clips():
-    with pytest.raises(ConfigError, match=r"data\.source is empty; name a folder"):
+    with refuses(ConfigError, "data.source", "empty", "folder"):
         compose(["experiment=real_tiny"])
 
 
@@ -91,9 +92,9 @@ def test_buckets_fit_a_vae_of_4x8x8_and_patches_of_2(name: str):
 
 def test_a_run_is_as_long_as_its_steps_or_its_epochs_and_not_both():
     assert compose(["train.steps=0", "train.epochs=2.5"]).config.train.epochs == 2.5
-    with pytest.raises(ConfigError, match=r"train\.steps=1000 and train\.epochs=2 both say"):
+    with refuses(ConfigError, "train.steps=1000", "train.epochs=2"):
         compose(["train.epochs=2"])
-    with pytest.raises(ConfigError, match=r"train\.steps=0 and train\.epochs=0 train nothing"):
+    with refuses(ConfigError, "train.steps=0", "train.epochs=0"):
         compose(["train.steps=0"])
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sentences import says
 
 from sora_train import cli
 from sora_train.base.files import write_atomically
@@ -92,16 +93,16 @@ def assert_nothing_half_written(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["optim.lrr=1"], ["'optim.lrr'", "did you mean 'optim.lr'?"]),
-        (["modle=micro"], ["'modle'", "did you mean 'model'?"]),
-        (["model=mcro"], ["'model'", "'mcro'", "did you mean 'micro'?"]),
-        (["experiment=parity_tny"], ["'parity_tny'", "did you mean 'parity_tiny'?"]),
+        (["optim.lrr=1"], ["'optim.lrr'", "'optim.lr'"]),
+        (["modle=micro"], ["'modle'", "'model'"]),
+        (["model=mcro"], ["'model'", "'mcro'", "'micro'"]),
+        (["experiment=parity_tny"], ["'parity_tny'", "'parity_tiny'"]),
         (["optim.lr=-1"], ["'optim.lr'", "-1", "above 0"]),
         (["train.steps=many"], ["'train.steps'", "'many'", "whole number"]),
         (["sample.prompts=[a"], ["'sample.prompts=[a'", "quote"]),
-        (["tracker=wandbb"], ["'tracker'", "'wandbb'", "did you mean 'wandb'?"]),
+        (["tracker=wandbb"], ["'tracker'", "'wandbb'", "'wandb'"]),
         (["parallel.dp_shard=3"], ["parallel.dp_shard 3", "1 rank", "parallel.dp_shard=-1"]),
-        (["buckets.classes=[]"], ["buckets.classes is empty", "at least one"]),
+        (["buckets.classes=[]"], ["buckets.classes", "at least one"]),
         (["vae.path=nowhere"], ["nowhere"]),
     ],
 )
@@ -110,7 +111,7 @@ def test_a_wrong_config_is_told_before_anything_is_made(
 ) -> None:
     code, sentence = told(*PARITY, f"run.dir={tmp_path / 'run'}", *overrides)
     assert code == EXIT_USER
-    assert all(part in sentence for part in expected), sentence
+    says(sentence, *expected)
     assert not (tmp_path / "run" / "data").exists()
     assert_nothing_half_written(tmp_path)
 
@@ -146,7 +147,7 @@ def test_wrong_clips_are_told_with_file_and_remedy(told: Told, tmp_path: Path, c
     for overrides, expected in cases:
         code, sentence = told(*CLIPS, f"run.dir={tmp_path / 'run'}", *overrides)
         assert code == EXIT_USER, sentence
-        assert all(part in sentence for part in expected), sentence
+        says(sentence, *expected)
     assert_nothing_half_written(tmp_path)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -186,7 +187,7 @@ def test_what_cannot_be_sampled_is_told(told: Told, tmp_path: Path, finished_run
     for flags, expected in cases:
         code, sentence = told("sample", *flags, "--out", str(out))
         assert code == EXIT_USER, sentence
-        assert all(part in sentence for part in expected), sentence
+        says(sentence, *expected)
     assert not out.exists()
 
 
@@ -198,17 +199,20 @@ def test_a_checkpoint_of_another_model_is_refused(
     other = [*PARITY, f"run.dir={run}", "train.steps=2", "model.num_layers=3"]
     code, sentence = told(*other)
     assert code == EXIT_USER
-    assert "model.num_layers was 2, is 3" in sentence and "another run.dir" in sentence
+    says(sentence, "model.num_layers", "2", "3")
+    assert "another run.dir" in sentence
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("num_layers: 2", "num_layers: 3"))
     code, sentence = told("sample", "--ckpt", str(run), "--prompt", "x", "--out", str(run / "out"))
     assert code == EXIT_USER
-    assert "is a checkpoint of another model" in sentence and "blocks.2" in sentence
+    says(sentence, "another model")
+    assert "blocks.2" in sentence
     assert not (run / "out").exists()
     (run / "config.yaml").unlink()
     code, sentence = told(*other)
     assert code == EXIT_USER
-    assert "model.num_layers was 2, is 3" in sentence and "another run.dir" in sentence
+    says(sentence, "model.num_layers", "2", "3")
+    assert "another run.dir" in sentence
 
 
 def test_a_damaged_checkpoint_is_a_fault(told: Told, tmp_path: Path, finished_run: Path) -> None:
@@ -237,9 +241,10 @@ def test_prep_refuses_what_it_cannot_write_whole(told: Told, tmp_path: Path, cli
     for settings, expected in cases:
         code, sentence = told("prep", "shards", *settings)
         assert code == EXIT_USER, sentence
-        assert all(part in sentence for part in expected), sentence
+        says(sentence, *expected)
     code, stderr = process("prep", "shards", *cases[0][0])
-    assert code == EXIT_USER and "not an empty folder" in one_sentence(stderr)
+    says(one_sentence(stderr), "empty folder")
+    assert code == EXIT_USER
     assert [path.name for path in taken.iterdir()] == ["mine.txt"]
     assert not new.exists()
     assert_nothing_half_written(tmp_path)
@@ -277,7 +282,7 @@ def test_a_traceback_only_under_sora_debug(tmp_path: Path) -> None:
     command = [*PARITY, "optim.lrr=1", f"run.dir={tmp_path / 'run'}"]
     code, stderr = process(*command)
     assert code == EXIT_USER
-    assert one_sentence(stderr) == "unknown config key 'optim.lrr'; did you mean 'optim.lr'?"
+    says(one_sentence(stderr), "optim.lrr", "optim.lr")
     code, stderr = process(*command, SORA_DEBUG="1")
     assert code != 0
     assert "Traceback" in stderr and "ConfigError" in stderr and "compose.py" in stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentences import refuses
 
 from sora_train.config import Config
 from sora_train.config.compose import compose
@@ -102,7 +103,7 @@ def test_each_clip_and_caption_is_encoded_once(
         ("seed=1", "text encoder"),
     ):
         run = compose([*common, change, f"run.dir={tmp_path / 'other'}"]).config
-        with pytest.raises(UserError, match=rf"data\.cache_dir=.* was filled with[\s\S]*{told}"):
+        with pytest.raises(UserError, match=rf"data\.cache_dir=[\s\S]*{told}"):
             Trainer(run)
 
 
@@ -142,7 +143,7 @@ def test_told_to_leave_while_clips_are_encoded_a_run_leaves_and_keeps_what_it_ha
     cfg = compose([TINY, *small, f"run.dir={tmp_path / 'run'}"]).config
     with monkeypatch.context() as patch:
         patch.setattr(preemption, "_received", ["SIGTERM"])
-        with pytest.raises(Preempted, match="while clips were being encoded") as told:
+        with refuses(Preempted, "encoded") as told:
             Trainer(cfg)
     assert told.value.exit_code == EXIT_REQUEUE
     assert any((tmp_path / "run" / "cache").rglob("*.npy"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sentences import refuses
 
 from sora_train.config.compose import compose
 from sora_train.data.latents import members as stored
@@ -114,18 +115,17 @@ def test_a_dropped_caption_is_the_empty_one(encoded: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ((*FROZEN, "vae.arch.base_dim=16"), ["were made by the VAE", "vae.path", "sora data encode"]),
+        ((*FROZEN, "vae.arch.base_dim=16"), ["VAE", "vae.path", "sora data encode"]),
         ((), ["text.trainable=true", "data.stored_text=ignore"]),
-        ((*FROZEN, "seed=7"), ["made by the text encoder", "data.stored_text=ignore"]),
+        ((*FROZEN, "seed=7"), ["text encoder", "data.stored_text=ignore"]),
         (("task=vae",), ["no clip", "latents_only"]),
     ],
 )  # fmt: skip
 def test_what_is_not_the_runs_is_refused_before_the_first_step(
     encoded: Path, tmp_path: Path, more: tuple[str, ...], told: list[str]
 ):
-    with pytest.raises(UserError) as error:
+    with refuses(UserError, *told):
         Trainer(compose(overrides(tmp_path / "run", *sources(encoded), *more)).config)
-    assert all(part in str(error.value) for part in told), error.value
 
 
 def test_the_refusal_names_both_digests(encoded: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentences import refuses
 
 from sora_train import checkpoint as checkpoints
 from sora_train.config import Config, resumption
@@ -145,14 +146,14 @@ def test_checkpoint_of_another_model_is_refused(parity_config: Callable) -> None
     cfg = parity_config("train.steps=1")
     Trainer(cfg).train()
     written = (Path(cfg.run.dir) / "config.yaml").read_bytes()
-    with pytest.raises(ConfigError, match=r"model\.num_layers was 2, is 3"):
+    with refuses(ConfigError, "model.num_layers", "2", "3"):
         Trainer(parity_config("train.steps=1", "model.num_layers=3"))
     assert (Path(cfg.run.dir) / "config.yaml").read_bytes() == written
     found = checkpoints.find(Path(cfg.run.dir))
     state = found.state()
     state["config"]["model"]["num_layers"] = 3
     rewritten(found.path, "state.json", json.dumps(state).encode())
-    with pytest.raises(UserError, match="checkpoint of another model"):
+    with refuses(UserError, "another model"):
         Trainer(parity_config("train.steps=1", "model.num_layers=3"))
 
 
@@ -227,9 +228,9 @@ def test_a_fork_is_the_run_it_came_from(
     expected, found = tensors(straight), tensors(forked)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert json.loads((Path(forked.run.dir) / "run.json").read_text())["forked_from"].endswith("@2")
-    with pytest.raises(UserError, match=r"holds a run that was forked from .*@2"):
+    with refuses(UserError, "forked", "@2"):
         Trainer(parity_config(*begun, f"resume.run={straight.run.dir}@1", name="fork"))
-    with pytest.raises(UserError, match=r"has no checkpoint of step 9; it has 2, 3"):
+    with refuses(UserError, "step 9", "2, 3"):
         Trainer(parity_config(*begun, f"resume.run={straight.run.dir}@9", name="other"))
 
 
@@ -240,9 +241,7 @@ def test_weights_that_are_not_those_that_were_saved_are_noticed(again: Callable)
     state = found.state()
     state["probe"]["loss"] *= 1 + 1e-7
     rewritten(found.path, "state.json", json.dumps(state).encode())
-    with pytest.raises(
-        Fault, match="its probe's loss under the weights was .* weights, VAE or arithmetic"
-    ):
+    with refuses(Fault, "probe", "weights", "VAE"):
         Trainer(cfg)
     # Where the layout is another, so may be the last digits.
     state["probe"]["ranks"] = 2
@@ -250,7 +249,7 @@ def test_weights_that_are_not_those_that_were_saved_are_noticed(again: Callable)
     Trainer(cfg).close()
     state["probe"]["loss"] *= 1.1
     rewritten(found.path, "state.json", json.dumps(state).encode())
-    with pytest.raises(Fault, match="not the same are ranks"):
+    with refuses(Fault, "ranks"):
         Trainer(cfg)
 
 
@@ -261,7 +260,7 @@ def test_a_state_without_one_of_its_items_is_refused(again: Callable, item: str)
     state = found.state()
     del state[item]
     rewritten(found.path, "state.json", json.dumps(state).encode())
-    with pytest.raises(UserError, match=f"holds no {item}, so a run cannot go on"):
+    with refuses(UserError, "state.json", item):
         Trainer(cfg)
 
 
@@ -272,15 +271,13 @@ def test_another_vae_or_text_encoder_is_refused(again: Callable) -> None:
     state = found.state()
     state["spec"]["vae_digest"] = "0" * 16
     rewritten(found.path, "state.json", json.dumps(state).encode())
-    with pytest.raises(ConfigError, match="another diffusion spec: spec.vae_digest was '0000"):
+    with refuses(ConfigError, "spec.vae_digest", "another diffusion spec"):
         Trainer(cfg)
 
 
 def test_tensors_may_be_missing_only_where_that_is_allowed(again: Callable, monkeypatch) -> None:
     cfg = again("train.steps=3")
-    with pytest.raises(
-        ConfigError, match=r"resume\.allow_missing holds 'emma\.\*'.* has no tensor"
-    ):
+    with refuses(ConfigError, "resume.allow_missing", "emma.*", "no tensor"):
         Trainer(again("train.steps=3", "resume.allow_missing=[emma.*]"))
     written = checkpoints.canonical
     monkeypatch.setattr(
@@ -310,7 +307,7 @@ def test_a_changed_source_is_refused(parity_config: Callable) -> None:
 def test_a_live_run_folder_is_locked(parity_config: Callable) -> None:
     cfg = parity_config("train.steps=1")
     trainer = Trainer(cfg)
-    with pytest.raises(UserError, match="in use by a live run"):
+    with refuses(UserError, "in use"):
         Trainer(cfg)
     trainer.close()
 
@@ -326,7 +323,7 @@ def test_a_full_disk_leaves_no_checkpoint_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sora_train.checkpoint.commit.write_synced", no_space)
-    with pytest.raises(Exception, match="cannot write the checkpoint .*No space left"):
+    with refuses(Exception, "checkpoint", "No space left"):
         Trainer(cfg).train()
     folder = Path(cfg.run.dir) / "checkpoints"
     assert checkpoints.list_checkpoints(folder) == []

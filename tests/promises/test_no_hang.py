@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sentences import refuses
 
 from sora_train import checkpoint as checkpoints
 from sora_train.errors import Fault
@@ -60,7 +61,7 @@ def test_a_decoder_that_spins_costs_its_clip_only(spinning_trainer: Callable) ->
 def test_past_the_limit_the_run_stops_and_says_why(spinning_trainer: Callable) -> None:
     trainer, _ = spinning_trainer("data.max_drop_fraction=0.01")
     pids: list[int] = []
-    with pytest.raises(Fault, match=r"decode_timeout 1.*data\.max_drop_fraction=0\.01.*quarantine"):
+    with refuses(Fault, "decode_timeout 1", "data.max_drop_fraction=0.01", "quarantine"):
         try:
             trainer.train()
         finally:

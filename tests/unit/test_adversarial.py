@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentences import refuses
 from torch import nn
 
 from sora_train.config.compose import compose
@@ -114,7 +115,7 @@ def test_before_it_acts_the_autoencoder_knows_nothing_of_it(parity_config: Calla
     assert a[1]["train/loss"] != b[1]["train/loss"]
     assert not [name for row in a for name in row if "disc" in name]
     titles = [title for title, _ in training_charts(b)]
-    assert "Patches the discriminator classifies correctly" in titles
+    assert any("discriminator" in title for title in titles)
 
 
 def test_each_side_gets_its_own_gradient_alone() -> None:
@@ -146,7 +147,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     adversary = Adversary(config(), CPU)
     before = {name: value.clone() for name, value in adversary.tensors().items()}
     adversary.learn(clips(1), clips(1) * torch.nan)
-    with pytest.raises(Fault, match=r"discriminator's gradient is nan.*vae_objective.disc_lr"):
+    with refuses(Fault, "discriminator", "nan", "vae_objective.disc_lr"):
         adversary.step()
     assert all(torch.equal(before[name], value) for name, value in adversary.tensors().items())
 
@@ -206,31 +207,31 @@ def test_weighted_so_both_pull_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "facts"),
     [
-        (["vae_objective.lpips=0.1"], "needs vae_objective.lpips_path, which is empty"),
+        (["vae_objective.lpips=0.1"], ("vae_objective.lpips_path", "empty")),
         (["vae_objective.adversarial=1", "vae_objective.adversarial_from=6"],
-         "adversarial_from=6 is not reached in train.steps=6"),
-        (["vae_objective.adversarial=1", "vae_objective.adversarial_warmup=2"], "begins before step 0"),
-        (["task=text_to_video", "vae_objective.adversarial=1"], "adversarial=1 is for task=vae"),
-        (["task=text_to_video", "vae_objective.lpips=1", "vae_objective.lpips_path=x"], "lpips=1 is for task=vae"),
+         ("adversarial_from=6", "train.steps=6")),
+        (["vae_objective.adversarial=1", "vae_objective.adversarial_warmup=2"], ("before step 0",)),
+        (["task=text_to_video", "vae_objective.adversarial=1"], ("adversarial=1", "task=vae")),
+        (["task=text_to_video", "vae_objective.lpips=1", "vae_objective.lpips_path=x"], ("lpips=1", "task=vae")),
         (["vae_objective.adversarial=1", "vae_objective.mse=0", "vae_objective.l1=0", "vae_objective.gradient=0"],
-         "which are all 0"),
-        (["vae_objective.disc_channels=12"], "disc_channels"),
+         ("all 0",)),
+        (["vae_objective.disc_channels=12"], ("disc_channels",)),
     ],
 )  # fmt: skip
-def test_what_cannot_be_meant_is_refused(overrides: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_cannot_be_meant_is_refused(overrides: list[str], facts: tuple[str, ...]) -> None:
+    with refuses(ConfigError, *facts):
         compose(["experiment=parity_tiny", "task=vae", *overrides])
 
 
 def test_a_start_beyond_the_epochs_is_refused(parity_config: Callable) -> None:
     epochs = ("train.steps=0", "train.epochs=1", "vae_objective.adversarial_from=1000")
-    with pytest.raises(ConfigError, match="adversarial_from=1000 is not reached in train.steps="):
+    with refuses(ConfigError, "adversarial_from=1000", "train.steps"):
         Trainer(parity_config(*ON, *epochs))
 
 
 def test_frames_too_small_for_it_are_told() -> None:
     adversary = Adversary(config("vae_objective.disc_layers=4"), CPU)
-    with pytest.raises(ConfigError, match="disc_layers=4 needs frames of at least 48 pixels"):
+    with refuses(ConfigError, "disc_layers=4", "48"):
         adversary.learn(clips(1), clips(1))

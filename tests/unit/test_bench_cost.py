@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentences import refuses
 
 from sora_train import cli
 from sora_train.config.compose import compose
@@ -25,7 +26,7 @@ def test_exact_times_give_their_coefficients_back(a: float, b: float, c: float):
     lengths = [100, 300, 1000, 3000]
     truth = Fit(a * 1e-4, b * 1e-7, c * 1e-2)
     if a == b == 0:
-        with pytest.raises(UserError, match="do not grow with the tokens"):
+        with refuses(UserError, "grow", "tokens"):
             fit(lengths, [truth(length) + 1e-3 for length in lengths])
         return
     found = fit(lengths, [truth(length) for length in lengths])
@@ -73,7 +74,7 @@ def test_a_wrong_list_of_tokens_is_named(text: str):
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_built(tmp_path: Path):
-    with pytest.raises(UserError, match="need at least 3 different lengths"):
+    with refuses(UserError, "3", "lengths"):
         run(["experiment=parity_tiny"], tokens=[5, 5, 9], repeats=1, out=tmp_path)
     with pytest.raises(UserError, match="--repeats 0"):
         run(["experiment=parity_tiny"], tokens=None, repeats=0, out=tmp_path)

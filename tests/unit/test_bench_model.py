@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentences import refuses
 
 from benchmarks import model as bench
 from sora_train.errors import ConfigError, UserError
@@ -67,16 +68,18 @@ def test_a_clip_has_the_tokens_asked_for(tokens: int, grid: tuple[int, int, int]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["--dtype", "float8"], "--dtype float8: 'float8' is not one of float32, bfloat16"),
-        (["--modes", "fast"], "--modes fast: 'fast' is not one of eager, dynamic, static"),
-        (["--repeats", "0"], "--repeats 0"),
-        (["--device", "cpu", "model.attention=cudnn"], "needs a CUDA device"),
+        (["--dtype", "float8"], ("--dtype float8", "float32, bfloat16")),
+        (["--modes", "fast"], ("--modes fast", "eager, dynamic, static")),
+        (["--repeats", "0"], ("--repeats 0",)),
+        (["--device", "cpu", "model.attention=cudnn"], ("needs a CUDA device",)),
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str, tmp_path: Path):
-    with pytest.raises(UserError, match=message):
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], facts: tuple[str, ...], tmp_path: Path
+):
+    with refuses(UserError, *facts):
         bench.main([*TOY, *arguments, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentences import refuses
 
 from sora_train.config import BucketClass, BucketsConfig
 from sora_train.data.manifest import Manifest, empty_row
@@ -59,20 +60,20 @@ def test_sizes_are_near_area_and_ratio_in_whole_multiples(ratio: str, pixels: in
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "facts"),
     [
-        ({"frames": (8,)}, r"buckets\.classes\[0\]\.frames=8 is not 1 \+ k \* 4.*use 5 or 9"),
-        ({"frames": ()}, r"buckets\.classes\[0\]\.frames is empty"),
-        ({"frames": (5, 5)}, r"names a clip length twice"),
-        ({"aspect_ratios": ("wide",)}, r"aspect_ratios='wide' is not width:height"),
-        ({"aspect_ratios": ("1:0",)}, r"aspect_ratios='1:0' is not width:height"),
-        ({"aspect_ratios": ("1:1", "100:99")}, r"which '1:1' of class 'c' gives too"),
-        ({"pixels": 64}, r"pixels=64 .* multiples of 16"),
+        ({"frames": (8,)}, ("buckets.classes[0].frames=8", "1 + k * 4", "5 or 9")),
+        ({"frames": ()}, ("buckets.classes[0].frames", "empty")),
+        ({"frames": (5, 5)}, ("clip length", "twice")),
+        ({"aspect_ratios": ("wide",)}, ("aspect_ratios='wide'", "width:height")),
+        ({"aspect_ratios": ("1:0",)}, ("aspect_ratios='1:0'", "width:height")),
+        ({"aspect_ratios": ("1:1", "100:99")}, ("1:1", "'c'")),
+        ({"pixels": 64}, ("pixels=64", "multiples of 16")),
     ],
 )
-def test_impossible_tables_name_the_key(change: dict, words: str):
+def test_impossible_tables_name_the_key(change: dict, facts: tuple[str, ...]):
     cls = BucketClass(**{"name": "c", "pixels": 2304, "frames": (5,), **change})
-    with pytest.raises(ConfigError, match=words):
+    with refuses(ConfigError, *facts):
         build_buckets(BucketsConfig(classes=(cls,)), temporal_factor=4, spatial_multiple=16)
 
 

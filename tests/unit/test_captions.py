@@ -15,6 +15,7 @@ import torch
 from clip_files import write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentences import refuses, says
 
 from data_prep.shards import write_shards
 from sora_train.config import BucketClass, BucketsConfig, Config, DataConfig
@@ -171,11 +172,9 @@ def test_a_caption_that_no_clip_has_is_refused():
     manifest = manifest_of(("a", ""), ("b", dumped({"short": "s"})), ("", dumped({"dense": "d"})))
     require_captions(manifest, {"caption": 1.0, "short": 0.0, "dense": 2.0})
     require_captions(manifest, {})
-    with pytest.raises(
-        UserError, match=r"names shrot, which no clip .* are: caption, short, dense"
-    ):
+    with refuses(UserError, "shrot", "caption, short, dense"):
         require_captions(manifest, {"caption": 1.0, "shrot": 1.0})
-    with pytest.raises(UserError, match="names caption, .* there are: none"):
+    with refuses(UserError, "names caption", "none"):
         require_captions(manifest_of(("", "")), {"caption": 1.0})
     assert caption_counts(manifest) == {"caption": 2, "short": 1, "dense": 1}
     assert captions_by_name(manifest)["dense"] == {2: "d"}
@@ -255,19 +254,19 @@ def test_tables_hold_captions_and_scores(tmp_path: Path, kind: str):
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "facts"),
     [
-        ({"captions": "text"}, "row 1: captions is no object .* write columns caption_NAME"),
-        ({"caption_short": 3}, "row 1: the caption 'short' is neither a text nor"),
-        ({"captions": {"f": {"subject": 3}}}, "the caption 'f' is neither"),
-        ({"score_a": "high"}, "row 1: the score 'a' is not a number: 'high'"),
-        ({"scores": {"a": True}}, "the score 'a' is not a number: True"),
+        ({"captions": "text"}, ("row 1", "captions", "caption_NAME")),
+        ({"caption_short": 3}, ("row 1", "'short'", "text")),
+        ({"captions": {"f": {"subject": 3}}}, ("'f'",)),
+        ({"score_a": "high"}, ("row 1", "'a'", "number", "'high'")),
+        ({"scores": {"a": True}}, ("'a'", "number", "True")),
     ],
 )
-def test_a_table_that_says_nonsense_is_refused(tmp_path: Path, row: dict, words: str):
+def test_a_table_that_says_nonsense_is_refused(tmp_path: Path, row: dict, facts: tuple[str, ...]):
     path = tmp_path / "captions.jsonl"
     path.write_text(json.dumps({"file": "a.mp4", "caption": "main", **row}))
-    with pytest.raises(UserError, match=words):
+    with refuses(UserError, *facts):
         read_table(path)
 
 
@@ -299,7 +298,7 @@ def test_nothing_is_lost_from_tar_to_manifest_to_shards_and_back(tmp_path: Path)
             f"caption_keys=[{','.join(keys)}]",
         ]
     )  # fmt: skip
-    assert "captions: 2 caption, 1 fields, 1 short, 0 none" in told
+    says(told, "2 caption", "1 fields", "1 short", "0 none")
     assert manifest.caption.tolist() == ["dense one", "alone"]
     assert named_captions(manifest.captions[0]) == {"short": "s", "fields": FIELDS}
     assert manifest.captions[1] == "" == manifest.scores[1]
@@ -334,7 +333,7 @@ def test_the_loader_tells_the_caption_of_the_sample_and_its_epoch(tmp_path: Path
     for (epoch, row), caption in told[1].items():
         assert caption == choice.prompt(manifest.caption[row], manifest.captions[row], epoch, row)
     assert {caption.split()[0] for caption in told[1].values()} == {"main", "short"}
-    with pytest.raises(UserError, match="names long, which no clip"):
+    with refuses(UserError, "names long"):
         make_loader(manifest, caption_weights={"long": 1.0})
     # Validation compares steps and runs: it always has the main caption.
     cfg = Config(data={"caption_weights": {"short": 1.0}, "num_workers": 1}, buckets=BUCKETS)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from sentences import refuses, says
 
 from sora_train.cli import run
 from sora_train.config.compose import compose
@@ -80,36 +81,39 @@ def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "facts"),
     [
-        (["trian"], "Did you mean 'train', 'track'?; see `sora --help`"),
-        (["train", "experiment=quikstart"], "did you mean 'quickstart'?"),
-        (["train", "train.step=3"], "did you mean 'train.steps'?"),
-        (["train", "missing.yaml"], "there is no file missing.yaml"),
-        (["train", "missing.py"], "`sora init NAME` writes NAME/train.py"),
-        (["train", "--frobnicate"], "cannot read '--frobnicate'"),
-        (["train", "experiment=real_tiny"], "data.source is empty"),
-        (["sample", "--prompt", "x"], "Missing option '--ckpt'; see `sora sample --help`"),
-        (["sample", "--ckpt", "runs/a"], "no prompt is given"),
-        (["sample", "--ckpt", "runs/a", "--size", "64"], "--size is '64'; write WIDTHxHEIGHT"),
+        (["trian"], ("'train', 'track'", "sora --help")),
+        (["train", "experiment=quikstart"], ("quickstart",)),
+        (["train", "train.step=3"], ("train.steps",)),
+        (["train", "missing.yaml"], ("missing.yaml",)),
+        (["train", "missing.py"], ("sora init NAME", "NAME/train.py")),
+        (["train", "--frobnicate"], ("cannot read '--frobnicate'",)),
+        (["train", "experiment=real_tiny"], ("data.source", "empty")),
+        (["sample", "--prompt", "x"], ("--ckpt", "sora sample --help")),
+        (["sample", "--ckpt", "runs/a"], ("no prompt",)),
+        (["sample", "--ckpt", "runs/a", "--size", "64"], ("--size", "'64'", "WIDTHxHEIGHT")),
         (
             ["sample", "--ckpt", "runs/a@x", "--prompt", "x"],
-            "must be a number, for example runs/a@500",
+            ("number", "runs/a@500"),
         ),
-        (["sample", "--ckpt", "a", "--prompts", "none.txt"], "--prompts none.txt cannot be read"),
-        (["prep"], "see `sora prep --help`"),
-        (["prep", "shards", "inptu=x"], "unknown config key 'inptu'; did you mean 'input'?"),
-        (["prep", "shards", "input=x"], "config key 'output' has no value"),
-        (["data", "index", "source=nowhere"], "nowhere does not exist"),
-        (["ckpt", "ls", "nowhere"], "nowhere"),
-        (["config", "explain", "data.cahce"], "did you mean 'data.cache'?"),
-        (["config", "diff", "quickstart", "b"], "did you mean 'experiment=quickstart'?"),
-        (["report", "nowhere"], "nowhere is no run folder"),
+        (
+            ["sample", "--ckpt", "a", "--prompts", "none.txt"],
+            ("--prompts none.txt", "cannot be read"),
+        ),
+        (["prep"], ("sora prep --help",)),
+        (["prep", "shards", "inptu=x"], ("inptu", "input")),
+        (["prep", "shards", "input=x"], ("output", "no value")),
+        (["data", "index", "source=nowhere"], ("nowhere", "does not exist")),
+        (["ckpt", "ls", "nowhere"], ("nowhere",)),
+        (["config", "explain", "data.cahce"], ("data.cache",)),
+        (["config", "diff", "quickstart", "b"], ("experiment=quickstart",)),
+        (["report", "nowhere"], ("nowhere", "run folder")),
     ],
 )
 def test_mistakes_of_the_user(
     arguments: list[str],
-    told: str,
+    facts: tuple[str, ...],
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -118,7 +122,7 @@ def test_mistakes_of_the_user(
     monkeypatch.delenv("SORA_DEBUG", raising=False)
     assert run_command(lambda: run(arguments)) == 2
     stderr = capsys.readouterr().err
-    assert told in stderr
+    says(stderr, *facts)
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -133,38 +137,42 @@ def raising(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        (UserError("a; b"), 2, "error: a; b\n"),
-        (ConfigError("a\nb"), 2, "error: a\nerror: b\n"),
-        (Fault("a"), 1, "error: a\n"),
+        (UserError("a; b"), 2, ("error: a; b\n",)),
+        (ConfigError("a\nb"), 2, ("error: a\nerror: b\n",)),
+        (Fault("a"), 1, ("error: a\n",)),
         (
             OSError(errno.ENOSPC, "No space left on device", "/x/y"),
             1,
-            "error: the disk is full (/x/y); free some space",
+            ("error: ", "disk", "/x/y", "free"),
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/x"),
             1,
-            "error: Permission denied (/x); check the path",
+            ("error: ", "Permission denied", "/x", "path"),
         ),
-        (MemoryError(), 1, "error: the machine ran out of memory"),
+        (MemoryError(), 1, ("error: ", "memory")),
         (
             ZeroDivisionError("a\nb"),
             1,
-            "error: internal fault (ZeroDivisionError: a b); set SORA_DEBUG=1",
+            ("error: ", "ZeroDivisionError: a b", "SORA_DEBUG=1"),
         ),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt(), 130, ("interrupted\n",)),
     ],
 )
 def test_exit_codes_and_sentences(
     error: BaseException,
     code: int,
-    told: str,
+    told: tuple[str, ...],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.delenv("SORA_DEBUG", raising=False)
     assert run_command(raising(error)) == code
-    assert capsys.readouterr().err.startswith(told)
+    begins, *facts = told
+    printed = capsys.readouterr().err
+    assert printed.startswith(begins)
+    for fact in facts:
+        says(printed, fact)
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch):
@@ -176,7 +184,8 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch):
 def test_the_module_under_torchrun_tells_the_same():
     done = command("-m", "sora_train.train", "train.step=3", SORA_DEBUG="0")
     assert done.returncode == 2
-    assert done.stderr == "error: unknown config key 'train.step'; did you mean 'train.steps'?\n"
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    says(done.stderr, "train.step", "train.steps")
 
 
 def test_a_closed_pipe_is_no_traceback():
@@ -221,5 +230,5 @@ def test_init_writes_a_project_whose_files_compose(tmp_path: Path, monkeypatch: 
     compile(Path("my_project/train.py").read_text(), "train.py", "exec")
     with pytest.raises(UserError, match="exists already"):
         create(Path("my_project"))
-    with pytest.raises(UserError, match="no name for a project"):
+    with refuses(UserError, "no name"):
         create(Path("my project"))

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import Field
+from sentences import refuses, says
 
 from sora_train.config import Config, Section
 from sora_train.config.compose import COMMAND_LINE, DEFAULT, compose
@@ -178,99 +179,98 @@ class OwnConfig(Config):
 def test_a_subclass_adds_sections_and_required_keys():
     config = compose(["own.weight=3", "must=1"], config_cls=OwnConfig).config
     assert (config.own.weight, config.must) == (3, 1)
-    assert (
-        message(config_cls=OwnConfig)
-        == "config key 'must' has no value; add must=... to the command"
-    )
-    assert "must be a number of at least 0, got -1" in message(
-        "own.weight=-1", "must=1", config_cls=OwnConfig
-    )
+    says(message(config_cls=OwnConfig), "must", "no value", "must=...")
+    says(message("own.weight=-1", "must=1", config_cls=OwnConfig), "0", "-1")
 
 
 # --- mistakes ---
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "facts"),
     [
-        ("train.step=3", "unknown config key 'train.step'; did you mean 'train.steps'?"),
-        ("lr=3", "unknown config key 'lr'; did you mean 'optim.lr'?"),
+        ("train.step=3", ("train.step", "train.steps")),
+        ("lr=3", ("lr", "optim.lr")),
         (
             "optim.leaning_rate=3",
-            "unknown config key 'optim.leaning_rate'; `sora config show` lists every key",
+            ("optim.leaning_rate", "sora config show"),
         ),
-        ("expriment=quickstart", "unknown config key 'expriment'; did you mean 'experiment'?"),
-        ("+data.surce=x", "unknown config key 'data.surce'; did you mean 'data.source'?"),
+        ("expriment=quickstart", ("expriment", "experiment")),
+        ("+data.surce=x", ("data.surce", "data.source")),
         (
             "modle.num_layers=2",
-            "unknown config key 'modle.num_layers'; did you mean 'model.num_layers'?",
+            ("modle.num_layers", "model.num_layers"),
         ),
         (
             "model=tinyt2v",
-            "config group 'model' has no option 'tinyt2v'; did you mean 'tiny_t2v'? "
-            "there are: 30b, b, l, micro, s, tiny, tiny_t2v, wan_14b, wan_1_3b, wan_5b, xl",
+            (
+                "'model'",
+                "tinyt2v",
+                "tiny_t2v",
+                "30b, b, l, micro, s, tiny, tiny_t2v, wan_14b, wan_1_3b, wan_5b, xl",
+            ),
         ),
         (
             "tracker=null",
-            "config group 'tracker' has no option 'null'; there are: both, none, tensorboard, wandb",
+            ("tracker", "null", "both, none, tensorboard, wandb"),
         ),
-        ("train.steps=a", "config key 'train.steps' must be a whole number of at least 0, got 'a'"),
+        ("train.steps=a", ("train.steps", "whole number", "at least 0", "'a'")),
         (
             "train.steps=0",
-            "train.steps=0 and train.epochs=0 train nothing; set one of them, for example train.steps=1000",
+            ("train.steps=0", "train.epochs=0", "set", "train.steps=1000"),
         ),
         (
             "train.steps=1.5",
-            "config key 'train.steps' must be a whole number of at least 0, got 1.5",
+            ("train.steps", "whole number", "at least 0", "1.5"),
         ),
         (
             "objective.caption_dropout=2",
-            "config key 'objective.caption_dropout' must be a number from 0 to 1, got 2",
+            ("objective.caption_dropout", "0 to 1", "2"),
         ),
         (
             "data.cache=latent",
-            "config key 'data.cache' must be one of 'none', 'latents', 'auto', got 'latent'; did you mean 'latents'?",
+            ("data.cache", "'none', 'latents', 'auto'", "'latent'"),
         ),
         (
             "data.micro_batch=x",
-            "config key 'data.micro_batch' must be a whole number of at least 1 or one of 'auto', 'table', got 'x'",
+            ("data.micro_batch", "at least 1", "'auto', 'table'", "'x'"),
         ),
         (
             "data.micro_batch=0",
-            "config key 'data.micro_batch' must be a whole number of at least 1 or one of 'auto', 'table', got 0",
+            ("data.micro_batch", "at least 1", "'auto', 'table'", "0"),
         ),
-        ("run.dir=123", "config key 'run.dir' must be text, got 123; quote it: 'run.dir=\"123\"'"),
+        ("run.dir=123", ("run.dir", "text", "123", "quote", 'run.dir="123"')),
         (
             "sample.prompts=hello",
-            "config key 'sample.prompts' must be a list of texts, got 'hello'",
+            ("sample.prompts", "list", "'hello'"),
         ),
         (
             "train=3",
-            "config section 'train' holds keys of its own (steps, epochs, micro_batches, log_every), got 3",
+            ("'train'", "steps, epochs, micro_batches, log_every", "3"),
         ),
-        ("run.dir=a(b", "cannot read 'run.dir=a(b'; quote the value: 'run.dir=\"a(b\"'"),
-        ("steps", "cannot read 'steps'; write key=value, for example train.steps=100"),
+        ("run.dir=a(b", ("run.dir=a(b", "quote", 'run.dir="a(b"')),
+        ("steps", ("'steps'", "key=value", "train.steps=100")),
         (
             "hydra.run.dir=x",
-            "'hydra.run.dir=x' sets Hydra itself, which sora_train does not use; leave it out",
+            ("hydra.run.dir=x", "leave it out"),
         ),
-        ("validation.times=[2]", "validation.times must be numbers between 0 and 1, got [2.0]"),
+        ("validation.times=[2]", ("validation.times", "between 0 and 1", "[2.0]")),
         (
             "train.steps=1,2",
-            "'train.steps=1,2' names several values; write -m for a run each, or key=[a,b] for a list",
+            ("train.steps=1,2", "-m", "key=[a,b]"),
         ),
         (
             "buckets.classes=[{name: a, pixles: 300, pixels: 300, frames: [1]}]",
-            "unknown config key 'buckets.classes[0].pixles'; did you mean 'buckets.classes[].pixels'?",
+            ("buckets.classes[0].pixles", "buckets.classes[].pixels"),
         ),
         (
             "buckets.classes=[{name: a, pixels: 3, frames: [1]}]",
-            "config key 'buckets.classes[0].pixels' must be a whole number of at least 64, got 3",
+            ("buckets.classes[0].pixels", "at least 64", "3"),
         ),
     ],
 )
-def test_one_sentence_names_key_value_and_remedy(override: str, expected: str):
-    assert message(override) == expected
+def test_one_sentence_names_key_value_and_remedy(override: str, facts: tuple[str, ...]):
+    says(message(override), *facts)
 
 
 def test_all_mistakes_are_told_at_once():
@@ -284,21 +284,15 @@ def test_a_broken_interpolation_is_told():
 
 def test_a_fault_in_a_file_names_the_file(tmp_path: Path):
     unknown = write(tmp_path / "a.yaml", "train: {step: 3}\n")
-    assert (
-        message(yaml_file=unknown)
-        == f"unknown config key 'train.step'; did you mean 'train.steps'? ({unknown})"
-    )
+    says(message(yaml_file=unknown), "'train.step'", "'train.steps'", str(unknown))
     value = write(tmp_path / "b.yaml", "train: {steps: many}\n")
     assert message(yaml_file=value).endswith(f"got 'many' ({value})")
     base = write(tmp_path / "c.yaml", "defaults: [real_tyni]\n")
-    assert "no config 'experiment/real_tyni'; did you mean 'real_tiny'?" in message(yaml_file=base)
+    says(message(yaml_file=base), "experiment/real_tyni", "real_tiny")
     broken = write(tmp_path / "d.yaml", "a: 1\nb: [\n")
     assert message(yaml_file=broken).startswith(f"{broken} line ")
-    assert (
-        message(yaml_file=tmp_path / "e.yaml")
-        == f"there is no file {tmp_path / 'e.yaml'}; check the name"
-    )
-    assert "must hold `key: value` lines" in message(yaml_file=write(tmp_path / "f.yaml", "- 1\n"))
+    says(message(yaml_file=tmp_path / "e.yaml"), "no file", str(tmp_path / "e.yaml"))
+    says(message(yaml_file=write(tmp_path / "f.yaml", "- 1\n")), "key: value")
     assert "both given" in message("experiment=quickstart", yaml_file=unknown)
     wrong = write(tmp_path / "g.yaml", "defaults: [override /modle: s]\n")
     assert "modle" in message(yaml_file=wrong)
@@ -330,7 +324,7 @@ def test_a_scalar_is_read_as_hydra_reads_it(tmp_path: Path, scalar: str):
 
 def test_settings_of_a_command_are_strict():
     assert parse_settings(OwnSection, ["weight=3"]).weight == 3
-    with pytest.raises(ConfigError, match="did you mean 'weight'"):
+    with refuses(ConfigError, "weight"):
         parse_settings(OwnSection, ["wieght=3"])
     with pytest.raises(ConfigError, match="must be a number"):
         parse_settings(OwnSection, ["weight=x"])
@@ -409,5 +403,5 @@ def test_explain_tells_meaning_type_default_value_and_origin():
     ):
         assert part in text
     assert "tiny_t2v" in explain("model", composed)
-    with pytest.raises(ConfigError, match="did you mean 'data.cache'"):
+    with refuses(ConfigError, "data.cache"):
         explain("data.cahce", composed)

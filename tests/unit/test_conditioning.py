@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentences import refuses
 from torch import Tensor
 
 from sora_train.config import ConditioningConfig
@@ -164,9 +165,9 @@ def test_the_check_of_phases_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_frame_known_in_part_is_refused() -> None:
     known = torch.zeros(9)
     known[6:8] = 1
-    with pytest.raises(ValueError, match="of latent frame 2 2 pixel frames are given"):
+    with refuses(ValueError, "latent frame 2", "2"):
         encode_given(stamped, numbered(3), known, FACTOR, STEP)
-    with pytest.raises(ValueError, match="no frame is given"):
+    with refuses(ValueError, "no frame"):
         encode_given(stamped, numbered(3), torch.zeros(9), FACTOR, STEP)
 
 
@@ -268,25 +269,27 @@ def test_the_config_names_every_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "named"),
+    ("overrides", "facts"),
     [
         (
             ["objective.conditioning.i2v=0.7", "objective.conditioning.loop=0.7"],
-            "adds up to 1.4",
+            ("adds up to 1.4",),
         ),
         (
             ["objective.cond_mode=concat", "objective.condition_noise_share=0.5"],
-            "condition_noise_share is for cond_mode=replace",
+            ("condition_noise_share", "cond_mode=replace"),
         ),
         (
             ["objective.conditioning.i2v=0", "objective.conditioning.infill=0.5", "data.cache=latents"],
-            "data.cache=latents keeps no pixels",
+            ("data.cache=latents", "pixels"),
         ),
-        (["validation.kinds=[connect]"], "validation.kinds holds 'connect'"),
+        (["validation.kinds=[connect]"], ("validation.kinds", "connect")),
     ],
 )  # fmt: skip
-def test_a_mix_that_cannot_be_is_refused_by_its_key(overrides: list[str], named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+def test_a_mix_that_cannot_be_is_refused_by_its_key(
+    overrides: list[str], facts: tuple[str, ...]
+) -> None:
+    with refuses(ConfigError, *facts):
         compose(["experiment=parity_tiny", *overrides])
 
 
@@ -297,5 +300,5 @@ def test_channels_that_do_not_fit_are_refused(vae: VideoVAE) -> None:
     cfg = compose(["experiment=parity_tiny"]).config
     model: Any = TextToVideo(cfg.model, cfg.text, seed=0)
     check_channels("replace", vae, model)
-    with pytest.raises(ConfigError, match="set model.in_channels=36"):
+    with refuses(ConfigError, "model.in_channels=36"):
         check_channels("concat", vae, model)

@@ -18,6 +18,7 @@ from clip_files import inflate, numbered, write_clip, write_timed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sentences import refuses
 
 from sora_train.data.decode.frames import (
     BadClip,
@@ -185,10 +186,10 @@ def test_every_flaw_has_its_reason(tmp_path: Path, clip: bytes):
 def test_compressed_tars_are_refused(tmp_path: Path, clip: bytes, suffix: str):
     make_tar(tmp_path / f"0{suffix}", plain("a", clip), "w:gz")
     for source in (tmp_path, tmp_path / f"0{suffix}"):
-        with pytest.raises(UserError, match=f"0{re.escape(suffix)} is a compressed tar.*gunzip"):
+        with refuses(UserError, f"0{suffix}", "compressed", "gunzip"):
             indexed(source, tmp_path / "out")
     os.rename(tmp_path / f"0{suffix}", tmp_path / "0.tar")
-    with pytest.raises(UserError, match=r"compressed \(gzip\) under another name"):
+    with refuses(UserError, "compressed", "gzip"):
         indexed(tmp_path, tmp_path / "out")
 
 
@@ -209,11 +210,11 @@ def test_a_webdataset_shard_is_read_as_webdataset_reads_it(tmp_path: Path, clip:
 
 def test_mistakes_in_member_names_tell_what_is_there(tmp_path: Path, clip: bytes):
     make_tar(tmp_path / "0.tar", [("a.mp4", clip), ("a.cap", b"x")])
-    with pytest.raises(UserError, match=r"no sample has a caption.*cap \(1\).*caption_keys="):
+    with refuses(UserError, "caption", "cap (1)", "caption_keys="):
         indexed(tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match=r"video_key=webm; their members are mp4 \(1\)"):
+    with refuses(UserError, "video_key=webm", "mp4 (1)"):
         indexed(tmp_path, tmp_path / "out", how=HowToIndex(MemberKeys(("webm",))))
-    with pytest.raises(UserError, match=r"2 shards, of which 1 do not exist: .*1\.tar"):
+    with refuses(UserError, "2 shards", "1 do not exist", "1.tar"):
         indexed(f"{tmp_path}/{{0,1}}.tar", tmp_path / "out")
 
 
@@ -224,13 +225,13 @@ def test_duplicate_keys(tmp_path: Path, clip: bytes):
     folder = tmp_path / "in"
     make_tar(folder / "0.tar", [*plain("a", clip), *plain("b", clip)])
     make_tar(folder / "1.tar", [*plain("c", clip), *plain("a", clip)])
-    with pytest.raises(UserError, match="'a' occurs in 0.tar and again in 1.tar.*per_shard"):
+    with refuses(UserError, "'a'", "0.tar", "1.tar", "per_shard"):
         indexed(folder, tmp_path / "out")
     assert indexed(folder, tmp_path / "own", duplicate_keys="per_shard").dropped() == {}
     dropped = indexed(folder, tmp_path / "drop", duplicate_keys="drop")
     assert dropped.drop_reason.tolist() == ["", "", "", "duplicate_key"]
     make_tar(folder / "1.tar", [*plain("c", clip), *plain("c", clip)])
-    with pytest.raises(UserError, match=r"'c' occurs in 1.tar and again in 1.tar"):
+    with refuses(UserError, "'c'", "1.tar"):
         indexed(folder, tmp_path / "out")
     counted = indexed(folder, tmp_path / "inside", duplicate_keys="per_shard")
     assert counted.dropped() == {"duplicate_key": 1} and len(counted) == 4
@@ -320,7 +321,7 @@ def test_parts_and_merge(tmp_path: Path, clip: bytes):
         make_tar(folder / f"{number}.tar", plain(f"a{number}", clip))
     how = HowToIndex(probe="header")
     assert index_shards(str(folder), out, how, part="2/2") is None
-    with pytest.raises(UserError, match=r"3 of 5 shards are not indexed yet, 0\.tar the first"):
+    with refuses(UserError, "3 of 5", "0.tar"):
         indexed(folder, out, merge=True)
     assert index_shards(str(folder), out, how, part="1/2") is None
     merged = indexed(folder, out, merge=True)
@@ -342,7 +343,7 @@ def test_new_shards_follow_the_old_rows(tmp_path: Path, clip: bytes):
     assert indexed(folder, out).digest() == second.digest()
     assert (out / FILE_NAME).stat().st_mtime_ns == stamp, "nothing new, nothing written"
     make_tar(folder / "2.tar", plain("one", clip))
-    with pytest.raises(UserError, match=r"'one' occurs in 1\.tar and again in 2\.tar"):
+    with refuses(UserError, "'one'", "1.tar", "2.tar"):
         indexed(folder, out)
 
 
@@ -360,13 +361,13 @@ def test_a_shard_that_changed_is_told_before_anything(tmp_path: Path, clip: byte
         else:
             # Of equal size: another header at its front.
             shard.write_bytes(data.replace(b"a.mp4", b"z.mp4"))
-        with pytest.raises(UserError, match="changed since it was indexed.*index again"):
+        with refuses(UserError, "changed", "index again"):
             open_source(str(out), work_dir=tmp_path / "w")
-        with pytest.raises(UserError, match="changed since it was indexed.*new name"):
+        with refuses(UserError, "changed", "new name"):
             indexed(folder, out)
         shard.write_bytes(data)
     shard.unlink()
-    with pytest.raises(UserError, match="is missing; restore it"):
+    with refuses(UserError, "missing", "restore"):
         open_source(str(out), work_dir=tmp_path / "w")
 
 
@@ -388,7 +389,7 @@ def test_the_command(tmp_path: Path, clip: bytes):
     assert Manifest.load(tmp_path / "out" / FILE_NAME).caption.tolist() == ["x", "caption of b"]
     with pytest.raises(UserError, match="part=3/2 is not i/N"):
         index_source([f"source={tmp_path}/in/00.tar", "part=3/2"])
-    with pytest.raises(UserError, match=r"run `sora data index source="):
+    with refuses(UserError, "sora data index"):
         open_source("s3://bucket/{0..3}.tar", work_dir=tmp_path)
 
 
@@ -508,11 +509,11 @@ def test_what_does_not_pass_is_a_fault_of_storage(
 ):
     url, _ = served
     monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
-    with pytest.raises(Fault, match=r"down/0\.tar: .*\(4 attempts in "):
+    with refuses(Fault, "down/0.tar", "4 attempts"):
         indexed(f"{url}/down/0.tar", tmp_path / "down")
-    with pytest.raises(Fault, match="sends the whole file where a byte range was asked for"):
+    with refuses(Fault, "whole file", "byte range"):
         indexed(f"{url}/whole/0.tar", tmp_path / "whole")
-    with pytest.raises(UserError, match=r"1 shards, of which 1 do not exist: .*gone\.tar"):
+    with refuses(UserError, "1 shards", "1 do not exist", "gone.tar"):
         indexed(f"{url}/well/gone.tar", tmp_path / "gone")
 
 

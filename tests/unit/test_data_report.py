@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from clip_files import write_clip
 from PIL import Image
+from sentences import says
 
 from sora_train.cli import run
 from sora_train.config.compose import compose
@@ -61,9 +62,9 @@ def row_of(plan: DataPlan, key: str) -> int:
 def test_the_fate_of_a_clip_is_told_in_words(written: tuple[DataPlan, list[Path]]):
     plan, _ = written
     told = {key: plan.fate(row) for row, key in enumerate(plan.manifest.key.tolist())}
-    assert told["long.mp4"] == "30 frames at 24 -> 10 at 8 fps -> bucket 9x32x64"
-    assert told["slow.mp4"] == "6 frames at 4 -> 6 at 4 fps -> bucket 5x32x64"
-    assert told["short.mp4"] == "2 frames at 8 -> 2 at 8 fps -> dropped: too short"
+    says(told["long.mp4"], "30 frames", "24", "10 at 8 fps", "9x32x64")
+    says(told["slow.mp4"], "6 frames", "6 at 4 fps", "5x32x64")
+    says(told["short.mp4"], "2 frames", "2 at 8 fps", "too short")
     assert told["tiny.mp4"].endswith("dropped: too small")
     assert told["narrow.mp4"].endswith("dropped: aspect ratio")
     assert told["broken.mp4"] == "dropped: unreadable"
@@ -82,9 +83,9 @@ def test_captions_are_counted_by_name(written: tuple[DataPlan, list[Path]]):
         cfg=plan.cfg.model_copy(update={"data": data}),
     )
     without = np.count_nonzero(plan.manifest.drop_reason == "") - 1
-    assert f"{without} with none of the captions of data.caption_weights" in account(named)
+    says(account(named), f"{without} with none", "data.caption_weights")
     told = page(named, [])
-    assert "Length of captions named fields; 0 are cut" in told and "named short" in told
+    assert "captions named fields; 0" in told and "named short" in told
     assert "named" not in account(plan) and "captions named" not in page(plan, [])
 
 

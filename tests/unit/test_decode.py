@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from clip_files import number_of, numbered, real_clips, write_clip, write_timed
 from PIL import Image
+from sentences import refuses
 
 from sora_train.data.decode import frames as decode
 from sora_train.data.decode.frames import BadClip, DecodeRequest, ProbeRequest
@@ -140,9 +141,7 @@ def test_variable_rate_goes_by_time(tmp_path: Path, monkeypatch, seek_worth: flo
 
 def test_a_file_that_became_shorter_is_not_padded(tmp_path: Path):
     path = write_clip(tmp_path / "a.mp4", count=9)
-    with pytest.raises(
-        BadClip, match="too_few_frames.*last frame is shown at 1.000 s, but 2.000 s"
-    ):
+    with refuses(BadClip, "too_few_frames", "1.000 s", "2.000 s"):
         decode.decode_frames(request(path, (0.0, 2.0)))
 
 
@@ -202,7 +201,7 @@ def test_damaged_files_are_bad_clips(tmp_path: Path, damage: str):
 def test_storage_is_told_from_damage(tmp_path: Path):
     path = write_clip(tmp_path / "a.mp4")
     size = path.stat().st_size
-    with pytest.raises(StorageFault, match=r"a\.mp4: ends \d+ bytes before the index says"):
+    with refuses(StorageFault, "a.mp4", "bytes before", "index"):
         decode.decode_frames(request(path, (0.0, 1.0), length=size + 9999))
     path.unlink()
     with pytest.raises(StorageFault, match="No such file"):
@@ -292,7 +291,7 @@ def test_pool_gives_frames_and_failures(tmp_path: Path):
         assert (first == third).all()
         assert isinstance(second, Failure) and (second.row, second.reason) == (7, "unreadable")
         missing = pool.submit(request(good, (0.0,), length=10**6))
-        with pytest.raises(Fault, match=r"cannot read the clip 'good\.mp4'.*check the storage"):
+        with refuses(Fault, "cannot read", "good.mp4", "storage"):
             missing.result(timeout=240)
 
 

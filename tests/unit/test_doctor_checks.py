@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from sentences import says
 
 from sora_train.base.code_version import package_digest
 from sora_train.errors import EXIT_FAULT, Fault
@@ -298,7 +299,7 @@ def test_the_odd_node_is_named():
     nodes["n2"] |= {"code": "bbb"}
     found = versions.compare(nodes)
     assert wrong(found) == {"code": "fail"}
-    assert found[0].value == "aaa on most; n2 has bbb"
+    says(found[0].value, "aaa", "n2", "bbb")
     assert "checkout" in found[0].remedy
 
 
@@ -572,7 +573,8 @@ def test_the_table_tells_all_within_the_width(width: int, tmp_path: Path):
     lines = text.splitlines()
     assert all(len(line) <= width for line in lines[:-1])
     assert text.count("[half]") == 7 and len(re.findall("│ ok ", text)) == 2
-    assert lines[-1].startswith("fail: do not start a run on 6 node(s), 6 failure(s), 0 warning(s)")
+    assert lines[-1].startswith("fail: ")
+    says(lines[-1], "6 node(s)", "6 failure(s)", "0 warning(s)")
     told = json.loads(json.dumps(report.to_dict()))
     assert told["verdict"] == "fail" and told["nodes"][3]["node"] == "n3"
     assert Finding.from_dict(told["nodes"][0]["findings"][1]) == bad

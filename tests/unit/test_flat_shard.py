@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from sentences import refuses
 
 from sora_train.parallel.shards import FlatShard, boxes, piece
 
@@ -69,7 +70,7 @@ def test_it_describes_and_does_not_compute() -> None:
     shard = FlatShard(torch.ones(3), (2, 3), 1)
     assert (shard.shape, shard.numel(), shard.element_size()) == (torch.Size((2, 3)), 6, 4)
     assert shard.detach().to_local() is not None
-    with pytest.raises(NotImplementedError, match="take its to_local"):
+    with refuses(NotImplementedError, "to_local"):
         shard + 1
     with pytest.raises(ValueError, match="no box"):
         shard.__get_tensor_shard__(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentences import refuses
 
 from sora_train.diffusion import timesteps
 from sora_train.diffusion.condition_masks import (
@@ -347,16 +348,16 @@ def test_a_spec_of_the_first_version_says_what_it_meant_then():
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "facts"),
     [
-        ({"weighting": "snr"}, "weighting is 'snr'"),
-        ({"cond_mode": "add"}, "cond_mode is 'add'"),
-        ({"condition_noise_share": 1.5}, "condition_noise_share is 1.5"),
-        ({"high_noise_share": -0.1}, "high_noise_share is -0.1"),
-        ({"condition_dropout": 2.0}, "condition_dropout is 2.0"),
-        ({"min_snr_gamma": 0.0}, "min_snr_gamma is 0.0"),
+        ({"weighting": "snr"}, ("weighting is 'snr'",)),
+        ({"cond_mode": "add"}, ("cond_mode", "'add'")),
+        ({"condition_noise_share": 1.5}, ("condition_noise_share", "1.5")),
+        ({"high_noise_share": -0.1}, ("high_noise_share", "-0.1")),
+        ({"condition_dropout": 2.0}, ("condition_dropout is 2.0",)),
+        ({"min_snr_gamma": 0.0}, ("min_snr_gamma", "0.0")),
     ],
 )
-def test_impossible_values_are_refused_by_name(change, named):
-    with pytest.raises(ValueError, match=named):
+def test_impossible_values_are_refused_by_name(change, facts):
+    with refuses(ValueError, *facts):
         SPEC.replace(**change)

@@ -12,6 +12,7 @@ import pytest
 from clip_files import inflate, number_of, write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentences import refuses
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
 from sora_train.data import loader as loader_module
@@ -181,10 +182,7 @@ def test_too_many_losses_stop_the_run(manifest, tmp_path, monkeypatch):
     monkeypatch.setenv(TEST_HOOK, "abort=clip0")
     with (
         make(manifest, run_dir=tmp_path, options={"max_drop_fraction": 0.2}) as loader,
-        pytest.raises(
-            Fault,
-            match=r"3 of 12 clips \(25\.0 %\): decoder_crashed 3 are lost.*max_drop_fraction=0\.2",
-        ),
+        refuses(Fault, "3 of 12", "25.0 %", "decoder_crashed 3", "max_drop_fraction=0.2"),
     ):
         for step in range(8):
             loader.step(step)
@@ -193,9 +191,7 @@ def test_too_many_losses_stop_the_run(manifest, tmp_path, monkeypatch):
 def test_losses_known_before_the_run_are_the_users_to_mend(manifest: Manifest):
     lost = manifest.select(np.arange(len(manifest)))
     lost.drop_reason[:3] = "unreadable"
-    with pytest.raises(
-        UserError, match=r"3 of 12 clips \(25\.0 %\): unreadable 3 cannot be trained"
-    ):
+    with refuses(UserError, "3 of 12", "25.0 %", "unreadable 3"):
         make(lost, options={"max_drop_fraction": 0.2})
 
 
@@ -257,9 +253,7 @@ def test_decord_is_refused_where_it_cannot_read(manifest: Manifest):
     pytest.importorskip("decord")
     av1 = manifest.select(np.arange(len(manifest)))
     av1.codec[3] = "av1"
-    with pytest.raises(
-        UserError, match=r"data\.decoder=decord cannot read av1, the codec of 'clip03\.mp4'"
-    ):
+    with refuses(UserError, "data.decoder=decord", "av1", "clip03.mp4"):
         make(av1, options={"decoder": "decord"})
 
 
@@ -340,10 +334,13 @@ def test_a_set_that_is_damaged_beyond_the_limit_stops_with_the_table_of_reasons(
     steps = range(40)
     with (
         make(made, run_dir=tmp_path / "strict", options={"max_drop_fraction": 0.04}) as loader,
-        pytest.raises(
+        refuses(
             Fault,
-            match=r"3 of 60 clips \(5\.0 %\): too_few_frames 1, unreadable 2 are lost, more than "
-            r"data\.max_drop_fraction=0\.04",
+            "3 of 60",
+            "5.0 %",
+            "too_few_frames 1",
+            "unreadable 2",
+            "data.max_drop_fraction=0.04",
         ),
     ):
         for step in steps:

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from sentences import refuses
 from torch import Tensor
 
 from sora_train.config import Config
@@ -146,5 +147,5 @@ def test_token_loss_is_the_slow_sum_and_ignores_what_is_given():
 
 
 def test_the_autoencoder_has_no_tokens_to_reduce_over():
-    with pytest.raises(ConfigError, match="loss.reduce=per_token is for task=text_to_video"):
+    with refuses(ConfigError, "loss.reduce=per_token", "task=text_to_video"):
         compose(["experiment=tiny_vae", "loss.reduce=per_token"])

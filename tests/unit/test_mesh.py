@@ -5,6 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sentences import refuses
 
 from sora_train.config import Config, ModelConfig, ParallelConfig
 from sora_train.errors import ConfigError
@@ -37,24 +38,20 @@ def test_places_count_ulysses_fastest_and_only_on_axes_that_have_several():
     [
         ({"dp_shard": 3}, 4, ["parallel.dp_shard 3", "= 3, but 4 rank(s)", "dp_shard=-1", "start 3 ranks"]),
         ({"ulysses": 3}, 4, ["parallel.ulysses 3", "= 3, but 4", "whose product is 4"]),
-        ({"dp_shard": 0}, 1, ["parallel.dp_shard 0", "leave no degree at 0"]),
-        ({"dp_replicate": -1, "dp_shard": -1}, 4, ["set one of them"]),
+        ({"dp_shard": 0}, 1, ["parallel.dp_shard 0", "degree at 0"]),
+        ({"dp_replicate": -1, "dp_shard": -1}, 4, ["set one"]),
     ],
 )  # fmt: skip
 def test_degrees_that_do_not_fill_the_job_are_told_with_the_product(
     asked: dict[str, int], world: int, told: list[str]
 ):
-    with pytest.raises(ConfigError) as error:
+    with refuses(ConfigError, *told):
         resolve_degrees(ParallelConfig(**asked), world)
-    assert all(part in str(error.value) for part in told), str(error.value)
 
 
 def test_heads_that_do_not_divide_are_told_with_the_degrees_that_do():
     cfg = Config(model=ModelConfig(num_heads=6), parallel=ParallelConfig(ulysses=4))
-    with pytest.raises(
-        ConfigError,
-        match=r"ulysses=4 does not divide model.num_heads=6; degrees that do: 1, 2, 3, 6",
-    ):
+    with refuses(ConfigError, "ulysses=4", "model.num_heads=6", "1, 2, 3, 6"):
         check_degrees(cfg, resolve_degrees(cfg.parallel, 4))
 
 

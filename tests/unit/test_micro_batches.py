@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentences import refuses
 
 from sora_train.config import Config
 from sora_train.config.compose import compose
@@ -87,7 +88,7 @@ def test_auto_takes_as_many_clips_as_cost_and_memory_allow(
 
 
 def test_a_cap_below_one_clip_names_the_largest_bucket_and_what_it_needs():
-    with pytest.raises(UserError, match="memory cap below one sample of bucket 17x48x48") as error:
+    with refuses(UserError, "memory cap", "17x48x48") as error:
         micro_batch_sizes(
             BUCKETS, [5, 5, 5, 5], tokens_of, cost, "auto", 64, memory=cap(5.4)
         )  # fmt: skip
@@ -108,7 +109,7 @@ def test_a_choice_above_the_cap_is_refused_with_what_would_fit(micro_batch: int 
             table={"1x48x48": 8, "9x32x64": 8}, memory=memory,
         )  # fmt: skip
 
-    with pytest.raises(UserError, match="8 clips of bucket 9x32x64 need") as error:
+    with refuses(UserError, "8 clips", "9x32x64") as error:
         sizes(cap(10))
     most = int(re.search(r"at most (\d+) of them", str(error.value)).group(1))
     assert most == cap(10).most(BUCKETS[2]) < 8
@@ -124,7 +125,7 @@ def test_a_table_gives_each_bucket_its_clips():
 
 
 def test_a_table_of_other_buckets_is_refused_by_name():
-    with pytest.raises(UserError, match="names 1x64x64, which the bucket table lacks; .*17x48x48"):
+    with refuses(UserError, "1x64x64", "17x48x48"):
         micro_batch_sizes(BUCKETS, [1, 0, 0, 0], tokens_of, cost, "table", 1, table={"1x64x64": 1})
     with pytest.raises(UserError, match="says nothing of 17x48x48, 9x32x64"):
         micro_batch_sizes(BUCKETS, [1, 0, 1, 1], tokens_of, cost, "table", 1, table={"1x48x48": 1})
@@ -156,23 +157,23 @@ def test_a_table_is_given_on_the_command_line_and_in_yaml(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "facts"),
     [
-        ({"micro_batch": "table"}, "data.micro_batch=table needs data.micro_batch_table"),
-        ({"micro_batch_table": {"1x48x48": 2}}, "data.micro_batch=auto does not read it"),
+        ({"micro_batch": "table"}, ("data.micro_batch=table", "data.micro_batch_table")),
+        ({"micro_batch_table": {"1x48x48": 2}}, ("data.micro_batch=auto",)),
         (
             {"micro_batch": "table", "micro_batch_table": {"1x48x48": 0}},
-            "'data.micro_batch_table' must be a mapping, each value a whole number of at least 1",
+            ("data.micro_batch_table", "mapping", "at least 1"),
         ),
     ],
 )
-def test_a_table_that_cannot_be_is_refused(data: dict, message: str):
-    with pytest.raises(ConfigError, match=re.escape(message)):
+def test_a_table_that_cannot_be_is_refused(data: dict, facts: tuple[str, ...]):
+    with refuses(ConfigError, *facts):
         validated(Config, {"data": data})
 
 
 def test_the_old_name_of_least_efficiency_leads_to_the_new_one():
-    with pytest.raises(ConfigError, match=r"did you mean 'elastic.min_efficiency'\?"):
+    with refuses(ConfigError, "elastic.min_efficiency"):
         compose(["data.min_efficiency=0.1"])
 
 
@@ -187,7 +188,7 @@ def test_a_run_keeps_its_micro_batches_below_the_cap_at_any_world_size(tmp_path:
         return max(len(trace.tape[index].rows) for index in range(trace.tape.parts[0].per_epoch))
 
     free = largest(traced())
-    with pytest.raises(UserError, match="memory cap below one sample of bucket") as error:
+    with refuses(UserError, "memory cap") as error:
         traced("data.memory_gb=0.0001")
     needed = re.search(r"it needs ([\d.]+) GB", str(error.value)).group(1)
     assert largest(traced(f"data.memory_gb={needed}")) < free

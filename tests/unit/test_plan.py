@@ -3,9 +3,9 @@
 import time
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentences import refuses
 
 from sora_train.data.sample import Bucket
 from sora_train.data.tape.micro_batches import micro_batch_sizes
@@ -139,7 +139,7 @@ def test_groups_cost_the_same_within_the_limit_in_every_epoch():
 
 
 def test_nothing_to_train_on_is_the_users_error():
-    with pytest.raises(UserError, match="no clip fits any bucket"):
+    with refuses(UserError, "no clip", "bucket"):
         Tape(np.full(5, -1), np.arange(5), BUCKETS, {}, seed=0)
 
 
@@ -162,9 +162,14 @@ def test_a_million_rows_are_planned_in_seconds():
 def test_idle_slots_are_told_and_refused():
     assert slot_efficiency(8, 4) == 1 and slot_efficiency(8, 3) == 8 / 9
     require_efficiency(8, 3, 0.8)
-    with pytest.raises(
+    with refuses(
         UserError,
-        match=r"micro_batches=8 keep 80% of 5 ranks .*4 ranks 100%, 6 ranks 67%, 8 ranks 100%",
+        "micro_batches=8",
+        "80%",
+        "5 ranks",
+        "4 ranks 100%",
+        "6 ranks 67%",
+        "8 ranks 100%",
     ):
         require_efficiency(8, 5, 0.9)
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from sentences import refuses
 
 from sora_train.config import Config
 from sora_train.config.compose import compose
@@ -245,21 +246,21 @@ def test_ten_thousand_ranks_are_searched_in_time():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "facts"),
     [
-        (["cluster=8xH10"], "there is no 'H10'; did you mean H100"),
-        (["cluster=H100"], "is not NUMBERxNAME"),
-        (["cluster=0xH100"], "is not NUMBERxNAME"),
-        (["cluster=12xH100"], "12 do not fill nodes; take 8 or 16"),
-        (["cluster.prise=2"], "did you mean cluster.price"),
-        (["cluster.price=-1"], "price"),
-        (["plan.gem=1"], "did you mean plan.gemm"),
-        (["plan.gemm=2"], "gemm"),
-        (["model.num_layer=2"], "model.num_layers"),
+        (["cluster=8xH10"], ("'H10'", "H100")),
+        (["cluster=H100"], ("NUMBERxNAME",)),
+        (["cluster=0xH100"], ("NUMBERxNAME",)),
+        (["cluster=12xH100"], ("12", "8 or 16")),
+        (["cluster.prise=2"], ("cluster.price",)),
+        (["cluster.price=-1"], ("cluster.price",)),
+        (["plan.gem=1"], ("plan.gemm",)),
+        (["plan.gemm=2"], ("gemm",)),
+        (["model.num_layer=2"], ("model.num_layers",)),
     ],
 )
-def test_a_wrong_command_line_is_told_in_a_sentence(words: list[str], said: str):
-    with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
+def test_a_wrong_command_line_is_told_in_a_sentence(words: list[str], facts: tuple[str, ...]):
+    with refuses(ConfigError, *facts):
         asked(["experiment=parity_tiny", *words], None)
 
 
@@ -269,15 +270,15 @@ def run(*words: str) -> dict:
 
 
 def test_what_cannot_be_planned_is_told_in_a_sentence():
-    with pytest.raises(ConfigError, match="task=vae is not planned"):
+    with refuses(ConfigError, "task=vae", "planned"):
         run("experiment=tiny_vae_short", "cluster=1xcpu")
     with pytest.raises(ConfigError, match="set train.steps=N"):
         run("experiment=parity_tiny", "cluster=1xcpu", "train.steps=0", "train.epochs=2")
-    with pytest.raises(ConfigError, match="plan.mix names 'nosuch'"):
+    with refuses(ConfigError, "plan.mix", "nosuch"):
         run("experiment=parity_tiny", "cluster=1xcpu", "plan.mix={nosuch: 1}")
     with pytest.raises(ConfigError, match="sora bench cost"):
         run("experiment=parity_tiny", "cluster=1xcpu", "plan.measured=true")
-    with pytest.raises(ConfigError, match="cluster=2xcpu: parallel degrees do not fill"):
+    with refuses(ConfigError, "cluster=2xcpu", "parallel"):
         run(
             "experiment=parity_tiny",
             "cluster=2xcpu",
@@ -285,7 +286,7 @@ def test_what_cannot_be_planned_is_told_in_a_sentence():
             "plan.counted=0",
             "parallel.dp_shard=3",
         )
-    with pytest.raises(UserError, match="none of .* layouts fits"):
+    with refuses(UserError, "none", "layouts"):
         run("experiment=parity_tiny", "cluster=1xH100", "cluster.memory_gib=0.001")
 
 

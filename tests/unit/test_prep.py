@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from clip_files import real_clips, write_clip
+from sentences import refuses
 
 from data_prep.shards import write_shards
 from sora_train.data.index.folder import open_source
@@ -41,7 +42,7 @@ def test_used_and_dropped_are_all(tmp_path: Path):
 def test_output_that_is_not_empty_is_refused_before_work(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
-    with pytest.raises(UserError, match="is not an empty folder"):
+    with refuses(UserError, "empty folder"):
         write_shards(str(tmp_path / "nowhere"), str(tmp_path / "out"))
 
 

@@ -3,7 +3,7 @@ is in its numbers."""
 
 from pathlib import Path
 
-import pytest
+from sentences import refuses
 
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError
@@ -19,7 +19,7 @@ def test_a_key_that_came_later_has_its_defaults_meaning(tmp_path: Path) -> None:
     other = compose(["experiment=parity_tiny", f"run.dir={tmp_path}", "vae.tile=32"]).config
     assert allowed_changes(other, saved) == [("vae.tile", 0, 32)]
     other = compose(["experiment=parity_tiny", f"run.dir={tmp_path}", "text.dtype=bfloat16"]).config
-    with pytest.raises(ConfigError, match=r"text\.dtype was .*, is 'bfloat16'"):
+    with refuses(ConfigError, "text.dtype", "bfloat16"):
         allowed_changes(other, saved)
 
 

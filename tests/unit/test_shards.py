@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clip_files import write_clip
+from sentences import refuses
 
 from sora_train.data.index.folder import open_source
 from sora_train.data.index.shapes_source import prepare_shapes
@@ -75,7 +76,7 @@ def test_nothing_is_left_by_an_error_or_shows_before_the_end(tmp_path: Path):
 
 def test_a_full_folder_is_refused(tmp_path: Path):
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match=r"is not empty \(it holds mine\.txt\)"):
+    with refuses(UserError, "not empty", "mine.txt"):
         ShardWriter(tmp_path)
 
 
@@ -83,14 +84,14 @@ def test_missing_and_short_shards_are_storage_faults(tmp_path: Path):
     manifest = write(tmp_path)
     end = int(manifest.offset[-1])
     os.truncate(tmp_path / manifest.shard[-1], end)
-    with pytest.raises(StorageFault, match="before the index says"):
+    with refuses(StorageFault, "before the index"):
         read_bytes(tmp_path, manifest.shard[-1], end, 10)
-    with pytest.raises(UserError, match="holds .* bytes where .* are indexed"):
+    with refuses(UserError, "bytes", "indexed"):
         open_source(str(tmp_path), work_dir=tmp_path)
     os.unlink(tmp_path / manifest.shard[-1])
     with pytest.raises(StorageFault, match="No such file"):
         read_bytes(tmp_path, manifest.shard[-1], end, 10)
-    with pytest.raises(UserError, match="is missing; restore it"):
+    with refuses(UserError, "missing", "restore"):
         open_source(str(tmp_path), work_dir=tmp_path)
 
 

@@ -13,6 +13,7 @@ from clip_files import write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sentences import refuses
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
 from sora_train.data.index.folder import open_source
@@ -336,11 +337,9 @@ def test_another_networks_members_are_refused(manifest: Manifest):
     require_latents(manifest, [0, 1, 2, 5], VAE, latent_shape)
     with pytest.raises(UserError, match=f"'only'.*{VAE}.*{'c' * 64}.*vae.path"):
         require_latents(manifest, [1, 0], "c" * 64, latent_shape)
-    with pytest.raises(UserError, match="have no log-variance, which data.latents=sample"):
+    with refuses(UserError, "log-variance", "data.latents=sample"):
         require_latents(manifest, [0], VAE, latent_shape, drawn=True)
-    with pytest.raises(
-        UserError, match=r"shape \[2, 2, 4, 6\] where this VAE gives \[2, 2, 4, 7\]"
-    ):
+    with refuses(UserError, "[2, 2, 4, 6]", "[2, 2, 4, 7]"):
         require_latents(manifest, [0], VAE, lambda *_: (2, 2, 4, 7))
     require_text(manifest, [0, 1, 2], "b" * 64, False, 3)
     require_text(manifest, [1, 5], "c" * 64, True, 3)
@@ -355,7 +354,7 @@ def test_another_networks_members_are_refused(manifest: Manifest):
 
 def test_latents_are_refused_where_frames_are_encoded_from_pixels(manifest: Manifest):
     refuse_latents(manifest, [1])
-    with pytest.raises(UserError, match=r"'only' in .* holds latents.*data.stored_latents=ignore"):
+    with refuses(UserError, "only", "data.stored_latents=ignore"):
         refuse_latents(manifest, [1, 0])
 
 

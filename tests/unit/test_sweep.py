@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sentences import refuses, says
 
 from sora_train.errors import ConfigError, UserError
 from sora_train.tools.sweep.axes import grid, job_id, split
@@ -113,17 +114,17 @@ def test_ranges_and_choices_are_hydras():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "facts"),
     [
-        (["optim.lr=interval(0,1)"], "sweep.method=tpe"),
-        (["optim.lr=interval(1,0)"], "from a smaller number to a larger"),
-        (["optim.lr=tag(log,interval(0,1))"], "smaller positive number"),
-        (["run.dir=a,b"], "give one run.dir"),
-        (["launch.nodes=1,2"], "is of all runs"),
+        (["optim.lr=interval(0,1)"], ("sweep.method=tpe",)),
+        (["optim.lr=interval(1,0)"], ("smaller", "larger")),
+        (["optim.lr=tag(log,interval(0,1))"], ("smaller positive number",)),
+        (["run.dir=a,b"], ("run.dir",)),
+        (["launch.nodes=1,2"], ("all runs",)),
     ],
 )
-def test_what_cannot_be_swept_is_a_sentence(overrides: list[str], told: str):
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_swept_is_a_sentence(overrides: list[str], facts: tuple[str, ...]):
+    with refuses(ConfigError, *facts):
         grid(split(overrides)[1])
 
 
@@ -139,12 +140,12 @@ def test_the_folder_grows_and_refuses_what_is_another_sweep(tmp_path: Path):
     assert grown == read(tmp_path)
     assert grown.axes == {"optim.lr": ["0.1", "0.2", "0.3"]}
     assert [job.id for job in grown.jobs] == ["optim.lr=0.1", "optim.lr=0.2", "optim.lr=0.3"]
-    with pytest.raises(UserError, match="over optim.lr, not over seed; give another run.dir"):
+    with refuses(UserError, "optim.lr", "seed", "another run.dir"):
         opened(tmp_path, [], split(["seed=1,2"])[1])
-    with pytest.raises(UserError, match="holds another search .method=grid"):
+    with refuses(UserError, "another search", "method=grid"):
         opened(tmp_path, [], more, {"method": "tpe", "metric": "val/loss", "trials": 3})
     (tmp_path / "sweep.json").write_text("{")
-    with pytest.raises(UserError, match="sweep.json is damaged"):
+    with refuses(UserError, "sweep.json", "damaged"):
         opened(tmp_path, [], axes)
 
 
@@ -155,7 +156,7 @@ def test_gpus_are_shared_out_among_runs_side_by_side(monkeypatch: pytest.MonkeyP
     shared = [share["CUDA_VISIBLE_DEVICES"] for share in shares(2, LaunchConfig())]
     assert shared == ["4,5", "6,7"]
     assert shares(1, LaunchConfig()) == [{}]
-    with pytest.raises(ConfigError, match="at_once=2 runs of 4 rank.s. do not fit on 5 GPU"):
+    with refuses(ConfigError, "at_once=2", "4 rank", "5 GPU"):
         shares(2, LaunchConfig(ranks=4))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert shares(2, LaunchConfig()) == [{}, {}]
@@ -170,12 +171,13 @@ def test_a_killed_run_stops_no_other_and_only_it_is_run_again(project: Path):
     assert done.returncode == 1
     assert started(project) == ["seed=1", "seed=0"]
     assert "1 of 2 runs succeeded" in done.stdout
-    assert "failed: seed=1 (exit code -9)" in done.stderr
-    assert "runs only what is not finished" in done.stderr
+    says(done.stderr, "failed", "seed=1", "-9")
+    says(done.stderr, "not finished")
     (project / "die").unlink()
     done = sweep(project, "seed=1,0,2", "optim.lr=0.1", "run.dir=out")
     assert done.returncode == 0, done.stderr
-    assert "1 of 3 runs are finished already" in done.stdout and "run 2 of 2" in done.stdout
+    says(done.stdout, "1 of 3", "finished")
+    assert "run 2 of 2" in done.stdout
     assert started(project) == ["seed=1", "seed=0", "seed=1", "seed=2"]
     told = json.loads((project / "out/sweep.json").read_text())
     assert told["axes"] == {"seed": ["1", "0", "2"]} and told["fixed"][0] == "optim.lr=0.1"
@@ -189,7 +191,7 @@ def test_a_run_that_leaves_takes_the_sweep_along(project: Path):
     (project / "leave").touch()
     done = sweep(project, "seed=1,0", "run.dir=out")
     assert done.returncode == 75 and started(project) == ["seed=1"]
-    assert "the same command goes on" in done.stderr
+    says(done.stderr, "same command")
 
 
 def test_runs_side_by_side_have_logs_and_gpus_of_their_own(project: Path):
@@ -214,18 +216,20 @@ def test_told_to_leave_it_tells_its_run_and_starts_no_other(project: Path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "facts"),
     [
-        (["seed=0,-1"], "config key 'seed' must be a whole number of at least 0, got -1"),
-        (["optim.lrr=1,2"], "did you mean 'optim.lr'"),
-        (["model=s,huge"], "has no option 'huge'; there are"),
-        (["seed=interval(1,2)"], "sweep.method=tpe"),
+        (["seed=0,-1"], ("seed", "at least 0", "-1")),
+        (["optim.lrr=1,2"], ("optim.lr",)),
+        (["model=s,huge"], ("huge", "there are")),
+        (["seed=interval(1,2)"], ("sweep.method=tpe",)),
     ],
 )
-def test_a_mistake_is_met_before_the_first_run(project: Path, arguments: list[str], told: str):
+def test_a_mistake_is_met_before_the_first_run(
+    project: Path, arguments: list[str], facts: tuple[str, ...]
+):
     done = sweep(project, *arguments)
     assert done.returncode == 2 and not (project / "started.txt").exists()
-    assert told in done.stderr, done.stderr
+    says(done.stderr, *facts)
     assert not list(project.rglob("sweep.json"))
 
 
@@ -303,20 +307,22 @@ def test_failed_trials_are_told_and_not_learnt_from(
 ):
     assert search("run.dir=half", "seed=0,3", "sweep.trials=6") == 1
     out = capsys.readouterr().out
-    assert "so the search learns nothing from it" in out
+    says(out, "learns nothing")
     assert "seed=0" in out.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "facts"),
     [
-        (["sweep.metric=val/los"], "is no metric; did you mean val/loss"),
-        (["validation.every=0"], "never logged with validation.every=0"),
-        (["seed=-1,0"], "must be a whole number"),
+        (["sweep.metric=val/los"], ("val/loss",)),
+        (["validation.every=0"], ("validation.every=0",)),
+        (["seed=-1,0"], ("whole number",)),
     ],
 )
-def test_a_search_that_cannot_learn_is_not_begun(in_process: Path, arguments: list[str], told: str):
-    with pytest.raises(ConfigError, match=told):
+def test_a_search_that_cannot_learn_is_not_begun(
+    in_process: Path, arguments: list[str], facts: tuple[str, ...]
+):
+    with refuses(ConfigError, *facts):
         search("run.dir=out", *arguments)
     assert not (in_process / "out").exists()
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sentences import refuses
 
 from sora_train.config.sections.model import ModelConfig, TextConfig
 from sora_train.errors import ConfigError
@@ -151,5 +152,5 @@ def test_only_models_with_fps_proj_are_told_the_rate():
 
 
 def test_widths_must_agree():
-    with pytest.raises(ConfigError, match=r"model\.text_dim is 16 but text\.d_model is 24"):
+    with refuses(ConfigError, "model.text_dim", "16", "text.d_model", "24"):
         TextToVideo(MODEL, TextConfig(**(SIZES | {"d_model": 24})))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from sentences import refuses
 
 from sora_train.config.compose import compose
 from sora_train.config.sections.model import VaeConfig
@@ -175,26 +176,26 @@ def rewrite(folder: Path, **changes) -> None:
 def test_what_cannot_be_used_is_told_in_a_sentence(tmp_path, monkeypatch):
     stored("AutoencoderKLWan", tmp_path)
     rewrite(tmp_path, latents_std=None)
-    with pytest.raises(ConfigError, match=r"no latents_std, so how its latents are normalised"):
+    with refuses(ConfigError, "latents_std"):
         VideoVAE.load(tmp_path)
     rewrite(tmp_path, _class_name="AutoencoderKLMochi")
     for read in (VideoVAE.load, lambda path: read_geometry(VaeConfig(path=str(path)))):
-        with pytest.raises(ConfigError, match=r"AutoencoderKLMochi, and how .* is not known here"):
+        with refuses(ConfigError, "AutoencoderKLMochi", "not known"):
             read(tmp_path)
 
     stored("AutoencoderKLHunyuanVideo", tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds no diffusion_pytorch_model\.safetensors"):
+    with refuses(UserError, "diffusion_pytorch_model.safetensors"):
         VideoVAE.load(tmp_path)
     stored("AutoencoderKLHunyuanVideo", tmp_path)
-    with pytest.raises(ConfigError, match="task=vae trains AutoencoderKLWan only"):
+    with refuses(ConfigError, "task=vae", "AutoencoderKLWan"):
         VideoVAE.load(tmp_path, trainable=True)
     rewrite(tmp_path, scaling_factor=None)
     with pytest.raises(ConfigError, match="no scaling_factor"):
         VideoVAE.load(tmp_path)
     rewrite(tmp_path, scaling_factor=0.5)
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(__version__="0.30"))
-    with pytest.raises(ConfigError, match=r"this diffusers \(0.30\) has no AutoencoderKLHunyuan"):
+    with refuses(ConfigError, "diffusers", "0.30", "AutoencoderKLHunyuanVideo"):
         VideoVAE.load(tmp_path)
 
 
@@ -204,5 +205,5 @@ def test_a_hub_id_without_a_network_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"vae\.path=someone/some-vae is no folder here, and as a"):
+    with refuses(UserError, "vae.path=someone/some-vae"):
         VideoVAE.from_config(VaeConfig(path="someone/some-vae"))

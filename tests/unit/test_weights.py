@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from sentences import refuses, says
 
 from sora_train import cli
 from sora_train.checkpoint import find, save_streamed
@@ -266,32 +267,32 @@ CONFIG, SCHEDULER = "transformer/config.json", "scheduler/scheduler_config.json"
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "said"),
+    ("file", "changes", "facts"),
     [
-        (CONFIG, {"_class_name": "HunyuanVideoTransformer3DModel"}, "can be imported is WanTransformer3DModel"),
-        (CONFIG, {"image_dim": 1280}, "image_dim=1280, an image encoder's embeddings"),
-        (CONFIG, {"ffn_dim": 40}, r"ffn\.net\.0\.proj\.weight .* instead of \[40"),
-        (CONFIG, {"num_layers": 3}, r"blocks\.2\.\S+ is missing; .* and \d+ more"),
-        (CONFIG, {"num_layers": 1}, r"blocks\.1\.\S+ is unexpected"),
-        (SCHEDULER, {"_class_name": "DDIMScheduler"}, "scheduler is a DDIMScheduler"),
+        (CONFIG, {"_class_name": "HunyuanVideoTransformer3DModel"}, ("WanTransformer3DModel",)),
+        (CONFIG, {"image_dim": 1280}, ("image_dim=1280",)),
+        (CONFIG, {"ffn_dim": 40}, ("ffn.net.0.proj.weight", "[40")),
+        (CONFIG, {"num_layers": 3}, ("blocks.2", "missing", "more")),
+        (CONFIG, {"num_layers": 1}, ("blocks.1", "unexpected")),
+        (SCHEDULER, {"_class_name": "DDIMScheduler"}, ("scheduler is a DDIMScheduler",)),
     ],
 )  # fmt: skip
 def test_what_is_not_such_a_pipeline_is_told(
-    pipeline: Path, tmp_path: Path, file: str, changes: dict[str, object], said: str
+    pipeline: Path, tmp_path: Path, file: str, changes: dict[str, object], facts: tuple[str, ...]
 ):
     folder = broken(pipeline, tmp_path / "p", file, lambda values: values.update(changes))
-    with pytest.raises(UserError, match=said):
+    with refuses(UserError, *facts):
         import_pipeline(folder, tmp_path / "run", SHAPE)
     assert not (tmp_path / "run").exists()
 
 
 def test_missing_files_and_full_folders_are_told(pipeline: Path, source: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"no model_index\.json"):
+    with refuses(UserError, "model_index.json"):
         import_pipeline(tmp_path, tmp_path / "run", SHAPE)
     folder = tmp_path / "p"
     shutil.copytree(pipeline, folder)
     next((folder / "transformer").glob("*00002-of-*.safetensors")).unlink()
-    with pytest.raises(UserError, match=r"00002-of-\d+\.safetensors is missing"):
+    with refuses(UserError, "00002-of-", "missing"):
         import_pipeline(folder, tmp_path / "run", SHAPE)
     for write in (
         lambda: import_pipeline(pipeline, folder, SHAPE),
@@ -302,33 +303,33 @@ def test_missing_files_and_full_folders_are_told(pipeline: Path, source: Path, t
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "facts"),
     [
-        ({"text_padding": "masked"}, r"text\.padding=masked .* train with text\.padding=wan"),
+        ({"text_padding": "masked"}, ("text.padding=masked", "text.padding=wan")),
         (
             {"cond_mode": "concat"},
-            r"objective\.cond_mode=concat .* export a run of cond_mode=replace",
+            ("objective.cond_mode=concat", "cond_mode=replace"),
         ),
         (
             {"conditioning": [["t2v", 0.0], ["i2v", 0.5], ["extend", 0.5]]},
-            r"objective\.conditioning .* but i2v, extend through mask_proj; sample with `sora sample --op`",
+            ("objective.conditioning", "i2v, extend", "mask_proj", "sora sample --op"),
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_the_pipeline_has_no_place_for_is_refused(
-    source: Path, tmp_path: Path, changes: dict[str, object], said: str
+    source: Path, tmp_path: Path, changes: dict[str, object], facts: tuple[str, ...]
 ):
     run = otherwise(source, tmp_path / "run", **changes)
-    with pytest.raises(UserError, match=said):
+    with refuses(UserError, *facts):
         export_pipeline(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_other_conditioning_is_said_to_stay_here(source: Path, tmp_path: Path):
     said = export_pipeline(source, tmp_path / "out")
-    assert "left out mask_proj" in said
-    assert "text to video alone; i2v stay with `sora sample --op`" in said
+    says(said, "left out", "mask_proj")
+    says(said, "i2v", "sora sample --op")
 
 
 def test_a_model_that_is_told_the_frame_rate_needs_one(pipeline: Path, tmp_path: Path):
@@ -337,7 +338,7 @@ def test_a_model_that_is_told_the_frame_rate_needs_one(pipeline: Path, tmp_path:
     with pytest.raises(UserError, match=r"fps_proj.*--fps 8"):
         export_pipeline(told, out)
     assert not out.exists()
-    assert "folded fps_proj at 12" in export_pipeline(told, out, fps=12.0)
+    says(export_pipeline(told, out, fps=12.0), "folded", "fps_proj", "12")
 
 
 def with_vae(run: Path, to: Path, folder: Path, **changes: object) -> Path:
@@ -358,13 +359,11 @@ def test_another_vae_is_refused_before_a_weight_is_written(
     sizes = {"block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 4}
     AutoencoderKLHunyuanVideo(latent_channels=4, **sizes).save_pretrained(tmp_path / "vae")
     replaced = with_vae(source, tmp_path / "replaced", tmp_path / "vae")
-    with pytest.raises(UserError, match=r"vae\.path='.*/vae' no longer holds .*; restore it"):
+    with refuses(UserError, "vae.path", "restore"):
         export_pipeline(replaced, tmp_path / "out")
     digest = VideoVAE.load(tmp_path / "vae").digest()
     trained_so = with_vae(source, tmp_path / "run", tmp_path / "vae", vae_digest=digest)
-    with pytest.raises(
-        UserError, match=r"vae\.path='.*/vae' is an AutoencoderKLHunyuanVideo.*or train"
-    ):
+    with refuses(UserError, "vae.path", "AutoencoderKLHunyuanVideo", "train"):
         export_pipeline(trained_so, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -387,13 +386,13 @@ def test_a_vae_of_other_channels_does_not_go_with_the_transformer(pipeline: Path
 def test_a_transformer_alone_takes_the_rest_from_a_pipeline(pipeline: Path, tmp_path: Path):
     alone, run = tmp_path / "tuned", tmp_path / "run"
     shutil.copytree(pipeline / "transformer", alone)
-    with pytest.raises(UserError, match=f"{alone} is a transformer alone; .* --base Wan"):
+    with refuses(UserError, str(alone), "transformer", "--base Wan"):
         import_pipeline(alone, run, SHAPE)
-    with pytest.raises(UserError, match=r"--base .* holds no model_index\.json"):
+    with refuses(UserError, "--base", "model_index.json"):
         import_pipeline(alone, run, SHAPE, base=tmp_path)
-    with pytest.raises(UserError, match=r"--base .* is a whole pipeline; leave it out, or give"):
+    with refuses(UserError, "--base", "whole pipeline", "leave it out"):
         import_pipeline(pipeline, run, SHAPE, base=pipeline)
-    with pytest.raises(UserError, match=r"no model_index\.json and no config\.json"):
+    with refuses(UserError, "model_index.json", "config.json"):
         import_pipeline(pipeline / "scheduler", run, SHAPE, base=pipeline)
     assert not run.exists()
     back = ["ckpt", "import", str(alone), "--base", str(pipeline), "--out", str(run)]
@@ -435,7 +434,7 @@ def test_the_commands(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     back = ["ckpt", "import", str(tmp_path / "p"), "--out", str(tmp_path / "r")]
     assert cli.run([*back, "--size", "32x32", "--frames", "5", "--fps", "8"]) == 0
     assert "matched" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--from torch is not known"):
+    with refuses(UserError, "--from", "torch"):
         cli.run([*back, "--from", "torch"])
 
 
@@ -450,7 +449,7 @@ def test_two_transformers_and_training_in_an_imported_folder_are_refused(
         import_pipeline(folder, tmp_path / "run", SHAPE)
     import_pipeline(pipeline, tmp_path / "run", SHAPE)
     state = find(tmp_path / "run").state()
-    with pytest.raises(UserError, match=r"init\.run=here and another run\.dir"):
+    with refuses(UserError, "init.run=here", "another run.dir"):
         refuse_imported("here", state)
     with pytest.raises(UserError, match="imported weights|another experiment"):
         Trainer(compose([*TINY, f"run.dir={tmp_path / 'run'}"]).config)
@@ -468,7 +467,7 @@ def test_what_samples_otherwise_is_said(source: Path, tmp_path: Path):
 def test_an_index_that_is_none_is_told(pipeline: Path, tmp_path: Path):
     name = "transformer/diffusion_pytorch_model.safetensors.index.json"
     folder = broken(pipeline, tmp_path / "p", name, lambda values: values.pop("weight_map"))
-    with pytest.raises(UserError, match="is no index of weights"):
+    with refuses(UserError, "index of weights"):
         import_pipeline(folder, tmp_path / "run", SHAPE)
 
 
@@ -495,6 +494,6 @@ def test_a_run_starts_from_anothers_weights(source: Path, pipeline: Path, tmp_pa
     tuned = load(tmp_path / "run", weights="live").model.transformer.state_dict()
     for name, value in imported.model.transformer.state_dict().items():
         torch.testing.assert_close(tuned[name], value, atol=1e-6, rtol=0)
-    with pytest.raises(UserError, match="latents of another VAE"):
+    with refuses(UserError, "another VAE"):
         Trainer(cfg.model_copy(update={"vae": compose([*TINY, "vae=tiny"]).config.vae, "run": cfg.run.model_copy(
             update={"dir": str(tmp_path / "other")})}))  # fmt: skip
