@@ -170,17 +170,12 @@ def compared(group: list[Cell], folder: Path) -> list[tuple[Cell, dict[str, int 
 
 def table(rows: list[tuple[Cell, dict[str, int | str], int]], command: str) -> str:
     """The page, in Markdown."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        check=False,
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    from sora_train.base.code_version import commit
+
     worst = max(abs(int(plan["peak"]) / peak - 1) for _, plan, peak in rows)
     lines = [
         "# Planned and measured memory", "",
-        f"`{command}`, commit {commit}, {os.cpu_count()}-core {platform.machine()}, CPU runs over gloo, float32.",
+        f"`{command}`, commit {commit()}, {os.cpu_count()}-core {platform.machine()}, CPU runs over gloo, float32.",
         "", f"Worst difference {100 * worst:.1f} % (5 % allowed). MiB of the fullest rank.", "",
         "| layout | checkpointing | measured | planned | off by | at | weights | gradients | moments | EMA |"
         " activations | buffers | encoders |",

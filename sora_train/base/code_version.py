@@ -13,24 +13,29 @@ PACKAGE = Path(__file__).parents[1]
 def code_digest() -> dict[str, str]:
     """`package`: SHA-256 of all source files; in a checkout `commit`, and `diff`, SHA-256 of what was changed since,
     empty where nothing was."""
-    found = {"package": package_digest(PACKAGE)}
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
-        return found
-    diff = _git("diff", "HEAD", "--binary") or b""
+    digest = {"package": package_digest(PACKAGE)}
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return digest
+    diff = _git("diff", "HEAD", "--binary")
     changed = hashlib.sha256(diff).hexdigest() if diff else ""
-    return found | {"commit": commit.decode().strip(), "diff": changed}
+    return digest | {"commit": head.decode().strip(), "diff": changed}
 
 
 @cache
 def code_version() -> dict[str, str]:
-    """The package's version, and the commit of the checkout it runs from, `-dirty` if it was changed since."""
+    """`package`: the installed version; `commit`: that of the checkout it runs from. Empty where there is none."""
     try:
         package = version("sora_train")
     except PackageNotFoundError:
         package = ""
+    return {"package": package, "commit": commit()}
+
+
+def commit() -> str:
+    """The commit of the checkout this package runs from, `-dirty` if files changed since; empty outside one."""
     described = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return {"package": package, "commit": (described or b"").decode().strip()}
+    return described.decode().strip() if described else ""
 
 
 def package_digest(package: Path) -> str:

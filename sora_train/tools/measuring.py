@@ -9,7 +9,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from sora_train.base.code_version import cpu_model
+from sora_train.base.code_version import commit, cpu_model
+from sora_train.base.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -83,31 +83,6 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def commit() -> str:
-    """The git commit of the code that runs, with `-dirty` if it was changed since; else `unknown`."""
-    here = Path(__file__).parents[1]
-    try:
-        done = subprocess.run(
-            [
-                "git",
-                "-C",
-                str(here),
-                "describe",
-                "--always",
-                "--dirty",
-                "--abbrev=12",
-                "--exclude=*",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
 @dataclass(frozen=True)
 class Measured:
     """One number of a result: its spread, its unit, and how many digits are worth showing."""
@@ -126,15 +101,15 @@ class Result:
     facts: dict[str, str | int | float | None] = field(default_factory=dict)
     command: str = field(default_factory=lambda: shlex.join(["sora", *sys.argv[1:]]))
     machine: dict[str, str | int] = field(default_factory=machine)
-    commit: str = field(default_factory=commit)
+    commit: str = field(default_factory=lambda: commit() or "unknown")
     written: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def write(self, out: Path) -> Path:
         """Write `out`/NAME.json and NAME.md, each atomically; returns the path of the JSON."""
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{self.name}.json"
-        _replace(path, json.dumps(self.to_dict(), indent=1) + "\n")
-        _replace(path.with_suffix(".md"), self.to_markdown())
+        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_atomically(path.with_suffix(".md"), self.to_markdown())
         return path
 
     def to_dict(self) -> dict[str, object]:
@@ -175,9 +150,3 @@ def _cell(value: object) -> str:
         return f"{value:,}"
     shown = f"{value:.6g}" if isinstance(value, float) else str(value)
     return "not known" if value is None else shown.replace("|", "\\|")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

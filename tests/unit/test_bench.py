@@ -72,15 +72,6 @@ def test_a_result_carries_machine_commit_and_command(
     assert sorted(file.name for file in path.parent.iterdir()) == ["toy.json", "toy.md"]
 
 
-def test_the_commit_is_unknown_outside_a_repository(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    monkeypatch.setattr(harness, "__file__", str(tmp_path / "harness.py"))
-    assert harness.commit() == "unknown"
-    monkeypatch.setenv("PATH", "")
-    assert harness.commit() == "unknown"
-
-
 @pytest.mark.parametrize(
     ("device", "peak"),
     [

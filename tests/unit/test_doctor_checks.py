@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 from sentences import says
 
-from sora_train.base.code_version import package_digest
 from sora_train.errors import EXIT_FAULT, Fault
 from sora_train.tools.doctor.checks import (
     clock,
@@ -310,17 +309,6 @@ def test_those_who_differ_are_never_more_than_those_who_agree_with_most(values: 
     assert len(alike) + len(odd) == len(values)
     for other in set(odd.values()):
         assert sum(value == other for value in odd.values()) <= len(alike)
-
-
-def test_the_codes_digest_is_of_names_and_text(tmp_path: Path):
-    (tmp_path / "a.py").write_text("x = 1")
-    first = package_digest(tmp_path)
-    (tmp_path / "a.txt").write_text("nothing")
-    assert package_digest(tmp_path) == first
-    (tmp_path / "a.py").rename(tmp_path / "b.py")
-    renamed = package_digest(tmp_path)
-    (tmp_path / "b.py").write_text("x = 2")
-    assert len({first, renamed, package_digest(tmp_path)}) == 3
 
 
 # -- GPUs -----------------------------------------------------------------------------------------
