@@ -63,7 +63,7 @@ if [ "$toy" = 1 ]; then
   train=(experiment=parity_tiny run.device=cpu)
   steps=(--steps 2 --warmup 1)
 fi
-part train_256px 180 "${sora[@]}" bench train "${train[@]}" "${steps[@]}" --out "$out/train_256px"
+part train_256px 140 "${sora[@]}" bench train "${train[@]}" "${steps[@]}" --out "$out/train_256px"
 
 # 2. What each memory option saves and costs, and the longest clip that trains with it.
 memory=(model=wan_1_3b --tokens 16384 --repeats 3 --longest --device cuda)
@@ -71,11 +71,11 @@ if [ "$toy" = 1 ]; then
   memory=(--tokens 64 --caption 16 --repeats 1 --longest --budget-mib 40 --dtype float32
     --device cpu model.num_layers=2)
 fi
-part memory 240 "${sora[@]}" bench memory "${memory[@]}" --out "$out/memory"
+part memory 180 "${sora[@]}" bench memory "${memory[@]}" --out "$out/memory"
 
 # 3. The tests that need a GPU; pytest's exit code 5 says that there are none yet.
 # shellcheck disable=SC2016
-part gpu_tests 200 bash -c '"$0" -m pytest -q -p no:cacheprovider tests/gpu; code=$?
+part gpu_tests 140 bash -c '"$0" -m pytest -q -p no:cacheprovider tests/gpu; code=$?
   [ "$code" -eq 5 ] || exit "$code"' "$PYTHON"
 
 # 4. The quickstart, a short form of it: the whole way from rendered files to scored samples.
@@ -85,7 +85,7 @@ if [ "$toy" = 1 ]; then
     data.shapes_val_clips=2 data.micro_batch=4 objective.num_steps=1 sample.every=2
     sample.max_prompts=1 sample.oracle_prompts=2)
 fi
-part quickstart 180 "${sora[@]}" train experiment=quickstart "${quickstart[@]}" \
+part quickstart 130 "${sora[@]}" train experiment=quickstart "${quickstart[@]}" \
   run.dir="$work/quickstart"
 keep "$work/quickstart" quickstart summary.json metrics.jsonl report.html config.yaml run.json
 
