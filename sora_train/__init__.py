@@ -1,5 +1,6 @@
 """sora_train: trains Sora-style text-to-video diffusion transformers from raw clips to served videos."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,3 +24,17 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'sora_train' has no attribute {name!r}")
+
+
+class _MovedModules:
+    """Says where a module of an earlier version is now; the last finder, so only an import that fails gets here."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name.startswith("sora_train."):
+            from sora_train.base.moved_modules import refuse_moved
+
+            refuse_moved(name)
+
+
+sys.meta_path.append(_MovedModules)
