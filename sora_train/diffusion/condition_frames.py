@@ -109,16 +109,6 @@ def condition_channels(given: Tensor, mask_BF: Tensor, factor: int) -> Tensor:
     return torch.cat([mask.expand(-1, -1, -1, *given.shape[3:]), given], dim=1)
 
 
-def concat_condition(z: Tensor, given: Tensor, mask_BF: Tensor, factor: int) -> Tensor:
-    """Input (B, 2 C + factor, T, H, W) of a model with `cond_mode=concat`: noisy latents, mask
-    channels, given latents.
-
-    With 16 latent channels and a factor of 4 these are the 36 channels of Wan 2.1's image-to-video
-    weights.
-    """
-    return torch.cat([z, condition_channels(given, mask_BF, factor).to(z)], dim=1)
-
-
 def there_and_back(frames: Tensor, dim: int) -> Tensor:
     """A clip that is a loop: its first half forwards, then the same frames backwards.
 

@@ -29,11 +29,6 @@ def velocity_target(x: Tensor, noise: Tensor) -> Tensor:
     return noise - x
 
 
-def data_from_velocity(z: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """The data a velocity points to: x = z - t * v."""
-    return z - expand_times(t, z.ndim).to(z.dtype) * v
-
-
 def sample_losses(
     v_pred: Tensor, x: Tensor, noise: Tensor, frame_weight_BT: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -58,30 +53,6 @@ def sample_losses(
     return losses, (total_B > 0).to(dtype)
 
 
-def velocity_loss(
-    v_pred: Tensor,
-    x: Tensor,
-    noise: Tensor,
-    frame_weight_BT: Tensor | None = None,
-    sample_weight_B: Tensor | None = None,
-    time_weight_B: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(loss sum, weight): the sum over samples of their mean squared velocity error, and how many
-    samples it sums.
-
-    Both are sums, so micro-batches and ranks add up and one division by the step's total weight
-    ends it.
-
-    Args:
-        sample_weight_B: 0 for a sample that failed to load (whatever its values are), else 1.
-        time_weight_B: factor on each loss, by its noise level; it is no part of the weight.
-    """
-    counted_B, weights_B = velocity_losses(
-        v_pred, x, noise, frame_weight_BT, sample_weight_B, time_weight_B
-    )
-    return counted_B.sum(), weights_B.sum()
-
-
 def velocity_losses(
     v_pred: Tensor,
     x: Tensor,
@@ -90,7 +61,12 @@ def velocity_losses(
     sample_weight_B: Tensor | None = None,
     time_weight_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `velocity_loss` sums: each sample's loss and its weight, both (B,)."""
+    """Each sample's loss and its weight, both (B,), so that micro-batches and ranks add up.
+
+    Args:
+        sample_weight_B: 0 for a sample that failed to load (whatever its values are), else 1.
+        time_weight_B: factor on each loss, by its noise level; it is no part of the weight.
+    """
     losses_B, weights_B = sample_losses(v_pred, x, noise, frame_weight_BT)
     if time_weight_B is not None:
         losses_B = losses_B * time_weight_B.to(losses_B)
@@ -101,29 +77,6 @@ def velocity_losses(
     return counted_B, weights_B
 
 
-def token_loss(
-    v_pred: Tensor,
-    x: Tensor,
-    noise: Tensor,
-    frame_weight_BT: Tensor,
-    tokens_per_frame: int,
-    time_weight_B: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(loss sum, weight): the sum over video tokens of their mean squared velocity error, and how
-    many tokens it sums.
-
-    Unlike `velocity_loss` a long or large clip weighs as much as its tokens.
-
-    Args:
-        frame_weight_BT: 1 for latent frames that count, 0 for those left out (given ones).
-        tokens_per_frame: tokens of a latent frame. All hold as many values, so the mean over a
-            frame is the mean over its tokens.
-        time_weight_B: factor on each clip's losses, by its noise level; it is no part of the weight.
-    """
-    counted_BT = frame_losses(v_pred, x, noise, frame_weight_BT, time_weight_B)
-    return counted_BT.sum() * tokens_per_frame, frame_weight_BT.sum() * tokens_per_frame
-
-
 def frame_losses(
     v_pred: Tensor,
     x: Tensor,
@@ -131,7 +84,14 @@ def frame_losses(
     frame_weight_BT: Tensor,
     time_weight_B: Tensor | None = None,
 ) -> Tensor:
-    """What `token_loss` sums: the mean squared velocity error of each latent frame that counts, else 0, (B, T)."""
+    """Mean squared velocity error of each latent frame that counts, else 0, (B, T).
+
+    All tokens of a frame hold as many values, so this is also the mean over its tokens.
+
+    Args:
+        frame_weight_BT: 1 for latent frames that count, 0 for those left out (condition frames).
+        time_weight_B: factor on each clip's losses, by its noise level.
+    """
     dtype = torch.promote_types(v_pred.dtype, torch.float32)
     error = v_pred.to(dtype) - velocity_target(x.to(dtype), noise.to(dtype))
     error_BT = error.square().mean(dim=(1, 3, 4))

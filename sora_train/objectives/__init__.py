@@ -1,13 +1,11 @@
 """What is minimised: `Objective` says what a loss is made of, one file each for text to video and the autoencoder."""
 
 from sora_train.errors import UserError
-from sora_train.objectives.base import LossTerm, Objective, SampleDraws, SampleInfo
+from sora_train.objectives.base import LossTerm, Objective, SampleInfo
 from sora_train.objectives.clips import placeholder, stored_text, to_pixels
 from sora_train.objectives.flow_batch import FlowBatch
-from sora_train.objectives.text_to_video import (
-    ConditionedLatents,
-    TextToVideoObjective,
-)
+from sora_train.objectives.sample_draws import SampleDraws
+from sora_train.objectives.text_to_video import ConditionedLatents, TextToVideoObjective
 from sora_train.objectives.vae import VaeObjective
 
 __all__ = [

@@ -22,7 +22,6 @@ from sora_train.models.vae.discriminator import (
     generator_loss,
     smallest_side,
 )
-from sora_train.training.optim.optim import build_optimizer
 
 LARGEST_RATIO = 1e4
 DELTA = 1e-6
@@ -39,16 +38,25 @@ class Adversary:
         self.discriminator = Discriminator(goal.disc_channels, goal.disc_layers, cfg.seed)
         self.discriminator.to(device)
         self.named = dict(self.discriminator.named_parameters())
-        changes = {
-            "lr": goal.disc_lr,
-            "betas": goal.disc_betas,
-            "eps": ADAM_EPS,
-            "weight_decay": 0.0,
-        }
-        self.optimizer = build_optimizer(self.named, cfg.optim.model_copy(update=changes))
+        self.optimizer = self._build_optimizer(cfg.optim.name)
         self.steps = torch.zeros((), dtype=torch.int64)
         """Steps of the run: kept here, so that it goes back and forth with the weights."""
         self.counted = dict.fromkeys(("clips", "loss", "accuracy", "acted", "weight"), 0.0)
+
+    def _build_optimizer(self, name: str) -> torch.optim.Optimizer:
+        """AdamW, or plain SGD where the run takes that; without weight decay."""
+        parameters = list(self.named.values())
+        if name == "sgd":
+            return torch.optim.SGD(parameters, lr=self.cfg.disc_lr)
+        beta1, beta2 = self.cfg.disc_betas
+        return torch.optim.AdamW(
+            parameters,
+            lr=self.cfg.disc_lr,
+            betas=(beta1, beta2),
+            eps=ADAM_EPS,
+            weight_decay=0.0,
+            fused=True,
+        )
 
     @property
     def trains(self) -> bool:

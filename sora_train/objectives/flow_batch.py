@@ -1,12 +1,12 @@
 """A batch of latents on its way from data to noise, and the velocity loss of a model on it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sora_train.diffusion.condition_masks import frame_times
-from sora_train.diffusion.flow import frame_losses, interpolate, token_loss, velocity_losses
+from sora_train.diffusion.flow import frame_losses, interpolate, velocity_losses
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.work_sharing import ALONE, Spread
 
@@ -38,8 +38,6 @@ class FlowBatch:
     """Factor on each clip's loss; None: 1."""
     spread: Spread = ALONE
     """Who encodes the captions."""
-    kinds: list[str] = field(default_factory=list)
-    """The kind of conditioning of each clip, where it is told."""
 
     def predict(self, model: nn.Module) -> Tensor:
         """The model's velocity (B, C, T, H, W)."""
@@ -77,11 +75,3 @@ class FlowBatch:
         """The mean squared velocity error of each latent frame that counts, else 0, (B, T)."""
         v = self.predict(model)
         return frame_losses(v, self.x, self.noise, self.counted_BT, self.time_weight_B)
-
-    def token_loss(self, model: nn.Module, tokens_per_frame: int) -> tuple[Tensor, Tensor]:
-        """Sum over the video tokens that count of each one's mean squared velocity error, and how
-        many these are."""
-        v = self.predict(model)
-        return token_loss(
-            v, self.x, self.noise, self.counted_BT, tokens_per_frame, self.time_weight_B
-        )

@@ -1,5 +1,6 @@
 """The objective of text to video: rectified flow on the latents of captioned clips."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,27 +16,23 @@ from sora_train.diffusion.condition_frames import (
     pixel_mask,
     there_and_back,
 )
-from sora_train.diffusion.condition_masks import (
-    HEAD_KINDS,
-    choose_kind,
-    condition_times,
-    frame_mask,
-    kind_for,
-)
-from sora_train.diffusion.draws import draw_noise, draw_uniform
+from sora_train.diffusion.condition_masks import HEAD_KINDS
+from sora_train.diffusion.draws import SampleKey, draw_noise, draw_uniform
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.work_sharing import ALONE, Spread
-from sora_train.objectives.base import LossTerm, Objective, SampleDraws, SampleInfo
+from sora_train.objectives.base import LossTerm, Objective, SampleInfo
 from sora_train.objectives.clips import placeholder, stored_text, to_pixels
 from sora_train.objectives.flow_batch import FlowBatch
 from sora_train.objectives.posterior import draw_latents, encode_posterior
+from sora_train.objectives.sample_draws import SampleDraws, draw_samples, frame_masks
 from sora_train.objectives.validation import validated_kinds, validation_loss
 from sora_train.runtime.control_plane import ControlPlane
 
 PROBE_TIME = 0.5
-"""Noise level of the loss that checkpoints are compared by."""
+DRAWS_KEPT = 256
+"""Micro-batches whose draws are at hand: weights, terms and descriptions of a step all ask for them."""
 
 
 class TextToVideoObjective(Objective):
@@ -49,25 +46,23 @@ class TextToVideoObjective(Objective):
         device: torch.device,
         spread: Spread = ALONE,
     ):
-        """`spread` deals out what the frozen networks have to do among those who hold the same clips."""
+        """`spread` shares the frozen networks' work among the ranks that hold the same clips."""
         self.cfg = cfg
         self.spec = spec
         self.vae = vae
         self.device = device
         self.spread = spread
+        self._draw = functools.lru_cache(DRAWS_KEPT)(
+            functools.partial(draw_samples, spec, cfg.seed)
+        )
+
+    # --- the loss ---
 
     def weights(self, batch: ClipBatch) -> dict[str, float]:
-        """Good clips, or with `loss.reduce=per_token` their video tokens that are not given."""
+        """Good clips, or with `loss.reduce=per_token` their video tokens that are not conditions."""
         if self.cfg.loss.reduce == "per_sample":
             return {"velocity": batch.weight}
-        if not batch.clips:
-            return {"velocity": 0.0}
-        num_frames, tokens = self.token_grid(batch)
-        frames = float(len(batch.clips) * num_frames)
-        if self.spec.cond_mode == "replace":
-            keys = [(clip.epoch, clip.row) for clip in batch.clips]
-            frames -= float(self.given_frames(keys, num_frames).sum())
-        return {"velocity": frames * tokens}
+        return {"velocity": sum(self.counted_tokens(batch), 0.0)}
 
     def terms(self, model: nn.Module, batch: ClipBatch) -> dict[str, LossTerm]:
         # Not self.weights(): who derives from this class may name its terms otherwise.
@@ -75,112 +70,174 @@ class TextToVideoObjective(Objective):
         flow = self.flow_batch(batch)
         if self.cfg.loss.reduce == "per_sample":
             losses_B = flow.losses(model)
-            loss_sum, weights_B = losses_B.sum(), torch.ones(len(losses_B))
+            loss_sum = losses_B.sum()
         else:
             tokens = self.token_grid(batch)[1]
             losses_BT = flow.frame_losses(model)
             loss_sum, losses_B = losses_BT.sum() * tokens, losses_BT.sum(dim=1) * tokens
-            weights_B = flow.counted_BT.sum(dim=1) * tokens
-        told = SampleInfo(flow.t_B, flow.kinds, weights_B) if flow.kinds else None
-        return {"velocity": LossTerm(loss_sum * float(weight > 0), weight, losses_B.detach(), told)}
+        info = self.describe(batch)
+        return {"velocity": LossTerm(loss_sum * float(weight > 0), weight, losses_B.detach(), info)}
 
     def token_grid(self, batch: ClipBatch) -> tuple[int, int]:
         """Latent frames of the batch's clips, and video tokens of each frame."""
-        bucket, (_, p, q) = batch.micro_batch.bucket, self.cfg.model.patch_size
-        _, frames, rows, columns = self.vae.latent_shape(bucket.frames, bucket.height, bucket.width)
+        _, p, q = self.cfg.model.patch_size
+        frames, rows, columns = self.latent_size(batch)
         return frames, (rows // p) * (columns // q)
 
-    def flow_batch(self, batch: ClipBatch) -> "FlowBatch":
+    def latent_size(self, batch: ClipBatch) -> tuple[int, int, int]:
+        """Frames, rows and columns of the latents of the batch's clips."""
+        bucket = batch.micro_batch.bucket
+        _, frames, rows, columns = self.vae.latent_shape(bucket.frames, bucket.height, bucket.width)
+        return frames, rows, columns
+
+    def flow_batch(self, batch: ClipBatch) -> FlowBatch:
         """The batch on its way to noise, every draw keyed by sample."""
-        clips = batch.clips or placeholder(batch)
-        drawn = self.describe(batch)
-        shown = self.encode_batch(
+        clips, draws = batch.clips or placeholder(batch), self.draws(batch)
+        encoded = self.encode_batch(
             clips,
-            drawn.kinds,
-            self.kind_draws(drawn.keys),
-            self.cfg.data.latents == "sample",
+            draws.kinds,
+            draws.mask_BT,
+            sample_posterior=self.cfg.data.latents == "sample",
         )
-        x = shown.x
+        x = encoded.x
         return FlowBatch(
             x=x,
-            noise=draw_noise(self.cfg.seed, "noise", drawn.keys, x.shape[1:]).to(x.device),
-            t_B=drawn.t_B.to(x.device),
-            mask_BT=shown.mask_BT,
-            prompts=drawn.prompts,
+            noise=draw_noise(self.cfg.seed, "noise", sample_keys(clips), x.shape[1:]).to(x.device),
+            t_B=draws.t_B.to(x.device),
+            mask_BT=encoded.mask_BT,
+            prompts=draws.prompts,
             fps_B=torch.tensor([clip.fps for clip in clips], device=x.device),
-            text=stored_text(clips, drawn.prompts),
-            given=shown.given,
-            condition=shown.condition,
-            t_cond_B=drawn.t_cond_B.to(x.device),
-            time_weight_B=self.spec.loss_weight(drawn.t_B).to(x.device),
+            text=stored_text(clips, draws.prompts),
+            given=encoded.given,
+            condition=encoded.condition,
+            t_cond_B=draws.t_cond_B.to(x.device),
+            time_weight_B=self.spec.loss_weight(draws.t_B).to(x.device),
             spread=self.spread,
-            kinds=drawn.kinds,
         )
 
-    def describe(self, batch: ClipBatch) -> SampleDraws:
-        """What chance decides about each clip of a batch; nothing is encoded for it."""
+    # --- what chance decides ---
+
+    def draws(self, batch: ClipBatch) -> SampleDraws:
+        """What chance decides about each clip of a batch, or about the placeholder of an empty one."""
         clips = batch.clips or placeholder(batch)
-        bucket, keys = batch.micro_batch.bucket, [(clip.epoch, clip.row) for clip in clips]
-        shape = self.vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1:]
-        return SampleDraws(
-            keys=keys,
-            kinds=self.kinds(keys, shape[0]),
-            mask_BT=self.given_frames(keys, shape[0]),
-            t_B=self.spec.training_times(draw_uniform(self.cfg.seed, "timestep", keys), shape),
-            t_cond_B=self.condition_times(keys),
-            prompts=self.drop_captions([clip.caption for clip in clips], keys),
+        captions = tuple(clip.caption for clip in clips)
+        return self._draw(sample_keys(clips), captions, self.latent_size(batch))
+
+    def describe(self, batch: ClipBatch) -> list[SampleInfo]:
+        if not batch.clips:
+            return []
+        draws, per_sample = self.draws(batch), self.cfg.loss.reduce == "per_sample"
+        of_each = zip(
+            draws.prompts,
+            draws.kinds,
+            map(tuple, draws.mask_BT.int().tolist()),
+            draws.t_B.tolist(),
+            draws.t_cond_B.tolist(),
+            [1.0] * len(batch.clips) if per_sample else self.counted_tokens(batch),
+            strict=True,
+        )
+        return [SampleInfo(*values) for values in of_each]
+
+    def counted_tokens(self, batch: ClipBatch) -> list[float]:
+        """Video tokens of each clip that the loss is about."""
+        if not batch.clips:
+            return []
+        num_frames, tokens = self.token_grid(batch)
+        # With cond_mode=concat conditions are inputs of their own, and every frame is generated.
+        if self.spec.cond_mode == "concat":
+            return [float(num_frames * tokens)] * len(batch.clips)
+        conditions: list[float] = self.draws(batch).mask_BT.sum(dim=1).tolist()
+        return [(num_frames - count) * tokens for count in conditions]
+
+    # --- held-out clips ---
+
+    def validate(
+        self,
+        model: nn.Module,
+        clips: list[Clip],
+        control: ControlPlane,
+        check_preemption: Callable[[], None] = lambda: None,
+        *,
+        live: bool = False,
+    ) -> dict[str, float]:
+        """The loss by kind, bucket and noise level, and with `live` that of the first kind; see validation.py."""
+        times, kinds = self.cfg.validation.times, validated_kinds(self.cfg)
+        return validation_loss(
+            lambda batch, kind: self.losses_at(model, batch, kind, times),
+            self.vae,
+            clips,
+            times,
+            kinds[:1] if live else kinds,
+            control,
+            check_preemption,
         )
 
-    def given_frames(self, keys: list[tuple[int, int]], num_frames: int) -> Tensor:
-        """Mask (B, T) of the latent frames each sample is given, by the spec's conditioning."""
-        kinds = self.kinds(keys, num_frames)
-        return frame_masks(kinds, num_frames, self.kind_draws(keys))
+    @torch.no_grad()
+    def probe_loss(self, model: nn.Module, clips: list[Clip]) -> float:
+        return self.losses_at(model, clips, "t2v", [PROBE_TIME])[0]
 
-    def kinds(self, keys: list[tuple[int, int]], num_frames: int) -> list[str]:
-        """The kind of conditioning of each sample, `t2v` where it is dropped."""
-        u_kind = draw_uniform(self.cfg.seed, "cond_kind", keys).tolist()
-        u_drop = draw_uniform(self.cfg.seed, "cond_dropout", keys).tolist()
-        return [
-            "t2v"
-            if drop < self.spec.condition_dropout
-            else kind_for(choose_kind(self.spec.conditioning, kind), num_frames)
-            for kind, drop in zip(u_kind, u_drop, strict=True)
-        ]
+    def losses_at(
+        self, model: nn.Module, clips: list[Clip], kind: str, times: Sequence[float]
+    ) -> list[float]:
+        """Sum of the losses of clips of one shape at each noise level, with noise and masks that validation draws."""
+        seed, keys = self.cfg.seed, [(0, clip.row) for clip in clips]
+        kinds, prompts = [kind] * len(clips), [clip.caption for clip in clips]
+        x = self.latents(clips, kinds)
+        uniform = draw_uniform(seed, f"validation mask {kind}", keys).tolist()
+        encoded = self.with_conditions(clips, kinds, frame_masks(kinds, x.shape[2], uniform), x)
+        sums = []
+        for t in times:
+            flow = FlowBatch(
+                x=x,
+                noise=draw_noise(seed, f"validation {t}", keys, x.shape[1:]).to(x.device),
+                t_B=torch.full((len(clips),), t, device=x.device),
+                mask_BT=encoded.mask_BT,
+                prompts=prompts,
+                fps_B=torch.tensor([clip.fps for clip in clips], device=x.device),
+                text=stored_text(clips, prompts),
+                given=encoded.given,
+                condition=encoded.condition,
+                spread=self.spread,
+            )
+            sums.append(float(flow.loss_sum(model)))
+        return sums
 
-    def kind_draws(self, keys: list[tuple[int, int]]) -> list[float]:
-        """What decides how many frames a kind gives, and which."""
-        draws: list[float] = draw_uniform(self.cfg.seed, "cond_mask", keys).tolist()
-        return draws
-
-    def condition_times(self, keys: list[tuple[int, int]]) -> Tensor:
-        """Noise level (B,) of each sample's given frames."""
-        return condition_times(
-            draw_uniform(self.cfg.seed, "cond_noise", keys),
-            draw_uniform(self.cfg.seed, "cond_noise_level", keys),
-            self.spec.condition_noise_share,
-            self.spec.condition_noise_max,
-        )
+    # --- latents ---
 
     def encode_batch(
-        self, clips: list[Clip], kinds: list[str], draws: list[float], drawn: bool = False
+        self,
+        clips: list[Clip],
+        kinds: list[str],
+        mask_BT: Tensor,
+        *,
+        sample_posterior: bool = False,
     ) -> "ConditionedLatents":
-        """Latents of clips of one shape, `drawn` from their posteriors or its means, and what each is given
-        of itself by its kind."""
-        x = self.latents(clips, kinds, drawn)
-        mask_BT = frame_masks(kinds, x.shape[2], draws)
-        shown = zip(clips, kinds, mask_BT, x, strict=True)
+        """Latents of clips of one shape and of the frames in `mask_BT` that are their conditions.
+
+        Args:
+            sample_posterior: draw latents from the VAE's posterior instead of taking its mean.
+        """
+        x = self.latents(clips, kinds, sample_posterior)
+        return self.with_conditions(clips, kinds, mask_BT, x)
+
+    def with_conditions(
+        self, clips: list[Clip], kinds: list[str], mask_BT: Tensor, x: Tensor
+    ) -> "ConditionedLatents":
+        """Latents `x` of the clips, and their condition frames encoded as sampling encodes them."""
+        rows = list(zip(clips, kinds, mask_BT, strict=True))
+        mask_BT = mask_BT.to(x.device)
         if self.spec.cond_mode == "concat":
-            condition = torch.cat(self.spread(list(shown), lambda one: self.condition_of(*one[:3])))
-            return ConditionedLatents(x, mask_BT.to(x.device), None, condition)
-        if all(kind in HEAD_KINDS for kind in kinds):
-            return ConditionedLatents(x, mask_BT.to(x.device), None, None)
-        rows = list(shown)
+            condition = torch.cat(self.spread(rows, lambda row: self.condition_of(*row)))
+            return ConditionedLatents(x, mask_BT, None, condition)
+        # The first frames of a clip depend on no later ones, so they are the clip's own latents.
         apart = [row for row, kind in enumerate(kinds) if kind not in HEAD_KINDS]
-        made = self.spread(apart, lambda row: self.given_of(*rows[row][:3]))
+        if not apart:
+            return ConditionedLatents(x, mask_BT, None, None)
+        encoded = self.spread(apart, lambda row: self.given_of(*rows[row]))
         given = x.clone()
-        for row, one in zip(apart, made, strict=True):
-            given[row] = one[0]
-        return ConditionedLatents(x, mask_BT.to(x.device), given, None)
+        for row, latents in zip(apart, encoded, strict=True):
+            given[row] = latents[0]
+        return ConditionedLatents(x, mask_BT, given, None)
 
     @torch.no_grad()
     def given_of(self, clip: Clip, kind: str, mask_T: Tensor) -> Tensor:
@@ -210,9 +267,11 @@ class TextToVideoObjective(Objective):
         pixels = to_pixels([clip], self.device)
         return there_and_back(pixels, dim=2) if kind == "loop" else pixels
 
-    def latents(self, clips: list[Clip], kinds: list[str], drawn: bool = False) -> Tensor:
+    def latents(
+        self, clips: list[Clip], kinds: list[str], sample_posterior: bool = False
+    ) -> Tensor:
         """Normalised latents (B, C, T, H, W) of clips as their kinds play them."""
-        latents_of = self.drawn_latents_of if drawn else self.latents_of
+        latents_of = self.drawn_latents_of if sample_posterior else self.latents_of
         pairs = list(zip(clips, kinds, strict=True))
         # What is stored is at hand everywhere; to encode is work.
         work = [
@@ -245,76 +304,17 @@ class TextToVideoObjective(Objective):
             )
         return draw_latents(mean, logvar, self.cfg.seed, [(clip.epoch, clip.row)])
 
-    def drop_captions(self, prompts: list[str], keys: list[tuple[int, int]]) -> list[str]:
-        """The null caption is the encoded empty string."""
-        u_B = draw_uniform(self.cfg.seed, "caption_dropout", keys).tolist()
-        return [
-            "" if u < self.spec.caption_dropout else prompt
-            for u, prompt in zip(u_B, prompts, strict=True)
-        ]
-
-    # --- validation ---
-
-    def validate(
-        self,
-        model: nn.Module,
-        clips: list[Clip],
-        control: ControlPlane,
-        check_preemption: Callable[[], None],
-        live: bool = False,
-    ) -> dict[str, float]:
-        """The loss at the noise levels of `validation.times`, for every kind of conditioning; live: of the first."""
-        kinds = validated_kinds(self.cfg)
-        return validation_loss(
-            model,
-            self,
-            clips,
-            self.cfg.validation.times,
-            kinds[:1] if live else kinds,
-            control,
-            check_preemption,
-        )
-
-    @torch.no_grad()
-    def probe_loss(self, model: nn.Module, clips: list[Clip]) -> float:
-        return self.losses_at(model, clips, "t2v", [PROBE_TIME])[0]
-
-    def losses_at(
-        self, model: nn.Module, batch: list[Clip], kind: str, times: Sequence[float]
-    ) -> list[float]:
-        """Sum of the clips' losses at each noise level; the draws are validation's own."""
-        seed, keys = self.cfg.seed, [(0, clip.row) for clip in batch]
-        draws = draw_uniform(seed, f"validation mask {kind}", keys).tolist()
-        shown = self.encode_batch(batch, [kind] * len(batch), draws)
-        x, prompts, sums = shown.x, [clip.caption for clip in batch], []
-        for t in times:
-            flow = FlowBatch(
-                x=x,
-                noise=draw_noise(seed, f"validation {t}", keys, x.shape[1:]).to(x.device),
-                t_B=torch.full((len(batch),), t, device=x.device),
-                mask_BT=shown.mask_BT,
-                prompts=prompts,
-                fps_B=torch.tensor([clip.fps for clip in batch], device=x.device),
-                text=stored_text(batch, prompts),
-                given=shown.given,
-                condition=shown.condition,
-                spread=self.spread,
-            )
-            sums.append(float(flow.loss_sum(model)))
-        return sums
-
-
-def frame_masks(kinds: list[str], num_frames: int, draws: list[float]) -> Tensor:
-    """Mask (B, T) of the latent frames that each kind gives."""
-    pairs = zip(kinds, draws, strict=True)
-    return torch.stack([frame_mask(kind, num_frames, u) for kind, u in pairs])
-
 
 @dataclass(frozen=True)
 class ConditionedLatents:
-    """Clean latents (B, C, T, H, W) of clips and what is given of them: see FlowBatch."""
+    """Clean latents (B, C, T, H, W) of clips and their condition frames: see FlowBatch."""
 
     x: Tensor
     mask_BT: Tensor
     given: Tensor | None
     condition: Tensor | None
+
+
+def sample_keys(clips: list[Clip]) -> tuple[SampleKey, ...]:
+    """What the draws of clips are keyed by."""
+    return tuple((clip.epoch, clip.row) for clip in clips)

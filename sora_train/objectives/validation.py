@@ -10,17 +10,13 @@ their own, so validating changes nothing that is trained.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
-from torch import nn
 
 from sora_train.config import Config
 from sora_train.data.sample import Bucket, Clip
 from sora_train.diffusion.condition_masks import kind_for
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.objectives.clips import to_pixels
-from sora_train.objectives.quality import psnr, ssim
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
 
@@ -30,21 +26,10 @@ Cell = tuple[str, Bucket, float]
 """Kind of conditioning, bucket and noise level."""
 
 
-class LatentObjective(Protocol):
-    """What validation needs of an objective on latents."""
-
-    vae: VideoVAE
-
-    def losses_at(
-        self, model: nn.Module, batch: list[Clip], kind: str, times: Sequence[float]
-    ) -> list[float]:
-        """Sum of the clips' losses at each noise level, with draws of validation's own."""
-
-
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module,
-    objective: LatentObjective,
+    losses_at: Callable[[list[Clip], str], list[float]],
+    vae: VideoVAE,
     clips: list[Clip],
     times: Sequence[float],
     kinds: Sequence[str],
@@ -57,21 +42,24 @@ def validation_loss(
     buckets where there are several); `val/loss/<kind>` stands for each one where there are several.
     A clip too short for a kind is left out of it.
 
-    A collective: every rank calls it with the same clips and gets the same numbers. `check_preemption` is called
-    before each batch, on all ranks as often.
+    A collective: every rank calls it with the same clips and gets the same numbers.
+
+    Args:
+        losses_at: sum of the losses of clips of one shape under a kind, at each of `times`.
+        check_preemption: called before each batch, equally often on all ranks.
     """
     counts: dict[tuple[str, Bucket], int] = {}
     sums: dict[Cell, float] = {}
     for kind in kinds:
-        fit = [clip for clip in clips if fits(clip, kind, objective)]
+        fit = [clip for clip in clips if fits(clip, kind, vae)]
         for clip in fit:
-            place = kind, bucket_of(clip, objective)
+            place = kind, bucket_of(clip, vae)
             counts[place] = counts.get(place, 0) + 1
             sums |= {(*place, t): 0.0 for t in times}
         for batch, counted in shares(fit, control.world):
             check_preemption()
-            place = kind, bucket_of(batch[0], objective)
-            for t, loss in zip(times, objective.losses_at(model, batch, kind, times), strict=True):
+            place = kind, bucket_of(batch[0], vae)
+            for t, loss in zip(times, losses_at(batch, kind), strict=True):
                 sums[*place, t] += loss if counted else 0.0
     totals = dict(zip(sums, control.sum(list(sums.values())), strict=True))
     return named(totals, counts, times, kinds)
@@ -112,20 +100,20 @@ def validated_kinds(cfg: Config) -> tuple[str, ...]:
     return tuple(sorted(kinds, key=lambda kind: kind != "t2v"))
 
 
-def fits(clip: Clip, kind: str, objective: LatentObjective) -> bool:
+def fits(clip: Clip, kind: str, vae: VideoVAE) -> bool:
     """Whether a clip is long enough for a kind."""
-    bucket = bucket_of(clip, objective)
-    num_frames = objective.vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
+    bucket = bucket_of(clip, vae)
+    num_frames = vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
     return kind_for(kind, num_frames) == kind
 
 
-def bucket_of(clip: Clip, objective: LatentObjective) -> Bucket:
+def bucket_of(clip: Clip, vae: VideoVAE) -> Bucket:
     """The shape of a clip in pixels, of stored latents too."""
     if clip.pixels is not None:
         return Bucket(*clip.pixels.shape[:3])
     assert clip.latents is not None
     _, frames, rows, columns = clip.latents.shape
-    geometry = objective.vae.geometry
+    geometry = vae.geometry
     in_time, in_space = geometry.temporal_factor, geometry.spatial_factor
     return Bucket(1 + (frames - 1) * in_time, rows * in_space, columns * in_space)
 
@@ -143,30 +131,6 @@ def shares(clips: list[Clip], world: World) -> Iterator[tuple[list[Clip], bool]]
             mine = row + world.dp_rank
             counted = mine < len(batches) and world.cp_rank == 0
             yield batches[mine if mine < len(batches) else 0], counted
-
-
-@torch.no_grad()
-def validation_psnr(
-    model: nn.Module,
-    clips: list[Clip],
-    device: torch.device,
-    check_preemption: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """`val/psnr` in dB, `val/ssim` and `val/loss` (mean absolute error) of the VAE's
-    reconstructions."""
-    ratio, similarity, error = 0.0, 0.0, 0.0
-    for batch in same_shape_batches(clips):
-        check_preemption()
-        pixels = to_pixels(batch, device)
-        reconstruction = model(pixels, None)[0].clamp(-1, 1)
-        ratio += float(psnr(reconstruction, pixels).sum())
-        similarity += float(ssim(reconstruction, pixels).sum())
-        error += float((reconstruction - pixels).abs().flatten(1).mean(dim=1).sum())
-    return {
-        "val/loss": error / len(clips),
-        "val/psnr": ratio / len(clips),
-        "val/ssim": similarity / len(clips),
-    }
 
 
 def same_shape(clips: list[Clip]) -> list[list[Clip]]:

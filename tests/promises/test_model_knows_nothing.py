@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sora_train.config.compose import compose
-from sora_train.diffusion.flow import velocity_loss
+from sora_train.diffusion.flow import velocity_losses
 from sora_train.models.text_to_video import TextToVideo
 
 PACKAGE = Path(__file__).resolve().parents[2] / "sora_train"
@@ -56,4 +56,4 @@ def test_model_and_loss_ask_no_process_group(monkeypatch: pytest.MonkeyPatch) ->
     model = TextToVideo(cfg.model, cfg.text, seed=0)
     x = torch.randn(1, 16, 2, 4, 4)
     v = model(x, torch.full((1, 2), 0.5), model.tokenize(["red"]), mask_BT=torch.zeros(1, 2))
-    velocity_loss(v, x, torch.zeros_like(x), torch.ones(1, 2))[0].backward()
+    velocity_losses(v, x, torch.zeros_like(x), torch.ones(1, 2))[0].sum().backward()

@@ -24,6 +24,7 @@ from sora_train.parallel.checks.agreement import (
 from sora_train.parallel.checks.block_calls import BlockCalls, leaves
 from sora_train.parallel.degrees import Degrees
 from sora_train.runtime.world import World
+from sora_train.training.components import Components
 from sora_train.training.resilience.debug_mode import start_debug
 
 SMALL = st.integers(1, 4)
@@ -138,7 +139,8 @@ def test_without_debug_mode_or_other_ranks_nothing_is_placed(every: int, size: i
     cfg = Config(parallel=ParallelConfig(debug_every=every))
     world = World(0, size, 0, 1, torch.device("cpu"))
     # There is no model to place a hook in: it is not even looked at.
-    assert start_debug(SimpleNamespace(cfg=cfg, world=world)) is None  # type: ignore[arg-type]
+    run = SimpleNamespace(cfg=cfg, world=world)
+    assert start_debug(run, Components()) is None  # type: ignore[arg-type]
 
 
 class Noted:

@@ -14,7 +14,7 @@ from sora_train.config import ConditioningConfig
 from sora_train.config.compose import compose
 from sora_train.diffusion import condition_frames as given_frames
 from sora_train.diffusion.condition_frames import (
-    concat_condition,
+    condition_channels,
     encode_given,
     encode_whole,
     latent_mask,
@@ -237,7 +237,7 @@ def test_concatenated_channels_are_those_of_the_wan_pipeline(vae: VideoVAE, kind
     )  # fmt: skip
     known = pixel_mask(kind, frame_mask(kind, 4, 0.0), FACTOR)
     given_latents = encode_whole(vae.encode, pixels, known)
-    found = concat_condition(z, given_latents, known[None], FACTOR)
+    found = torch.cat([z, condition_channels(given_latents, known[None], FACTOR)], dim=1)
     assert found.shape[1] == 36
     torch.testing.assert_close(found, torch.cat([latents, condition], dim=1))
 

@@ -17,11 +17,10 @@ from sora_train.diffusion.condition_masks import (
     frame_times,
 )
 from sora_train.diffusion.flow import (
-    data_from_velocity,
+    frame_losses,
     interpolate,
     sample_losses,
-    token_loss,
-    velocity_loss,
+    velocity_losses,
     velocity_target,
 )
 from sora_train.diffusion.spec import DiffusionSpec
@@ -61,6 +60,22 @@ SPEC = DiffusionSpec(
     condition_noise_max=0.1,
     condition_dropout=0.0,
 )
+
+
+def data_from_velocity(z, v, t):
+    """The data a velocity points to."""
+    return z - t.view(-1, 1, 1, 1, 1) * v
+
+
+def velocity_loss(*args, **options):
+    """The sum over samples, and how many these are."""
+    losses_B, weights_B = velocity_losses(*args, **options)
+    return losses_B.sum(), weights_B.sum()
+
+
+def token_loss(v, x, noise, frames, factor=None):
+    """The sum over tokens, six a frame, and how many these are."""
+    return frame_losses(v, x, noise, frames, factor).sum() * 6, frames.sum() * 6
 
 
 def clips(batch=3, dtype=torch.float64):
@@ -255,13 +270,13 @@ def test_a_weighting_scales_losses_and_not_their_weight():
     frames[1, :2] = 0
     one_by_one = [
         [fn(v[i : i + 1], x[i : i + 1], noise[i : i + 1], frames[i : i + 1]) for i in range(3)]
-        for fn in (velocity_loss, lambda *a: token_loss(*a, tokens_per_frame=6))
+        for fn in (velocity_loss, token_loss)
     ]
     for parts, found in zip(
         one_by_one,
         (
             velocity_loss(v, x, noise, frames, time_weight_B=factor),
-            token_loss(v, x, noise, frames, 6, factor),
+            token_loss(v, x, noise, frames, factor),
         ),
         strict=True,
     ):

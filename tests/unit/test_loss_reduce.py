@@ -5,13 +5,15 @@ import functools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentences import refuses
 from torch import Tensor
 
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import Bucket, Clip, ClipBatch, MicroBatch
-from sora_train.diffusion.flow import token_loss, velocity_loss
+from sora_train.diffusion.flow import frame_losses, velocity_losses
 from sora_train.errors import ConfigError
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
@@ -73,7 +75,7 @@ def test_the_announced_weight_is_the_weight_of_the_sum(reduce: str):
         flow = objective.flow_batch(batch)
         if reduce == "per_token":
             tokens = objective.token_grid(batch)[1]
-            assert float(flow.token_loss(model, tokens)[1]) == weight
+            assert weight == float(flow.counted_BT.sum()) * tokens
             assert weight == float((1 - flow.mask_BT).sum()) * tokens
         else:
             assert weight == len(batch.clips)
@@ -90,6 +92,33 @@ def test_what_is_told_of_each_clip_adds_up_to_the_sum(reduce: str):
     alone = [objective.terms(model, batch_of(VIDEO, [row]))["velocity"] for row in rows]
     assert whole.per_sample.tolist() == pytest.approx(
         [float(term.sum.detach()) for term in alone], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("reduce", ["per_sample", "per_token"])
+@settings(max_examples=6, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, 40), max_size=4, unique=True),
+    bucket=st.sampled_from([VIDEO, IMAGE, WIDE]),
+)
+def test_weights_terms_and_descriptions_agree(reduce: str, rows: list[int], bucket: Bucket):
+    """All three see the same draws, whichever is asked for first and how ever often."""
+    _, objective, model = parts(reduce)
+    batch = batch_of(bucket, rows)
+    described, weight = objective.describe(batch), objective.weights(batch)["velocity"]
+    with torch.no_grad():
+        flow, term = objective.flow_batch(batch), objective.terms(model, batch)["velocity"]
+    assert len(described) == len(rows) and list(term.info) == described == objective.describe(batch)
+    assert weight == term.weight == sum(info.weight for info in described)
+    if not rows:
+        return
+    assert [info.prompt for info in described] == flow.prompts
+    assert [info.t for info in described] == flow.t_B.tolist()
+    assert [list(info.condition_frames or ()) for info in described] == flow.mask_BT.int().tolist()
+    tokens = objective.token_grid(batch)[1]
+    counted = (flow.counted_BT.sum(dim=1) * tokens).tolist()
+    assert [info.weight for info in described] == (
+        counted if reduce == "per_token" else [1.0] * len(rows)
     )
 
 
@@ -126,7 +155,7 @@ def test_per_token_a_video_outweighs_an_image():
     assert losses["per_sample"][2] != pytest.approx(losses["per_token"][2], rel=1e-3)
 
 
-def test_token_loss_is_the_slow_sum_and_ignores_what_is_given():
+def test_frame_losses_are_the_slow_sum_over_tokens_and_ignore_condition_frames():
     generator = torch.Generator().manual_seed(0)
     v, x, noise = (torch.randn(2, 4, 3, 2, 4, generator=generator) for _ in range(3))
     kept = torch.tensor([[1.0, 1, 1], [0, 1, 1]])
@@ -138,12 +167,11 @@ def test_token_loss_is_the_slow_sum_and_ignores_what_is_given():
         if kept[b, t]
     )  # patches of 2 x 2: two tokens a frame
     v[1, :, 0] = torch.nan
-    loss, weight = token_loss(v, x, noise, kept, tokens_per_frame=2)
-    assert float(weight) == 10
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    losses_BT = frame_losses(v, x, noise, kept)
+    assert float(losses_BT.sum()) * 2 == pytest.approx(expected, rel=1e-6)
     one = slice(0, 1)
-    mean = velocity_loss(v[one], x[one], noise[one], kept[one])[0]
-    assert float(token_loss(v[one], x[one], noise[one], kept[one], 2)[0]) == pytest.approx(6 * float(mean))  # fmt: skip
+    mean = float(velocity_losses(v[one], x[one], noise[one], kept[one])[0])
+    assert float(losses_BT[0].sum()) * 2 == pytest.approx(6 * mean)
 
 
 def test_the_autoencoder_has_no_tokens_to_reduce_over():

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.memory import LiveBytes
 from sora_train.config import Config, ParallelConfig
 from sora_train.config.sections.model import ModelConfig, TextConfig
-from sora_train.diffusion.flow import velocity_loss
+from sora_train.diffusion.flow import velocity_losses
 from sora_train.models.memory import (
     Clip,
     clip_bytes,
@@ -57,7 +57,7 @@ def measured_bytes(
         v = net(
             x, torch.full((clips, 3), 0.5), net.tokenize(prompts), fps_B=torch.full((clips,), 8.0)
         )
-        velocity_loss(v, x, torch.randn_like(x), torch.ones(clips, 3))
+        velocity_losses(v, x, torch.randn_like(x), torch.ones(clips, 3))
     return sum(found.values())
 
 
@@ -119,7 +119,7 @@ def test_what_is_kept_with_memory_options_is_what_is_alive_after_a_forward_pass(
     x, captions = torch.randn(1, 16, 3, 64, 8), net.tokenize(["x" * (TEXT.max_length - 1)])
     with LiveBytes() as live:
         v = net(x, torch.full((1, 3), 0.5), captions, fps_B=torch.full((1,), 8.0))
-        velocity_loss(v, x, torch.randn_like(x), torch.ones(1, 3))
+        velocity_losses(v, x, torch.randn_like(x), torch.ones(1, 3))
     text = TEXT.model_copy(update={"trainable": False})
     predicted = saved_bytes(model, text, clip_of(64), 4, parallel=parallel)
     assert predicted == pytest.approx(live.now, rel=0.12), predicted / live.now

@@ -15,12 +15,13 @@ from sora_train.config.compose import compose
 from sora_train.data.sample import Bucket, Clip, ClipBatch, MicroBatch
 from sora_train.diffusion import flow, timesteps
 from sora_train.diffusion.condition_frames import encode_given, pixel_mask, there_and_back
-from sora_train.diffusion.condition_masks import KINDS, STILL_KINDS, frame_mask
+from sora_train.diffusion.condition_masks import KINDS, STILL_KINDS
 from sora_train.diffusion.sampler import sample_ode
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.objectives import FlowBatch, TextToVideoObjective, to_pixels
+from sora_train.objectives import FlowBatch, SampleDraws, TextToVideoObjective, to_pixels
+from sora_train.objectives.sample_draws import draw_samples, frame_masks
 from sora_train.objectives.spec import build_spec
 
 CPU = torch.device("cpu")
@@ -51,10 +52,17 @@ def walking(row: int = 0, frames: int = 13, size: int = 32) -> Clip:
     return Clip(row, 0, pixels, None, 8.0, "a red square walks", "")
 
 
+def drawn(objective: TextToVideoObjective, rows: Sequence[int], num_frames: int = 4) -> SampleDraws:
+    """The draws of rows with clips of so many latent frames."""
+    keys = [(0, row) for row in rows]
+    size = (num_frames, 4, 4)
+    return draw_samples(objective.spec, objective.cfg.seed, keys, ["said"] * len(keys), size)
+
+
 @functools.cache
 def one_of_each_kind() -> dict[str, int]:
     """A row for every kind of the mix, which its draws make that kind."""
-    kinds = mixed()[1].kinds([(0, row) for row in range(300)], 4)
+    kinds = drawn(mixed()[1], range(300)).kinds
     return {kind: kinds.index(kind) for kind in KINDS}
 
 
@@ -105,11 +113,10 @@ def test_training_gives_what_sampling_can_encode() -> None:
     """The given latents of a batch are those of the known pixel frames alone, whatever the others hold."""
     _, objective, _ = mixed()
     kinds, rows = list(one_of_each_kind()), list(one_of_each_kind().values())
-    draws = objective.kind_draws([(0, row) for row in rows])
-    found = objective.encode_batch([walking(row) for row in rows], kinds, draws)
+    mask_BT = drawn(objective, rows).mask_BT
+    found = objective.encode_batch([walking(row) for row in rows], kinds, mask_BT)
     assert found.given is not None
-    for i, (row, kind, u) in enumerate(zip(rows, kinds, draws, strict=True)):
-        mask_T = frame_mask(kind, 4, u)
+    for i, (row, kind, mask_T) in enumerate(zip(rows, kinds, mask_BT, strict=True)):
         if not mask_T.any():
             continue
         pixels = to_pixels([walking(row)], CPU)
@@ -130,7 +137,7 @@ def test_announced_weights_are_those_of_the_sums_for_every_kind() -> None:
     for row in one_of_each_kind().values():
         batch = batch_of([row])
         tokens = objective.token_grid(batch)[1]
-        weight = float(objective.flow_batch(batch).token_loss(model, tokens)[1])
+        weight = float(objective.flow_batch(batch).counted_BT.sum()) * tokens
         assert objective.weights(batch)["velocity"] == weight > 0
         assert objective.terms(model, batch)["velocity"].weight == weight
 
@@ -138,10 +145,10 @@ def test_announced_weights_are_those_of_the_sums_for_every_kind() -> None:
 def test_conditions_and_captions_are_dropped_independently() -> None:
     _, objective, _ = built("objective.conditioning.i2v=1", "objective.caption_dropout=0.5",
                             "objective.condition_dropout=0.5")  # fmt: skip
-    keys = [(0, row) for row in range(2000)]
-    no_text = [prompt == "" for prompt in objective.drop_captions(["said"] * len(keys), keys)]
-    no_frames = [kind == "t2v" for kind in objective.kinds(keys, 4)]
-    assert not objective.given_frames(keys, 4)[torch.tensor(no_frames)].any()
+    draws = drawn(objective, range(2000))
+    no_text = [prompt == "" for prompt in draws.prompts]
+    no_frames = [kind == "t2v" for kind in draws.kinds]
+    assert not draws.mask_BT[torch.tensor(no_frames)].any()
     both = np.mean([a and b for a, b in zip(no_text, no_frames, strict=True)])
     assert both == pytest.approx(0.25, abs=0.04)
     assert np.mean(no_text) == pytest.approx(0.5, abs=0.04)
@@ -171,19 +178,19 @@ def test_concatenated_conditions_are_inputs_and_every_frame_counts() -> None:
         inner = known[:, 1:].sum(dim=0)[found.mask_BT[b, 1:] > 0]
         assert (inner == (1 if kind in STILL_KINDS else 4)).all(), kind
     assert concat.weights(batch)["velocity"] == count * 4 * concat.token_grid(batch)[1]
-    assert float(found.token_loss(model, 4)[1]) == concat.weights(batch)["velocity"]
+    assert float(found.counted_BT.sum()) * 4 == concat.weights(batch)["velocity"]
 
 
 def test_stored_latents_are_refused_where_pixels_are_needed() -> None:
     _, objective, _ = mixed()
     stored = Clip(3, 0, None, np.zeros((16, 4, 4, 4), np.float32), 8.0, "red", "")
     for kind in ("t2v", "i2v", "extend"):
-        assert objective.encode_batch([stored], [kind], [0.5]).given is None
+        assert objective.encode_batch([stored], [kind], frame_masks([kind], 4, [0.5])).given is None
     for kind in ("i2v_last", "loop"):
         with pytest.raises(
             UserError, match=f"clip 3 comes as stored latents, and conditioning '{kind}'"
         ):
-            objective.encode_batch([stored], [kind], [0.5])  # fmt: skip
+            objective.encode_batch([stored], [kind], frame_masks([kind], 4, [0.5]))  # fmt: skip
 
 
 # --- loss and sampler are one ---
@@ -200,7 +207,9 @@ def assert_the_exact_velocity_is_right() -> None:
     t_B = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
     z = flow.interpolate(x, noise, t_B)
     exact = (z - x) / t_B.view(-1, 1, 1, 1, 1)
-    assert float(flow.velocity_loss(exact, x, noise)[0]) < 1e-20, "the loss of the exact velocity"
+    assert float(flow.velocity_losses(exact, x, noise)[0].sum()) < 1e-20, (
+        "the loss of the exact velocity"
+    )
 
     def velocity(z: Tensor, t_BT: Tensor) -> Tensor:
         return (z - x) / t_BT[:, None, :, None, None].clamp_min(1e-9)
@@ -278,7 +287,8 @@ def test_every_task_of_the_mix_is_learned_and_sampled_back() -> None:
     guided = [kind for kind in KINDS if kind != "t2v"]
     kinds = ["t2v"] * 8 + guided * 2  # t2v has nothing to hold on to, and takes more practice
     clips, size = [first] * (8 + len(guided)) + [second] * len(guided), len(kinds)
-    shown = objective.encode_batch(clips, kinds, [0.6] * size)
+    mask_BT = frame_masks(kinds, 4, [0.6] * size)
+    shown = objective.encode_batch(clips, kinds, mask_BT)
     x, mask_BT, given = shown.x, shown.mask_BT, shown.given
     assert given is not None
     told = mask_BT.sum(dim=1)

@@ -38,10 +38,11 @@ def step_of(batches):
         )
         times, kinds, losses, weights = zip(*clips, strict=True) if clips else ((), (), (), ())
         losses = torch.tensor(losses, dtype=torch.float64)
-        told = SampleInfo(
-            torch.tensor(times, dtype=torch.float64), list(kinds), torch.tensor(weights)
-        )
-        parts.append({"velocity": LossTerm(losses.sum(), float(sum(weights)), losses, told)})
+        infos = [
+            SampleInfo(kind=kind, t=t, weight=weight)
+            for t, kind, weight in zip(times, kinds, weights, strict=True)
+        ]
+        parts.append({"velocity": LossTerm(losses.sum(), float(sum(weights)), losses, infos)})
     return held, parts
 
 

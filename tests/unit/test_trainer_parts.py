@@ -25,7 +25,8 @@ from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.monitoring.metrics import MetricsFile, read_metrics
 from sora_train.monitoring.run_folder import RunFolder
-from sora_train.objectives import FlowBatch, TextToVideoObjective, VaeObjective
+from sora_train.objectives import FlowBatch, SampleDraws, TextToVideoObjective, VaeObjective
+from sora_train.objectives.sample_draws import draw_samples
 from sora_train.objectives.spec import build_spec
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
@@ -389,22 +390,34 @@ def objective(cfg: Config) -> TextToVideoObjective:
     return TextToVideoObjective(cfg, spec, vae, CPU)
 
 
+def draws_of(
+    objective: TextToVideoObjective, keys: list[tuple[int, int]], num_frames: int
+) -> SampleDraws:
+    captions, latent_size = ["said"] * len(keys), (num_frames, 4, 4)
+    return draw_samples(objective.spec, objective.cfg.seed, keys, captions, latent_size)
+
+
 def test_captions_are_dropped_in_their_share_by_key(objective: TextToVideoObjective) -> None:
     keys = [(epoch, row) for epoch in range(4) for row in range(1000)]
-    kept = objective.drop_captions(["said"] * len(keys), keys)
+
+    def prompts(keys: list[tuple[int, int]]) -> list[str]:
+        return draws_of(objective, keys, 3).prompts
+
+    kept = prompts(keys)
     assert set(kept) == {"", "said"}
     assert abs(kept.count("") / len(keys) - 0.25) < 4 * math.sqrt(0.25 * 0.75 / len(keys))
-    assert [objective.drop_captions(["said"], [key])[0] for key in keys[:50]] == kept[:50]
+    assert [prompts([key])[0] for key in keys[:50]] == kept[:50]
     epochs = [kept[start : start + 1000] for start in (0, 1000)]
     assert epochs[0] != epochs[1], "a caption is not dropped in every epoch or in none"
 
 
 def test_first_frames_are_given_in_their_share(objective: TextToVideoObjective) -> None:
-    mask = objective.given_frames([(0, row) for row in range(4000)], 3)
+    mask = draws_of(objective, [(0, row) for row in range(4000)], 3).mask_BT
     share = float(mask[:, 0].mean())
     assert abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 4000)
     assert not mask[:, 1:].any()
-    assert not objective.given_frames([(0, row) for row in range(50)], 1).any(), "an image is all"
+    images = draws_of(objective, [(0, row) for row in range(50)], 1)
+    assert not images.mask_BT.any(), "an image is all"
 
 
 def clip_batch(rows: list[int], weight: float) -> ClipBatch:

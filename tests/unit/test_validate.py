@@ -61,22 +61,39 @@ def clips(rows: range = range(5)) -> list[Clip]:
     return found
 
 
-def test_every_world_size_measures_the_same(parts) -> None:
+def measured(
+    parts: tuple[TextToVideo, TextToVideoObjective],
+    clips: list[Clip],
+    control: ControlPlane,
+    times: Sequence[float] = TIMES,
+    kinds: Sequence[str] = KINDS,
+) -> dict[str, float]:
     model, objective = parts
+    return validation_loss(
+        lambda batch, kind: objective.losses_at(model, batch, kind, times),
+        objective.vae,
+        clips,
+        times,
+        kinds,
+        control,
+    )
+
+
+def test_every_world_size_measures_the_same(parts) -> None:
     alone = Recorded(0, 1)
-    validation_loss(model, objective, clips(), TIMES, KINDS, alone)
+    measured(parts, clips(), alone)
     assert len(alone.asked) == 1, "the sums meet once"
     for size in (2, 3, 7):
         ranks = [Recorded(rank, size) for rank in range(size)]
         for rank in ranks:
-            validation_loss(model, objective, clips(), TIMES, KINDS, rank)
+            measured(parts, clips(), rank)
         together = np.sum([rank.asked[0] for rank in ranks], axis=0)
         np.testing.assert_allclose(together, alone.asked[0], rtol=1e-5)
 
 
 def test_ranks_make_as_many_forwards_as_each_other(parts) -> None:
     """A sharded model would wait for ever for one that makes fewer."""
-    model, objective = parts
+    model, _ = parts
     for size in (2, 3):
         calls = []
         for rank in range(size):
@@ -84,7 +101,7 @@ def test_ranks_make_as_many_forwards_as_each_other(parts) -> None:
             hook = model.transformer.register_forward_pre_hook(
                 lambda *_, count=count: count.__setitem__(0, count[0] + 1)
             )
-            validation_loss(model, objective, clips(), TIMES, KINDS, Recorded(rank, size))
+            measured(parts, clips(), Recorded(rank, size))
             hook.remove()
             calls.append(count[0])
         assert len(set(calls)) == 1 and calls[0] > 0, calls
@@ -92,13 +109,11 @@ def test_ranks_make_as_many_forwards_as_each_other(parts) -> None:
 
 def test_the_grid_is_made_of_its_clips(parts) -> None:
     """Each number against clips measured one at a time."""
-    model, objective = parts
 
     def one(clip: Clip, kind: str, t: float) -> float:
-        control = Recorded(0, 1)
-        return validation_loss(model, objective, [clip], [t], [kind], control)["val/loss"]
+        return measured(parts, [clip], Recorded(0, 1), [t], [kind])["val/loss"]
 
-    row = validation_loss(model, objective, clips(), TIMES, KINDS, Recorded(0, 1))
+    row = measured(parts, clips(), Recorded(0, 1))
     videos = [clip for clip in clips() if len(clip.pixels) > 1]  # type: ignore[arg-type]
     images = [clip for clip in clips() if len(clip.pixels) == 1]  # type: ignore[arg-type]
     for kind in KINDS[1:]:
@@ -116,8 +131,7 @@ def test_the_grid_is_made_of_its_clips(parts) -> None:
 
 
 def test_an_image_takes_no_kind_but_text(parts) -> None:
-    model, objective = parts
-    row = validation_loss(model, objective, clips(range(1, 2)), TIMES, KINDS, Recorded(0, 1))
+    row = measured(parts, clips(range(1, 2)), Recorded(0, 1))
     assert set(row) == {"val/loss", "val/loss/t0.30", "val/loss/t0.80"}
 
 

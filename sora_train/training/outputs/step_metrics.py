@@ -111,11 +111,11 @@ def clips_of(batch: ClipBatch, terms: Terms) -> Iterator[ClipLoss]:
     if len(terms) != 1 or not batch.clips:
         return
     (term,) = terms.values()
-    info, losses = term.info, term.per_sample
-    if info is None or losses is None:
+    if term.per_sample is None or not term.info:
         return
     bucket = f"by_bucket/{batch.micro_batch.bucket.name}"
-    columns = (info.times.tolist(), info.kinds, info.weights.tolist(), losses.double().tolist())
-    for t, kind, weight, loss in zip(*columns, strict=True):
-        groups = (f"by_t/{BANDS[band_of(t)]}", bucket, f"by_task/{kind}")
-        yield ClipLoss(groups, loss, weight)
+    for info, loss in zip(term.info, term.per_sample.double().tolist(), strict=True):
+        groups = [bucket, f"by_task/{info.kind}"]
+        if info.t is not None:
+            groups.append(f"by_t/{BANDS[band_of(info.t)]}")
+        yield ClipLoss(tuple(groups), loss, info.weight)

@@ -24,7 +24,7 @@ from sora_train.data.manifest import Manifest
 from sora_train.data.sample import Clip, ClipBatch
 from sora_train.errors import Fault
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.objectives import LossTerm, Objective
+from sora_train.objectives import LossTerm, Objective, SampleInfo
 from sora_train.training.components import Components
 from sora_train.training.run import RunContext
 
@@ -84,10 +84,10 @@ def samples_of(
     found: list[Sample] = []
     for number, (batch, (rank, slot)) in enumerate(zip(batches, places, strict=True)):
         bucket = batch.micro_batch.bucket.name
-        drawn = _draws(objective, batch)
-        losses = _losses(batch, terms[number], totals or {}) if terms else []
+        infos = objective.describe(batch)
+        losses = _losses(batch, infos, terms[number], totals or {}) if terms else []
         for i, clip in enumerate(batch.clips):
-            known = _facts(manifest, clip.row) | (drawn[i] if drawn else {})
+            known = _facts(manifest, clip.row) | (_draws(infos[i]) if infos else {})
             known |= losses[i] if losses else {}
             found.append(
                 Sample(
@@ -109,39 +109,33 @@ def _facts(manifest: Manifest, row: int) -> dict[str, Any]:
     return {"key": str(manifest.key[row]), "path": manifest.path(row)}
 
 
-def _draws(objective: Objective, batch: ClipBatch) -> list[dict[str, Any]]:
-    """What chance decided about each clip; [] for an objective that does not tell."""
-    drawn = objective.describe(batch) if batch.clips else None
-    if drawn is None:
-        return []
-    return [
-        {
-            "prompt": drawn.prompts[i],
-            "kind": drawn.kinds[i],
-            "given": [int(value) for value in drawn.mask_BT[i].tolist()],
-            "t": float(drawn.t_B[i]),
-            "t_given": float(drawn.t_cond_B[i]),
-        }
-        for i in range(len(batch.clips))
-    ]
+def _draws(info: SampleInfo) -> dict[str, Any]:
+    """The fields of a Sample that chance decided."""
+    frames = info.condition_frames
+    return {
+        "prompt": info.prompt,
+        "kind": info.kind,
+        "given": None if frames is None else list(frames),
+        "t": info.t,
+        "t_given": info.t_condition,
+    }
 
 
 def _losses(
-    batch: ClipBatch, terms: Mapping[str, LossTerm], totals: Mapping[str, float]
+    batch: ClipBatch,
+    infos: Sequence[SampleInfo],
+    terms: Mapping[str, LossTerm],
+    totals: Mapping[str, float],
 ) -> list[dict[str, float]]:
     """Loss and share of each clip; [] where the terms do not tell of clips, or there is none."""
     parts = {name: term.per_sample for name, term in terms.items()}
     if not batch.clips or any(part is None for part in parts.values()):
         return []
-    # What each clip's part of the loss is a sum over: itself, or its tokens that count.
-    infos = [term.info for term in terms.values() if term.info is not None]
-    units = [1.0] * len(batch.clips)
-    if len(infos) == len(terms) == 1:
-        units = [max(1.0, weight) for weight in infos[0].weights.tolist()]
+    weights = [max(1.0, info.weight) for info in infos] or [1.0] * len(batch.clips)
     values = {name: part.double().tolist() for name, part in parts.items() if part is not None}
     return [
         {
-            "loss": sum(part[i] for part in values.values()) / units[i],
+            "loss": sum(part[i] for part in values.values()) / weights[i],
             "share": sum(
                 part[i] / max(totals.get(name, 1.0), 1.0) for name, part in values.items()
             ),

@@ -114,10 +114,10 @@ class DebugMode:
                 if value is not None:
                     what = f"{digest_of(value)} for {name} of row {clip.row}"
                     self.agreement.note("batch", where, what, about)
-        drawn = self.parts.objective.describe(batch)
-        for name, value in vars(drawn).items() if drawn else ():
-            what = f"{digest_of(value)} for the draws {name}"
-            self.agreement.note("batch", where, what, about)
+        for clip, info in zip(batch.clips, self.parts.objective.describe(batch), strict=False):
+            for name, value in vars(info).items():
+                what = f"{digest_of(value)} for the draw {name} of row {clip.row}"
+                self.agreement.note("batch", where, what, about)
 
     def _clips(self, batch: ClipBatch) -> str:
         """A micro-batch in words."""

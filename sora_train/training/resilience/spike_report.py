@@ -71,9 +71,8 @@ def described(parts: Components, batch: ClipBatch, terms: Terms) -> dict[str, An
     """One micro-batch of this rank: its losses, and its clips by all that keys their draws."""
     entry, data = batch.micro_batch, parts.data
     failed = {failure.row: failure.reason for failure in batch.failures}
-    drawn = parts.objective.describe(batch) if batch.clips else None
-    rows = [clip.row for clip in batch.clips]
-    times = dict(zip(rows, drawn.t_B.tolist(), strict=True)) if drawn else {}
+    infos = zip(batch.clips, parts.objective.describe(batch), strict=False)
+    times = {clip.row: info.t for clip, info in infos}
     losses = clip_losses(batch, terms)
     clips = [
         {
