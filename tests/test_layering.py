@@ -23,16 +23,6 @@ NOT_YET: dict[str, set[str]] = {
     "optional_packages": {
         "sora_train/tools/plan/memory/step.py",
     },
-    "folders_without_idea": {
-        "data_prep/__init__.py",
-        "sora_train/config/__init__.py",
-        "sora_train/diffusion/__init__.py",
-        "sora_train/models/__init__.py",
-        "sora_train/parallel/__init__.py",
-    },
-    "trainer_parameters": {
-        "sora_train/tools/replay/replay.py",
-    },
 }
 """Files that still break a law, while the code moves into its rooms."""
 

@@ -1,4 +1,4 @@
-"""Every knob of a run: frozen pydantic models, one file a section. Hydra picks values, these check them."""
+"""Every knob of a run as frozen pydantic models, one file a section, which check the values that Hydra picks."""
 
 from typing import Annotated, Literal
 

@@ -1,0 +1,1 @@
+"""One model over many ranks: degrees and mesh, the FSDP and DeepSpeed engines, context parallelism, memory options."""
