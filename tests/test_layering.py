@@ -17,9 +17,7 @@ NOT_YET: dict[str, set[str]] = {
         "sora_train/objectives/adversary.py",
         "sora_train/training/card.py",
     },
-    "cycles": {
-        "sora_train/tools/sweep/run.py",
-    },
+    "cycles": {},
     "optional_packages": {
         "sora_train/tools/plan/memory/step.py",
     },

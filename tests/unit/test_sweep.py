@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sentences import refuses, says
 
 from sora_train.errors import ConfigError, UserError
-from sora_train.tools.sweep.axes import grid, job_id, split
-from sora_train.tools.sweep.folder import opened, read
+from sora_train.tools.sweep.axes import grid, run_id, split
+from sora_train.tools.sweep.folder import open_sweep, read_sweep
 from sora_train.tools.sweep.local import shares
 
 REPO = Path(__file__).resolve().parents[2]
@@ -102,8 +102,8 @@ VALUES = st.dictionaries(st.text(max_size=60), st.text(max_size=60), min_size=1,
 
 @given(VALUES)
 def test_a_name_is_a_folders_and_knows_no_order(values: dict[str, str]):
-    name = job_id(values)
-    assert name == job_id(dict(reversed(values.items())))
+    name = run_id(values)
+    assert name == run_id(dict(reversed(values.items())))
     assert 0 < len(name.encode()) <= 255 and "/" not in name and name not in (".", "..")
 
 
@@ -133,20 +133,20 @@ def test_what_cannot_be_swept_is_a_sentence(overrides: list[str], facts: tuple[s
 
 def test_the_folder_grows_and_refuses_what_is_another_sweep(tmp_path: Path):
     axes = split(["optim.lr=0.1,0.2"])[1]
-    opened(tmp_path, [], axes).with_jobs(grid(axes)).write()
+    open_sweep(tmp_path, [], axes).with_runs(grid(axes)).write()
     more = split(["optim.lr=0.3,0.2"])[1]
-    grown = opened(tmp_path, ["seed=1"], more).with_jobs(grid(more))
+    grown = open_sweep(tmp_path, ["seed=1"], more).with_runs(grid(more))
     grown.write()
-    assert grown == read(tmp_path)
+    assert grown == read_sweep(tmp_path)
     assert grown.axes == {"optim.lr": ["0.1", "0.2", "0.3"]}
-    assert [job.id for job in grown.jobs] == ["optim.lr=0.1", "optim.lr=0.2", "optim.lr=0.3"]
+    assert [job.id for job in grown.runs] == ["optim.lr=0.1", "optim.lr=0.2", "optim.lr=0.3"]
     with refuses(UserError, "optim.lr", "seed", "another run.dir"):
-        opened(tmp_path, [], split(["seed=1,2"])[1])
+        open_sweep(tmp_path, [], split(["seed=1,2"])[1])
     with refuses(UserError, "another search", "method=grid"):
-        opened(tmp_path, [], more, {"method": "tpe", "metric": "val/loss", "trials": 3})
+        open_sweep(tmp_path, [], more, {"method": "tpe", "metric": "val/loss", "trials": 3})
     (tmp_path / "sweep.json").write_text("{")
     with refuses(UserError, "sweep.json", "damaged"):
-        opened(tmp_path, [], axes)
+        open_sweep(tmp_path, [], axes)
 
 
 def test_gpus_are_shared_out_among_runs_side_by_side(monkeypatch: pytest.MonkeyPatch):
@@ -258,9 +258,9 @@ def in_process(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(project)
 
     def train(runner: Runner, task: Task, environ: dict[str, str]) -> int:
-        values = {key: value for key, value in task.job.values.items()}
+        values = {key: value for key, value in task.run.values.items()}
         folder = Path(shlex.split(task.command[-1].removeprefix("run.dir="))[0])
-        if Path("stop_at").exists() and task.job.id == Path("stop_at").read_text():
+        if Path("stop_at").exists() and task.run.id == Path("stop_at").read_text():
             return 75
         folder.mkdir(parents=True, exist_ok=True)
         lr, seed = float(values["optim.lr"]), int(values.get("seed", 0))

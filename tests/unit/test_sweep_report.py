@@ -227,9 +227,9 @@ def test_seeds_are_repetitions_of_one_group():
         )
         for lr, seed, value in (("1", "0", 1.0), ("1", "1", 2.0), ("2", "0", 1.5), ("2", "1", 2.6))
     ]
-    from sora_train.tools.sweep.report.rows import Collected, ordered
+    from sora_train.tools.sweep.report.rows import SweepResults, ordered
 
-    found = Collected(
+    found = SweepResults(
         Path("x"),
         {"optim.lr": ["1", "2"], "seed": ["0", "1"]},
         ordered(rows, "val/loss", False),

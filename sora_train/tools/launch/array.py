@@ -10,8 +10,7 @@ from sora_train.errors import UserError
 from sora_train.tools.launch.check import check_job
 from sora_train.tools.launch.job import Job
 from sora_train.tools.launch.local import ranks_here
-from sora_train.tools.sweep.axes import Job as SweepJob
-from sora_train.tools.sweep.axes import split
+from sora_train.tools.sweep.axes import SweepRun, split
 from sora_train.tools.sweep.run import unfinished
 from sora_train.tools.sweep.template import Template
 
@@ -39,7 +38,7 @@ def array_of(arguments: list[str], config_dir: Path | None) -> tuple[Job, list[J
             "submitted at once; let one job run the search: sora train -m ..., with sweep.at_once=N"
         )
     sweep, waiting = unfinished(template, base, axes)
-    frozen = {job.id: checked(template, job, config, sweep.folder) for job, config in waiting}
+    frozen = {run.id: checked(template, run, config, sweep.folder) for run, config in waiting}
     name = base.name if base.name != "default" else sweep.folder.name
     folder, ranks = sweep.folder.resolve(), ranks_here(base.launch)
     shared = Job(name, folder, folder, Path.cwd(), base.launch, ranks)
@@ -49,11 +48,11 @@ def array_of(arguments: list[str], config_dir: Path | None) -> tuple[Job, list[J
     ]
 
 
-def checked(template: Template, job: SweepJob, config: Config, folder: Path) -> JobConfig:
+def checked(template: Template, sweep_run: SweepRun, config: Config, folder: Path) -> JobConfig:
     """A run with its stages, which fits its ranks and finds its weights."""
 
     def compose_with(more: list[str]) -> Config:
-        return template.compose([*template.of(job, folder), *more])
+        return template.compose([*template.overrides_of(sweep_run, folder), *more])
 
     run = with_stages(config, compose_with)
     check_job(run)

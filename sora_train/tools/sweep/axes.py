@@ -1,4 +1,4 @@
-"""A sweep's command line, read: Hydra's grammar names the values of each axis, and the runs are their combinations."""
+"""The axes of a sweep, parsed from its command line by Hydra's grammar, and its runs: all combinations of values."""
 
 import hashlib
 import itertools
@@ -32,19 +32,19 @@ class Interval:
 
 @dataclass(frozen=True)
 class Axis:
-    """A key and what it goes through: values as an override writes them, or an interval."""
+    """A swept key: its values as an override writes them, or an interval."""
 
     key: str
     values: tuple[str, ...] = ()
     interval: Interval | None = None
 
     @property
-    def told(self) -> list[str]:
+    def written(self) -> list[str]:
         return [str(self.interval)] if self.interval else list(self.values)
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepRun:
     """One run of a sweep: the name of its folder, and the values it has of each axis."""
 
     id: str
@@ -91,7 +91,7 @@ def axis_of(text: str, override: Override) -> Axis:
     return Axis(key, interval=Interval(low, high, log, isinstance(low, int)))
 
 
-def grid(axes: Sequence[Axis]) -> list[Job]:
+def grid(axes: Sequence[Axis]) -> list[SweepRun]:
     """Every combination. Raises ConfigError for an interval, which has no end of them."""
     for axis in axes:
         if axis.interval:
@@ -101,11 +101,11 @@ def grid(axes: Sequence[Axis]) -> list[Job]:
             )
     chosen = itertools.product(*(axis.values for axis in axes))
     names = [axis.key for axis in axes]
-    jobs = [dict(zip(names, values, strict=True)) for values in chosen]
-    return [Job(job_id(values), values) for values in jobs]
+    runs = [dict(zip(names, values, strict=True)) for values in chosen]
+    return [SweepRun(run_id(values), values) for values in runs]
 
 
-def job_id(values: Mapping[str, str]) -> str:
+def run_id(values: Mapping[str, str]) -> str:
     """A folder's name from the swept values, the same whatever their order on the command line."""
     text = ",".join(sorted(f"{key}={value}" for key, value in values.items())) or "only"
     name = re.sub(r"[^A-Za-z0-9.,=_-]+", "-", text)

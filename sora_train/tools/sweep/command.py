@@ -46,25 +46,25 @@ def report(
         notes,
         runs_table,
         written,
-    )  # fmt: skip
+    )
     from sora_train.tools.sweep.report.rows import collect
 
-    found = collect(folder, metric)
-    base, compared = compare(found, baseline, confidence)
+    results = collect(folder, metric)
+    base, compared = compare(results, baseline, confidence)
     console = Console()
-    show(console, "Runs", runs_table(found))
+    show(console, "Runs", runs_table(results))
     if compared:
         show(console, f"Against {base}", compared_table(compared, confidence))
-    for sentence in notes(found, base, compared):
+    for sentence in notes(results, base, compared):
         console.print(sentence, highlight=False)
     paths = default_paths(out or folder)
     paths["csv"].parent.mkdir(parents=True, exist_ok=True)
-    for ending, text in written(found, base, compared, confidence).items():
+    for ending, text in written(results, base, compared, confidence).items():
         write_atomically(paths[ending], text)
     console.print(
         f"written: {', '.join(map(str, paths.values()))}", highlight=False, soft_wrap=True
     )
-    for command in following(found):
+    for command in following(results):
         console.print(f"next: {command}", highlight=False, soft_wrap=True)
 
 

@@ -1,9 +1,11 @@
-"""Runs of a sweep on this machine, each a process of its own: one that fails stops no other."""
+"""Runs of a sweep on this machine, each a process of its own: one that fails stops no other; and how it all ended."""
 
 import os
 import queue
+import shlex
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -12,29 +14,33 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from sora_train.config import Config
 from sora_train.config.sections.launch import LaunchConfig
-from sora_train.errors import EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError
-from sora_train.tools.sweep.axes import Job
+from sora_train.errors import EXIT_FAULT, EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError, UserError
+from sora_train.monitoring.status import read_status
+from sora_train.tools.sweep.axes import SweepRun
+from sora_train.tools.sweep.folder import Sweep
+from sora_train.tools.sweep.template import Template
 
 LOG = "sweep.log"
-"""In a run's folder: what it says, where several run side by side."""
+"""In a run's folder: its output, where several run side by side."""
 LEFT = (EXIT_REQUEUE, EXIT_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)
-"""Exit codes of a run that was told to leave, and with it the sweep."""
+"""Exit codes of a run that was asked to leave, and with it the sweep."""
 
 
 @dataclass(frozen=True)
 class Task:
     """A run to be started, and where its output goes; None: to the terminal."""
 
-    job: Job
+    run: SweepRun
     command: list[str]
     log: Path | None = None
 
 
 class Runner:
-    """Starts up to `at_once` runs side by side, and passes on what the sweep itself is told.
+    """Starts up to `at_once` runs side by side, and passes on the signals that the sweep gets.
 
-    Use it as a context: signals are its own inside. `stopping` is set once a run was told to leave; none is started
+    Use it as a context: signals are its own inside. `stopping` is set once a run was asked to leave; none is started
     from then on.
     """
 
@@ -94,7 +100,7 @@ class Runner:
         try:
             return wait(running, return_when=FIRST_COMPLETED).done
         except KeyboardInterrupt:
-            # The terminal has told the runs too; each leaves by itself.
+            # The terminal has interrupted the runs too; each leaves by itself.
             self.stopping = True
             return wait(running, return_when=FIRST_COMPLETED).done
 
@@ -120,7 +126,7 @@ class Runner:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            # The terminal has told the run too; it saves and leaves by itself.
+            # The terminal has interrupted the run too; it saves and leaves by itself.
             self.stopping = True
             return process.wait()
         finally:
@@ -130,6 +136,43 @@ class Runner:
         self.stopping = True
         for process in [*self._live]:
             process.send_signal(number)
+
+
+def started_task(
+    template: Template, sweep: Sweep, run: SweepRun, config: Config, at_once: int, place: str
+) -> Task:
+    log = sweep.folder / run.id / LOG if at_once > 1 else None
+    print(f"run {place}: {run.id}{f' (its output: {log})' if log else ''}", flush=True)
+    return Task(run, template.command(run, sweep.folder, config), log)
+
+
+def report_outcome(sweep: Sweep, outcome: dict[str, int], *, stopped: bool) -> int:
+    """Print how the sweep ended; returns its exit code."""
+    failed = {id: code for id, code in outcome.items() if code}
+    print(
+        f"{len(outcome) - len(failed)} of {len(outcome)} runs succeeded; they are under {sweep.folder}"
+    )
+    if stopped:
+        print("the sweep was asked to leave; the same command goes on with it", file=sys.stderr)
+        return EXIT_REQUEUE
+    for id, code in failed.items():
+        print(
+            f"failed: {id} (exit code {code}){failure_reason(sweep.folder / id)}", file=sys.stderr
+        )
+    if failed:
+        print("the same command again runs only what is not finished", file=sys.stderr)
+    elif outcome:
+        print(f"next: sora sweep report {shlex.quote(str(sweep.folder))}")
+    return EXIT_FAULT if failed else 0
+
+
+def failure_reason(run_dir: Path) -> str:
+    """Why a run failed, as far as its folder knows, as the end of a sentence."""
+    try:
+        status = read_status(run_dir)
+    except UserError:
+        return ""
+    return f": {status.why}" if status.state in ("failed", "silent") else ""
 
 
 def shares(at_once: int, launch: LaunchConfig) -> list[dict[str, str]]:

@@ -16,10 +16,9 @@ from sora_train.config import Config
 from sora_train.config.schema import keys
 from sora_train.errors import ConfigError, UserError
 from sora_train.monitoring.metrics import METRICS, read_metrics
-from sora_train.tools.sweep.axes import Axis, Job
-from sora_train.tools.sweep.folder import Sweep, opened
-from sora_train.tools.sweep.local import Runner, Task
-from sora_train.tools.sweep.run import begun, told
+from sora_train.tools.sweep.axes import Axis, SweepRun
+from sora_train.tools.sweep.folder import Sweep, open_sweep
+from sora_train.tools.sweep.local import Runner, Task, report_outcome, started_task
 from sora_train.tools.sweep.template import Template
 
 if TYPE_CHECKING:
@@ -38,10 +37,10 @@ def run_search(template: Template, base: Config, axes: Sequence[Axis]) -> int:
     check(base, axes)
     axes = [whole_if_the_key_is(axis, type(base)) for axis in axes]
     # Both ends and all values of every axis, with the first of the others.
-    template.composed(corners(axes), Path(base.run.dir))
-    wanted = base.sweep
-    search = wanted.model_dump(include={"method", "metric", "goal", "trials"})
-    sweep = opened(Path(base.run.dir), template.fixed, list(axes), search)
+    template.compose_all(corners(axes), Path(base.run.dir))
+    settings = base.sweep
+    search = settings.model_dump(include={"method", "metric", "goal", "trials"})
+    sweep = open_sweep(Path(base.run.dir), template.fixed, list(axes), search)
     sweep.write()
     return Search(template, base, axes, sweep).run()
 
@@ -57,12 +56,12 @@ class Search:
         outcome = {}
         with Runner(self.base.sweep.at_once, self.base.launch) as runner:
             for task, code in runner.results(self.tasks()):
-                outcome[task.job.id] = code
-                # A trial that was told to leave is under way still.
+                outcome[task.run.id] = code
+                # A trial that was asked to leave is still under way.
                 if not (runner.stopping and code):
-                    self.tell(task.job, code)
-        code = told(self.sweep, outcome, stopped=runner.stopping)
-        self.say_best()
+                    self.tell(task.run, code)
+        code = report_outcome(self.sweep, outcome, stopped=runner.stopping)
+        self.print_best()
         return code
 
     def tasks(self) -> Iterator[Task]:
@@ -80,31 +79,31 @@ class Search:
 
     def begin(self, number: int, params: dict[str, Any]) -> Task:
         values = {axis.key: str(params[axis.key]) for axis in self.axes}
-        job = Job(f"trial-{number:04d}", values)
-        self.trials[job.id] = number
-        self.sweep = self.sweep.with_jobs([job])
+        run = SweepRun(f"trial-{number:04d}", values)
+        self.trials[run.id] = number
+        self.sweep = self.sweep.with_runs([run])
         self.sweep.write()
-        print(", ".join(job.overrides))
-        config = self.template.compose(self.template.of(job, self.sweep.folder))
+        print(", ".join(run.overrides))
+        config = self.template.compose(self.template.overrides_of(run, self.sweep.folder))
         place = f"{number + 1} of {self.base.sweep.trials}"
-        return begun(self.template, self.sweep, job, config, self.base.sweep.at_once, place)
+        return started_task(self.template, self.sweep, run, config, self.base.sweep.at_once, place)
 
-    def tell(self, job: Job, code: int) -> None:
+    def tell(self, run: SweepRun, code: int) -> None:
         from optuna.trial import TrialState
 
         value = (
             None
             if code
-            else final(self.sweep.folder / job.id / "metrics.jsonl", self.base.sweep.metric)
+            else final(self.sweep.folder / run.id / "metrics.jsonl", self.base.sweep.metric)
         )
         if value is None:
-            self.study.tell(self.trials[job.id], state=TrialState.FAIL)
-            print(f"{job.id}: no {self.base.sweep.metric}, so the search learns nothing from it")
+            self.study.tell(self.trials[run.id], state=TrialState.FAIL)
+            print(f"{run.id}: no {self.base.sweep.metric}, so the search learns nothing from it")
             return
-        self.study.tell(self.trials[job.id], value)
-        print(f"{job.id}: {self.base.sweep.metric} {value:.6g}", flush=True)
+        self.study.tell(self.trials[run.id], value)
+        print(f"{run.id}: {self.base.sweep.metric} {value:.6g}", flush=True)
 
-    def say_best(self) -> None:
+    def print_best(self) -> None:
         from optuna.trial import TrialState
 
         if self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
@@ -116,22 +115,22 @@ class Search:
 
 
 def check(base: Config, axes: Sequence[Axis]) -> None:
-    wanted = base.sweep
+    settings = base.sweep
     if not axes:
         raise ConfigError(
-            f"sweep.method={wanted.method} has nothing to search; give keys several values, or an interval: "
+            f"sweep.method={settings.method} has nothing to search; give keys several values, or an interval: "
             "'optim.lr=tag(log,interval(1e-5,1e-3))'"
         )
     families = [name.partition("*")[0] for name in METRICS if "*" in name]
-    if wanted.metric not in METRICS and not wanted.metric.startswith(tuple(families)):
-        near = difflib.get_close_matches(wanted.metric, METRICS, 1)
+    if settings.metric not in METRICS and not settings.metric.startswith(tuple(families)):
+        near = difflib.get_close_matches(settings.metric, METRICS, 1)
         raise ConfigError(
-            f"sweep.metric={wanted.metric} is no metric; {f'did you mean {near[0]}? ' if near else ''}docs/metrics.md "
-            "lists them"
+            f"sweep.metric={settings.metric} is no metric; {f'did you mean {near[0]}? ' if near else ''}"
+            "docs/metrics.md lists them"
         )
-    if wanted.metric.startswith("val/") and not base.validation.every:
+    if settings.metric.startswith("val/") and not base.validation.every:
         raise ConfigError(
-            f"sweep.metric={wanted.metric} is never logged with validation.every=0; set validation.every, or search "
+            f"sweep.metric={settings.metric} is never logged with validation.every=0; set validation.every, or search "
             "by sweep.metric=train/loss"
         )
 
@@ -146,14 +145,14 @@ def whole_if_the_key_is(axis: Axis, config_cls: type[Config]) -> Axis:
     return replace(axis, interval=replace(axis.interval, whole=True))
 
 
-def corners(axes: Sequence[Axis]) -> list[Job]:
+def corners(axes: Sequence[Axis]) -> list[SweepRun]:
     """Runs in which every value of every axis occurs, and both ends of every interval."""
     values = {axis.key: ends(axis) for axis in axes}
-    first = {key: found[0] for key, found in values.items()}
+    first = {key: options[0] for key, options in values.items()}
     return [
-        Job(f"{key}={value}", first | {key: value})
-        for key, found in values.items()
-        for value in found
+        SweepRun(f"{key}={value}", first | {key: value})
+        for key, options in values.items()
+        for value in options
     ]
 
 
@@ -167,12 +166,14 @@ def ends(axis: Axis) -> list[str]:
 def distribution(axis: Axis) -> "optuna.distributions.BaseDistribution":
     from optuna import distributions
 
-    found = axis.interval
-    if found is None:
+    interval = axis.interval
+    if interval is None:
         return distributions.CategoricalDistribution(list(axis.values))
-    if found.whole:
-        return distributions.IntDistribution(int(found.low), int(found.high), log=found.log)
-    return distributions.FloatDistribution(found.low, found.high, log=found.log)
+    if interval.whole:
+        return distributions.IntDistribution(
+            int(interval.low), int(interval.high), log=interval.log
+        )
+    return distributions.FloatDistribution(interval.low, interval.high, log=interval.log)
 
 
 def sampler(base: Config, number: int) -> "optuna.samplers.BaseSampler":

@@ -8,7 +8,7 @@ from pathlib import Path
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError
-from sora_train.tools.sweep.axes import Job
+from sora_train.tools.sweep.axes import SweepRun
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,27 @@ class Template:
             yaml_file=self.yaml_file,
         ).config
 
-    def of(self, job: Job, folder: Path) -> list[str]:
+    def overrides_of(self, run: SweepRun, folder: Path) -> list[str]:
         """The overrides of one run, beyond those that all share."""
-        return [*job.overrides, f'run.dir="{folder / job.id}"']
+        return [*run.overrides, f'run.dir="{folder / run.id}"']
 
-    def composed(self, jobs: Sequence[Job], folder: Path) -> dict[str, Config]:
+    def compose_all(self, runs: Sequence[SweepRun], folder: Path) -> dict[str, Config]:
         """The configuration of each run. ConfigError for a wrong one, with the run's name but for the first."""
-        found: dict[str, Config] = {}
-        for job in jobs:
+        configs: dict[str, Config] = {}
+        for run in runs:
             try:
-                found[job.id] = self.compose(self.of(job, folder))
+                configs[run.id] = self.compose(self.overrides_of(run, folder))
             except ConfigError as error:
-                raise ConfigError(f"{job.id}: {error}" if found else str(error)) from error
-        return found
+                raise ConfigError(f"{run.id}: {error}" if configs else str(error)) from error
+        return configs
 
-    def command(self, job: Job, folder: Path, config: Config) -> list[str]:
+    def command(self, run: SweepRun, folder: Path, config: Config) -> list[str]:
         """Train one run here, in a process of its own, or in several where `launch.ranks` says so."""
         launcher = ["-m", "sora_train", "launch", "local"]
         start = [self.script] if self.script else ["-m", "sora_train.train"]
         if config.launch.ranks > 1:
             start = [*launcher, *([self.script] if self.script else [])]
-        given = [str(self.yaml_file)] if self.yaml_file is not None else []
+        options = [str(self.yaml_file)] if self.yaml_file is not None else []
         if self.config_dir is not None:
-            given += ["--config-dir", str(self.config_dir)]
-        return [sys.executable, *start, *given, *self.fixed, *self.of(job, folder)]
+            options += ["--config-dir", str(self.config_dir)]
+        return [sys.executable, *start, *options, *self.fixed, *self.overrides_of(run, folder)]

@@ -16,28 +16,28 @@ from sora_train.monitoring.report.charts import (
     ticks,
 )
 from sora_train.monitoring.report.run_charts import series
-from sora_train.tools.sweep.report.rows import SEED, Collected, Row, as_number, by_number
+from sora_train.tools.sweep.report.rows import SEED, Row, SweepResults, as_number, by_number
 
 MOST_CURVES = 12
 MOST_LETTERS = 22
 
 
-def sweep_charts(found: Collected) -> list[tuple[str, str]]:
+def sweep_charts(results: SweepResults) -> list[tuple[str, str]]:
     """(title, SVG element) of each chart that has data."""
-    best = " of the best runs" if len(found.rows) > MOST_CURVES else ""
-    drawn = [(f"{found.metric} by {key}", by_axis(found, key)) for key in swept_keys(found)]
-    drawn.append((f"Training loss{best}", losses(found)))
+    best = " of the best runs" if len(results.rows) > MOST_CURVES else ""
+    drawn = [(f"{results.metric} by {key}", by_axis(results, key)) for key in swept_keys(results)]
+    drawn.append((f"Training loss{best}", losses(results)))
     return [(title, svg) for title, svg in drawn if svg]
 
 
-def swept_keys(found: Collected) -> list[str]:
+def swept_keys(results: SweepResults) -> list[str]:
     """The keys with several values, but for the seed."""
-    return [key for key, values in found.axes.items() if key != SEED and len(values) > 1]
+    return [key for key, values in results.axes.items() if key != SEED and len(values) > 1]
 
 
-def losses(found: Collected) -> str:
+def losses(results: SweepResults) -> str:
     lines = []
-    for number, row in enumerate(found.rows[:MOST_CURVES]):
+    for number, row in enumerate(results.rows[:MOST_CURVES]):
         steps, values = series(row.metrics, "train/loss")
         if len(steps):
             curve = steps, smooth(values, max(1, len(values) // 40))
@@ -50,9 +50,9 @@ def losses(found: Collected) -> str:
     return line_chart(lines, limits, plain)
 
 
-def by_axis(found: Collected, key: str) -> str:
+def by_axis(results: SweepResults, key: str) -> str:
     """The metric over one key, a colour for each combination of the others; points are runs, lines go through means."""
-    values = sorted({row.values[key] for row in found.rows if key in row.values}, key=by_number)
+    values = sorted({row.values[key] for row in results.rows if key in row.values}, key=by_number)
     numbers = [as_number(value) for value in values]
     known = [number for number in numbers if number is not None]
     scale = Scale(known) if len(known) == len(values) else None
@@ -61,8 +61,8 @@ def by_axis(found: Collected, key: str) -> str:
         for at, (value, number) in enumerate(zip(values, numbers, strict=True))
     }
     lines: dict[str, list[Point]] = {}
-    for row in found.rows:
-        value = row.final(found.metric)
+    for row in results.rows:
+        value = row.final(results.metric)
         if key in row.values and math.isfinite(value):
             others = ", ".join(v for k, v in row.values.items() if k not in (key, SEED))
             lines.setdefault(others, []).append((place[row.values[key]], value, row.id))
@@ -95,16 +95,16 @@ class Scale:
         return [(self.of(value), f"{value:.3g}") for value in inside]
 
 
-def heat(found: Collected) -> dict[str, object] | None:
+def heat(results: SweepResults) -> dict[str, object] | None:
     """Of two keys, a table of the metric and how dark to shade its cells; None for another number of keys."""
-    keys = swept_keys(found)
+    keys = swept_keys(results)
     if len(keys) != 2:
         return None
     down, across = (
-        sorted({row.values[key] for row in found.rows if key in row.values}, key=by_number)
+        sorted({row.values[key] for row in results.rows if key in row.values}, key=by_number)
         for key in keys
     )
-    means = {(a, b): mean(found, {keys[0]: a, keys[1]: b}) for a in down for b in across}
+    means = {(a, b): mean(results, {keys[0]: a, keys[1]: b}) for a in down for b in across}
     known = [value for value in means.values() if math.isfinite(value)]
     if not known:
         return None
@@ -114,14 +114,14 @@ def heat(found: Collected) -> dict[str, object] | None:
         if not math.isfinite(value):
             return "–", 0.0
         share = (value - low) / (high - low) if high > low else 0.0
-        return f"{value:.5g}", 0.05 + 0.4 * (share if found.more else 1 - share)
+        return f"{value:.5g}", 0.05 + 0.4 * (share if results.more else 1 - share)
 
     rows = [(a, [shaded(means[a, b]) for b in across]) for a in down]
     return {"keys": keys, "across": across, "rows": rows}
 
 
-def mean(found: Collected, values: dict[str, str]) -> float:
+def mean(results: SweepResults, values: dict[str, str]) -> float:
     """Mean of the metric over the runs with these values."""
-    runs: list[Row] = [row for row in found.rows if values.items() <= row.values.items()]
-    finals = [value for row in runs if math.isfinite(value := row.final(found.metric))]
+    runs: list[Row] = [row for row in results.rows if values.items() <= row.values.items()]
+    finals = [value for row in runs if math.isfinite(value := row.final(results.metric))]
     return sum(finals) / len(finals) if finals else math.nan

@@ -4,25 +4,27 @@ import math
 from dataclasses import dataclass
 
 from sora_train.errors import UserError
-from sora_train.tools.sweep.report.paired import Difference, of_seeds, of_steps, unlike
-from sora_train.tools.sweep.report.rows import SEED, Collected, Row
+from sora_train.tools.sweep.report.paired import PairedDifference, of_seeds, of_steps, unlike
+from sora_train.tools.sweep.report.rows import SEED, Row, SweepResults
 
 LOSS = "train/loss"
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """A group of runs against the baseline's: the difference, or why there is none."""
 
     name: str
     rows: list[Row]
-    difference: Difference | None
+    difference: PairedDifference | None
     why: str
     of: str
     """The metric that is compared."""
 
 
-def compare(found: Collected, baseline: str, confidence: float) -> tuple[str, list[Compared]]:
+def compare(
+    results: SweepResults, baseline: str, confidence: float
+) -> tuple[str, list[Comparison]]:
     """The baseline's name, and every other group against it.
 
     With two seeds or more in common, the sweep's metric is compared over seeds; else the training loss, over the steps
@@ -32,44 +34,46 @@ def compare(found: Collected, baseline: str, confidence: float) -> tuple[str, li
     """
     if not 0 < confidence < 1:
         raise UserError(f"--confidence {confidence:g} must be between 0 and 1, for example 0.95")
-    groups = found.groups()
-    if baseline and baseline not in [row.id for row in found.rows]:
+    groups = results.groups()
+    if baseline and baseline not in [row.id for row in results.rows]:
         raise UserError(
-            f"--baseline {baseline} is no run of {found.folder}; there are: "
-            f"{', '.join(sorted(row.id for row in found.rows))}"
+            f"--baseline {baseline} is no run of {results.folder}; there are: "
+            f"{', '.join(sorted(row.id for row in results.rows))}"
         )
-    base = next(row.group for row in found.rows if baseline in ("", row.id))
+    base = next(row.group for row in results.rows if baseline in ("", row.id))
     others = [group for group in groups if group != base]
     return name_of(groups[base]), [
-        against(found, groups[group], groups[base], confidence) for group in others
+        against(results, groups[group], groups[base], confidence) for group in others
     ]
 
 
-def against(found: Collected, ours: list[Row], theirs: list[Row], confidence: float) -> Compared:
+def against(
+    results: SweepResults, ours: list[Row], theirs: list[Row], confidence: float
+) -> Comparison:
     name, base = name_of(ours), {row.values.get(SEED, ""): row for row in theirs}
     pairs = [(row, base[seed]) for row in ours if (seed := row.values.get(SEED, "")) in base]
     pairs = [(a, b) for a, b in pairs if a.metrics and b.metrics]
     if not pairs:
-        return Compared(name, ours, None, "no run of the same seed has taken a step in both", "")
+        return Comparison(name, ours, None, "no run of the same seed has taken a step in both", "")
     why = next(filter(None, (unlike(a.config, b.config) for a, b in pairs)), "")
     if why:
-        return Compared(name, ours, None, why, "")
-    finals = [(a.final(found.metric), b.final(found.metric)) for a, b in pairs]
+        return Comparison(name, ours, None, why, "")
+    finals = [(a.final(results.metric), b.final(results.metric)) for a, b in pairs]
     finals = [(a, b) for a, b in finals if math.isfinite(a) and math.isfinite(b)]
     if len(finals) > 1:
         a, b = zip(*finals, strict=True)
-        return Compared(name, ours, of_seeds(a, b, confidence), "", found.metric)
+        return Comparison(name, ours, of_seeds(a, b, confidence), "", results.metric)
     return of_one_pair(name, ours, pairs[0], confidence)
 
 
-def of_one_pair(name: str, rows: list[Row], pair: tuple[Row, Row], confidence: float) -> Compared:
+def of_one_pair(name: str, rows: list[Row], pair: tuple[Row, Row], confidence: float) -> Comparison:
     curves = [row.curve(LOSS) for row in pair]
     if not curves[0].keys() & curves[1].keys():
-        return Compared(name, rows, None, f"they have no step with {LOSS} in common", "")
+        return Comparison(name, rows, None, f"they have no step with {LOSS} in common", "")
     lost = [row.id for row, curve in zip(pair, curves, strict=True) if _lost(curve)]
     if lost:
-        return Compared(name, rows, None, f"{lost[0]} has steps whose loss is not finite", "")
-    return Compared(name, rows, of_steps(curves[0], curves[1], confidence), "", LOSS)
+        return Comparison(name, rows, None, f"{lost[0]} has steps whose loss is not finite", "")
+    return Comparison(name, rows, of_steps(curves[0], curves[1], confidence), "", LOSS)
 
 
 def name_of(rows: list[Row]) -> str:

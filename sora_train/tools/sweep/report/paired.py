@@ -22,7 +22,7 @@ SAME_LOSS = ("vae", "text.max_length", "objective", "loss", "vae_objective")
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """A mean difference with its confidence interval. NaN bounds: too little to tell."""
 
     mean: float
@@ -40,7 +40,7 @@ class Difference:
 
 def of_steps(
     ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float
-) -> Difference:
+) -> PairedDifference:
     """Mean of ours minus theirs over the last half of the steps both have, by batch means.
 
     The steps of a run are correlated, so the interval is made of the means of about n^(1/3) batches of neighbouring
@@ -58,23 +58,23 @@ def of_steps(
     size = len(steps) // count
     mean = float((a - b).mean()) if steps else math.nan
     if size == 0:
-        return Difference(mean, math.nan, math.nan, math.nan, f"{len(steps)} step(s)")
+        return PairedDifference(mean, math.nan, math.nan, math.nan, f"{len(steps)} step(s)")
     half = _half(_batches(a - b, count, size), confidence)
     apart = _half_apart(_batches(a, count, size), _batches(b, count, size), confidence)
-    return Difference(
+    return PairedDifference(
         mean, mean - half, mean + half, 2 * apart, f"{count} batches of {size} step(s)"
     )
 
 
-def of_seeds(ours: Sequence[float], theirs: Sequence[float], confidence: float) -> Difference:
+def of_seeds(ours: Sequence[float], theirs: Sequence[float], confidence: float) -> PairedDifference:
     """Mean of ours minus theirs over seeds, pair by pair, with Student's interval."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, over = fmean(differences), f"{len(differences)} seeds"
     if len(differences) < 2:
-        return Difference(mean, math.nan, math.nan, math.nan, over)
+        return PairedDifference(mean, math.nan, math.nan, math.nan, over)
     half = _half(np.array(differences), confidence)
     apart = _half_apart(np.array(ours), np.array(theirs), confidence)
-    return Difference(mean, mean - half, mean + half, 2 * apart, over)
+    return PairedDifference(mean, mean - half, mean + half, 2 * apart, over)
 
 
 def unlike(a: Mapping[str, object], b: Mapping[str, object]) -> str:

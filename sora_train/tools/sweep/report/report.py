@@ -1,4 +1,4 @@
-"""A sweep told: on the terminal, as CSV, Markdown and a page. All four are made of the same rows."""
+"""The report of a sweep: on the terminal, as CSV, Markdown and a page, all four from the same rows."""
 
 import csv
 import io
@@ -10,80 +10,82 @@ from pathlib import Path
 from sora_train.base.progress import duration
 from sora_train.monitoring.report.page import render
 from sora_train.tools.sweep.report.charts import heat, sweep_charts
-from sora_train.tools.sweep.report.compare import Compared
-from sora_train.tools.sweep.report.rows import Collected
+from sora_train.tools.sweep.report.compare import Comparison
+from sora_train.tools.sweep.report.rows import SweepResults
 
 Table = tuple[list[str], list[list[str]]]
 """Heads and cells."""
 
 
-def csv_text(found: Collected) -> str:
+def csv_text(results: SweepResults) -> str:
     """One line a run, numbers in full precision; a run without the metric has an empty cell."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["id", *found.axes, "state", "step", found.metric, "best", "seconds"])
-    for row in found.rows:
-        numbers = (row.final(found.metric), row.best(found.metric, found.more), row.seconds)
-        told = ["" if math.isnan(value) else repr(float(value)) for value in numbers]
-        values = [row.values.get(key, "") for key in found.axes]
-        writer.writerow([row.id, *values, row.state, row.step, *told])
+    writer.writerow(["id", *results.axes, "state", "step", results.metric, "best", "seconds"])
+    for row in results.rows:
+        numbers = (row.final(results.metric), row.best(results.metric, results.more), row.seconds)
+        cells = ["" if math.isnan(value) else repr(float(value)) for value in numbers]
+        values = [row.values.get(key, "") for key in results.axes]
+        writer.writerow([row.id, *values, row.state, row.step, *cells])
     return out.getvalue()
 
 
-def runs_table(found: Collected) -> Table:
+def runs_table(results: SweepResults) -> Table:
     rows = []
-    for row in found.rows:
-        numbers = (row.final(found.metric), row.best(found.metric, found.more))
-        values = [row.values.get(key, "") for key in found.axes] or [row.id]
+    for row in results.rows:
+        numbers = (row.final(results.metric), row.best(results.metric, results.more))
+        values = [row.values.get(key, "") for key in results.axes] or [row.id]
         rows.append(
             [*values, row.state, f"{row.step:,}", *map(number, numbers), duration(row.seconds)]
         )
-    return [*(found.axes or ["run"]), "state", "steps", found.metric, "best", "time"], rows
+    return [*(results.axes or ["run"]), "state", "steps", results.metric, "best", "time"], rows
 
 
-def compared_table(compared: Sequence[Compared], confidence: float) -> Table:
+def compared_table(compared: Sequence[Comparison], confidence: float) -> Table:
     heads = ["run", "of", "difference", f"{confidence:.0%} interval", "without pairing", "over"]
     rows = []
     for one in compared:
-        found = one.difference
-        if found is None:
+        difference = one.difference
+        if difference is None:
             rows.append([one.name, "", f"not compared: {one.why}", "", "", ""])
             continue
-        told = math.isfinite(found.low)
-        interval = f"{found.low:+.4g} to {found.high:+.4g}" if told else "too little to tell"
-        apart = f"±{found.unpaired / 2:.4g}" if told else ""
-        rows.append([one.name, one.of, f"{found.mean:+.4g}", interval, apart, found.over])
+        known = math.isfinite(difference.low)
+        interval = (
+            f"{difference.low:+.4g} to {difference.high:+.4g}" if known else "too little to tell"
+        )
+        apart = f"±{difference.unpaired / 2:.4g}" if known else ""
+        rows.append([one.name, one.of, f"{difference.mean:+.4g}", interval, apart, difference.over])
     return heads, rows
 
 
-def notes(found: Collected, base: str, compared: Sequence[Compared]) -> list[str]:
+def notes(results: SweepResults, base: str, compared: Sequence[Comparison]) -> list[str]:
     """How to read the tables, in sentences."""
-    said = [f"By {found.told}."]
+    sentences = [f"By {results.criterion}."]
     if any(one.difference for one in compared):
-        said.append(
+        sentences.append(
             f"Differences are to {base}. Runs of one seed meet the same clips with the same noise, so they are taken "
             "step by step (over the last half of the steps) or seed by seed, and the luck of the draw goes out; "
             "'without pairing' is what the interval would have been. An interval that holds 0 tells no difference."
         )
-    bad = [row for row in found.rows if row.state in ("failed", "silent", "stalled")]
-    said += [f"{row.id} {row.state}: {row.why}." for row in bad]
-    return said
+    bad = [row for row in results.rows if row.state in ("failed", "silent", "stalled")]
+    sentences += [f"{row.id} {row.state}: {row.why}." for row in bad]
+    return sentences
 
 
-def following(found: Collected) -> list[str]:
+def following(results: SweepResults) -> list[str]:
     """Commands that go on from here."""
-    best = found.rows[0]
-    if not math.isfinite(best.final(found.metric)):
+    best = results.rows[0]
+    if not math.isfinite(best.final(results.metric)):
         return []
-    folder = shlex.quote(str(found.folder / best.id))
+    folder = shlex.quote(str(results.folder / best.id))
     return [f'sora sample --ckpt {folder} --prompt "..."']
 
 
 def markdown_text(
-    found: Collected, base: str, compared: Sequence[Compared], confidence: float
+    results: SweepResults, base: str, compared: Sequence[Comparison], confidence: float
 ) -> str:
-    parts = [f"# {found.folder.resolve().name}", *notes(found, base, compared)]
-    parts.append(_markdown(runs_table(found)))
+    parts = [f"# {results.folder.resolve().name}", *notes(results, base, compared)]
+    parts.append(_markdown(runs_table(results)))
     if compared:
         parts += [f"## Against {base}", _markdown(compared_table(compared, confidence))]
     return "\n\n".join(parts) + "\n"
@@ -98,31 +100,33 @@ def _markdown(table: Table) -> str:
     return "\n".join([line(heads), line(["---"] * len(heads)), *map(line, rows)])
 
 
-def page_text(found: Collected, base: str, compared: Sequence[Compared], confidence: float) -> str:
+def page_text(
+    results: SweepResults, base: str, compared: Sequence[Comparison], confidence: float
+) -> str:
     """One file that needs no network."""
-    metric, *sentences = notes(found, base, compared)
+    metric, *sentences = notes(results, base, compared)
     return render(
         "tools/sweep/report/report.html",
-        title=found.folder.resolve().name,
-        runs=len(found.rows),
+        title=results.folder.resolve().name,
+        runs=len(results.rows),
         metric=metric,
-        tiles=tiles(found),
-        table=runs_table(found),
+        tiles=tiles(results),
+        table=runs_table(results),
         base=base,
         compared=compared_table(compared, confidence) if compared else None,
         sentences=sentences,
-        heat=heat(found),
-        charts=sweep_charts(found),
+        heat=heat(results),
+        charts=sweep_charts(results),
     )
 
 
-def tiles(found: Collected) -> dict[str, str]:
-    best = found.rows[0]
-    done = sum(row.state == "finished" for row in found.rows)
+def tiles(results: SweepResults) -> dict[str, str]:
+    best = results.rows[0]
+    done = sum(row.state == "finished" for row in results.rows)
     return {
-        "runs finished": f"{done} of {len(found.rows)}",
-        f"best {found.metric}": number(best.final(found.metric)),
-        "time of all steps": duration(sum(row.seconds for row in found.rows)),
+        "runs finished": f"{done} of {len(results.rows)}",
+        f"best {results.metric}": number(best.final(results.metric)),
+        "time of all steps": duration(sum(row.seconds for row in results.rows)),
     } | {f"{key} of the best": value for key, value in best.values.items()}
 
 
@@ -131,13 +135,13 @@ def number(value: float) -> str:
 
 
 def written(
-    found: Collected, base: str, compared: Sequence[Compared], confidence: float
+    results: SweepResults, base: str, compared: Sequence[Comparison], confidence: float
 ) -> dict[str, str]:
     """The files of a report by their endings."""
     return {
-        "csv": csv_text(found),
-        "md": markdown_text(found, base, compared, confidence),
-        "html": page_text(found, base, compared, confidence),
+        "csv": csv_text(results),
+        "md": markdown_text(results, base, compared, confidence),
+        "html": page_text(results, base, compared, confidence),
     }
 
 

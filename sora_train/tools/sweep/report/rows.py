@@ -13,7 +13,7 @@ from sora_train.config.yaml_files import load_yaml
 from sora_train.errors import UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.status import is_run, read_status
-from sora_train.tools.sweep.folder import read
+from sora_train.tools.sweep.folder import read_sweep
 
 UNSWEPT = ("run.", "name", "launch.", "sweep.", "tracker.", "resume.", "init.", "dry_run")
 """Keys that differ between runs without being what is compared."""
@@ -63,7 +63,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Collected:
+class SweepResults:
     folder: Path
     axes: dict[str, list[str]]
     rows: list[Row]
@@ -73,59 +73,63 @@ class Collected:
     """Whether more of it is better."""
 
     @property
-    def told(self) -> str:
+    def criterion(self) -> str:
         mean = ", mean of the last tenth of the steps" if self.metric.startswith(NOISY) else ""
         return f"{self.metric}{mean}, {'more' if self.more else 'less'} is better"
 
     def groups(self) -> dict[tuple[tuple[str, str], ...], list[Row]]:
         """Runs that differ in their seed alone, those with the best mean first."""
-        found: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+        groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
         for row in self.rows:
-            found.setdefault(row.group, []).append(row)
-        return found
+            groups.setdefault(row.group, []).append(row)
+        return groups
 
 
-def collect(folder: Path, metric: str = "") -> Collected:
+def collect(folder: Path, metric: str = "") -> SweepResults:
     """What is known of a sweep, or of a folder of runs.
 
     Raises UserError where there is no run, or no run has the metric.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the run.dir of a sweep")
-    sweep = read(folder)
+    sweep = read_sweep(folder)
     if sweep is not None:
-        rows = [row_of(folder / job.id, job.id, dict(job.values)) for job in sweep.jobs]
+        rows = [row_of(folder / run.id, run.id, dict(run.values)) for run in sweep.runs]
         axes = sweep.axes
     else:
-        found = [row_of(path, path.name, {}) for path in sorted(folder.iterdir()) if is_run(path)]
-        axes, rows = told_apart(found)
+        runs = [row_of(path, path.name, {}) for path in sorted(folder.iterdir()) if is_run(path)]
+        axes, rows = with_axes(runs)
     if not rows:
         raise UserError(
             f"{folder} holds no sweep (no sweep.json) and no runs; give the run.dir of `sora train -m`, or a folder "
             "whose folders are runs"
         )
-    wanted = sweep.search if sweep is not None else None
-    metric = metric or (wanted or {}).get("metric", "") or usual(rows)
+    search = (sweep.search if sweep is not None else None) or {}
+    metric = metric or search.get("metric", "") or usual(rows)
     require(rows, metric)
-    goal = (wanted or {}).get("goal") if metric == (wanted or {}).get("metric") else None
+    goal = search.get("goal") if metric == search.get("metric") else None
     more = goal == "maximize" if goal else metric.endswith(MORE_IS_BETTER)
-    return Collected(folder, axes, ordered(rows, metric, more), metric, more)
+    return SweepResults(folder, axes, ordered(rows, metric, more), metric, more)
 
 
 def row_of(run_dir: Path, id: str, values: dict[str, str]) -> Row:
     if not is_run(run_dir):
         return Row(id, values, "not started", "")
-    found = read_status(run_dir)
+    status = read_status(run_dir)
     path = run_dir / "metrics.jsonl"
     config = run_dir / "config.yaml"
     return Row(
-        id, values, found.state, found.why, found.step,
+        id,
+        values,
+        status.state,
+        status.why,
+        status.step,
         read_metrics(path) if path.exists() else [],
         flatten(with_new_names(load_yaml(config))) if config.exists() else {},
-    )  # fmt: skip
+    )
 
 
-def told_apart(rows: Sequence[Row]) -> tuple[dict[str, list[str]], list[Row]]:
+def with_axes(rows: Sequence[Row]) -> tuple[dict[str, list[str]], list[Row]]:
     """The keys in which runs differ, with their values, and the runs with theirs."""
     names = dict.fromkeys(key for row in rows for key in row.config)
     axes = {}
