@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sora_train.config import Config
     from sora_train.sampling.api import load
+    from sora_train.training.recipe import Recipe
     from sora_train.training.trainer import Trainer
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Trainer", "__version__", "load"]
+__all__ = ["Config", "Recipe", "Trainer", "__version__", "load"]
 
 _HOMES = {
     "Config": "sora_train.config",
+    "Recipe": "sora_train.training.recipe",
     "Trainer": "sora_train.training.trainer",
     "load": "sora_train.sampling.api",
 }

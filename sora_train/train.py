@@ -3,14 +3,13 @@
     python -m sora_train.train [FILE.yaml] [--config-dir DIR] [-m] [key=value ...]
 
 is the same job as `sora train`, and what torchrun starts on every rank. A project of one's own calls
-`main(MyTrainer, MyConfig)`. `sora launch` composes once: with `--freeze` the configuration is written into the run
-folder and nothing is trained, with `--frozen FILE` a rank reads it from there.
+`main(recipe)`, or `main(MyTrainer, MyConfig)`. `sora launch` composes once: with `--freeze` the configuration is
+written into the run folder and nothing is trained, with `--frozen FILE` a rank reads it from there.
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,24 +22,33 @@ from sora_train.tools.launch.check import check_job
 from sora_train.tools.sweep.run import run_sweep
 
 if TYPE_CHECKING:
+    from sora_train.training.recipe import Recipe
     from sora_train.training.trainer import Trainer
 
 
 def main(
-    trainer_cls: "type[Trainer] | None" = None,
+    project: "Recipe | type[Trainer] | None" = None,
     config_cls: type[Config] = Config,
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Run the training that `argv` (the process's own arguments if None) describes, then exit."""
+    """Run the training that `argv` (the process's own arguments if None) describes, then exit.
+
+    Args:
+        project: a Recipe, or a subclass of Trainer; None: the stock one.
+        config_cls: with keys of the project's own, where a Recipe does not say it.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    sys.exit(run_command(lambda: train(trainer_cls, config_cls, arguments)))
+    sys.exit(run_command(lambda: train(project, config_cls, arguments)))
 
 
-def train(trainer_cls: "type[Trainer] | None", config_cls: type[Config], argv: list[str]) -> int:
+def train(
+    project: "Recipe | type[Trainer] | None", config_cls: type[Config], argv: list[str]
+) -> int:
     """As `main`, but returns the exit code and raises what goes wrong."""
+    config_cls = getattr(project, "config", config_cls)
     options, rest = OPTIONS.parse_known_args(argv)
     if options.multirun:
-        own = trainer_cls is not None or config_cls is not Config
+        own = project is not None or config_cls is not Config
         yaml_file, overrides = split_yaml_file(rest)
         script = sys.argv[0] if own else None
         return run_sweep(overrides, config_cls, options.config_dir, yaml_file, script)
@@ -49,33 +57,33 @@ def train(trainer_cls: "type[Trainer] | None", config_cls: type[Config], argv: l
         check_job(job)
         print(freeze(job))
         return 0
-    if trainer_cls is None:
-        # Torch loads only once the config is known to be right.
-        from sora_train.training.trainer import Trainer
-
-        trainer_cls = Trainer
     with listening():
         if job.stages:
-            train_stages(job, trainer_cls)
+            train_stages(job, project)
         else:
-            trainer_cls(job.config).train()
+            build_trainer(project, job.config).train()
     return 0
 
 
-def train_stages(job: JobConfig, trainer_cls: "type[Trainer]") -> None:
+def build_trainer(project: "Recipe | type[Trainer] | None", cfg: Config) -> "Trainer":
+    """The Trainer of a project. Torch loads only here, once the config is known to be right."""
+    from sora_train.training.trainer import Trainer
+
+    if project is None:
+        return Trainer(cfg)
+    return project(cfg) if isinstance(project, type) else Trainer(cfg, project)
+
+
+def train_stages(job: JobConfig, project: "Recipe | type[Trainer] | None") -> None:
     """Train every stage that is not finished, in order, in this process."""
     from sora_train.runtime import world as distributed
     from sora_train.runtime.control_plane import ControlPlane
-    from sora_train.runtime.health import longest_wait, record_collectives
+    from sora_train.training.run import start_ranks
 
     cfg = job.config
-    record_collectives(cfg.run.dir)
-    wait = longest_wait(cfg.health)
     # One process group for all stages: a job may join its rendezvous only once.
-    world = distributed.start(
-        cfg.run.device, cfg.run.threads, wait, timedelta(seconds=cfg.health.meeting_seconds)
-    )
-    control = ControlPlane(world, wait)
+    world = start_ranks(cfg)
+    control = ControlPlane(world, world.timeout)
     try:
         for number, (stage, run) in enumerate(zip(cfg.stages, job.stages, strict=True), start=1):
             done = control.broadcast(is_finished(run) if world.is_main else None)
@@ -83,7 +91,7 @@ def train_stages(job: JobConfig, trainer_cls: "type[Trainer]") -> None:
                 tail = ", finished before" if done else ""
                 print(f"stage {number} of {len(job.stages)}: {stage.name}{tail}", flush=True)
             if not done:
-                trainer_cls(run).train()
+                build_trainer(project, run).train()
             if run.dry_run:
                 return
     finally:

@@ -42,9 +42,9 @@ class TrainState:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TrainState":
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the checkpoint") -> "TrainState":
         """Raises UserError where keys are missing or unknown."""
-        return cls(**_exactly(cls, values, "the state of training"))
+        return cls(**_exactly(cls, values, where))
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,14 @@ class CheckpointMeta:
                 f"{where} has format {version}, and this version of sora_train reads up to {FORMAT}; update sora_train"
             )
         known = {key: value for key, value in values.items() if key != "format"}
-        known["config"] = with_new_names(known.get("config") or {})
+        if "config" in known:
+            known["config"] = with_new_names(known["config"])
         if version == 1:
-            known = _from_format_1(known, where)
+            known = _from_format_1(known)
         names = {one.name for one in fields(TrainState)}
-        train = TrainState.from_dict({key: value for key, value in known.items() if key in names})
+        train = TrainState.from_dict(
+            {key: value for key, value in known.items() if key in names}, where
+        )
         rest = {key: value for key, value in known.items() if key not in names}
         return cls(**_exactly(cls, {"train": train, **rest}, where))
 
@@ -141,14 +144,14 @@ def _exactly(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
     return dict(values)
 
 
-def _from_format_1(values: dict[str, Any], where: str) -> dict[str, Any]:
+def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
     """The same under today's names. Imported and averaged weights said less, which is filled in."""
     known = {RENAMED.get(key, key): value for key, value in values.items()}
     actions = {"validation": "validate", "row": "log", "samples": "sample"}
     if "pending" in known:
         known["pending"] = [actions.get(action, action) for action in known["pending"]]
     names = {one.name for kind in (TrainState, CheckpointMeta) for one in fields(kind)}
-    if "imported_from" in known:
+    if known.get("imported_from"):
         notes = {key: known.pop(key) for key in set(known) - names}
         train = TrainState(step=known["step"], pending=[])
         blank = CheckpointMeta(train, known["task"], known["config"], known["spec"]).to_dict()

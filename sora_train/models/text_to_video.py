@@ -6,6 +6,7 @@ E caption width.
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,38 @@ from sora_train.models.work_sharing import ALONE, Spread
 Text = tuple[Tensor, Tensor | None]
 """Byte ids (B, S) or caption embeddings (B, S, E), and the mask (B, S) of the caption's own
 tokens."""
+
+
+@runtime_checkable
+class VideoDenoiser(Protocol):
+    """What the loss and the sampler ask of a model of captioned clips. TextToVideo is one; so is a class of your own
+    that has these, and is called as `TextToVideo.forward` is.
+    """
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the model is told which latent frames are given: `mask_BT` of its call."""
+
+    def __call__(
+        self,
+        latents_BCTHW: Tensor,
+        t_BT: Tensor,
+        text: Text,
+        *,
+        mask_BT: Tensor | None = None,
+        fps_B: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def tokenize(self, prompts: Sequence[str]) -> Text:
+        """Captions as a call takes them, on the model's device."""
+
+    def embed(
+        self, prompts: Sequence[str], stored: Sequence[Tensor | None], spread: Spread
+    ) -> Text:
+        """`tokenize`, with stored embeddings in place of their prompts and by way of `spread`."""
+
+    def text_digest(self) -> str:
+        """What stored embeddings are compared by."""
 
 
 class TextToVideo(nn.Module):
@@ -86,6 +119,11 @@ class TextToVideo(nn.Module):
         return self.transformer(
             latents_BCTHW, t_BT, captions, mask_BS, mask_BT=mask_BT, fps_B=fps_B
         )
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether latent frames that are given are marked by `mask_proj`."""
+        return self.transformer.mask_proj is not None
 
     def tokenize(self, prompts: Sequence[str], spread: Spread = ALONE) -> Text:
         """Captions as `forward` takes them, on the model's device.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sora_train.diffusion.condition_masks import frame_times
 from sora_train.diffusion.flow import frame_losses, interpolate, velocity_losses
-from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.text_to_video import VideoDenoiser
 from sora_train.models.work_sharing import ALONE, Spread
 
 
@@ -41,7 +41,7 @@ class FlowBatch:
 
     def predict(self, model: nn.Module) -> Tensor:
         """The model's velocity (B, C, T, H, W)."""
-        assert isinstance(model, TextToVideo)
+        assert isinstance(model, VideoDenoiser)
         text = model.embed(self.prompts, self.text or [None] * len(self.prompts), self.spread)
         if self.condition is not None:
             t_BT = self.t_B[:, None].expand_as(self.mask_BT)
@@ -52,7 +52,7 @@ class FlowBatch:
         if self.given is not None:
             clean = torch.where(self.mask_BT[:, None, :, None, None] > 0, self.given, clean)
         z = interpolate(clean, self.noise, t_BT)
-        mask_BT = self.mask_BT if model.transformer.mask_proj is not None else None
+        mask_BT = self.mask_BT if model.takes_mask else None
         return model(z, t_BT, text, mask_BT=mask_BT, fps_B=self.fps_B)
 
     @property

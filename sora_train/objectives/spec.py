@@ -7,15 +7,16 @@ from torch import nn
 from sora_train.config import Config
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import ConfigError
-from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.text_to_video import TextToVideo, VideoDenoiser
 from sora_train.models.vae.autoencoder import VideoVAE
 
 
 def build_spec(cfg: Config, vae: VideoVAE, model: nn.Module) -> DiffusionSpec | None:
     """None for a task without diffusion. Raises ConfigError when model and VAE do not fit."""
-    if not isinstance(model, TextToVideo):
+    if not isinstance(model, VideoDenoiser):
         return None
-    check_channels(cfg.objective.cond_mode, vae, model)
+    if isinstance(model, TextToVideo):
+        check_channels(cfg.objective.cond_mode, vae, model)
     return spec_of(cfg, vae, "" if cfg.text.trainable else model.text_digest())
 
 

@@ -4,14 +4,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint.layout import split_step
+from sora_train.checkpoint.meta import read_meta
 from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.config import Config, ModelConfig
 from sora_train.config.messages import validated
@@ -19,7 +20,7 @@ from sora_train.config.renamed import with_new_names
 from sora_train.config.yaml_files import load_yaml
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
-from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.text_to_video import TextToVideo, VideoDenoiser
 from sora_train.models.transformer.attention_backends import missing
 from sora_train.models.transformer.dit import check_patches
 from sora_train.models.vae.autoencoder import VideoVAE
@@ -197,15 +198,17 @@ def with_settings(spec: DiffusionSpec, settings: Mapping[str, Any]) -> Diffusion
         raise UserError(f"{error}; change {', '.join(settings)}") from error
 
 
-def shipped_config(run_dir: Path, name: str = "config.yaml") -> Config:
-    """The run's config, or another one in its folder, without the top-level keys that a project's own Config added;
-    strict in all it keeps.
+def shipped_config(
+    run_dir: Path, name: str = "config.yaml", config_cls: type[Config] = Config
+) -> Config:
+    """The run's config, or another one in its folder, without the top-level keys that `config_cls` lacks since a
+    project's own Config added them; strict in all it keeps.
 
     They were checked when the run began, and a model of one's own is refused by its weights.
     """
     values = with_new_names(load_yaml(run_dir / name))
     return validated(
-        Config, {key: value for key, value in values.items() if key in Config.model_fields}
+        config_cls, {key: value for key, value in values.items() if key in config_cls.model_fields}
     )
 
 
@@ -227,29 +230,47 @@ class CheckpointInfo:
     shape: ClipShape
 
 
-def checkpoint_info(run: Path, step: int | None = None) -> CheckpointInfo:
+def checkpoint_info(
+    run: Path, step: int | None = None, config_cls: type[Config] = Config
+) -> CheckpointInfo:
     """Read a run's config, spec and usual shape of clips: all that checking a request needs.
 
     Raises:
         UserError: no such run or checkpoint, or the checkpoint is not one of a text-to-video model.
     """
     checkpoint = checkpoints.find(run, step)
-    state = checkpoint.state()
-    if state["task"] != "text_to_video":
+    meta = read_meta(checkpoint)
+    if meta.spec is None:
         raise UserError(
-            f"{run} trained a {state['task']}, which cannot be sampled from; give a text_to_video run"
+            f"{run} trained a {meta.task}, which cannot be sampled from; give a text_to_video run"
         )
     try:
-        spec = DiffusionSpec.from_dict(state["spec"])
+        spec = DiffusionSpec.from_dict(meta.spec)
     except ValueError as error:
         raise UserError(
             f"{checkpoint.path} cannot be sampled from: {error}; use the version of sora_train that wrote it"
         ) from error
-    return CheckpointInfo(checkpoint, shipped_config(run), spec, ClipShape(**state["sample_shape"]))
+    cfg = shipped_config(run, config_cls=config_cls)
+    return CheckpointInfo(checkpoint, cfg, spec, ClipShape(**meta.sample_shape))
+
+
+class Project(Protocol):
+    """What a run of a project of one's own was made with; a `Recipe` is one."""
+
+    @property
+    def config(self) -> type[Config]: ...
+
+    @property
+    def model(self) -> Callable[..., nn.Module]: ...
 
 
 def load(
-    run: str | Path, *, step: int | None = None, weights: str = "ema", device: str = "auto"
+    run: str | Path,
+    *,
+    step: int | None = None,
+    weights: str = "ema",
+    device: str = "auto",
+    project: Project | None = None,
 ) -> Model:
     """The model of a run folder, or of `RUN@STEP`.
 
@@ -257,12 +278,14 @@ def load(
         run: a folder that `sora train` wrote, optionally with `@step` behind it.
         step: which checkpoint; default: the newest complete one.
         weights: `ema` (averaged, what samples are meant to be made with), `live`, or one of `ema.more`: `0.9999`.
+        project: the Recipe of a run with a model, or with keys, of its own.
 
     Raises:
         UserError: no such run or checkpoint, or the checkpoint is not one of a text-to-video model.
     """
     folder, named_step = split_step(str(run))
-    info = checkpoint_info(folder, named_step if step is None else step)
+    config_cls = project.config if project else Config
+    info = checkpoint_info(folder, named_step if step is None else step, config_cls)
     prefix = StoredTensors(info.checkpoint).prefix(weights)
     cfg, spec = info.cfg, info.spec
     vae = VideoVAE.from_config(cfg.vae)
@@ -272,7 +295,14 @@ def load(
             "restore that folder"
         )
     target = pick_device(device)
-    model = TextToVideo(attending_here(cfg.model, target), cfg.text, seed=cfg.seed)
+    cfg = cfg.model_copy(update={"model": attending_here(cfg.model, target)})
+    built = project.model(cfg) if project else TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
+    if not isinstance(built, VideoDenoiser):
+        raise UserError(
+            f"{type(built).__name__} cannot be sampled from: it lacks what VideoDenoiser asks of a model "
+            "(sora_train/models/text_to_video.py)"
+        )
+    model: Any = built
     names = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {
         f"{prefix}{name}": value.detach() for name, value in names.items()

@@ -21,7 +21,7 @@ from sora_train.diffusion.flow import interpolate
 from sora_train.diffusion.guidance import guide, guide_both, rescale
 from sora_train.diffusion.sampler import sample_ode
 from sora_train.diffusion.spec import DiffusionSpec
-from sora_train.models.text_to_video import Text, TextToVideo
+from sora_train.models.text_to_video import Text, VideoDenoiser
 from sora_train.models.vae.autoencoder import VideoVAE
 
 
@@ -202,7 +202,7 @@ class GuidedVelocity:
         given: GivenLatents | None,
         condition_noise: float,
     ):
-        assert isinstance(model, TextToVideo)
+        assert isinstance(model, VideoDenoiser)
         self.model, self.spec, self.noise, self.fps = model, spec, noise, fps
         self.given, self.condition_noise = given, condition_noise
         mask_T = None if given is None else given.mask_T
@@ -266,10 +266,9 @@ class GuidedVelocity:
         text: Text,
     ) -> Tensor:
         """One call of the model for (z, t, mask, given or not) in a batch."""
-        assert isinstance(self.model, TextToVideo)
         z = torch.cat([self._beside(one[0], with_given=one[3]) for one in views])
         mask_BT: Tensor | None = None
-        if self.model.transformer.mask_proj is not None:
+        if self.model.takes_mask:
             mask_BT = torch.cat([one[2] for one in views])
         fps_B = torch.full((len(z),), self.fps, device=z.device)
         t_BT = torch.cat([one[1] for one in views])

@@ -19,6 +19,14 @@ ScriptArguments = Annotated[
 ConfigDir = Annotated[
     Path | None, typer.Option(help="A folder with config groups and experiments of your own.")
 ]
+ProjectFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--project",
+        metavar="FILE.py",
+        help="The file that trained a run of your own: its `recipe`.",
+    ),
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 RunAtStep = Annotated[
     str, typer.Argument(metavar="RUN[@STEP]", help="A run folder; its newest checkpoint or STEP.")

@@ -10,7 +10,6 @@ from rich.table import Table
 from sora_train.checkpoint.meta import TrainState
 from sora_train.checkpoint.space import Space
 from sora_train.data.tape.tape import nearby_efficiencies, row_costs, slot_efficiency
-from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.attention_backends import describe
 from sora_train.parallel.checks.self_test import Agreed
 from sora_train.parallel.compile import resolve_compile
@@ -217,7 +216,7 @@ def step_seconds(run: RunContext, parts: Components, data_step: int) -> float:
     model, data = parts.engine.model, parts.data
     part = data.part(data_step)
     steps = part.per_epoch / data.micro_batches
-    if isinstance(model, TextToVideo):
+    if hasattr(model, "flops"):
         text = run.cfg.text.max_length // 2
         epoch = part.epoch(0)
         mean = sum(

@@ -4,6 +4,7 @@ model -> VAE -> diffusion spec -> data -> objective -> engine -> averages
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
@@ -96,12 +97,17 @@ def build(builder: Builder, resumed: CheckpointMeta | None) -> None:
 def build_networks(builder: Builder, *, empty: bool) -> None:
     """The model and the VAE; an `empty` model has no memory for what is trained, if its builder can make such a one."""
     parts, run = builder.parts, builder.run
-    takes_empty = "empty" in inspect.signature(builder.build_model).parameters
-    options = {"empty": True} if empty and takes_empty else {}
+    options = {"empty": True} if empty and takes_empty(builder.build_model) else {}
     parts.model = model = builder.build_model(**options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts.num_params = sum(parameter.numel() for parameter in trained)
     parts.vae = build_vae(run, model)
+
+
+def takes_empty(build: Callable[..., nn.Module]) -> bool:
+    """Whether a builder says that it can make a model without memory for what is trained, which then has
+    `initial_values`."""
+    return "empty" in inspect.signature(build).parameters
 
 
 def build_vae(run: RunContext, model: nn.Module | None) -> VideoVAE:

@@ -1,17 +1,23 @@
 """What a project of one's own replaces: a builder for each part of a run.
 
-    main(Recipe(model=MyModel, callbacks=(log_weight_norm,)), MyConfig)
+    recipe = Recipe(config=MyConfig, model=MyModel, callbacks=(log_weight_norm,))
+    main(recipe)
 
 The same can be done by subclassing the Trainer. Nothing is registered anywhere.
 """
 
+import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sora_train.checkpoint.meta import CheckpointMeta
+from sora_train.config import Config
+from sora_train.errors import UserError
 from sora_train.objectives import Objective
 from sora_train.training.components import (
     Components,
@@ -32,6 +38,8 @@ Callback = Callable[[Any, dict[str, float]], None]
 class Recipe:
     """The builders of a run. Each default is what the stock Trainer does."""
 
+    config: type[Config] = Config
+    """With keys of the project's own."""
     model: Callable[..., nn.Module] = build_model
     """(cfg) -> the trainable model on the CPU, its weights drawn from `cfg.seed`. One that takes `empty=False` as well
     is asked for a model without memory where no rank should hold the whole."""
@@ -44,3 +52,27 @@ class Recipe:
     """Metrics of the held-out clips."""
     sample: Callable[[RunContext, Components, int], None] = write_samples
     """Writes clips of the averaged weights as they are at a step."""
+
+
+def load_recipe(file: Path) -> Recipe:
+    """The `recipe` of a project's file, which is run as a module for it, not as a program.
+
+    Raises:
+        UserError: there is no such file, or it names no Recipe `recipe`.
+    """
+    if not file.is_file():
+        raise UserError(
+            f"--project {file}: there is no such file; give the one that trained the run"
+        )
+    sys.path.insert(0, str(file.resolve().parent))
+    try:
+        names = runpy.run_path(str(file), run_name=file.stem)
+    finally:
+        sys.path.pop(0)
+    recipe = names.get("recipe")
+    if not isinstance(recipe, Recipe):
+        raise UserError(
+            f"--project {file} has no `recipe`; write `recipe = Recipe(config=..., model=...)` at its top level, see "
+            "docs/extend.md"
+        )
+    return recipe

@@ -22,7 +22,6 @@ from sora_train.config import Config
 from sora_train.data.sample import ClipBatch, rows_of
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import Preempted
-from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.monitoring.metrics import MetricsFile
 from sora_train.monitoring.run_folder import RunFolder
@@ -36,7 +35,7 @@ from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.health import Health
 from sora_train.runtime.world import World
 from sora_train.training.card import print_card
-from sora_train.training.components import Components, build
+from sora_train.training.components import Components, build, takes_empty
 from sora_train.training.initialise import refuse_imported
 from sora_train.training.optim.ema import Ema
 from sora_train.training.optim.ema_snapshots import snapshots_every, write_snapshot
@@ -82,9 +81,6 @@ class Trainer:
     objective: Objective
     engine: Engine
     ema: Ema
-    # Of `state`.
-    step: int
-    data_step: int
 
     def __init__(self, cfg: Config, recipe: Recipe = Recipe()):  # noqa: B008 - it is frozen
         self.started = time.monotonic()
@@ -114,11 +110,21 @@ class Trainer:
         return trainer
 
     def __getattr__(self, name: str) -> Any:
-        for holder in ("run", "parts", "state"):
+        for holder in ("run", "parts"):
             held = self.__dict__.get(holder)
             if held is not None and name in vars(held):
                 return getattr(held, name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    @property
+    def data_step(self) -> int:
+        """The step of the tape that is read next."""
+        return self.state.data_step
 
     def build(self) -> None:
         """Make the parts, and bring them to where the run folder stands."""
@@ -139,7 +145,8 @@ class Trainer:
 
     def build_model(self, empty: bool = False) -> nn.Module:
         """The trainable model on the CPU, with every weight drawn from `seed` and its own name; see `Recipe.model`."""
-        return self.recipe.model(self.cfg, empty=True) if empty else self.recipe.model(self.cfg)
+        options = {"empty": True} if empty and takes_empty(self.recipe.model) else {}
+        return self.recipe.model(self.cfg, **options)
 
     def build_objective(self) -> Objective:
         return self.recipe.objective(self.run, self.parts)
@@ -322,7 +329,7 @@ class Trainer:
     def take_captions_cut(self) -> int:
         """Captions this rank has cut since it was asked last."""
         model = self.engine.model
-        return model.take_truncated() if isinstance(model, TextToVideo) else 0
+        return model.take_truncated() if hasattr(model, "take_truncated") else 0
 
     # --- what the loop calls ---
 

@@ -10,14 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sentences import says
 
 from sora_train.checkpoint import find
+from sora_train.checkpoint.meta import read_meta
+from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.cli import run
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.sampling.api import load
+from sora_train.tools.replay.replay import facts
+from sora_train.training.recipe import load_recipe
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extend.md"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -69,17 +74,33 @@ def command_of(name: str) -> str:
 
 
 def test_every_file_has_its_command_and_every_command_its_file() -> None:
-    assert len(FILES) == 4
+    assert len(FILES) == 5
     named = {word for command in COMMANDS for word in command.split() if word.endswith(".py")}
     assert named == set(FILES)
 
 
 def test_the_model(project: Path) -> None:
-    assert exit_code(command_of("time_mixing.py"), *SHORT) == 0
-    state = find(project / "runs/time_mixing").state()
-    assert state["config"]["mix"] == {"kernel": 5}
+    train, sample, replay = [command for command in COMMANDS if " time_mixing.py " in command]
+    assert exit_code(train, *SHORT) == 0
+    meta = read_meta(find(project / "runs/time_mixing"))
+    assert meta.config["mix"] == {"kernel": 5}
     with pytest.raises(UserError, match="another model|unknown config key"):
         load(project / "runs/time_mixing")
+    assert exit_code(sample, "--steps", "1") == 0
+    assert (project / "samples/000.mp4").is_file()
+    assert exit_code(replay) == 0
+    replayed = facts(project / "runs/time_mixing/replay/step-000001")
+    assert replayed["loss"] == pytest.approx(replayed["logged_loss"], rel=1e-6)
+    # The model that is sampled from is the one that was trained, its own weights included.
+    recipe = load_recipe(project / "time_mixing.py")
+    model = load(project / "runs/time_mixing", project=recipe).model
+    assert type(model).__name__ == "MixedInTime"
+    stored = StoredTensors(find(project / "runs/time_mixing"))
+    (weight,) = stored.read("ema.mix.weight").values()
+    assert torch.equal(model.mix.weight, weight) and weight.abs().max() > 0
+    no_recipe = project / "gentle_start.py"
+    with pytest.raises(UserError, match="gentle_start.py has no `recipe`"):
+        load_recipe(no_recipe)
     assert exit_code("sora train time_mixing.py experiment=parity_tiny mix.kernle=5") == 2
 
 
@@ -110,6 +131,12 @@ def test_the_callback(project: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert exit_code(spiked, *SHORT) == expected == 1
     says(capsys.readouterr().err, "max_grad_norm=1e-06", "optim.lr", "lower")
     assert not list((project / "runs/spiked/checkpoints").glob("step-*"))
+
+
+def test_a_subclass_of_the_trainer(project: Path) -> None:
+    assert exit_code(command_of("gentle_start.py"), *SHORT) == 0
+    (first, second) = read_metrics(project / "runs/gentle_start/metrics.jsonl")
+    assert first["train/lr"] == pytest.approx(0.005) and second["train/lr"] == first["train/lr"]
 
 
 def test_a_new_project_trains_and_is_sampled(project: Path) -> None:

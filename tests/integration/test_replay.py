@@ -20,7 +20,7 @@ from sora_train.monitoring.run_folder import Part, parts_of
 from sora_train.objectives import LossTerm
 from sora_train.tools.data.trace import Trace
 from sora_train.tools.replay.replay import ReplayRequest, facts, look, replay
-from sora_train.training.outputs.step_picture import draw_step
+from sora_train.training.outputs.step_picture import Sample, draw_step, samples_of
 from sora_train.training.trainer import Trainer
 
 TINY = "experiment=parity_tiny"
@@ -290,9 +290,16 @@ def test_a_live_trainer_draws_what_it_has_at_hand(
         batches = trainer.data.step(0)
         terms = [trainer.objective.terms(trainer.engine.model, batch) for batch in batches]
         totals = {"velocity": sum(batch.weight for batch in batches)}
-        told, sheet = draw_step(trainer, 1, batches, terms, totals, why="loss is 9 deviations high")
+        run, parts = trainer.run, trainer.parts
+        places = [(0, slot) for slot in range(len(batches))]
+
+        def samples(terms: list[dict[str, LossTerm]]) -> list[Sample]:
+            manifest = parts.data.manifest
+            return samples_of(parts.objective, manifest, batches, places, terms, totals)
+
+        told, sheet = draw_step(run, parts, samples(terms), batches, 1, 0, why="9 deviations high")
         found = json.loads(told.read_text())
-        says(found["why"], "loss", "9")
+        says(found["why"], "9")
         assert found["step"] == 1
         loss = sum(float(term["velocity"].sum.detach()) for term in terms) / totals["velocity"]
         shares = sum(sample["share"] for sample in found["samples"])
@@ -300,16 +307,15 @@ def test_a_live_trainer_draws_what_it_has_at_hand(
         with Image.open(sheet) as image:
             assert np.asarray(image).std() > 10
         # As after a roll-back, and of a loss that is none.
-        trainer.state.data_step = 7
         bad = [
             {"velocity": LossTerm(p["velocity"].sum, 1.0, p["velocity"].per_sample / 0)}
             for p in terms
         ]
-        told, _ = draw_step(trainer, 1, batches, bad, totals)
+        told, _ = draw_step(run, parts, samples(bad), batches, 1, 7)
         assert told.parent.name == "step-000001-tape-000008"
         assert {sample["loss"] for sample in json.loads(told.read_text())["samples"]} == {"inf"}
         (trainer.folder.path / "spikes" / "step-000008").write_text("in the way")
-        assert draw_step(trainer, 8, batches) == []
+        assert draw_step(run, parts, samples([]), batches, 8, 7) == []
         says(capsys.readouterr().err, "step 8", "drawn")
     finally:
         trainer.close()

@@ -20,7 +20,7 @@ from sora_train.parallel.engine import build_engine
 from sora_train.parallel.materialise import fill
 from sora_train.parallel.shards import full
 from sora_train.runtime import world as distributed
-from sora_train.training.initialise import empty_model
+from sora_train.training.components import build_model
 from sora_train.training.optim.optim import build_optimizer
 from sora_train.training.trainer import Trainer
 
@@ -47,7 +47,7 @@ def train(folder: Path, number: int, overrides: list[str]) -> None:
 def watch_building(folder: Path, cfg: Config) -> None:
     world = distributed.start("cpu", 1)
     with LiveBytes() as live:
-        model = empty_model(cfg)
+        model = build_model(cfg, empty=True)
         frozen = live.now
         engine = build_engine(model, cfg, world, lambda named: build_optimizer(named, cfg.optim))
         fill(engine.model, model.initial_values(cfg.seed))

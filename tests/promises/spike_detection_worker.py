@@ -101,7 +101,7 @@ class SickTrainer(Trainer):
     def train_step(self):
         at, to = self.cell.get("jump", (-1, 0))
         if self.step == at:
-            self.data_step = to
+            self.state.data_step = to
         if self.death == "before the spike" and self.step == 6:
             raise Killed
         if self.death == "after it went back" and self.spikes.tally.rollbacks:

@@ -123,17 +123,17 @@ def test_warming_up_changes_nothing_and_meets_every_size(parity_config: Callable
 
     class Warm(Trainer):
         def train(self) -> None:
-            found = sizes(self)
+            found = sizes(self.run, self.data, 0)
             counts = self.data.assignment.clips_per_bucket(self.data.table)
             assert {b.name for b, _ in found} == {name for name, n in counts.items() if n}
             assert {n for _, n in found} == {1, 2}
-            before = {k: v.clone() for k, v in self.tensors().items()}
+            before = {k: v.clone() for k, v in self.parts.tensors().items()}
             deadline = self.health.deadline
             self.health.deadline = lambda phase: phases.append(phase) or deadline(phase)
             drawn = torch.get_rng_state()
-            warm_up(self)
+            warm_up(self.run, self.parts, 0)
             assert torch.equal(drawn, torch.get_rng_state())
-            assert all(torch.equal(v, before[k]) for k, v in self.tensors().items())
+            assert all(torch.equal(v, before[k]) for k, v in self.parts.tensors().items())
             assert all(p.grad is None for p in self.engine.model.parameters())
             super().train()
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 from sentences import refuses
-from sora_train.training.checkpointing import config_digest, run_id
 
 from sora_train import __version__
 from sora_train import checkpoint as checkpoints
@@ -20,6 +19,7 @@ from sora_train.checkpoint.points import VARIABLE
 from sora_train.errors import Fault, Preempted, UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.runtime.preemption import listening
+from sora_train.training.outputs.saving import config_digest, tracker_run_id
 from sora_train.training.trainer import Trainer
 
 
@@ -48,7 +48,7 @@ def test_the_end_of_a_run_is_a_checkpoint_that_says_what_made_it(parity_config: 
     assert state["digests"]["vae"] == state["spec"]["vae_digest"] != ""
     assert state["digests"]["manifest"] == state["manifest_digest"]
     assert state["code"]["package"] in (__version__, "") and state["rng_key"] == cfg.seed
-    assert state["wandb_run_id"] == "abc123" and run_id(Path("nowhere")) == ""
+    assert state["wandb_run_id"] == "abc123" and tracker_run_id(Path("nowhere")) == ""
     assert sorted(path.name for path in found.path.parent.iterdir()) == ["latest", "step-000002"]
 
 

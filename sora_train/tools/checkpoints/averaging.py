@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sora_train.base.files import write_atomically
 from sora_train.base.progress import Progress
 from sora_train.checkpoint import Checkpoint
 from sora_train.checkpoint.layout import prefix_of, tag_of
+from sora_train.checkpoint.meta import read_meta
 from sora_train.checkpoint.tensors import LIVE, StoredTensors
 from sora_train.config.yaml_files import load_yaml
 from sora_train.errors import UserError
@@ -118,7 +120,7 @@ def average_post_hoc(run: Path, step: int | None, sigma_rel: float, out: Path) -
 
 def _tracked(found: Checkpoint) -> dict[str, float]:
     """Tag -> width of the power-function averages in a checkpoint."""
-    widths = (found.state()["config"].get("ema") or {}).get("post_hoc") or []
+    widths = (read_meta(found).config.get("ema") or {}).get("post_hoc") or []
     if not widths:
         raise UserError(
             f"{found.path} has no averages for post-hoc EMA; train with ema.post_hoc=[0.05,0.10], or average "
@@ -176,8 +178,7 @@ def write_run(
         for prefix, sources in parts.items()
         for name in sources[0][1].names(sources[0][2])
     }
-    state = like.state()
-    state |= {"quarantine": [], "imported_from": str(like.path), **notes}
+    meta = replace(read_meta(like), quarantine=[], imported_from=str(like.path), notes=notes)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -189,7 +190,9 @@ def write_run(
         write_atomically(partial / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         with Progress(len(shapes), "averaging") as progress:
             read = _summing(parts, shapes, progress)
-            checkpoints.save_streamed(partial / "checkpoints", like.step, shapes, read, state)
+            checkpoints.save_streamed(
+                partial / "checkpoints", like.step, shapes, read, meta.to_dict()
+            )
         if out.exists():
             out.rmdir()
         os.rename(partial, out)

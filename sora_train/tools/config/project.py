@@ -1,4 +1,4 @@
-"""`sora init NAME`: a project of one's own in two short files, subclassing Config and Trainer."""
+"""`sora init NAME`: a project of one's own in two short files, a Recipe and an experiment."""
 
 import keyword
 import os
@@ -9,7 +9,7 @@ from sora_train.errors import UserError
 
 TRAIN = '''"""{title}: run it with `sora train {folder}/train.py {folder}/my.yaml key=value`."""
 
-from sora_train import Config, Trainer
+from sora_train import Config, Recipe
 from sora_train.train import main
 
 
@@ -17,12 +17,11 @@ class MyConfig(Config):
     """Keys of your own go here with their defaults, `note: str = ""`, and are set with note=..."""
 
 
-class MyTrainer(Trainer):
-    """Override build_model, build_objective, build_data or callbacks; what you leave out stays as it is."""
-
+# A builder for each part that is your own: model, objective, data, callbacks, validate, sample (docs/extend.md).
+recipe = Recipe(config=MyConfig)
 
 if __name__ == "__main__":
-    main(MyTrainer, MyConfig)
+    main(recipe)
 '''
 
 YAML = """# {title}: an experiment of your own. `defaults` names what it starts from; below are the keys it changes.
@@ -43,7 +42,7 @@ README = """# {title}
     sora train {folder}/train.py {folder}/my.yaml
     sora sample --ckpt runs/{name} --prompt "red circle moves left"
 
-`train.py` subclasses Config and Trainer; `my.yaml` chooses values. Every key: `sora config explain KEY`.
+`train.py` says what is your own; `my.yaml` chooses values. Every key: `sora config explain KEY`.
 """
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sora_train import checkpoint as checkpoints
 from sora_train.base.files import write_atomically
+from sora_train.checkpoint.meta import CheckpointMeta, TrainState
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
@@ -76,13 +77,16 @@ def import_pipeline(
         partial.mkdir(parents=True)
         values = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
         write_atomically(partial / "config.yaml", values)
-        state: dict[str, Any] = {
-            "step": 0, "samples_seen": 0, "dropped": 0, "task": cfg.task,
-            "config": cfg.model_dump(mode="json"), "spec": spec.to_dict(),
-            "sample_shape": asdict(shape), "manifest_digest": "", "stocks": [], "quarantine": [],
-            "versions": checkpoints.state_versions(), "imported_from": str(transformer if base else source),
-        }  # fmt: skip
-        _save(partial / "checkpoints", stored, shapes, state)
+        meta = CheckpointMeta(
+            TrainState(pending=[]),
+            cfg.task,
+            cfg.model_dump(mode="json"),
+            spec.to_dict(),
+            sample_shape=asdict(shape),
+            versions=checkpoints.state_versions(),
+            imported_from=str(transformer if base else source),
+        )
+        _save(partial / "checkpoints", stored, shapes, meta.to_dict())
         if out.exists():
             out.rmdir()
         os.rename(partial, out)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sora_train.tools.terminal import Run
+from sora_train.tools.terminal import ProjectFile, Run
 
 
 def replay(
@@ -23,6 +23,7 @@ def replay(
         int | None, typer.Option(help="Weights of this step; 0: those the run began with.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    project: ProjectFile = None,
 ) -> None:
     """Rebuild a step on one machine: its clips, captions, noise levels, conditioning and the loss of each clip.
 
@@ -35,6 +36,9 @@ def replay(
     """
     from sora_train.tools.replay.replay import ReplayRequest
     from sora_train.tools.replay.replay import replay as replay_step
+    from sora_train.training.recipe import Recipe, load_recipe
+    from sora_train.training.trainer import Trainer
 
+    recipe = load_recipe(project) if project else Recipe()
     request = ReplayRequest(run_dir, step, rank, of, out, not no_loss, checkpoint, device)
-    print(replay_step(request))
+    print(replay_step(request, lambda run: Trainer.beside(run, recipe), recipe.config))

@@ -79,17 +79,21 @@ class Plan:
     newest: Checkpoint | None
 
 
-def replay(request: ReplayRequest, beside: Callable[[RunContext], Builder] = Trainer.beside) -> str:
+def replay(
+    request: ReplayRequest,
+    beside: Callable[[RunContext], Builder] = Trainer.beside,
+    config_cls: type[Config] = Config,
+) -> str:
     """Rebuild a step, write its sheet and its facts, and return what is to be printed.
 
     `beside` makes the builder of the run's parts: a project of one's own hands over its `MyTrainer.beside`, so that
-    its model, data and objective are used.
+    its model, data and objective are used, and its `config_cls`.
 
     Raises:
         UserError: no such run, step, rank or checkpoint, or the sources are not what they were.
         Fault: the clips cannot be read, or nothing can be written.
     """
-    plan = look(request)
+    plan = look(request, config_cls)
     world = distributed.start(request.device, plan.cfg.run.threads)
     try:
         return _replay(request, plan, beside, world)
@@ -160,7 +164,7 @@ def _as_indexed(manifest: Manifest, row: int) -> bool:
         return is_digest_of(digest, file.read(int(manifest.length[row])))
 
 
-def look(request: ReplayRequest) -> Plan:
+def look(request: ReplayRequest, config_cls: type[Config] = Config) -> Plan:
     """Find the step in the run's files. Raises UserError where it is not there."""
     run, step = request.run, request.step
     if not (run / "config.yaml").is_file():
@@ -176,7 +180,7 @@ def look(request: ReplayRequest) -> Plan:
             else f"--step {step}: {run} has not trained a step yet"
         )
     part = _part_of(run, step)
-    cfg = shipped_config(run, part.config if part else "config.yaml")
+    cfg = shipped_config(run, part.config if part else "config.yaml", config_cls)
     ranks = request.ranks or (part.ranks if part else None)
     if request.rank is not None and ranks is None:
         raise UserError(

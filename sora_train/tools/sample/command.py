@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sora_train.errors import UserError
+from sora_train.tools.terminal import ProjectFile
 
 if TYPE_CHECKING:
     from sora_train.sampling.operations import SampleRequest
@@ -100,6 +101,7 @@ def sample(
     guidance_rescale: GuidanceRescale = None,
     num: Num = 1,
     ema: Weights = "ema",
+    project: ProjectFile = None,
 ) -> None:
     """Sample clips from a checkpoint into mp4 files and a contact sheet.
 
@@ -132,7 +134,10 @@ def sample(
     shape = _size(size), frames, fps
     options: dict[str, Any] = {"seed": seed, "num": num, "condition_noise": condition_noise}
     options["negative_prompt"] = negative_prompt
-    for path in sample_to_folder(ckpt, ema, all_prompts, request, shape, settings, options, out):
+    written = sample_to_folder(
+        ckpt, ema, all_prompts, request, shape, settings, options, out, project
+    )
+    for path in written:
         print(path)
 
 
@@ -145,6 +150,7 @@ def sample_to_folder(
     settings: dict[str, Any],
     options: dict[str, Any],
     out: Path,
+    project: Path | None = None,
 ) -> list[Path]:
     """Sample every prompt from a checkpoint into `out`; returns the files written.
 
@@ -154,6 +160,7 @@ def sample_to_folder(
         weights: as `sora_train.load` takes them.
         shape: size, frames and fps, None for the run's own.
         settings: of the sampler, as `Model.sample` takes them.
+        project: the file of a run with a model of its own.
         options: the arguments seed, num, condition_noise and negative_prompt of `Model.sample`.
     """
     request.check()
@@ -161,12 +168,18 @@ def sample_to_folder(
         raise UserError('no prompt is given; add --prompt "..." or --prompts FILE')
     from sora_train.checkpoint.layout import split_step
     from sora_train.checkpoint.tensors import StoredTensors
+    from sora_train.config import Config
     from sora_train.models.vae.autoencoder import read_geometry
     from sora_train.sampling.api import checkpoint_info, fitting_shape, load, with_settings
     from sora_train.sampling.operations import prepare
 
+    recipe = None
+    if project is not None:
+        from sora_train.training.recipe import load_recipe
+
+        recipe = load_recipe(project)
     run_dir, step = split_step(ckpt)
-    info = checkpoint_info(run_dir, step)
+    info = checkpoint_info(run_dir, step, recipe.config if recipe else Config)
     StoredTensors(info.checkpoint).prefix(weights)
     spec = with_settings(info.spec, settings)
     geometry = read_geometry(info.cfg.vae)
@@ -184,7 +197,7 @@ def sample_to_folder(
     note = prepared.note(spec, request.op)
     if note:
         print(note, file=sys.stderr)
-    model = load(run_dir, step=info.checkpoint.step, weights=weights)
+    model = load(run_dir, step=info.checkpoint.step, weights=weights, project=recipe)
     clips = model.sample(prompts, prepared=prepared, **options, **settings)
     labels = [prompt for prompt in prompts for _ in range(options["num"])]
     return model.save(clips, labels, out, fps=prepared.shape.fps, seed=options["seed"])

@@ -203,7 +203,7 @@ def cost_model(cfg: Config, model: nn.Module | None = None) -> Callable[[int], f
     if a or b:
         return lambda tokens: a * tokens + b * tokens * tokens
     text_tokens = cfg.text.max_length // 2
-    if isinstance(model, TextToVideo):
+    if model is not None and hasattr(model, "flops"):
         return lambda tokens: float(model.flops(tokens, text_tokens))
     if model is None and cfg.task == "text_to_video":
         return lambda tokens: training_flops(cfg.model, cfg.text, tokens, text_tokens)
