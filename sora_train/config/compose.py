@@ -8,7 +8,7 @@ that, so nothing could tell where a value comes from; it also takes Hydra's own 
 through its loader, which makes a composition twice as slow.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -56,6 +56,7 @@ def compose(
     config_cls: type[ConfigT] = Config,  # type: ignore[assignment]
     config_dir: Path | None = None,
     yaml_file: Path | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> Composed[ConfigT]:
     """The configuration of one run.
 
@@ -64,12 +65,13 @@ def compose(
         config_dir: a folder with groups and options of the user's own, which go before the shipped ones.
         yaml_file: an experiment anywhere on disk; its `defaults` list may name shipped experiments and
             `override /group: option`.
+        values: nested as in a YAML file; they count after the overrides.
 
     Raises:
         ConfigError: one sentence a mistake, with the dotted key or the file, the value and the remedy.
     """
     composer = _Composer(config_cls, config_dir, yaml_file)
-    return composer.run(list(overrides))
+    return composer.run(list(overrides), dict(values or {}))
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class _Composer:
         # Mappings, such as `vae.arch`, take any key.
         self.mappings = [name for name, key in known.items() if isinstance(key.default, dict)]
 
-    def run(self, overrides: list[str]) -> Composed:
-        parsed = self._checked(parse_overrides(overrides))
+    def run(self, overrides: list[str], values: dict[str, Any]) -> Composed:
+        parsed = self._checked(parse_overrides(overrides), list(flatten(values)))
         choices = [each for each in parsed if each.key_or_group in self.groups]
         settings = [each for each in parsed if each.key_or_group not in self.groups]
         if self.yaml_file is not None:
@@ -107,18 +109,21 @@ class _Composer:
             merged = OmegaConf.create(reduce(overlaid, trees, default_tree(self.config_cls)))
             for override in settings:
                 _apply(override, merged)
-            values = OmegaConf.to_container(merged, resolve=True)
+            merged.merge_with(values)
+            resolved = OmegaConf.to_container(merged, resolve=True)
         except MissingConfigException as error:
             raise ConfigError(self._missing(error)) from None
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(_composition_fault(error)) from None
-        sources = _sources(layers, [each.key_or_group for each in settings], list(flatten(values)))
-        return Composed(validated(self.config_cls, values, sources), sources)
+        set_keys = [*(each.key_or_group for each in settings), *flatten(values)]
+        sources = _sources(layers, set_keys, list(flatten(resolved)))
+        return Composed(validated(self.config_cls, resolved, sources), sources)
 
     # -- overrides ------------------------------------------------------------------------------------
 
-    def _checked(self, overrides: list[Override]) -> list[Override]:
+    def _checked(self, overrides: list[Override], set_keys: list[str]) -> list[Override]:
         faults = [fault for each in overrides if (fault := self._fault(each))]
+        faults += [self._unknown(key) for key in set_keys if not self._exists(key)]
         if faults:
             raise ConfigError("\n".join(faults))
         return overrides
@@ -137,8 +142,11 @@ class _Composer:
         # A section of a project's own may take more keys than it declares; `+` says that one is meant.
         added = override.is_add() and key.split(".")[0] in self.config_cls.model_fields
         if not added and not self._exists(key):
-            return unknown_key(key, [*self.known, *self.groups, *self.config_cls.model_fields])
+            return self._unknown(key)
         return ""
+
+    def _unknown(self, key: str) -> str:
+        return unknown_key(key, [*self.known, *self.groups, *self.config_cls.model_fields])
 
     def _option_fault(self, override: Override) -> str:
         value, group = override.value(), override.key_or_group

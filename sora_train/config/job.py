@@ -6,7 +6,7 @@ nothing is composed again on the nodes. The file's name carries a digest of its 
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sora_train.config.compose import Composed, compose
 from sora_train.config.messages import validated
 from sora_train.config.overrides import split_yaml_file
 from sora_train.config.renamed import with_new_names
-from sora_train.config.stages import Compose, compose_stages
+from sora_train.config.stages import ComposeWith, compose_stages
 from sora_train.config.yaml_files import load_yaml
 from sora_train.errors import Fault, UserError
 
@@ -60,11 +60,16 @@ def split_script(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def compose_arguments(
-    arguments: Sequence[str], config_cls: type[Config] = Config, config_dir: Path | None = None
+    arguments: Sequence[str],
+    config_cls: type[Config] = Config,
+    config_dir: Path | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> Composed:
     """Compose a run from `[FILE.yaml] KEY=VALUE ...`. Raises ConfigError as `compose` does."""
     yaml_file, overrides = split_yaml_file(list(arguments))
-    return compose(overrides, config_cls=config_cls, config_dir=config_dir, yaml_file=yaml_file)
+    return compose(
+        overrides, config_cls=config_cls, config_dir=config_dir, yaml_file=yaml_file, values=values
+    )
 
 
 def compose_job(
@@ -90,14 +95,14 @@ def compose_job(
         return thaw(options.frozen, config_cls)
     folder = options.config_dir or config_dir
 
-    def compose_with(more: list[str]) -> Config:
-        return compose_arguments([*rest, *more], config_cls, folder).config
+    def compose_with(overrides: Sequence[str], values: Mapping[str, Any]) -> Config:
+        return compose_arguments([*rest, *overrides], config_cls, folder, values).config
 
-    return with_stages(compose_with([]), compose_with)
+    return with_stages(compose_with([], {}), compose_with)
 
 
-def with_stages(config: Config, compose_with: Compose) -> JobConfig:
-    """A run with its stages; `compose_with` composes the run with some overrides more."""
+def with_stages(config: Config, compose_with: ComposeWith) -> JobConfig:
+    """A run with its stages."""
     return JobConfig(config, compose_stages(config, compose_with) if config.stages else ())
 
 

@@ -17,7 +17,7 @@ from sora_train.train import train
 from sora_train.training.trainer import Trainer
 
 LOW = "{name: low, overrides: ['train.steps=2', 'optim=adamw']}"
-HIGH = "{name: high, overrides: ['train.steps=2', 'optim=adamw'], weights: live, optimizer: true}"
+HIGH = """{name: high, groups: {optim: adamw}, config: {train: {steps: 2}}, weights: live, optimizer: true}"""
 
 
 class Beginnings(Trainer):
@@ -26,7 +26,7 @@ class Beginnings(Trainer):
     seen: dict[str, dict[str, torch.Tensor]] = {}
 
     def train(self) -> None:
-        tensors = {name: full(tensor).clone() for name, tensor in self.tensors().items()}
+        tensors = {name: full(tensor).clone() for name, tensor in self.parts.tensors().items()}
         self.seen[Path(self.cfg.run.dir).name] = tensors
         super().train()
 
@@ -74,7 +74,8 @@ def test_a_stage_begins_with_the_one_before_and_the_chain_goes_on_where_it_was(t
     [
         ([LOW, LOW], ("names low, low",)),
         (["{name: low, overrides: ['run.dir=x']}"], ("low", "run.dir")),
-        (["{name: low, overrides: ['optim.lrr=1']}"], ("optim.lrr",)),
+        (["{name: low, overrides: ['optim.lrr=1']}"], ("low", "optim.lrr")),
+        (["{name: low, config: {optim: {lrr: 1}}}"], ("low", "optim.lrr")),
         (["{name: a/b}"], ("no folder's name",)),
     ],
 )

@@ -1,7 +1,7 @@
 """A run as a whole: its folder and device, what it starts from, its stages, its length."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -52,8 +52,13 @@ class ResumeConfig(Section):
 class StageConfig(Section):
     name: str
     """Name of the stage, and of its folder."""
+    groups: dict[str, str] = {}
+    """Config groups that this stage chooses: `{buckets: 480p, objective: flow_480p}`."""
+    config: dict[str, Any] = {}
+    """What this stage sets, nested as in a YAML file: `{train: {steps: 1000}, optim: {lr: 3e-5}}`. It wins over the
+    command line and over `overrides`."""
     overrides: StrList = ()
-    """What this stage sets, as on the command line: `train.steps=1000`, `buckets=high`."""
+    """The same as texts, as on the command line: `train.steps=1000`, `buckets=480p`."""
     weights: Literal["ema", "live"] = "ema"
     """Which weights of the stage before it begins with."""
     optimizer: bool = False

@@ -1,7 +1,9 @@
 """A sweep as one SLURM array: a task for each run, with a run folder and a frozen configuration of its own."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sora_train.config import Config
 from sora_train.config.job import JobConfig, freeze, split_script, with_stages
@@ -51,8 +53,8 @@ def array_of(arguments: list[str], config_dir: Path | None) -> tuple[Job, list[J
 def checked(template: Template, sweep_run: SweepRun, config: Config, folder: Path) -> JobConfig:
     """A run with its stages, which fits its ranks and finds its weights."""
 
-    def compose_with(more: list[str]) -> Config:
-        return template.compose([*template.overrides_of(sweep_run, folder), *more])
+    def compose_with(overrides: Sequence[str], values: Mapping[str, Any]) -> Config:
+        return template.compose([*template.overrides_of(sweep_run, folder), *overrides], values)
 
     run = with_stages(config, compose_with)
     check_job(run)

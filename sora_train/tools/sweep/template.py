@@ -1,9 +1,10 @@
 """What all runs of a sweep have in common: how one is composed, and the command that trains it."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sora_train.config import Config
 from sora_train.config.compose import compose
@@ -20,12 +21,13 @@ class Template:
     script: str | None = None
     """A training file of one's own; None for `sora_train.train`."""
 
-    def compose(self, more: Sequence[str] = ()) -> Config:
+    def compose(self, more: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
         return compose(
             [*self.fixed, *more],
             config_cls=self.config_cls,
             config_dir=self.config_dir,
             yaml_file=self.yaml_file,
+            values=values,
         ).config
 
     def overrides_of(self, run: SweepRun, folder: Path) -> list[str]:
