@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sora_train import objectives
 from sora_train.models.transformer import dit
+from sora_train.objectives import text_to_video
 from sora_train.parallel.context import ring
 from sora_train.parallel.fsdp import FsdpEngine
 
@@ -24,15 +24,15 @@ def averaged_once_too_often() -> None:
 
 def noise_not_keyed() -> None:
     generator = torch.Generator().manual_seed(17)
-    objectives.draw_noise = lambda seed, stream, keys, shape: torch.randn(
+    text_to_video.draw_noise = lambda seed, stream, keys, shape: torch.randn(
         len(keys), *shape, generator=generator
     )
 
 
 def cp_ranks_with_different_noise() -> None:
-    draw = objectives.draw_noise
+    draw = text_to_video.draw_noise
     rank = int(os.environ["RANK"])
-    objectives.draw_noise = lambda *how: draw(*how) + 1e-6 * rank
+    text_to_video.draw_noise = lambda *how: draw(*how) + 1e-6 * rank
 
 
 def reduce_missing_on_a_replicated_parameter() -> None:
@@ -70,12 +70,12 @@ def merge_sign_wrong() -> None:
 
 
 def zero_weight_slot_leaks() -> None:
-    terms = objectives.TextToVideoObjective.terms
+    terms = text_to_video.TextToVideoObjective.terms
 
     def leaking(self: Any, model: Any, batch: Any) -> Any:
         if batch.weight > 0:
             return terms(self, model, batch)
         lost = self.flow_batch(batch).losses(model).sum()
-        return {"velocity": objectives.LossTerm(1e-3 * lost, 0.0)}
+        return {"velocity": text_to_video.LossTerm(1e-3 * lost, 0.0)}
 
-    objectives.TextToVideoObjective.terms = leaking
+    text_to_video.TextToVideoObjective.terms = leaking

@@ -97,16 +97,7 @@ def line_chart(
     marks = [(step, f"step {step:g} was skipped", ORANGE) for step in skipped]
     marks += [(step, text, FAINT) for step, text in (notes or {}).items() if first <= step <= last]
     for step, text, colour in marks:
-        frame.draw(
-            "line",
-            tag("title", text),
-            x1=frame.x(step),
-            x2=frame.x(step),
-            y1=frame.top,
-            y2=frame.bottom,
-            stroke=colour,
-            stroke_dasharray="4 3",
-        )
+        frame.upright(step, colour, tag("title", text), stroke_dasharray="4 3")
     for line in lines:
         frame.curve(line)
     frame.label_ends([(line.points[1][-1], line.label, line.colour) for line in lines])
@@ -167,7 +158,7 @@ def bar_chart(bars: Sequence[Bar], limit: float = 0.0, limit_name: str = "") -> 
     height = bottom + BOTTOM + 18 * math.ceil(len(names) / 4)
     frame = Frame((0.0, most), labels=["x"], width=BAR_WIDTH, height=height, left=BAR_LEFT)
     for value in ticks(0, most):
-        frame.draw("path", d=f"M{frame.x(value):.1f} {TOP}V{bottom}", stroke=GRID)
+        frame.upright(value, GRID, y2=bottom)
         frame.text(frame.x(value), bottom + 15, f"{value:g}")
     for number, bar in enumerate(bars):
         top, at = TOP + number * (BAR + BAR_GAP), bar.start
@@ -181,9 +172,7 @@ def bar_chart(bars: Sequence[Bar], limit: float = 0.0, limit_name: str = "") -> 
                 at += value
         frame.text(frame.x(at) + 5, top + 13, bar.note or f"{at - bar.start:.3g}", "start")
     if limit:
-        frame.draw(
-            "path", d=f"M{frame.x(limit):.1f} {TOP - 4}V{bottom}", stroke=ORANGE, stroke_width=2
-        )
+        frame.upright(limit, ORANGE, y2=bottom, stroke_width=2)
         frame.text(frame.x(limit) + 4, bottom + 26, limit_name, "start", ORANGE)
     for number, name in enumerate(names):
         place = 8 + (number % 4) * 222, bottom + 38 + 18 * (number // 4)
@@ -252,6 +241,11 @@ class Frame:
 
     def draw(self, name: str, *inside: str, **attributes: object) -> None:
         self.parts.append(tag(name, *inside, **attributes))
+
+    def upright(self, place: float, colour: str, *inside: str, **attributes: object) -> None:
+        """A vertical line over the whole height, or down to `y2`."""
+        ends = {"x1": self.x(place), "x2": self.x(place), "y1": self.top, "y2": self.bottom}
+        self.draw("line", *inside, **(ends | {"stroke": colour} | attributes))
 
     def text(
         self,

@@ -1,7 +1,7 @@
 """report.html: what a run did, in one file that needs no network, made from the run folder alone.
 
-Every part is drawn from a file of the run folder and left out, with a word said, where the file is
-missing: a report of a run cut short is still a report.
+Every part is made from a file of the run folder and left out where the file is missing: a run cut short has a report
+too.
 """
 
 import base64

@@ -38,7 +38,7 @@ MEANING = {
 
 
 def write_data_report(cfg: Config, out: Path) -> tuple[DataPlan, list[Path]]:
-    """Write data_report.html, .csv and .png into `out`; returns what was found, and the paths.
+    """Write data_report.html, .csv and .png into `out`; returns the plan and the paths.
 
     The page needs no network. Without a clip that can be shown there is no picture. Raises what
     `DataPlan.open` does.
@@ -85,8 +85,8 @@ def clip_table(plan: DataPlan) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     columns = ("key", "shard", "kind", "codec", "frames", "fps", "width", "height", "duration")
-    found = ("bucket", "tokens", "reason", "what", "detail", "caption", "captions", "scores")
-    writer.writerow([*columns, *found])
+    outcome = ("bucket", "tokens", "reason", "what", "detail", "caption", "captions", "scores")
+    writer.writerow([*columns, *outcome])
     for row in range(len(plan.manifest)):
         known, bucket = plan.manifest.row(row), plan.bucket(row)
         writer.writerow(

@@ -32,32 +32,15 @@ RENAMED = 40
 STORAGE = "sora_train.tools.doctor.checks.storage"
 
 
-@dataclass(frozen=True)
 class Patience:
     """Seconds that each part may take; together they are the whole."""
 
-    whole: float = SECONDS
-
-    @property
-    def meeting(self) -> float:
-        return 0.22 * self.whole
-
-    @property
-    def peers(self) -> float:
-        return 0.08 * self.whole
-
-    @property
-    def folder(self) -> float:
-        return 0.06 * self.whole
-
-    @property
-    def bandwidth(self) -> float:
-        return 0.22 * self.whole
-
-    @property
-    def report(self) -> float:
-        """For those that are still at it when rank 0 is done."""
-        return 0.1 * self.whole
+    def __init__(self, whole: float = SECONDS):
+        self.whole = whole
+        self.meeting = self.bandwidth = 0.22 * whole
+        self.peers, self.folder = 0.08 * whole, 0.06 * whole
+        # For those that have not finished when rank 0 is done.
+        self.report = 0.1 * whole
 
 
 def examine_alone(run: PlannedRun, place: RankPlace) -> Report:

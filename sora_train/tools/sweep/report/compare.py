@@ -11,7 +11,7 @@ LOSS = "train/loss"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class GroupComparison:
     """A group of runs against the baseline's: the difference, or why there is none."""
 
     name: str
@@ -24,7 +24,7 @@ class Comparison:
 
 def compare(
     results: SweepResults, baseline: str, confidence: float
-) -> tuple[str, list[Comparison]]:
+) -> tuple[str, list[GroupComparison]]:
     """The baseline's name, and every other group against it.
 
     With two seeds or more in common, the sweep's metric is compared over seeds; else the training loss, over the steps
@@ -49,31 +49,37 @@ def compare(
 
 def against(
     results: SweepResults, ours: list[Row], theirs: list[Row], confidence: float
-) -> Comparison:
+) -> GroupComparison:
     name, base = name_of(ours), {row.values.get(SEED, ""): row for row in theirs}
     pairs = [(row, base[seed]) for row in ours if (seed := row.values.get(SEED, "")) in base]
     pairs = [(a, b) for a, b in pairs if a.metrics and b.metrics]
     if not pairs:
-        return Comparison(name, ours, None, "no run of the same seed has taken a step in both", "")
+        return GroupComparison(
+            name, ours, None, "no run of the same seed has taken a step in both", ""
+        )
     why = next(filter(None, (unlike(a.config, b.config) for a, b in pairs)), "")
     if why:
-        return Comparison(name, ours, None, why, "")
+        return GroupComparison(name, ours, None, why, "")
     finals = [(a.final(results.metric), b.final(results.metric)) for a, b in pairs]
     finals = [(a, b) for a, b in finals if math.isfinite(a) and math.isfinite(b)]
     if len(finals) > 1:
         a, b = zip(*finals, strict=True)
-        return Comparison(name, ours, of_seeds(a, b, confidence), "", results.metric)
+        return GroupComparison(name, ours, of_seeds(a, b, confidence), "", results.metric)
     return of_one_pair(name, ours, pairs[0], confidence)
 
 
-def of_one_pair(name: str, rows: list[Row], pair: tuple[Row, Row], confidence: float) -> Comparison:
+def of_one_pair(
+    name: str, rows: list[Row], pair: tuple[Row, Row], confidence: float
+) -> GroupComparison:
     curves = [row.curve(LOSS) for row in pair]
     if not curves[0].keys() & curves[1].keys():
-        return Comparison(name, rows, None, f"they have no step with {LOSS} in common", "")
+        return GroupComparison(name, rows, None, f"they have no step with {LOSS} in common", "")
     lost = [row.id for row, curve in zip(pair, curves, strict=True) if _lost(curve)]
     if lost:
-        return Comparison(name, rows, None, f"{lost[0]} has steps whose loss is not finite", "")
-    return Comparison(name, rows, of_steps(curves[0], curves[1], confidence), "", LOSS)
+        return GroupComparison(
+            name, rows, None, f"{lost[0]} has steps whose loss is not finite", ""
+        )
+    return GroupComparison(name, rows, of_steps(curves[0], curves[1], confidence), "", LOSS)
 
 
 def name_of(rows: list[Row]) -> str:

@@ -7,10 +7,14 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from sora_train.base.files import write_atomically
 from sora_train.base.progress import duration
 from sora_train.monitoring.report.page import render
 from sora_train.tools.sweep.report.charts import heat, sweep_charts
-from sora_train.tools.sweep.report.compare import Comparison
+from sora_train.tools.sweep.report.compare import GroupComparison
 from sora_train.tools.sweep.report.rows import SweepResults
 
 Table = tuple[list[str], list[list[str]]]
@@ -41,7 +45,7 @@ def runs_table(results: SweepResults) -> Table:
     return [*(results.axes or ["run"]), "state", "steps", results.metric, "best", "time"], rows
 
 
-def compared_table(compared: Sequence[Comparison], confidence: float) -> Table:
+def compared_table(compared: Sequence[GroupComparison], confidence: float) -> Table:
     heads = ["run", "of", "difference", f"{confidence:.0%} interval", "without pairing", "over"]
     rows = []
     for one in compared:
@@ -58,7 +62,7 @@ def compared_table(compared: Sequence[Comparison], confidence: float) -> Table:
     return heads, rows
 
 
-def notes(results: SweepResults, base: str, compared: Sequence[Comparison]) -> list[str]:
+def notes(results: SweepResults, base: str, compared: Sequence[GroupComparison]) -> list[str]:
     """How to read the tables, in sentences."""
     sentences = [f"By {results.criterion}."]
     if any(one.difference for one in compared):
@@ -72,7 +76,7 @@ def notes(results: SweepResults, base: str, compared: Sequence[Comparison]) -> l
     return sentences
 
 
-def following(results: SweepResults) -> list[str]:
+def next_commands(results: SweepResults) -> list[str]:
     """Commands that go on from here."""
     best = results.rows[0]
     if not math.isfinite(best.final(results.metric)):
@@ -82,7 +86,7 @@ def following(results: SweepResults) -> list[str]:
 
 
 def markdown_text(
-    results: SweepResults, base: str, compared: Sequence[Comparison], confidence: float
+    results: SweepResults, base: str, compared: Sequence[GroupComparison], confidence: float
 ) -> str:
     parts = [f"# {results.folder.resolve().name}", *notes(results, base, compared)]
     parts.append(_markdown(runs_table(results)))
@@ -101,7 +105,7 @@ def _markdown(table: Table) -> str:
 
 
 def page_text(
-    results: SweepResults, base: str, compared: Sequence[Comparison], confidence: float
+    results: SweepResults, base: str, compared: Sequence[GroupComparison], confidence: float
 ) -> str:
     """One file that needs no network."""
     metric, *sentences = notes(results, base, compared)
@@ -134,16 +138,41 @@ def number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.5g}"
 
 
-def written(
-    results: SweepResults, base: str, compared: Sequence[Comparison], confidence: float
-) -> dict[str, str]:
-    """The files of a report by their endings."""
-    return {
-        "csv": csv_text(results),
-        "md": markdown_text(results, base, compared, confidence),
-        "html": page_text(results, base, compared, confidence),
+def print_report(
+    results: SweepResults, base: str, compared: Sequence[GroupComparison], confidence: float
+) -> None:
+    console = Console()
+    print_table(console, "Runs", runs_table(results))
+    if compared:
+        print_table(console, f"Against {base}", compared_table(compared, confidence))
+    for sentence in notes(results, base, compared):
+        console.print(sentence, highlight=False)
+
+
+def print_table(console: Console, title: str, table: Table) -> None:
+    heads, rows = table
+    drawn = RichTable(title=title, title_justify="left")
+    for head in heads:
+        drawn.add_column(head, overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    console.print(drawn)
+
+
+def write_report(
+    folder: Path,
+    results: SweepResults,
+    base: str,
+    compared: Sequence[GroupComparison],
+    confidence: float,
+) -> list[Path]:
+    """Write sweep_report.csv, .md and .html into `folder`; returns their paths. Raises Fault where it cannot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        folder / "sweep_report.csv": csv_text(results),
+        folder / "sweep_report.md": markdown_text(results, base, compared, confidence),
+        folder / "sweep_report.html": page_text(results, base, compared, confidence),
     }
-
-
-def default_paths(folder: Path) -> dict[str, Path]:
-    return {ending: folder / f"sweep_report.{ending}" for ending in ("csv", "md", "html")}
+    for path, text in texts.items():
+        write_atomically(path, text)
+    return list(texts)
