@@ -43,8 +43,8 @@ INSIDE = {
     ),
     "parallel": (
         ("degrees", "protocol", "shards", "parallelize", "materialise"),
-        ("context", "mesh", "compile"),
-        ("memory",),
+        ("context", "compile"),
+        ("layout", "memory"),
         ("fsdp", "deepspeed"),
         ("engine",),
         ("checks",),

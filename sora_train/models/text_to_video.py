@@ -16,7 +16,7 @@ from sora_train.errors import ConfigError
 from sora_train.models.text.encoder import TextEncoder
 from sora_train.models.text.published import build_text_encoder
 from sora_train.models.transformer.dit import VideoDiT
-from sora_train.models.work_sharing import ALONE, Spread
+from sora_train.models.work_sharing import NO_SHARING, WorkSharing
 
 Text = tuple[Tensor, Tensor | None]
 """Byte ids (B, S) or caption embeddings (B, S, E), and the mask (B, S) of the caption's own
@@ -47,9 +47,9 @@ class VideoDenoiser(Protocol):
         """Captions as a call takes them, on the model's device."""
 
     def embed(
-        self, prompts: Sequence[str], stored: Sequence[Tensor | None], spread: Spread
+        self, prompts: Sequence[str], stored: Sequence[Tensor | None], sharing: WorkSharing
     ) -> Text:
-        """`tokenize`, with stored embeddings in place of their prompts and by way of `spread`."""
+        """`tokenize`, with stored embeddings in place of their prompts and by way of `sharing`."""
 
     def text_digest(self) -> str:
         """What stored embeddings are compared by."""
@@ -125,21 +125,24 @@ class TextToVideo(nn.Module):
         """Whether latent frames that are given are marked by `mask_proj`."""
         return self.transformer.mask_proj is not None
 
-    def tokenize(self, prompts: Sequence[str], spread: Spread = ALONE) -> Text:
+    def tokenize(self, prompts: Sequence[str], sharing: WorkSharing = NO_SHARING) -> Text:
         """Captions as `forward` takes them, on the model's device.
 
         Byte ids for a trainable encoder, which runs inside `forward`; for a frozen one, whose
-        result never changes, the embeddings themselves, by way of `spread` where others help.
+        result never changes, the embeddings themselves, by way of `sharing` where others help.
         """
         device = self.transformer.proj_out.weight.device
         if self.text_encoder is not None:
             ids_BS, mask_BS = self.text_encoder.tokenize(prompts)
             return ids_BS.to(device), mask_BS.to(device)
         with torch.no_grad():
-            return self.frozen_encoder.to(device).encode(prompts, spread)
+            return self.frozen_encoder.to(device).encode(prompts, sharing)
 
     def embed(
-        self, prompts: Sequence[str], stored: Sequence[Tensor | None], spread: Spread = ALONE
+        self,
+        prompts: Sequence[str],
+        stored: Sequence[Tensor | None],
+        sharing: WorkSharing = NO_SHARING,
     ) -> Text:
         """`tokenize`, with embeddings (L, E) that are known already in place of their prompts.
 
@@ -147,7 +150,7 @@ class TextToVideo(nn.Module):
         not looked at.
         """
         if self.text_encoder is not None or all(known is None for known in stored):
-            return self.tokenize(prompts, spread)
+            return self.tokenize(prompts, sharing)
         encoder, device = self.frozen_encoder, self.transformer.proj_out.weight.device
         # Every batch drops some captions, and the null caption is always the same.
         stored = [
@@ -157,7 +160,7 @@ class TextToVideo(nn.Module):
         rest = [prompt for prompt, known in zip(prompts, stored, strict=True) if known is None]
         encoded: list[Tensor] = []
         if rest:
-            captions_BSE, mask_BS = self.tokenize(rest, spread)
+            captions_BSE, mask_BS = self.tokenize(rest, sharing)
             encoded = [
                 own if mask_BS is None else own[mask_BS[row]]
                 for row, own in enumerate(captions_BSE)

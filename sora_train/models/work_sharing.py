@@ -8,7 +8,7 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 
-class Spread(Protocol):
+class WorkSharing(Protocol):
     """`work` on every item, in their order; all who share it call with the same items."""
 
     parts: int
@@ -17,7 +17,7 @@ class Spread(Protocol):
     def __call__(self, items: Sequence[Item], work: Callable[[Item], Tensor]) -> list[Tensor]: ...
 
 
-class Alone:
+class NoSharing:
     """Does everything itself."""
 
     parts = 1
@@ -26,4 +26,4 @@ class Alone:
         return [work(item) for item in items]
 
 
-ALONE = Alone()
+NO_SHARING = NoSharing()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sora_train.diffusion.condition_masks import frame_times
 from sora_train.diffusion.flow import frame_losses, interpolate, velocity_losses
 from sora_train.models.text_to_video import VideoDenoiser
-from sora_train.models.work_sharing import ALONE, Spread
+from sora_train.models.work_sharing import NO_SHARING, WorkSharing
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class FlowBatch:
     """Noise level of each clip's given frames; None: 0."""
     time_weight_B: Tensor | None = None
     """Factor on each clip's loss; None: 1."""
-    spread: Spread = ALONE
+    sharing: WorkSharing = NO_SHARING
     """Who encodes the captions."""
 
     def predict(self, model: nn.Module) -> Tensor:
         """The model's velocity (B, C, T, H, W)."""
         assert isinstance(model, VideoDenoiser)
-        text = model.embed(self.prompts, self.text or [None] * len(self.prompts), self.spread)
+        text = model.embed(self.prompts, self.text or [None] * len(self.prompts), self.sharing)
         if self.condition is not None:
             t_BT = self.t_B[:, None].expand_as(self.mask_BT)
             z = torch.cat([interpolate(self.x, self.noise, t_BT), self.condition], dim=1)

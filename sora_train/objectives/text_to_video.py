@@ -21,7 +21,7 @@ from sora_train.diffusion.draws import SampleKey, draw_noise, draw_uniform
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.models.work_sharing import ALONE, Spread
+from sora_train.models.work_sharing import NO_SHARING, WorkSharing
 from sora_train.objectives.base import LossTerm, Objective, SampleInfo
 from sora_train.objectives.clips import placeholder, stored_text, to_pixels
 from sora_train.objectives.flow_batch import FlowBatch
@@ -44,14 +44,14 @@ class TextToVideoObjective(Objective):
         spec: DiffusionSpec,
         vae: VideoVAE,
         device: torch.device,
-        spread: Spread = ALONE,
+        sharing: WorkSharing = NO_SHARING,
     ):
-        """`spread` shares the frozen networks' work among the ranks that hold the same clips."""
+        """`sharing` shares the frozen networks' work among the ranks that hold the same clips."""
         self.cfg = cfg
         self.spec = spec
         self.vae = vae
         self.device = device
-        self.spread = spread
+        self.sharing = sharing
         self._draw = functools.lru_cache(DRAWS_KEPT)(
             functools.partial(draw_samples, spec, cfg.seed)
         )
@@ -112,7 +112,7 @@ class TextToVideoObjective(Objective):
             condition=encoded.condition,
             t_cond_B=draws.t_cond_B.to(x.device),
             time_weight_B=self.spec.loss_weight(draws.t_B).to(x.device),
-            spread=self.spread,
+            sharing=self.sharing,
         )
 
     # --- what chance decides ---
@@ -197,7 +197,7 @@ class TextToVideoObjective(Objective):
                 text=stored_text(clips, prompts),
                 given=encoded.given,
                 condition=encoded.condition,
-                spread=self.spread,
+                sharing=self.sharing,
             )
             sums.append(float(flow.loss_sum(model)))
         return sums
@@ -227,13 +227,13 @@ class TextToVideoObjective(Objective):
         rows = list(zip(clips, kinds, mask_BT, strict=True))
         mask_BT = mask_BT.to(x.device)
         if self.spec.cond_mode == "concat":
-            condition = torch.cat(self.spread(rows, lambda row: self.condition_of(*row)))
+            condition = torch.cat(self.sharing(rows, lambda row: self.condition_of(*row)))
             return ConditionedLatents(x, mask_BT, None, condition)
         # The first frames of a clip depend on no later ones, so they are the clip's own latents.
         apart = [row for row, kind in enumerate(kinds) if kind not in HEAD_KINDS]
         if not apart:
             return ConditionedLatents(x, mask_BT, None, None)
-        encoded = self.spread(apart, lambda row: self.given_of(*rows[row]))
+        encoded = self.sharing(apart, lambda row: self.given_of(*rows[row]))
         given = x.clone()
         for row, latents in zip(apart, encoded, strict=True):
             given[row] = latents[0]
@@ -277,7 +277,7 @@ class TextToVideoObjective(Objective):
         work = [
             row for row, (clip, kind) in enumerate(pairs) if clip.latents is None or kind == "loop"
         ]
-        made = dict(zip(work, self.spread(work, lambda row: latents_of(*pairs[row])), strict=True))
+        made = dict(zip(work, self.sharing(work, lambda row: latents_of(*pairs[row])), strict=True))
         return torch.cat(
             [made[row] if row in made else latents_of(*pair) for row, pair in enumerate(pairs)]
         )

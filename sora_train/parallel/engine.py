@@ -1,4 +1,6 @@
-"""Builds the engine that `parallel.engine` names, and checks beforehand that it can do what the config asks."""
+"""Resolves the layout of a run, checks that the engine and the machine can do it, and builds the engine."""
+
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -7,28 +9,44 @@ from sora_train.config import Config
 from sora_train.errors import ConfigError, Fault
 from sora_train.models.transformer.attention_backends import check_attention
 from sora_train.parallel.compile import check_compiler
-from sora_train.parallel.context.context import apply_context_parallel
+from sora_train.parallel.context.context import apply_context_parallel, make_context_groups
 from sora_train.parallel.deepspeed.engine import ZeroEngine, require_deepspeed
 from sora_train.parallel.deepspeed.settings import check_zero
-from sora_train.parallel.degrees import Degrees, resolve_degrees
+from sora_train.parallel.degrees import Degrees, check_degrees, resolve_degrees
 from sora_train.parallel.fsdp import FsdpEngine
+from sora_train.parallel.layout import Layout
 from sora_train.parallel.protocol import Engine, OptimizerBuilder, resolve_param_dtype
 from sora_train.runtime.world import World
 
 
+def resolve_layout(cfg: Config, world: World) -> tuple[World, Layout]:
+    """The layout of `parallel.*` over these ranks, and the world that knows how many of them share a micro-batch.
+
+    A collective where tokens are divided, since process groups are made.
+
+    Raises:
+        ConfigError: the degrees, the engine or a kernel do not fit the ranks, the model or the machine.
+    """
+    degrees = resolve_degrees(cfg.parallel, world.size)
+    check_degrees(cfg, degrees)
+    param_dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
+    check_engine(cfg, degrees, param_dtype)
+    check_kernels(cfg, param_dtype, world.device)
+    layout = Layout(degrees, param_dtype, make_context_groups(degrees, world))
+    return replace(world, cp=degrees.cp), layout
+
+
 def build_engine(
-    model: nn.Module, cfg: Config, world: World, build_optimizer: OptimizerBuilder
+    model: nn.Module, cfg: Config, world: World, layout: Layout, build_optimizer: OptimizerBuilder
 ) -> Engine:
     """The engine that `parallel.engine` names.
 
-    Raises Fault where an optimizer keeps state in less than float32.
+    Raises:
+        Fault: an optimizer keeps state in less than float32.
     """
-    apply_context_parallel(model, resolve_degrees(cfg.parallel, world.size), world)
-    if cfg.parallel.engine == "fsdp":
-        engine: Engine = FsdpEngine(model, cfg, world, build_optimizer)
-    else:
-        dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
-        engine = ZeroEngine(model, cfg, world, build_optimizer, dtype)
+    apply_context_parallel(model, layout.degrees, layout.context)
+    kind = FsdpEngine if cfg.parallel.engine == "fsdp" else ZeroEngine
+    engine: Engine = kind(model, cfg, world, layout, build_optimizer)
     require_precise(engine)
     return engine
 
@@ -44,12 +62,12 @@ def require_precise(engine: Engine) -> None:
                 )
 
 
-def check_engine(cfg: Config, degrees: Degrees, device: torch.device) -> None:
+def check_engine(cfg: Config, degrees: Degrees, param_dtype: torch.dtype) -> None:
     """Raises ConfigError where the engine cannot do what is asked, or its package is missing."""
     parallel = cfg.parallel
     if parallel.engine != "fsdp":
         require_deepspeed(parallel.engine)
-        check_zero(cfg, degrees, resolve_param_dtype(parallel.param_dtype, device))
+        check_zero(cfg, degrees, param_dtype)
         return
     if parallel.offload_params:
         raise ConfigError(
@@ -63,8 +81,8 @@ def check_engine(cfg: Config, degrees: Degrees, device: torch.device) -> None:
         )
 
 
-def check_kernels(cfg: Config, device: torch.device) -> None:
+def check_kernels(cfg: Config, param_dtype: torch.dtype, device: torch.device) -> None:
     """Raises ConfigError if the transformer asks for an attention kernel or a compiler that is not here."""
     if cfg.task == "text_to_video":
-        check_attention(cfg.model, device, resolve_param_dtype(cfg.parallel.param_dtype, device))
+        check_attention(cfg.model, device, param_dtype)
         check_compiler(cfg.model.compile, device)

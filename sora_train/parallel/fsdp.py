@@ -7,12 +7,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from sora_train.config import Config
 from sora_train.parallel.compile import resolve_compile
+from sora_train.parallel.layout import Layout, build_mesh
 from sora_train.parallel.materialise import materialise
 from sora_train.parallel.memory.activations import prepare_blocks
 from sora_train.parallel.memory.host_optimizer import HostCopies, placed_on_host
-from sora_train.parallel.mesh import build_mesh
 from sora_train.parallel.parallelize import apply_fsdp
-from sora_train.parallel.protocol import OptimizerBuilder, Weights, resolve_param_dtype
+from sora_train.parallel.protocol import OptimizerBuilder, Weights
 from sora_train.parallel.shards import local, placed_as
 from sora_train.runtime.world import World
 
@@ -21,12 +21,17 @@ class FsdpEngine:
     """FSDP2 over a mesh of any shape; a mesh of one rank is the single process."""
 
     def __init__(
-        self, model: nn.Module, cfg: Config, world: World, build_optimizer: OptimizerBuilder
+        self,
+        model: nn.Module,
+        cfg: Config,
+        world: World,
+        layout: Layout,
+        build_optimizer: OptimizerBuilder,
     ):
         self.grad_clip = cfg.optim.grad_clip
-        self.param_dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
-        self.mesh = build_mesh(cfg.parallel, world)
-        self.cp = world.cp
+        self.param_dtype = layout.param_dtype
+        self.mesh = build_mesh(layout.degrees, world)
+        self.cp = layout.degrees.cp
         self.reduced_each = cfg.parallel.accumulate == "sharded"
         self.compile = resolve_compile(cfg.model.compile, world.device)
         self._recompiles, _ = prepare_blocks(model, cfg, world.device)

@@ -137,7 +137,7 @@ def build_for_training(
     assert model is not None
     empty = any(parameter.is_meta for parameter in model.parameters())
     parts.engine = engine = build_engine(
-        model, cfg, run.world, lambda named: build_optimizer(named, cfg.optim)
+        model, cfg, run.world, run.layout, lambda named: build_optimizer(named, cfg.optim)
     )
     if initial is not None:
         take_weights(cfg, initial, engine.model_state())

@@ -1,14 +1,14 @@
 """What a run is before anything of it is built: its configuration, its ranks, and how they keep in step."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 
 from sora_train.config import Config
 from sora_train.monitoring.run_folder import RunFolder
-from sora_train.parallel.context.peers import Peers
-from sora_train.parallel.degrees import Degrees, check_degrees, resolve_degrees
-from sora_train.parallel.engine import check_engine, check_kernels
+from sora_train.parallel.context.peers import ContextParallelSharing
+from sora_train.parallel.degrees import Degrees
+from sora_train.parallel.engine import resolve_layout
+from sora_train.parallel.layout import Layout
 from sora_train.runtime import world as distributed
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.health import Health, longest_wait, record_collectives
@@ -21,7 +21,7 @@ class RunContext:
 
     cfg: Config
     world: World
-    degrees: Degrees
+    layout: Layout
     control: ControlPlane
     """Small exchanges between all ranks."""
     health: Health
@@ -32,10 +32,14 @@ class RunContext:
     def is_main(self) -> bool:
         return self.world.is_main
 
-    @cached_property
-    def sharing(self) -> Peers:
-        """The ranks that hold the same clips as this one. A collective of all ranks, the first time."""
-        return Peers(self.control, self.degrees)
+    @property
+    def degrees(self) -> Degrees:
+        return self.layout.degrees
+
+    @property
+    def sharing(self) -> ContextParallelSharing:
+        """The ranks that hold the same clips as this one."""
+        return ContextParallelSharing(self.control, self.layout.context)
 
 
 def join(cfg: Config) -> RunContext:
@@ -50,15 +54,11 @@ def join(cfg: Config) -> RunContext:
     world = start_ranks(cfg)
     try:
         distributed.set_determinism(cfg.run.deterministic, world.device)
-        degrees = resolve_degrees(cfg.parallel, world.size)
-        check_degrees(cfg, degrees)
-        world = replace(world, cp=degrees.cp)
-        check_engine(cfg, degrees, world.device)
-        check_kernels(cfg, world.device)
+        world, layout = resolve_layout(cfg, world)
         control = ControlPlane(world, wait)
         folder = control.together(lambda: RunFolder(cfg, is_main=world.is_main))
-        health = Health(cfg.health, control, folder.path, place_of=degrees.place_of)
-        return RunContext(cfg, world, degrees, control, health, folder)
+        health = Health(cfg.health, control, folder.path, place_of=layout.degrees.place_of)
+        return RunContext(cfg, world, layout, control, health, folder)
     except BaseException:
         # Whoever starts again in this process finds no group left.
         distributed.stop(world)

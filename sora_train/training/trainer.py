@@ -29,6 +29,7 @@ from sora_train.monitoring.tracking.process import start_tracker
 from sora_train.objectives import LossTerm, Objective
 from sora_train.parallel.checks.self_test import check_at_start
 from sora_train.parallel.degrees import Degrees
+from sora_train.parallel.layout import Layout
 from sora_train.parallel.protocol import Engine
 from sora_train.runtime import world as distributed
 from sora_train.runtime.control_plane import ControlPlane
@@ -70,6 +71,7 @@ class Trainer:
     # Of `run`, under shorter names for subclasses and callbacks.
     cfg: Config
     world: World
+    layout: Layout
     degrees: Degrees
     control: ControlPlane
     health: Health
@@ -93,7 +95,7 @@ class Trainer:
         # Whoever starts again in this process finds no lock, no decode process and no group left.
         with on_error(self.close), self.health.building():
             with self.health.phase("self-test"):
-                self.self_tested = check_at_start(cfg, self.world, self.control)
+                self.self_tested = check_at_start(cfg, self.layout, self.control)
             self.saver = make_saver(self.run)
             self.build()
             self.space = self.measure_space()
@@ -112,7 +114,7 @@ class Trainer:
     def __getattr__(self, name: str) -> Any:
         for holder in ("run", "parts"):
             held = self.__dict__.get(holder)
-            if held is not None and name in vars(held):
+            if held is not None and (name in vars(held) or name in vars(type(held))):
                 return getattr(held, name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 

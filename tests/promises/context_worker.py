@@ -29,8 +29,12 @@ from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.parallel.compile import compile_blocks, graphs_compiled
 from sora_train.parallel.context.collectives import gather_tokens, heads_to_tokens, tokens_to_heads
-from sora_train.parallel.context.context import apply_context_parallel, context_groups, segments
-from sora_train.parallel.context.peers import Peers
+from sora_train.parallel.context.context import (
+    apply_context_parallel,
+    make_context_groups,
+    segments,
+)
+from sora_train.parallel.context.peers import ContextParallelSharing
 from sora_train.parallel.context.ring import ring_attention
 from sora_train.parallel.degrees import Degrees
 from sora_train.runtime.control_plane import ControlPlane
@@ -109,7 +113,7 @@ def compare_models(
     found = {}
     plain = make_model(dtype)
     cut = copy.deepcopy(plain)
-    apply_context_parallel(cut, degrees, world)
+    apply_context_parallel(cut, degrees, make_context_groups(degrees, world))
     prepare(cut)
     for clip in clips:
         expected = backward(plain, clip, dtype, 1)
@@ -191,7 +195,8 @@ def check_adjoint(
 
 
 def check_collectives(world: World, degrees: Degrees) -> dict[str, float]:
-    groups = context_groups(degrees, world)
+    groups = make_context_groups(degrees, world)
+    assert groups is not None
     found = {}
     for tokens in (5, 3):
         sizes = segments(tokens, degrees.cp)
@@ -221,7 +226,7 @@ def check_collectives(world: World, degrees: Degrees) -> dict[str, float]:
 
 def check_spread(world: World, degrees: Degrees) -> dict[str, float]:
     """Work dealt out over ranks: what comes back, how much each did, and what becomes of a failure."""
-    peers = Peers(ControlPlane(world), degrees)
+    sharing = ContextParallelSharing(ControlPlane(world), make_context_groups(degrees, world))
     calls: list[int] = []
 
     def work(item: int) -> Tensor:
@@ -232,7 +237,7 @@ def check_spread(world: World, degrees: Degrees) -> dict[str, float]:
     found = {}
     for count in (1, 3, 7):
         calls.clear()
-        results = peers(range(count), work)
+        results = sharing(range(count), work)
         wrong = sum(not torch.equal(result, work(item)) for item, result in enumerate(results))
         found[f"wrong of {count}"] = worst(float(wrong))
         found[f"most calls for {count}"] = worst(float(len(calls) - count))
@@ -243,7 +248,7 @@ def check_spread(world: World, degrees: Degrees) -> dict[str, float]:
         return work(item)
 
     try:
-        peers(range(3), fail)
+        sharing(range(3), fail)
     except (ValueError, Fault) as error:
         own = isinstance(error, ValueError)
         told = str(error).startswith("item 1" if own else "rank 1,") and own == (world.rank == 1)

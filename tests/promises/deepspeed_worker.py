@@ -18,8 +18,7 @@ from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.parallel.degrees import resolve_degrees
-from sora_train.parallel.engine import build_engine, check_engine
+from sora_train.parallel.engine import build_engine, resolve_layout
 from sora_train.parallel.protocol import Engine
 from sora_train.parallel.shards import full
 from sora_train.runtime import world as distributed
@@ -110,11 +109,13 @@ def steps_of(
 
 def make(overrides: list[str], world: World) -> tuple[Engine, Config]:
     cfg = compose([*BASE, *overrides]).config
-    check_engine(cfg, resolve_degrees(cfg.parallel, world.size), world.device)
+    world, layout = resolve_layout(cfg, world)
     model: nn.Module = TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
     if cfg.task == "vae":
         model = VideoVAE.from_config(cfg.vae, trainable=True, seed=cfg.seed)
-    return build_engine(model, cfg, world, lambda named: build_optimizer(named, cfg.optim)), cfg
+    return build_engine(
+        model, cfg, world, layout, lambda named: build_optimizer(named, cfg.optim)
+    ), cfg
 
 
 def run_cell(overrides: list[str], world: World, steps: int = 5) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from benchmarks.memory import LiveBytes
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.monitoring.metrics import read_metrics
-from sora_train.parallel.engine import build_engine
+from sora_train.parallel.engine import build_engine, resolve_layout
 from sora_train.parallel.materialise import fill
 from sora_train.parallel.shards import full
 from sora_train.runtime import world as distributed
@@ -46,10 +46,13 @@ def train(folder: Path, number: int, overrides: list[str]) -> None:
 
 def watch_building(folder: Path, cfg: Config) -> None:
     world = distributed.start("cpu", 1)
+    world, layout = resolve_layout(cfg, world)
     with LiveBytes() as live:
         model = build_model(cfg, empty=True)
         frozen = live.now
-        engine = build_engine(model, cfg, world, lambda named: build_optimizer(named, cfg.optim))
+        engine = build_engine(
+            model, cfg, world, layout, lambda named: build_optimizer(named, cfg.optim)
+        )
         fill(engine.model, model.initial_values(cfg.seed))
     sizes = [4 * p.numel() for p in model.parameters()]
     found = {"peak": live.peak - frozen, "model": sum(sizes), "largest": max(sizes)}

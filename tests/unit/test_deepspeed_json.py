@@ -17,6 +17,7 @@ from sora_train.parallel.deepspeed import engine as deepspeed
 from sora_train.parallel.deepspeed.settings import deepspeed_config
 from sora_train.parallel.degrees import resolve_degrees
 from sora_train.parallel.engine import check_engine, require_precise
+from sora_train.parallel.protocol import resolve_param_dtype
 from sora_train.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -28,7 +29,8 @@ def config(*overrides: str) -> Config:
 
 def check(*overrides: str, ranks: int = 2) -> None:
     cfg = config(*overrides)
-    check_engine(cfg, resolve_degrees(cfg.parallel, ranks), CPU)
+    dtype = resolve_param_dtype(cfg.parallel.param_dtype, CPU)
+    check_engine(cfg, resolve_degrees(cfg.parallel, ranks), dtype)
 
 
 @pytest.mark.parametrize(

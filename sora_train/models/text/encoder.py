@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sora_train.config.sections.model import TextConfig
 from sora_train.models.flops import text_flops
 from sora_train.models.transformer.layers import keyed_generator
-from sora_train.models.work_sharing import ALONE, Spread
+from sora_train.models.work_sharing import NO_SHARING, WorkSharing
 
 # ByT5: 3 special ids, 256 bytes, 125 unused sentinels.
 VOCAB_SIZE = 384
@@ -107,18 +107,20 @@ class TextEncoder(nn.Module):
         return self.weight.dtype
 
     def encode(
-        self, prompts: Sequence[str], spread: Spread = ALONE
+        self, prompts: Sequence[str], sharing: WorkSharing = NO_SHARING
     ) -> tuple[Tensor, Tensor | None]:
         """(captions, key mask) of strings, as the transformer takes them; the mask is None under
-        `wan` padding. `spread` deals the captions out, padded as they are together."""
+        `wan` padding. `sharing` deals the captions out, padded as they are together."""
         device = self.weight.device
         ids_BS, mask_BS = (x.to(device) for x in self.tokenize(prompts))
         parts = list(
-            zip(ids_BS.tensor_split(spread.parts), mask_BS.tensor_split(spread.parts), strict=True)
+            zip(
+                ids_BS.tensor_split(sharing.parts), mask_BS.tensor_split(sharing.parts), strict=True
+            )
         )
         # More ranks than captions leave parts without any.
         parts = [part for part in parts if len(part[0])]
-        captions_BSE = torch.cat(spread(parts, lambda part: self(*part)))
+        captions_BSE = torch.cat(sharing(parts, lambda part: self(*part)))
         return captions_BSE, mask_BS if self.cfg.padding == "masked" else None
 
     @torch.no_grad()

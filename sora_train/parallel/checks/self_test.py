@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from sora_train.config import Config, ModelConfig
 from sora_train.errors import Fault
 from sora_train.models.transformer.dit import VideoDiT
-from sora_train.parallel.context.context import known_groups
-from sora_train.parallel.degrees import Degrees, describe_layout, resolve_degrees
+from sora_train.parallel.degrees import Degrees, describe_layout
 from sora_train.parallel.engine import build_engine
-from sora_train.parallel.protocol import resolve_param_dtype
+from sora_train.parallel.layout import Layout
 from sora_train.parallel.shards import full
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
@@ -50,40 +49,39 @@ class Agreed:
         )
 
 
-def check_at_start(cfg: Config, world: World, control: ControlPlane) -> Agreed | None:
-    """What a run does at its start: the self-test, unless it is off or there is only one process."""
-    if world.size == 1 or not cfg.parallel.self_test:
+def check_at_start(cfg: Config, layout: Layout, control: ControlPlane) -> Agreed | None:
+    """The self-test, unless it is off or there is only one process."""
+    if control.world.size == 1 or not cfg.parallel.self_test:
         return None
-    return self_test(cfg, world, control)
+    return self_test(cfg, layout, control)
 
 
-def self_test(cfg: Config, world: World, control: ControlPlane) -> Agreed:
+def self_test(cfg: Config, layout: Layout, control: ControlPlane) -> Agreed:
     """Take the step; a collective of all ranks. Nothing of it stays: no draw, no group, no weight.
 
     Raises:
         Fault: they differ; names the layout, what differs and by how much.
     """
     began = time.monotonic()
-    degrees = resolve_degrees(cfg.parallel, world.size)
-    small = tiny_config(cfg, degrees)
-    dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
+    world, dtype = control.world, layout.param_dtype
+    small = tiny_config(cfg, layout.degrees)
     with undisturbed(world, keeps_groups=cfg.parallel.engine != "fsdp"):
-        expected = by_one_process(small.model, world, degrees, dtype)
-        found = by_all_ranks(small, world, degrees)
+        expected = by_one_process(small.model, world, dtype)
+        found = by_all_ranks(small, world, layout)
     apart = {name: distance(found[name], value) for name, value in expected.items()}
     ranks = control.gather(list(apart.values()))
     apart = dict(zip(apart, map(max, zip(*ranks, strict=True)), strict=True))
-    layout = describe_layout(cfg.parallel.engine, degrees)
+    name = describe_layout(cfg.parallel.engine, layout.degrees)
     limit = TOLERANCE[dtype]
     wrong = {name: value for name, value in apart.items() if not value <= limit}
     if wrong:
-        told = ", ".join(f"{name} by {value:.1e}" for name, value in wrong.items())
+        differences = ", ".join(f"{name} by {value:.1e}" for name, value in wrong.items())
         raise Fault(
-            f"self-test: {layout} in {str(dtype).removeprefix('torch.')} differs from one process in {told} (relative; "
-            f"{limit:g} is allowed); do not train in this layout: choose other parallel.* degrees or another "
-            "parallel.engine, or try another version of torch"
+            f"self-test: {name} in {str(dtype).removeprefix('torch.')} differs from one process in {differences} "
+            f"(relative; {limit:g} is allowed); do not train in this layout: choose other parallel.* degrees or "
+            "another parallel.engine, or try another version of torch"
         )
-    return Agreed(layout, max(apart.values()), time.monotonic() - began)
+    return Agreed(name, max(apart.values()), time.monotonic() - began)
 
 
 def tiny_config(cfg: Config, degrees: Degrees) -> Config:
@@ -98,17 +96,16 @@ def tiny_config(cfg: Config, degrees: Degrees) -> Config:
 
 @contextmanager
 def undisturbed(world: World, *, keeps_groups: bool) -> Iterator[None]:
-    """Whatever the block draws is not drawn after it, and the groups it makes are gone, but for those that the run
-    will use again: of context parallelism, and of DeepSpeed, which makes its own once for a process."""
+    """Undo what the block does to the process: its random draws, and the process groups it makes unless
+    `keeps_groups`. DeepSpeed makes its groups once for a process, and the run uses them again."""
     before = set(groups())
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
     if keeps_groups:
         return
-    kept = before | {id(group) for group in known_groups()}
     for number, group in list(groups().items()):
-        if number not in kept:
+        if number not in before:
             dist.destroy_process_group(group)
 
 
@@ -145,9 +142,7 @@ def loss_of(model: nn.Module, part: int, world: World) -> Tensor:
     return (v - target.to(device)).square().mean() / world.dp_size
 
 
-def by_one_process(
-    model: ModelConfig, world: World, degrees: Degrees, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def by_one_process(model: ModelConfig, world: World, dtype: torch.dtype) -> dict[str, Tensor]:
     """Loss, norm and gradients of the plain model, computed in `dtype`, summed in at least float32."""
     plain = tiny_model(model).to(world.device, dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -167,12 +162,15 @@ def by_one_process(
     }
 
 
-def by_all_ranks(cfg: Config, world: World, degrees: Degrees) -> dict[str, Tensor]:
+def by_all_ranks(cfg: Config, world: World, layout: Layout) -> dict[str, Tensor]:
     """The same of the run's engine: gradients are how far a step moves each weight."""
     engine = build_engine(
-        tiny_model(cfg.model), cfg, replace(world, owns_group=False),
+        tiny_model(cfg.model),
+        cfg,
+        replace(world, owns_group=False),
+        layout,
         lambda named: torch.optim.SGD([{"params": list(named.values()), "lr_scale": 1.0}], lr=1.0),
-    )  # fmt: skip
+    )
     try:
         loss = loss_of(engine.model, world.dp_rank, world)
         engine.backward(loss, last=True)
@@ -188,7 +186,10 @@ def by_all_ranks(cfg: Config, world: World, degrees: Degrees) -> dict[str, Tenso
     moved = {
         f"the gradient of {name}": (before[name] - after[name]).double() / LR for name in COMPARED
     }
-    return {"loss": total[0] / degrees.cp, "gradient norm": torch.tensor(norm).double()} | moved
+    return {
+        "loss": total[0] / layout.degrees.cp,
+        "gradient norm": torch.tensor(norm).double(),
+    } | moved
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

@@ -34,6 +34,12 @@ class ContextGroups:
     ulysses: Any
     ring: Any
 
+    @classmethod
+    def of(cls, own: dict[str, Any]) -> "ContextGroups":
+        """From this rank's groups by their names in `neighbours`."""
+        whole = own["whole"]
+        return cls(whole, own.get("ulysses", whole), own.get("ring", whole))
+
 
 def neighbours(world_size: int, degrees: Degrees) -> dict[str, list[list[int]]]:
     """The ranks of every group, of all ranks: `ulysses` runs fastest, then `ring`; where one of them is 1 the whole
@@ -54,31 +60,17 @@ def neighbours(world_size: int, degrees: Degrees) -> dict[str, list[list[int]]]:
     }
 
 
-_MADE: list[tuple[Any, Degrees, ContextGroups]] = []
-
-
-def context_groups(degrees: Degrees, world: World) -> ContextGroups:
-    """This rank's groups; made once for a job, by all of its ranks in the same order."""
-    default = dist.group.WORLD
-    _MADE[:] = [entry for entry in _MADE if entry[0] is default]
-    for _, known, groups in _MADE:
-        if known == degrees:
-            return groups
-    found: dict[str, Any] = {}
-    for name, groups_of in neighbours(world.size, degrees).items():
-        for ranks in groups_of:
-            made = dist.new_group(ranks, timeout=world.timeout)
+def make_context_groups(degrees: Degrees, world: World) -> ContextGroups | None:
+    """This rank's groups, or None where `degrees.cp` is 1. A collective: all ranks make all groups, in one order."""
+    if degrees.cp == 1:
+        return None
+    own: dict[str, Any] = {}
+    for name, groups in neighbours(world.size, degrees).items():
+        for ranks in groups:
+            group = dist.new_group(ranks, timeout=world.timeout)
             if world.rank in ranks:
-                found[name] = made
-    whole = found["whole"]
-    groups = ContextGroups(whole, found.get("ulysses", whole), found.get("ring", whole))
-    _MADE.append((default, degrees, groups))
-    return groups
-
-
-def known_groups() -> list[Any]:
-    """Groups that are kept for the job's next model."""
-    return [group for *_, made in _MADE for group in (made.whole, made.ulysses, made.ring)]
+                own[name] = group
+    return ContextGroups.of(own)
 
 
 class TokenCut:
@@ -193,15 +185,17 @@ class CaptionAttention(nn.Module):
         return q_BLNK.to(v_BSNK.dtype) + (k_BSNK.sum() + v_BSNK.sum())
 
 
-def apply_context_parallel(model: nn.Module, degrees: Degrees, world: World) -> None:
-    """Cut the model's tokens over the ranks, in place; nothing is done where `degrees.cp` is 1.
+def apply_context_parallel(
+    model: nn.Module, degrees: Degrees, groups: ContextGroups | None
+) -> None:
+    """Cut the model's tokens over the ranks of `groups`, in place; without groups the model stays as it is.
 
-    Before blocks are compiled or sharded. Every rank calls it, since process groups are made.
+    Call it before blocks are compiled or sharded.
 
     Raises:
         ConfigError: the model has no tokens that can be cut.
     """
-    if degrees.cp == 1:
+    if groups is None:
         return
     transformer = getattr(model, "transformer", model)
     if not isinstance(transformer, VideoDiT):
@@ -209,7 +203,7 @@ def apply_context_parallel(model: nn.Module, degrees: Degrees, world: World) -> 
             f"parallel.ulysses={degrees.ulysses} and parallel.ring={degrees.ring} divide the tokens of VideoDiT, and "
             f"this run trains {type(transformer).__name__}; set both to 1"
         )
-    cut = TokenCut(degrees, context_groups(degrees, world))
+    cut = TokenCut(degrees, groups)
     transformer.enter, transformer.leave = EnterSeam(cut), LeaveSeam(cut)
     for block in transformer.blocks:
         block.attn1.core = ContextAttention(block.attn1.core, cut)

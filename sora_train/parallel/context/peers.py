@@ -8,28 +8,26 @@ from torch import Tensor
 
 from sora_train.errors import Fault
 from sora_train.parallel.context.collectives import gather
-from sora_train.parallel.context.context import context_groups
-from sora_train.parallel.degrees import Degrees
+from sora_train.parallel.context.context import ContextGroups
 from sora_train.runtime.control_plane import ControlPlane
 
 Item = TypeVar("Item")
 
 
-class Peers:
-    """The ranks of this one's context-parallel group as a `Spread`; alone where `world.cp` is 1.
+class ContextParallelSharing:
+    """A `WorkSharing` among the ranks of this one's context-parallel group; without groups a rank is alone.
 
-    Item i is worked on by rank i modulo `parts`, and all ranks leave with the same bits. Every rank of
-    the job makes one at once, since process groups are made.
+    Item i is worked on by rank i modulo `parts`, and all ranks leave with the same bits.
     """
 
-    def __init__(self, control: ControlPlane, degrees: Degrees):
+    def __init__(self, control: ControlPlane, groups: ContextGroups | None):
         self.control, world = control, control.world
         self.parts, self.rank, self.device = world.cp, world.cp_rank, world.device
-        self._group: Any = context_groups(degrees, world).whole if self.parts > 1 else None
+        self._group: Any = groups.whole if groups else None
 
     def __call__(self, items: Sequence[Item], work: Callable[[Item], Tensor]) -> list[Tensor]:
         """Raises what the work raised here, or Fault where it failed on another rank."""
-        if self.parts == 1 or not items:
+        if self._group is None or not items:
             return [work(item) for item in items]
         mine: list[Tensor] = []
         error: Exception | None = None
@@ -37,8 +35,8 @@ class Peers:
             mine += [work(item) for item in items[self.rank :: self.parts]]
         except Exception as failure:
             error = failure
-        told = None if error else [(tuple(one.shape), one.dtype) for one in mine]
-        facts = self.control.gather_from_peers(told)
+        sizes = None if error else [(tuple(one.shape), one.dtype) for one in mine]
+        facts = self.control.gather_from_peers(sizes)
         if error is not None:
             raise error
         if None in facts:

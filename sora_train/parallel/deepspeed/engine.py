@@ -9,7 +9,7 @@ parameter's values, which are named, saved, loaded and averaged as FlatShards, w
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from sora_train.config import Config
 from sora_train.errors import ConfigError, Fault
 from sora_train.parallel.deepspeed.settings import STAGES, deepspeed_config
-from sora_train.parallel.degrees import resolve_degrees
+from sora_train.parallel.layout import Layout
 from sora_train.parallel.memory.activations import prepare_blocks
 from sora_train.parallel.parallelize import sharding_units
+from sora_train.parallel.protocol import OptimizerBuilder
 from sora_train.parallel.shards import FlatShard
 from sora_train.runtime.world import World, set_timeout
 
@@ -32,7 +33,7 @@ LINEAR = nn.functional.linear
 
 
 @dataclass(frozen=True)
-class Place:
+class FlatRun:
     """Where this rank's run of a parameter's values lies."""
 
     flat: int
@@ -69,15 +70,15 @@ class ZeroEngine:
         model: nn.Module,
         cfg: Config,
         world: World,
-        build_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
-        param_dtype: torch.dtype,
+        layout: Layout,
+        build_optimizer: OptimizerBuilder,
     ):
         self.stage = STAGES[cfg.parallel.engine]
         self.grad_clip = cfg.optim.grad_clip
-        self.param_dtype = param_dtype
+        self.param_dtype = layout.param_dtype
         self.world = world
         self.offloaded = cfg.parallel.offload_optimizer or cfg.parallel.offload_params
-        self.loss_scale = world.size / world.cp
+        self.loss_scale = world.size / layout.degrees.cp
         # ZeRO-3 gathers weights inside a block, which is no one graph then.
         wanted = "off" if self.stage == 3 else cfg.model.compile
         self._recompiles, _ = prepare_blocks(model, cfg, world.device, wanted)
@@ -87,8 +88,8 @@ class ZeroEngine:
         first = {name: parameter.detach() for name, parameter in parameters.items()}
         told = deepspeed_config(
             cfg,
-            resolve_degrees(cfg.parallel, world.size),
-            param_dtype,
+            layout.degrees,
+            layout.param_dtype,
             pin_memory=world.device.type == "cuda",
         )
         # Said of every gather of ZeRO-3, wherever the model is called.
@@ -213,31 +214,31 @@ class ZeroEngine:
             state["exp_avg_sq"] = torch.zeros_like(flat)
         return state
 
-    def _places_by_group(self) -> dict[str, Place]:
+    def _places_by_group(self) -> dict[str, FlatRun]:
         """ZeRO-1 and 2: the parameters of a group lie end to end, cut into as many runs as there are ranks."""
-        found: dict[int, Place] = {}
+        found: dict[int, FlatRun] = {}
         for flat, parameters in enumerate(self.zero.bit16_groups):
             for parameter in parameters:
                 mapping = parameter._hp_mapping
-                place = Place(flat, 0, 0, 0, parameter.shape)
+                place = FlatRun(flat, 0, 0, 0, parameter.shape)
                 if mapping is not None:
                     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    place = Place(flat, here.start, there.start, here.numel, parameter.shape)
+                    place = FlatRun(flat, here.start, there.start, here.numel, parameter.shape)
                 found[id(parameter)] = place
         return {name: found[id(value)] for name, value in self.model.named_parameters()}
 
-    def _places_by_parameter(self) -> dict[str, Place]:
+    def _places_by_parameter(self) -> dict[str, FlatRun]:
         """ZeRO-3: each parameter is cut into as many runs as there are ranks, the last ones padded."""
-        found: dict[str, Place] = {}
+        found: dict[str, FlatRun] = {}
         for name, parameter in self.model.named_parameters():
             flat, offset, padded = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = min(self.world.rank * int(padded), parameter.ds_numel)
             values = min(int(padded), parameter.ds_numel - start)
-            found[name] = Place(flat, int(offset), start, values, torch.Size(parameter.ds_shape))
+            found[name] = FlatRun(flat, int(offset), start, values, torch.Size(parameter.ds_shape))
         return found
 
 
-def local_run(whole: Tensor, place: Place) -> Tensor:
+def local_run(whole: Tensor, place: FlatRun) -> Tensor:
     return whole.reshape(-1)[place.start : place.start + place.values]
 
 

@@ -23,7 +23,7 @@ from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import read_geometry
 from sora_train.objectives import FlowBatch
-from sora_train.parallel.engine import build_engine
+from sora_train.parallel.engine import build_engine, resolve_layout
 from sora_train.runtime import world as distributed
 from sora_train.tools.measuring import Measured, Result, Stats, measure
 from sora_train.training.optim.optim import build_optimizer
@@ -138,8 +138,11 @@ def measure_lengths(cfg: Config, lengths: Sequence[int], repeats: int) -> dict[i
     """Seconds of forward and backward of one clip of each length, in the engine that trains."""
     world = distributed.start(cfg.run.device, cfg.run.threads)
     try:
+        world, layout = resolve_layout(cfg, world)
         model = TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
-        engine = build_engine(model, cfg, world, lambda named: build_optimizer(named, cfg.optim))
+        engine = build_engine(
+            model, cfg, world, layout, lambda named: build_optimizer(named, cfg.optim)
+        )
         found = {}
         for length in lengths:
             batch = clip_of(cfg, length, world.device)

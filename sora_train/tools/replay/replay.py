@@ -30,7 +30,7 @@ from sora_train.monitoring.run_folder import Part, RunFolder, parts_of
 from sora_train.objectives import LossTerm
 from sora_train.objectives.spec import build_spec, spec_of
 from sora_train.parallel.degrees import resolve_degrees
-from sora_train.parallel.mesh import build_mesh
+from sora_train.parallel.layout import Layout, build_mesh
 from sora_train.parallel.parallelize import apply_fsdp
 from sora_train.parallel.protocol import resolve_param_dtype
 from sora_train.runtime import world as distributed
@@ -269,7 +269,9 @@ def _context(plan: Plan, world: World) -> RunContext:
     alone = ControlPlane(replace(world, rank=0, size=1))
     folder = RunFolder(cfg, is_main=False)
     health = Health(cfg.health, alone, folder.path, watched=False)
-    return RunContext(cfg, world, resolve_degrees(cfg.parallel, 1), alone, health, folder)
+    dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
+    layout = Layout(resolve_degrees(cfg.parallel, 1), dtype)
+    return RunContext(cfg, world, layout, alone, health, folder)
 
 
 def rebuilt(request: ReplayRequest, plan: Plan, builder: Builder) -> Components:
@@ -320,7 +322,8 @@ def _fill(model: nn.Module, plan: Plan, vae: VideoVAE) -> None:
 def _computing(model: nn.Module, cfg: Config, world: World) -> nn.Module:
     """The model on its device, computing in the precision that training has there."""
     dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
-    return apply_fsdp(model.to(world.device), build_mesh(cfg.parallel, world), dtype)
+    mesh = build_mesh(resolve_degrees(cfg.parallel, world.size), world)
+    return apply_fsdp(model.to(world.device), mesh, dtype)
 
 
 def _about(

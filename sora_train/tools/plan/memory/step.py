@@ -19,13 +19,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from sora_train.config import Config
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.objectives import FlowBatch
-from sora_train.parallel import engine
-from sora_train.parallel.context import context
-from sora_train.parallel.context.context import ContextGroups
-from sora_train.parallel.degrees import resolve_degrees
+from sora_train.parallel import fsdp
+from sora_train.parallel.context.context import ContextGroups, neighbours
+from sora_train.parallel.degrees import Degrees, resolve_degrees
 from sora_train.parallel.engine import build_engine
+from sora_train.parallel.layout import Layout
 from sora_train.parallel.memory import host_optimizer, offload
-from sora_train.parallel.protocol import Engine
+from sora_train.parallel.protocol import Engine, resolve_param_dtype
 from sora_train.runtime.world import World
 from sora_train.tools.plan.memory.count import Held
 from sora_train.training.optim.ema import Ema
@@ -44,7 +44,8 @@ def step_peaks(
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
         world = World(0, world_size, 0, 1, torch.device("cpu"), cp=degrees.cp)
-        own_groups_only(cfg, world)
+        dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
+        layout = Layout(degrees, dtype, own_groups(degrees))
         batches = -(-cfg.train.micro_batches // world.dp_size)
         held = Held()
         with ExitStack() as stack:
@@ -59,7 +60,7 @@ def step_peaks(
                     stack.enter_context(replaced(checks, name, lambda numbers: numbers))
             stack.enter_context(held)
             stack.enter_context(kinds_told(held))
-            run = Run(cfg, world, held)
+            run = FakeRun(cfg, world, layout, held)
             # ZeRO-3 keeps and fetches weights by the order that it has seen in the first step.
             for step in range(2 if cfg.parallel.engine == "zero3" else 1):
                 held.forget()
@@ -71,15 +72,15 @@ def step_peaks(
         dist.destroy_process_group()
 
 
-class Run:
+class FakeRun:
     """What the trainer builds, on fake tensors, and its step."""
 
-    def __init__(self, cfg: Config, world: World, held: Held):
+    def __init__(self, cfg: Config, world: World, layout: Layout, held: Held):
         self.cfg, self.held = cfg, held
         with held.making("buffers"):
             self.model = model_of(cfg, world.size)
             self.engine: Engine = build_engine(
-                self.model, cfg, world, lambda named: build_optimizer(named, cfg.optim)
+                self.model, cfg, world, layout, lambda named: build_optimizer(named, cfg.optim)
             )
         held.mark(self.model.parameters(), "weights")
         held.mark((weight for _, weight in self.engine.weights.named_parameters()), "weights")
@@ -164,18 +165,16 @@ def batch_of(cfg: Config, shape: tuple[int, int, int, int], clips: int, caption:
     )
 
 
-def own_groups_only(cfg: Config, world: World) -> None:
-    """Make this rank's groups of context parallelism and no other's, which at 10,000 ranks take minutes."""
-    degrees = resolve_degrees(cfg.parallel, world.size)
+def own_groups(degrees: Degrees) -> ContextGroups | None:
+    """The first rank's groups of context parallelism and no other's, which at 10,000 ranks take minutes to make."""
     if degrees.cp == 1:
-        return
-    made = {
-        name: dist.new_group(next(ranks for ranks in groups if 0 in ranks))
-        for name, groups in context.neighbours(degrees.cp, degrees).items()
-    }
-    whole = made["whole"]
-    groups = ContextGroups(whole, made.get("ulysses", whole), made.get("ring", whole))
-    context._MADE.append((dist.group.WORLD, degrees, groups))
+        return None
+    return ContextGroups.of(
+        {
+            name: dist.new_group(next(ranks for ranks in groups if 0 in ranks))
+            for name, groups in neighbours(degrees.cp, degrees).items()
+        }
+    )
 
 
 def converted(
@@ -203,13 +202,13 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def mesh_of_real_tensors() -> Iterator[None]:
     """A mesh reads its own tensor of ranks, which therefore cannot be a fake one."""
-    build = engine.build_mesh
+    build = fsdp.build_mesh
 
     def build_real(*args: Any) -> Any:
         with unset_fake_temporarily():
             return build(*args)
 
-    with replaced(engine, "build_mesh", build_real):
+    with replaced(fsdp, "build_mesh", build_real):
         yield
 
 
