@@ -19,10 +19,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.model import DEFAULT_OUT, Batch, ModelBenchRequest, batch_of, model_of, on_meta
+from benchmarks.model import (
+    DEFAULT_OUT,
+    Batch,
+    ModelBenchRequest,
+    batch_of,
+    clip_flops,
+    model_of,
+    on_meta,
+)
 from sora_train.config import Config, ModelConfig, ParallelConfig, TextConfig
 from sora_train.errors import UserError
-from sora_train.models.flops import transformer_flops
 from sora_train.models.memory import fixed_bytes, transformer_parameters
 from sora_train.models.transformer.attention_backends import check_attention
 from sora_train.models.transformer.dit import VideoDiT
@@ -185,7 +192,7 @@ def measure_option(
     taken = Stats.of(seconds)
     measured[f"step, {name}"] = Measured(taken, "s")
     if device.type == "cuda":
-        flops = 3 * transformer_flops(request.model, request.tokens, request.caption)
+        flops = clip_flops(request)
         peak_rate = peak_flops(torch.cuda.get_device_name(device))
         facts[f"MFU, {name}"] = flops / taken.median / peak_rate if peak_rate else None
     if wanted.longest:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sora_train.config import ModelConfig
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
-from sora_train.models.flops import transformer_flops
+from sora_train.models.flops import training_flops
 from sora_train.models.transformer.attention_backends import check_attention, describe, resolve
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.transformer.wan_layout import wan_arguments
@@ -132,8 +132,7 @@ def run(request: ModelBenchRequest) -> Result:
         "tokens": request.tokens, "caption tokens": request.caption, "device": str(device),
         "threads": torch.get_num_threads(), "load when done": None,
         "parameters": sum(p.numel() for p in on_meta(request.model).parameters()),
-        "GFLOP a token": 3 * transformer_flops(request.model, request.tokens, request.caption)
-        / request.tokens / 1e9,
+        "GFLOP a token": clip_flops(request) / request.tokens / 1e9,
     }  # fmt: skip
     before = graphs_compiled()
     for dtype in request.dtypes:
@@ -142,6 +141,12 @@ def run(request: ModelBenchRequest) -> Result:
     facts["graphs compiled"] = graphs_compiled() - before
     facts["load when done"] = first_load()
     return Result("model", measured, facts)
+
+
+def clip_flops(request: ModelBenchRequest) -> int:
+    """Operations of training on the clip of `batch_of`, forward and backward."""
+    frames = grid_of(request.tokens)[0]
+    return training_flops(request.model, None, request.tokens, frames, request.caption)
 
 
 def compare(

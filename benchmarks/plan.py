@@ -24,7 +24,7 @@ from sora_train.data.sample import Bucket
 from sora_train.data.tape.buckets import build_buckets
 from sora_train.data.tape.micro_batches import micro_batch_sizes
 from sora_train.data.tape.tape import Tape, imbalance, row_costs
-from sora_train.models.flops import training_flops
+from sora_train.models.flops import trained_forward_flops
 
 BUCKETS = "256px"
 MODEL = "wan_1_3b"
@@ -69,7 +69,7 @@ def measure(rows: int, ranks: int) -> dict[str, float]:
         return (1 + (bucket.frames - 1) // 4) * bucket.height * bucket.width // 256
 
     def cost(tokens: int) -> float:
-        return training_flops(cfg.model, cfg.text, tokens, 100)
+        return float(trained_forward_flops(cfg.model, cfg.text, tokens, 100))
 
     share = np.array([DURATIONS[s.bucket.frames] * RATIOS[s.aspect_ratio] for s in table])
     rng = np.random.default_rng(0)

@@ -14,7 +14,6 @@ import torch
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.errors import Fault, UserError
-from sora_train.monitoring.device_peaks import peak_flops
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.tools.measuring import Measured, Result, Stats
 
@@ -63,7 +62,7 @@ def run(overrides: list[str], *, steps: int, warmup: int, out: Path) -> Path:
     measured = [row for row in rows if "train/loss" in row and row["step"] > warmup]
     if len(measured) != steps:
         raise Fault(f"metrics.jsonl holds {len(measured)} of the {steps} steps to be measured")
-    result = Result("train", _measured(measured, cfg), _facts(cfg, chosen, warmup, params, memory))
+    result = Result("train", _measured(measured), _facts(cfg, chosen, warmup, params, memory))
     return result.write(Path(out))
 
 
@@ -79,7 +78,7 @@ def _train(cfg: Config) -> tuple[int, int | None]:
     return trainer.parts.num_params, torch.cuda.max_memory_allocated() if on_gpu else None
 
 
-def _measured(rows: list[dict[str, float]], cfg: Config) -> dict[str, Measured]:
+def _measured(rows: list[dict[str, float]]) -> dict[str, Measured]:
     def stats(name: str, scale: float = 1.0) -> Stats:
         return Stats.of([row[name] * scale for row in rows])
 
@@ -88,45 +87,9 @@ def _measured(rows: list[dict[str, float]], cfg: Config) -> dict[str, Measured]:
         "throughput": Measured(stats("train/tokens_per_second"), "tokens/s", "{:,.0f}"),
         "data wait": Measured(stats("train/data_wait", 100), "% of the step", "{:.2f}"),
     }
-    peak = _peak(cfg)
-    if peak and cfg.task == "text_to_video":
-        shares = [100 * step_flops(row, cfg) / row["train/step_seconds"] / peak for row in rows]
-        found["MFU"] = Measured(Stats.of(shares), "% of the bf16 peak", "{:.2f}")
+    if "train/mfu" in rows[0]:
+        found["MFU"] = Measured(stats("train/mfu", 100), "% of the peak", "{:.2f}")
     return found
-
-
-def _peak(cfg: Config) -> float | None:
-    on_gpu = cfg.run.device != "cpu" and torch.cuda.is_available()
-    return peak_flops(torch.cuda.get_device_name(0)) if on_gpu else None
-
-
-def step_flops(row: dict[str, float], cfg: Config) -> float:
-    """FLOPs of the transformer in one step, from a row of metrics.jsonl.
-
-    The VAE, the text encoder, the optimizer and any recomputation are left out, as MFU has it. With
-    clips of several lengths in one step, attention is counted at their mean length: a lower bound.
-    """
-    tokens = row["train/tokens_per_second"] * row["train/step_seconds"]
-    clips = row["train/clips"]
-    return clips * dit_flops(tokens / clips, cfg) if clips else 0.0
-
-
-def dit_flops(tokens: float, cfg: Config) -> float:
-    """Matrix-product FLOPs of a forward and backward pass over one clip of `tokens` video tokens.
-
-    A multiply-add is 2 FLOPs, the backward pass costs twice the forward. The caption counts at
-    `text.max_length`.
-    """
-    model, text = cfg.model, cfg.text.max_length
-    dim = model.dim
-    self_attention = 4 * dim * dim * tokens + 2 * dim * tokens * tokens
-    cross_attention = 2 * dim * dim * (tokens + text) + 2 * dim * tokens * text
-    feed_forward = 2 * dim * model.ffn_dim * tokens
-    channels = model.in_channels + model.velocity_channels
-    patch = channels * model.patch_size[0] * model.patch_size[1] * model.patch_size[2]
-    ends = patch * dim * tokens + (model.text_dim + dim) * dim * text
-    layers = model.num_layers * (self_attention + cross_attention + feed_forward)
-    return 3 * 2 * (layers + ends)
 
 
 def _facts(

@@ -133,6 +133,7 @@ MOVED = {
     "parallel.collectives": "parallel.context.collectives",
     "parallel.context": "parallel.context.context",
     "parallel.deepspeed": "parallel.deepspeed.engine",
+    "parallel.mesh": "parallel.layout",
     "parallel.offload": "parallel.memory.offload",
     "parallel.ring": "parallel.context.ring",
 }

@@ -1,41 +1,67 @@
-"""What a forward pass costs, from the sizes alone: nothing is built. A multiply and an add are two operations."""
+"""Floating-point operations of a forward and backward pass, from the sizes alone: nothing is built.
+
+Matrix products and convolutions are counted, a multiply and an add as two operations; norms, gates and
+activations are not, nor what `model.mask_channel` and `model.fps_embed` add, which is less than one part in a
+thousand. Attention to every key is counted, masked keys included.
+"""
 
 import math
 
 from sora_train.config.sections.model import ModelConfig, TextConfig
 
 
+def training_flops(
+    model: ModelConfig, text: TextConfig | None, num_tokens: int, num_frames: int, text_tokens: int
+) -> int:
+    """Operations of training on one clip: the forward pass of what is trained, and twice as much for backward.
+
+    Frozen networks and what backward computes again are left out, as MFU has it (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B). The card, `train/tflops`, `sora plan`, `sora models` and `sora bench` all
+    call this function.
+
+    Args:
+        model: sizes of the transformer.
+        text: sizes of the text encoder, which counts if it is trainable; None counts the transformer alone.
+        num_tokens: video tokens of the clip, L.
+        num_frames: latent frames of the clip, each with its own time embedding.
+        text_tokens: caption tokens attended to, S.
+    """
+    return 3 * trained_forward_flops(model, text, num_tokens, text_tokens, num_frames)
+
+
+def trained_forward_flops(
+    model: ModelConfig,
+    text: TextConfig | None,
+    num_tokens: int,
+    text_tokens: int,
+    num_frames: int = 1,
+) -> int:
+    """Operations of one clip's forward pass through what is trained; arguments as in `training_flops`."""
+    total = transformer_flops(model, num_tokens, text_tokens, num_frames)
+    return total + (text_flops(text, text_tokens) if text and text.trainable else 0)
+
+
 def transformer_flops(
     cfg: ModelConfig, num_tokens: int, text_tokens: int, num_frames: int = 1
 ) -> int:
-    """Floating-point operations of one sample's forward pass; backward costs twice that.
-
-    Args:
-        cfg: sizes of the transformer.
-        num_tokens: video tokens of the sample, L.
-        text_tokens: caption tokens attended to, S.
-        num_frames: latent frames, each with its own time embedding.
-    """
+    """Operations of the transformer's forward pass over one clip; arguments as in `training_flops`."""
     d, tokens, text = cfg.dim, num_tokens, text_tokens
     patch = (cfg.in_channels + cfg.velocity_channels) * math.prod(cfg.patch_size)
-    self_attention = 8 * tokens * d * d + 4 * tokens * tokens * d
-    cross_attention = 4 * (tokens + text) * d * d + 4 * tokens * text * d
-    block = self_attention + cross_attention + 4 * tokens * d * cfg.ffn_dim
+    projections = 8 * tokens * d * d + 4 * (tokens + text) * d * d
+    feed_forward = 4 * tokens * d * cfg.ffn_dim
     ends = 2 * tokens * patch * d + 2 * text * (cfg.text_dim * d + d * d)
     time = 2 * num_frames * (cfg.freq_dim * d + 7 * d * d)
-    return cfg.num_layers * block + ends + time
+    cores = attention_flops(cfg, num_tokens, text_tokens)
+    return cfg.num_layers * (projections + feed_forward) + cores + ends + time
+
+
+def attention_flops(cfg: ModelConfig, num_tokens: int, text_tokens: int) -> int:
+    """The part of `transformer_flops` in softmax(Q K^T) V, of attention to video and to caption tokens."""
+    return 4 * cfg.num_layers * num_tokens * (num_tokens + text_tokens) * cfg.dim
 
 
 def text_flops(cfg: TextConfig, text_tokens: int) -> int:
-    """Floating-point operations of one caption's forward pass; backward costs twice that."""
+    """Operations of the text encoder's forward pass over one caption."""
     inner = cfg.num_heads * cfg.d_kv
     layer = 8 * cfg.d_model * inner + 4 * text_tokens * inner + 6 * cfg.d_model * cfg.d_ff
     return cfg.num_layers * text_tokens * layer
-
-
-def training_flops(
-    model: ModelConfig, text: TextConfig, num_tokens: int, text_tokens: int
-) -> float:
-    """Forward pass of what is trained: a trainable text encoder is included, a frozen one is not."""
-    total = transformer_flops(model, num_tokens, text_tokens)
-    return float(total + (text_flops(text, text_tokens) if text.trainable else 0))

@@ -55,7 +55,8 @@ METRICS: dict[str, Metric] = {
     "train/tflops": Metric(
         "TFLOP/s",
         "floating-point operations of the model a second, all ranks: forward and twice that for backward, attention "
-        "counted in full, what is computed again in backward and frozen networks not",
+        "counted in full, a caption as `text.max_length` tokens, what is computed again in backward and frozen "
+        "networks not (sora_train/models/flops.py)",
     ),
     "train/mfu": Metric(
         "share",

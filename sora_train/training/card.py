@@ -16,7 +16,6 @@ from sora_train.parallel.compile import resolve_compile
 from sora_train.parallel.degrees import Degrees, describe_layout
 from sora_train.parallel.protocol import Engine
 from sora_train.runtime.world import allocator
-from sora_train.tools.plan.model_sizes import flops_per_token
 from sora_train.training.components import Components
 from sora_train.training.pipeline.data import TrainingData
 from sora_train.training.run import RunContext
@@ -44,7 +43,7 @@ def run_table(
     run: RunContext, parts: Components, state: TrainState, space: Space, self_tested: Agreed | None
 ) -> Table:
     cfg, data, part = run.cfg, parts.data, parts.data.part(state.data_step)
-    clips, tokens = mean_step(data, state.data_step)
+    clips, tokens, flops = mean_step(data, state.data_step)
     table = Table(title=f"{cfg.name} -> {run.folder.path}", show_header=False, title_justify="left")
     left = cfg.train.steps - state.step
     rows = {
@@ -64,7 +63,7 @@ def run_table(
         },
         **joining(data),
         "held-out clips": str(len(data.val_clips)),
-        **model_rows(run, parts.engine, tokens / max(clips, 1)),
+        **model_rows(run, parts.engine, tokens / max(clips, 1), flops / max(tokens, 1)),
         **memory_rows(run),
         **({"self-test": str(self_tested)} if self_tested else {}),
         "memory of weights and optimizer": f"{state_bytes(run, parts) / 2**20:,.0f} MiB a rank",
@@ -100,14 +99,13 @@ def memory_rows(run: RunContext) -> dict[str, str]:
     return rows
 
 
-def model_rows(run: RunContext, engine: Engine, tokens: float) -> dict[str, str]:
-    """Operations for each token of a clip of `tokens`, the attention kernel, and compilation; {} for a VAE."""
+def model_rows(run: RunContext, engine: Engine, tokens: float, flops: float) -> dict[str, str]:
+    """`flops` a token in clips of `tokens` on average, the attention kernel, and compilation; {} for a VAE."""
     cfg = run.cfg
     if cfg.task != "text_to_video":
         return {}
     dtype = getattr(engine, "param_dtype", torch.float32)
     masked = cfg.text.padding == "masked"
-    flops = flops_per_token(cfg.model, max(1, round(tokens)), cfg.text.max_length // 2)
     return {
         "a token": f"{flops / 1e9:.3g} GFLOP forward and backward, in clips of {tokens:,.0f} tokens",
         "attention": describe(cfg.model, run.world.device, dtype, masked_captions=masked),
@@ -189,17 +187,16 @@ def details(data: TrainingData, reason: str) -> list[str]:
     return [f"{manifest.key[row]}: {manifest.drop_detail[row] or 'see buckets'}" for row in rows]
 
 
-def mean_step(data: TrainingData, data_step: int) -> tuple[float, float]:
-    """Clips and tokens of an average step."""
+def mean_step(data: TrainingData, data_step: int) -> tuple[float, float, float]:
+    """Clips, tokens and operations (forward and backward) of an average step."""
     part = data.part(data_step)
     epoch = part.epoch(0)
     sizes = np.diff(epoch.starts).tolist()
-    tokens = sum(
-        data.tokens_of(part.buckets[bucket]) * size
-        for bucket, size in zip(epoch.bucket, sizes, strict=True)
-    )
+    buckets = [part.buckets[bucket] for bucket in epoch.bucket]
+    tokens = sum(data.tokens_of(each) * size for each, size in zip(buckets, sizes, strict=True))
+    flops = sum(data.flops_of(each) * size for each, size in zip(buckets, sizes, strict=True))
     steps = part.per_epoch / data.micro_batches
-    return part.clips_per_epoch / steps, tokens / steps
+    return part.clips_per_epoch / steps, tokens / steps, flops / steps
 
 
 def state_bytes(run: RunContext, parts: Components) -> float:
@@ -213,26 +210,19 @@ def state_bytes(run: RunContext, parts: Components) -> float:
 
 def step_seconds(run: RunContext, parts: Components, data_step: int) -> float:
     """A guess from the model's FLOPs and the speed of one matrix product, measured now."""
-    model, data = parts.engine.model, parts.data
-    part = data.part(data_step)
-    steps = part.per_epoch / data.micro_batches
-    if hasattr(model, "flops"):
-        text = run.cfg.text.max_length // 2
-        epoch = part.epoch(0)
-        mean = sum(
-            model.flops(data.tokens_of(part.bucket_of(int(row))), text) for row in epoch.rows[:64]
-        )
-        forward = mean / min(64, len(epoch.rows)) * part.clips_per_epoch / steps
-    else:
+    data = parts.data
+    _, _, flops = mean_step(data, data_step)
+    if not hasattr(parts.engine.model, "flops"):
+        steps = data.part(data_step).per_epoch / data.micro_batches
         pixels = sum(
             spec.bucket.frames * spec.bucket.height * spec.bucket.width
             * data.assignment.clips_per_bucket(data.table).get(spec.bucket.name, 0)
             for spec in data.table
         )  # fmt: skip
         # Convolutions of constant resolution cost about two operations a weight and pixel of their level.
-        forward = 2.0 * parts.num_params * pixels / parts.vae.spatial_factor**2 * 4 / steps
+        flops = 3 * 2.0 * parts.num_params * pixels / parts.vae.spatial_factor**2 * 4 / steps
     speed = matmul_flops(run.world.device, parts.engine) * ASSUMED_UTILISATION
-    return 3 * forward / run.world.size / speed
+    return flops / run.world.size / speed
 
 
 def matmul_flops(device: torch.device, engine: Engine) -> float:

@@ -11,15 +11,16 @@ from sora_train.config.compose import compose
 from sora_train.config.sections.model import ModelConfig
 from sora_train.config.yaml_files import find_configs
 from sora_train.errors import ConfigError
-from sora_train.models.flops import transformer_flops
+from sora_train.models.flops import training_flops
 from sora_train.models.memory import transformer_parameters
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.transformer.wan_layout import wan_arguments
 from sora_train.tools.plan import model_sizes
 from sora_train.tools.plan.command import models
 from sora_train.tools.plan.model_sizes import (
+    CAPTION,
     COLUMNS,
-    flops_per_token,
+    LENGTHS,
     option_names,
     rows,
     short_count,
@@ -87,7 +88,9 @@ def test_models_are_listed_smallest_first_with_operations_for_a_token(
     # Six operations a parameter and token, and attention on top that grows with the clip.
     one, last = (float(found["wan_14b"][COLUMNS[i]]) for i in (7, -1))
     assert 6 * 14.2 > one > 6 * 12.5 and last > 2 * one
-    assert flops_per_token(config("s"), 100, 7) == 3 * transformer_flops(config("s"), 100, 7) / 100
+    for place, length in enumerate(LENGTHS, start=len(COLUMNS) - len(LENGTHS)):
+        flops = training_flops(config("wan_14b"), None, length, 1, CAPTION) / length
+        assert found["wan_14b"][COLUMNS[place]] == f"{flops / 1e9:.3g}"
 
 
 def test_listing_takes_overrides_and_sizes_of_ones_own(

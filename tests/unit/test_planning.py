@@ -76,7 +76,7 @@ def test_flops_of_the_work_are_those_of_the_model():
     (work,) = bench.stage.works
     expected = transformer_flops(bench.stage.cfg.model, work.tokens, 512, work.frames)
     assert work.products + work.attention == expected
-    assert work.model_flops == 3 * expected
+    assert work.flops == 3 * expected
 
 
 @pytest.mark.parametrize("degrees", [Degrees(1, 8, 1, 1), Degrees(1, 4, 2, 1), Degrees(2, 1, 2, 2)])

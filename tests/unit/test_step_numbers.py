@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sora_train.config.compose import compose
 from sora_train.data.tape.buckets import Bucket
+from sora_train.models.flops import training_flops
 from sora_train.monitoring.device_peaks import peak_flops
 from sora_train.objectives import LossTerm, SampleInfo
 from sora_train.training.outputs.step_metrics import BANDS, EDGES, FAILURES, StepMetrics, band_of
@@ -24,7 +25,13 @@ BATCH = st.tuples(st.sampled_from(BUCKETS), st.lists(CLIP, max_size=4))
 
 def numbers(peak: float | None = None, ranks: int = 1) -> StepMetrics:
     table = [SimpleNamespace(bucket=bucket) for bucket in BUCKETS]
-    data = SimpleNamespace(tokens_of=lambda bucket: TOKENS[bucket.name], table=table)
+    data = SimpleNamespace(
+        tokens_of=lambda bucket: TOKENS[bucket.name],
+        flops_of=lambda bucket: training_flops(
+            CFG.model, CFG.text, TOKENS[bucket.name], 2, CFG.text.max_length
+        ),
+        table=table,
+    )
     return StepMetrics(CFG, data, ranks, peak)
 
 
@@ -86,7 +93,7 @@ def test_an_idle_slot_is_padding():
 
 
 def test_mfu_counts_attention_and_no_recomputation():
-    """By hand: three forwards of every matrix product of one clip, over what two devices could do."""
+    """By hand: three forwards of every matrix product of a clip of two latent frames, over the peak of two devices."""
     m, text, tokens = CFG.model, CFG.text.max_length, 8
     patch = (
         (m.in_channels + m.velocity_channels) * m.patch_size[0] * m.patch_size[1] * m.patch_size[2]
@@ -95,7 +102,7 @@ def test_mfu_counts_attention_and_no_recomputation():
     block += 4 * (tokens + text) * m.dim**2 + 4 * tokens * text * m.dim
     block += 4 * tokens * m.dim * m.ffn_dim
     ends = 2 * tokens * patch * m.dim + 2 * text * (CFG.text.d_model * m.dim + m.dim**2)
-    ends += 2 * (m.freq_dim * m.dim + 7 * m.dim**2)
+    ends += 2 * 2 * (m.freq_dim * m.dim + 7 * m.dim**2)
     book = numbers(peak=1e9, ranks=2)
     row = book.row(book.sums(*step_of([(BUCKETS[1], [(0.5, "t2v", 1.0, 1)])])))
     rates = book.rates(row, seconds=2.0)

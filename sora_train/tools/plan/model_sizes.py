@@ -6,22 +6,18 @@ from pathlib import Path
 from sora_train.config.compose import compose
 from sora_train.config.sections.model import ModelConfig
 from sora_train.config.yaml_files import find_configs
-from sora_train.models.flops import transformer_flops
+from sora_train.models.flops import training_flops
 from sora_train.models.memory import transformer_parameters
 
 LENGTHS = (1_024, 8_192, 32_768, 75_600)
-"""Tokens of a clip for which operations are told; the last is 81 frames of 1280x720 in Wan."""
+"""Tokens of a clip for which operations are listed; the last is 81 frames of 1280x720 in Wan. Latent frames count as
+one: each further one adds less than a millionth."""
 CAPTION = 512
 """Caption tokens attended to, as in open Wan weights."""
 COLUMNS = (
     "model", "parameters", "blocks", "width", "heads", "feed-forward", "channels",
     *(f"GFLOP a token at {length:,}" for length in LENGTHS),
 )  # fmt: skip
-
-
-def flops_per_token(cfg: ModelConfig, tokens: int, caption: int = CAPTION) -> float:
-    """Operations of training, forward and backward, for each token of a clip of so many."""
-    return 3 * transformer_flops(cfg, tokens, caption) / tokens
 
 
 def short_count(number: float) -> str:
@@ -63,7 +59,10 @@ def rows(
             f"{cfg.num_heads} x {cfg.head_dim}",
             str(cfg.ffn_dim),
             str(given) if given == made else f"{given} -> {made}",
-            *(f"{flops_per_token(cfg, length) / 1e9:.3g}" for length in LENGTHS),
+            *(
+                f"{training_flops(cfg, None, length, 1, CAPTION) / length / 1e9:.3g}"
+                for length in LENGTHS
+            ),
         )
         found.append((count, cells))
     return sorted(found)

@@ -204,8 +204,8 @@ def _buckets(stage: StageWork, best: Candidate) -> list[Values]:
             {
                 "name": work.bucket.name, "class": work.class_name, "tokens": work.tokens,
                 "share": work.share, "clips": work.clips, "micro_batch_share": share,
-                "tflop_a_clip": work.model_flops / 1e12,
-                "tflop_a_micro_batch": work.clips * work.model_flops / 1e12,
+                "tflop_a_clip": work.flops / 1e12,
+                "tflop_a_micro_batch": work.clips * work.flops / 1e12,
                 "seconds": time.total,
                 "parts": {
                     "matrix products": time.products, "attention": time.attention,

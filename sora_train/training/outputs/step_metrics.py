@@ -11,7 +11,6 @@ from itertools import pairwise
 from sora_train.config import Config
 from sora_train.data.sample import ClipBatch
 from sora_train.diffusion.condition_masks import KINDS
-from sora_train.models.flops import training_flops
 from sora_train.objectives import LossTerm
 from sora_train.training.pipeline.data import TrainingData
 
@@ -53,11 +52,7 @@ class StepMetrics:
             self.names += [f"by_bucket/{name}" for name in buckets]
             self.names += [f"by_task/{kind}" for kind in KINDS]
         self._place = {name: number for number, name in enumerate(self.names)}
-        self._flops = {
-            tokens: 3.0 * training_flops(cfg.model, cfg.text, tokens, cfg.text.max_length)
-            for tokens in {data.tokens_of(spec.bucket) for spec in data.table}
-            if self.has_noise_levels
-        }
+        self.flops_of = data.flops_of
 
     def sums(self, batches: Sequence[ClipBatch], parts: Sequence[Terms]) -> list[float]:
         """This rank's sums of a step, in an order that `row` knows: clips, tokens, failures first."""
@@ -69,7 +64,7 @@ class StepMetrics:
             failures += len(batch.failures)
             # A slot without clips still trains one that counts for nothing.
             held += max(1, len(batch.clips)) * each
-            flops += batch.weight * self._flops.get(each, 0.0)
+            flops += batch.weight * self.flops_of(batch.micro_batch.bucket)
         losses, weights = [0.0] * len(self.names), [0.0] * len(self.names)
         for batch, terms in zip(batches, parts, strict=True):
             for clip in clips_of(batch, terms):

@@ -27,6 +27,7 @@ from sora_train.training.pipeline.plan import (
     bucket_table,
     cost_model,
     data_as_read,
+    flops_counter,
     memory_cap,
     plan,
     require_stored,
@@ -48,6 +49,8 @@ class TrainingData:
     tape: Splice
     loader: Loader
     tokens_of: Callable[[Bucket], int]
+    flops_of: Callable[[Bucket], int]
+    """Operations of training on one clip of a bucket."""
     val_clips: list[Clip]
     micro_batches: int
     filler: CacheFiller | None = None
@@ -112,7 +115,8 @@ class TrainingData:
         if filler is not None:
             val_clips = [filler.with_text(clip) for clip in val_clips]
         return cls(
-            train, table, assignment, sources, tape, loader, tokens_of, val_clips, cfg.train.micro_batches,
+            train, table, assignment, sources, tape, loader, tokens_of, flops_counter(cfg, vae, tokens_of, model),
+            val_clips, cfg.train.micro_batches,
             filler, control if world.cp > 1 else None,
         )  # fmt: skip
 

@@ -25,7 +25,7 @@ from sora_train.data.tape.shuffle import samples_an_epoch
 from sora_train.data.tape.tape import Share, Tape
 from sora_train.errors import UserError
 from sora_train.models import memory as sizes_in_memory
-from sora_train.models.flops import training_flops
+from sora_train.models.flops import trained_forward_flops, training_flops
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.dit import check_patches
 from sora_train.models.vae.autoencoder import VideoVAE
@@ -61,6 +61,31 @@ def token_counter(vae: VideoVAE | Geometry, patch: tuple[int, int, int]) -> Call
         return (frames // patch[0]) * (rows // patch[1]) * (columns // patch[2])
 
     return tokens
+
+
+def flops_counter(
+    cfg: Config,
+    vae: VideoVAE | Geometry,
+    tokens_of: Callable[[Bucket], int],
+    model: nn.Module | None = None,
+) -> Callable[[Bucket], int]:
+    """Operations of training on one clip of a bucket; captions count at `text.max_length`. 0 for `task=vae`.
+
+    They are those of the model that `cfg` describes, or of a `model` of another kind that counts its own (`flops`).
+    """
+    caption = cfg.text.max_length
+    own = None if isinstance(model, TextToVideo) else getattr(model, "flops", None)
+
+    def flops(bucket: Bucket) -> int:
+        if cfg.task != "text_to_video":
+            return 0
+        tokens = tokens_of(bucket)
+        if own is not None:
+            return 3 * int(own(tokens, caption))
+        frames = vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
+        return training_flops(cfg.model, cfg.text, tokens, frames, caption)
+
+    return flops
 
 
 def data_as_read(cfg: Config) -> DataConfig:
@@ -198,6 +223,9 @@ def cost_model(cfg: Config, model: nn.Module | None = None) -> Callable[[int], f
 
     `data.cost_a` and `data.cost_b`, where given, are a and b. Else they are floating-point
     operations: those of `model`, or without one of the model that `cfg` describes.
+
+    These numbers are part of the tape: whoever changes them changes which clips a run sees together. So captions
+    count at half of `text.max_length` and a clip as one latent frame, whatever `training_flops` counts.
     """
     a, b = cfg.data.cost_a, cfg.data.cost_b
     if a or b:
@@ -206,7 +234,7 @@ def cost_model(cfg: Config, model: nn.Module | None = None) -> Callable[[int], f
     if model is not None and hasattr(model, "flops"):
         return lambda tokens: float(model.flops(tokens, text_tokens))
     if model is None and cfg.task == "text_to_video":
-        return lambda tokens: training_flops(cfg.model, cfg.text, tokens, text_tokens)
+        return lambda tokens: float(trained_forward_flops(cfg.model, cfg.text, tokens, text_tokens))
     return float
 
 

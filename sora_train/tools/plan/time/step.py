@@ -263,7 +263,7 @@ def step_plan(bench: Bench, cfg: Config, degrees: Degrees) -> StepPlan:
     parts["control plane, logging"] = assume.step_seconds
     parts["data"] = sum(parts.values()) * assume.data_wait / (1 - assume.data_wait)
     seconds, micro = sum(parts.values()), cfg.train.micro_batches
-    flops = micro * stage.mean([w.clips * w.model_flops for w in stage.works])
+    flops = micro * stage.mean([w.clips * w.flops for w in stage.works])
     more, more_attention, _ = again(cfg)
     recomputed = micro * stage.mean(
         [w.clips * (more * w.products + more_attention * w.attention) for w in stage.works]

@@ -13,11 +13,17 @@ from sora_train.data.tape.buckets import BucketSpec
 from sora_train.data.tape.micro_batches import micro_batch_sizes
 from sora_train.data.tape.tape import Tape, row_costs
 from sora_train.errors import ConfigError
-from sora_train.models.flops import text_flops, transformer_flops
+from sora_train.models.flops import attention_flops, text_flops
 from sora_train.tools.plan.assumptions import Assumptions
 from sora_train.tools.plan.memory.encoders import sizes_of_vae
 from sora_train.tools.plan.time.encoders import caption_flops, geometry_of, vae_flops
-from sora_train.training.pipeline.plan import bucket_table, cost_model, memory_cap, token_counter
+from sora_train.training.pipeline.plan import (
+    bucket_table,
+    cost_model,
+    flops_counter,
+    memory_cap,
+    token_counter,
+)
 
 MANY = 10**9  # clips of a bucket, so that none is short of a micro-batch
 TAPE_CLIPS = 400_000  # most clips of the tape from which imbalance is read
@@ -35,19 +41,21 @@ class Work:
     share: float
     """Of all clips."""
     clips: int
-    products: float
-    attention: float
-    text: float
-    """A trained text encoder's."""
+    flops: int
+    """Of training on one clip: forward and backward, attention counted, recomputation not."""
+    attention: int
+    """Of one clip forward, in softmax(Q K^T) V of the transformer."""
+    text: int
+    """Of one clip forward, in a text encoder that is trained."""
     encode: float
     """The frozen VAE's; 0 where latents are stored."""
     caption: float
     """A frozen text encoder's."""
 
     @property
-    def model_flops(self) -> float:
-        """Of training on one clip: forward and backward, attention counted, recomputation not."""
-        return 3 * (self.products + self.attention + self.text)
+    def products(self) -> int:
+        """Of one clip forward, in all other matrix products of the transformer."""
+        return self.flops // 3 - self.attention - self.text
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,6 @@ class StageWork:
         return float(np.dot(self.micro_share, values))
 
 
-def text_tokens(cfg: Config) -> int:
-    """Caption tokens that are attended to: all places with Wan's padding, else half of them on average."""
-    return cfg.text.max_length if cfg.text.padding == "wan" else cfg.text.max_length // 2
-
-
 def stage_work(cfg: Config, assume: Assumptions) -> StageWork:
     """Raises ConfigError for a task or a length that cannot be planned, or a mix that names no bucket."""
     if cfg.task != "text_to_video":
@@ -91,6 +94,7 @@ def stage_work(cfg: Config, assume: Assumptions) -> StageWork:
     patch = cfg.model.patch_size
     table = bucket_table(cfg, geometry, patch)
     tokens_of, shares = token_counter(geometry, patch), shares_of(table, assume.mix)
+    flops_of = flops_counter(cfg, geometry, tokens_of)
     buckets = [spec.bucket for spec in table]
     counts = [MANY if share > 0 else 0 for share in shares]
     sizes = micro_batch_sizes(
@@ -104,16 +108,14 @@ def stage_work(cfg: Config, assume: Assumptions) -> StageWork:
             continue
         bucket = spec.bucket
         shape = geometry.latent_shape(bucket.frames, bucket.height, bucket.width)
-        tokens, text = tokens_of(bucket), text_tokens(cfg)
-        attention = 4.0 * cfg.model.num_layers * cfg.model.dim * tokens * (tokens + text)
-        whole = transformer_flops(cfg.model, tokens, text, shape[1])
+        tokens, text = tokens_of(bucket), cfg.text.max_length
         pixels = bucket.frames * bucket.height * bucket.width
         stored = cfg.data.cache != "none"
         works.append(
             Work(
                 bucket, spec.class_name, tokens, shape[1], share, sizes[bucket],
-                whole - attention, attention,
-                float(text_flops(cfg.text, text)) if cfg.text.trainable else 0.0,
+                flops_of(bucket), attention_flops(cfg.model, tokens, text),
+                text_flops(cfg.text, text) if cfg.text.trainable else 0,
                 0.0 if stored else vae_flops(arch, pixels),
                 0.0 if stored or cfg.text.trainable else caption_flops(cfg.text),
             )
