@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sora_train.errors import UserError
+from sora_train.errors import Fault, UserError
 
 STATE, MANIFEST, LATEST, REHEARSAL = "state.json", "MANIFEST.json", "latest", "rehearsal"
 TEMPORARY, REPLACED = ".tmp", ".old"
@@ -75,21 +75,33 @@ def complete(path: Path) -> bool:
 
 
 def why_incomplete(path: Path) -> str:
-    """What a checkpoint's folder lacks, or an empty string."""
-    manifest = path / MANIFEST
-    if not manifest.is_file():
-        return f"{path} has no {MANIFEST}"
+    """What a checkpoint's folder lacks as far as names and sizes tell, or an empty string."""
+    if not (path / MANIFEST).is_file():
+        return f"{MANIFEST} is missing: the save was cut off"
     try:
-        files = json.loads(manifest.read_text())["files"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        return f"{manifest} is damaged"
+        files = listed_files(path)
+    except Fault:
+        return f"{MANIFEST} is damaged"
     for name, entry in files.items():
         if not (path / name).is_file():
-            return f"{path / name} is missing"
+            return f"{name} is missing"
         size = (path / name).stat().st_size
         if size != entry["size"]:
-            return f"{path / name} has {size} bytes instead of {entry['size']}"
+            return f"{name} has {size:,} bytes instead of {entry['size']:,}"
     return ""
+
+
+def listed_files(path: Path) -> dict[str, dict[str, Any]]:
+    """The files of a checkpoint's folder by its manifest: name -> size and SHA-256.
+
+    Raises Fault where the manifest is no such list.
+    """
+    manifest = path / MANIFEST
+    try:
+        files: dict[str, dict[str, Any]] = json.loads(manifest.read_text())["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Fault(f"{manifest} cannot be read ({error}); the checkpoint is damaged") from error
+    return files
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:

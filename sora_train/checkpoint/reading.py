@@ -3,7 +3,6 @@
 Strict both ways, since DCP itself ignores keys nobody asked for.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from sora_train.checkpoint.commit import sha256
-from sora_train.checkpoint.layout import MANIFEST, Checkpoint
+from sora_train.checkpoint.layout import Checkpoint, listed_files
 from sora_train.errors import Fault, UserError
 from sora_train.runtime.control_plane import ControlPlane
 
@@ -74,7 +73,7 @@ def verify(checkpoint: Checkpoint) -> None:
 
 def damaged(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> str:
     """Which of the files of a part, dealt out over `parts`, does not match its digest, or an empty string."""
-    files = json.loads((checkpoint.path / MANIFEST).read_text())["files"]
+    files = listed_files(checkpoint.path)
     for name, entry in list(files.items())[part::parts]:
         path = checkpoint.path / name
         if not path.is_file():

@@ -21,6 +21,7 @@ from sora_train.checkpoint.layout import (
     STATE,
     TEMPORARY,
     Checkpoint,
+    listed_files,
     name_of,
     step_of,
 )
@@ -52,7 +53,7 @@ class Remote:
         Raises:
             Fault: the store did not take a file in time.
         """
-        names = json.loads((found.path / MANIFEST).read_text())["files"]
+        names = listed_files(found.path)
         for name in names:
             # `__RANK_N.distcp` is DCP's name of a rank's file.
             owner = name.split("_")[2] if name.startswith("__") else ""
@@ -67,7 +68,7 @@ class Remote:
     def upload_whole(self, found: Checkpoint) -> None:
         """Upload a checkpoint from one process, the manifest last: one that an earlier attempt could not."""
         ends = self.deadline()
-        for name in json.loads((found.path / MANIFEST).read_text())["files"]:
+        for name in listed_files(found.path):
             self._put(found.path / name, f"{name_of(found.step)}/{name}", ends)
         self.upload_commit(found, ends)
 
@@ -111,7 +112,7 @@ class Remote:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             self._get(f"{name}/{MANIFEST}", temporary / MANIFEST, ends)
-            for file in json.loads((temporary / MANIFEST).read_text())["files"]:
+            for file in listed_files(temporary):
                 self._get(f"{name}/{file}", temporary / file, ends)
             why = damaged(Checkpoint(temporary, step))
             if why:

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sora_train.base.progress import duration
 from sora_train.checkpoint.meta import TrainState
 from sora_train.checkpoint.space import Space
 from sora_train.data.tape.tape import nearby_efficiencies, row_costs, slot_efficiency
@@ -238,10 +239,3 @@ def matmul_flops(device: torch.device, engine: Engine) -> float:
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
-
-
-def duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    if hours >= 2:
-        return f"{hours:.1f} h"
-    return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"

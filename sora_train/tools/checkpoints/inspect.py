@@ -1,10 +1,9 @@
-"""What `sora ckpt ls | inspect | verify | prune` tell of a run's checkpoints and do with them.
+"""The work of `sora ckpt ls`, `inspect`, `verify` and `prune`.
 
 Weights are read a tensor at a time, so a laptop can look at a checkpoint of any size.
 """
 
 import hashlib
-import json
 import math
 import shutil
 import time
@@ -19,6 +18,7 @@ from torch import Tensor
 from sora_train import checkpoint as checkpoints
 from sora_train.base.progress import Progress, duration
 from sora_train.checkpoint import Checkpoint
+from sora_train.checkpoint.layout import listed_files, why_incomplete
 from sora_train.checkpoint.tensors import StoredTensors, chunks
 from sora_train.errors import Fault, UserError
 from sora_train.monitoring.metrics import read_metrics
@@ -56,43 +56,13 @@ def entries(run: Path) -> list[Entry]:
         raise UserError(
             f"{run} holds no folder 'checkpoints'; give a run folder that `sora train` has written"
         )
-    found = []
+    saved = []
     for path in folder.glob("step-*"):
         number, _, rest = path.name.removeprefix("step-").partition(".")
         if number.isdigit() and path.is_dir():
             fault = f"a save that was cut off (.{rest})" if rest else why_incomplete(path)
-            found.append(Entry(path, int(number), size_of(path), fault))
-    return sorted(found, key=lambda entry: (entry.step, entry.path.name))
-
-
-def why_incomplete(path: Path) -> str:
-    """What is wrong with a checkpoint as far as names and sizes tell; empty for a whole one."""
-    if checkpoints.complete(path):
-        return ""
-    manifest = path / checkpoints.MANIFEST
-    if not manifest.is_file():
-        return f"{checkpoints.MANIFEST} is missing: the save was cut off"
-    for name, entry in listed(path).items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{name} has {file.stat().st_size:,} bytes of {entry['size']:,}"
-    return "it is not complete"
-
-
-def listed(path: Path) -> dict[str, dict[str, Any]]:
-    """The files of a checkpoint by its manifest: name -> size and SHA-256.
-
-    Raises:
-        Fault: the manifest is no such list.
-    """
-    manifest = path / checkpoints.MANIFEST
-    try:
-        files: dict[str, dict[str, Any]] = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Fault(f"{manifest} cannot be read ({error}); the checkpoint is damaged") from error
-    return files
+            saved.append(Entry(path, int(number), size_of(path), fault))
+    return sorted(saved, key=lambda entry: (entry.step, entry.path.name))
 
 
 def size_of(folder: Path) -> int:
@@ -112,11 +82,11 @@ LS_COLUMNS = ("step", "size", "age", "samples seen", "val loss", "state")
 
 def ls(run: Path, now: float | None = None) -> tuple[Rows, str]:
     """A row a checkpoint, and a line of what all of it takes on disk."""
-    found = entries(run)
-    whole = [entry for entry in found if not entry.fault]
+    saved = entries(run)
+    whole = [entry for entry in saved if not entry.fault]
     losses = validated(run)
     rows: Rows = []
-    for entry in found:
+    for entry in saved:
         state = {} if entry.fault else Checkpoint(entry.path, entry.step).state()
         age = (time.time() if now is None else now) - entry.path.stat().st_mtime
         loss = losses.get(entry.step)
@@ -131,16 +101,16 @@ def ls(run: Path, now: float | None = None) -> tuple[Rows, str]:
                 what,
             )
         )
-    told = [f"{len(whole)} complete in {show_size(sum(entry.size for entry in found))}"]
-    if len(found) > len(whole):
-        told.append(
-            f"{len(found) - len(whole)} incomplete, which `sora ckpt prune {run} --keep-last {max(1, len(whole))}` "
+    totals = [f"{len(whole)} complete in {show_size(sum(entry.size for entry in saved))}"]
+    if len(saved) > len(whole):
+        totals.append(
+            f"{len(saved) - len(whole)} incomplete, which `sora ckpt prune {run} --keep-last {max(1, len(whole))}` "
             "removes"
         )
     snapshots = checkpoints.list_checkpoints(run / SNAPSHOTS)
     if snapshots:
-        told.append(f"{len(snapshots)} in {SNAPSHOTS}, {show_size(size_of(run / SNAPSHOTS))}")
-    return rows, "; ".join(told)
+        totals.append(f"{len(snapshots)} in {SNAPSHOTS}, {show_size(size_of(run / SNAPSHOTS))}")
+    return rows, "; ".join(totals)
 
 
 def validated(run: Path) -> dict[int, float]:
@@ -171,11 +141,11 @@ def groups(stored: StoredTensors) -> Rows:
     return rows
 
 
-def facts(found: Checkpoint) -> Rows:
+def facts(checkpoint: Checkpoint) -> Rows:
     """(what, value) of everything that is not a tensor, the config in short."""
-    state = found.state()
+    state = checkpoint.state()
     spec, cfg = state.get("spec") or {}, state.get("config") or {}
-    rows: Rows = [("folder", str(found.path)), ("size", show_size(size_of(found.path)))]
+    rows: Rows = [("folder", str(checkpoint.path)), ("size", show_size(size_of(checkpoint.path)))]
     for key, value in state.items():
         if not isinstance(value, dict | list):
             rows.append((key.replace("_", " "), str(value)))
@@ -191,10 +161,24 @@ def facts(found: Checkpoint) -> Rows:
 
 
 SHOWN_KEYS = (
-    "name", "seed", "init.run", "data.source", "model.dim", "model.num_layers", "model.num_heads", "vae.path",
-    "text.kind", "text.path", "optim.name", "optim.lr", "train.steps", "train.micro_batches", "ema.decay", "ema.more",
+    "name",
+    "seed",
+    "init.run",
+    "data.source",
+    "model.dim",
+    "model.num_layers",
+    "model.num_heads",
+    "vae.path",
+    "text.kind",
+    "text.path",
+    "optim.name",
+    "optim.lr",
+    "train.steps",
+    "train.micro_batches",
+    "ema.decay",
+    "ema.more",
     "ema.post_hoc",
-)  # fmt: skip
+)
 
 
 def in_short(cfg: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -271,14 +255,16 @@ def verify(run: Path, step: int | None) -> str:
     # Those of the wrong size are damaged too, and `find` would not tell of them.
     chosen = [entry for entry in entries(run) if not entry.path.name.endswith(".tmp")]
     if step is not None:
-        chosen = [entry for entry in chosen if entry.step == step] or [_found(run, step)]
+        chosen = [entry for entry in chosen if entry.step == step] or [_entry_of(run, step)]
     if not chosen:
         checkpoints.find(run)
     for entry in chosen:
         if entry.fault:
             raise Fault(f"{entry.path} is damaged: {entry.fault}; go on from another checkpoint")
     files = [
-        (entry.path / name, one) for entry in chosen for name, one in listed(entry.path).items()
+        (entry.path / name, one)
+        for entry in chosen
+        for name, one in listed_files(entry.path).items()
     ]
     done = 0
     with Progress(sum(one["size"] for _, one in files), "verifying, bytes") as progress:
@@ -290,9 +276,9 @@ def verify(run: Path, step: int | None) -> str:
     return f"{len(files)} files of steps {steps} match their digests ({show_size(done)})"
 
 
-def _found(run: Path, step: int) -> Entry:
-    found = checkpoints.find(run, step)
-    return Entry(found.path, found.step, size_of(found.path), "")
+def _entry_of(run: Path, step: int) -> Entry:
+    checkpoint = checkpoints.find(run, step)
+    return Entry(checkpoint.path, checkpoint.step, size_of(checkpoint.path), "")
 
 
 def _require_digest(path: Path, expected: str) -> Iterator[int]:
@@ -325,17 +311,17 @@ def prune(run: Path, keep_last: int, keep_every: int = 0, *, dry_run: bool = Fal
         )
     if keep_every < 0:
         raise UserError(f"--keep-every {keep_every} is no number of steps; give one above 0")
-    found = entries(run)
+    saved = entries(run)
     lock = None if dry_run else take_lock(run)
     try:
-        removed = superfluous(found, keep_last, keep_every)
+        removed = superfluous(saved, keep_last, keep_every)
         for entry in [] if dry_run else removed:
             _remove(entry.path)
     finally:
         if lock is not None:
             lock.close()
     freed = show_size(sum(entry.size for entry in removed))
-    kept = ", ".join(str(entry.step) for entry in found if entry not in removed) or "none"
+    kept = ", ".join(str(entry.step) for entry in saved if entry not in removed) or "none"
     verb = "would remove" if dry_run else "removed"
     lines = [
         f"{verb} {entry.path.name} ({show_size(entry.size)}{entry.fault and ', ' + entry.fault})"
@@ -345,15 +331,15 @@ def prune(run: Path, keep_last: int, keep_every: int = 0, *, dry_run: bool = Fal
     return "\n".join([*lines, f"{would} {freed}; kept: {kept}"])
 
 
-def superfluous(found: Sequence[Entry], keep_last: int, keep_every: int) -> list[Entry]:
+def superfluous(saved: Sequence[Entry], keep_last: int, keep_every: int) -> list[Entry]:
     """What a rule of retention lets go of; nothing of a run without a complete checkpoint."""
-    whole = [entry for entry in found if not entry.fault]
+    whole = [entry for entry in saved if not entry.fault]
     if not whole:
         return []
     kept = {entry.path for entry in whole[-keep_last:]}
     if keep_every:
         kept |= {entry.path for entry in whole if entry.step % keep_every == 0}
-    return [entry for entry in found if entry.path not in kept]
+    return [entry for entry in saved if entry.path not in kept]
 
 
 def _remove(path: Path) -> None:

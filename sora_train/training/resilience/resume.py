@@ -154,7 +154,8 @@ def _listed(folder: Path) -> list[tuple[Path, str]]:
     """Checkpoints newest first, each with why it is not complete, or an empty string."""
     paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     newest = sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-    return [(path, checkpoints.why_incomplete(path)) for path in newest]
+    lacks = {path: checkpoints.why_incomplete(path) for path in newest}
+    return [(path, why and f"{path}: {why}") for path, why in lacks.items()]
 
 
 def damage(found: Checkpoint, control: ControlPlane) -> str:
