@@ -12,7 +12,6 @@ import pytest
 import torch
 from s3_server import S3Server
 from sentences import refuses, says
-from sora_train.training.checkpointing import bring_together, open_remote
 from torch import Tensor
 
 from sora_train import checkpoint as checkpoints
@@ -25,6 +24,7 @@ from sora_train.config.sections.outputs import CheckpointConfig
 from sora_train.data.storage.remote import _of_scheme, filesystem
 from sora_train.errors import ConfigError, Fault
 from sora_train.runtime.world import World
+from sora_train.training.outputs.saving import bring_together, open_remote
 from sora_train.training.trainer import Trainer
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))

@@ -15,6 +15,7 @@ from sentences import refuses, says
 
 from sora_train import cli
 from sora_train.checkpoint import find, save_streamed
+from sora_train.checkpoint.meta import read_meta
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.diffusion.draws import draw_noise
@@ -271,7 +272,7 @@ CONFIG, SCHEDULER = "transformer/config.json", "scheduler/scheduler_config.json"
     [
         (CONFIG, {"_class_name": "HunyuanVideoTransformer3DModel"}, ("WanTransformer3DModel",)),
         (CONFIG, {"image_dim": 1280}, ("image_dim=1280",)),
-        (CONFIG, {"ffn_dim": 40}, ("ffn.net.0.proj.weight", "[40")),
+        (CONFIG, {"ffn_dim": 40}, ("blocks.0.ffn.net.0.proj.weight", "[40")),
         (CONFIG, {"num_layers": 3}, ("blocks.2", "missing", "more")),
         (CONFIG, {"num_layers": 1}, ("blocks.1", "unexpected")),
         (SCHEDULER, {"_class_name": "DDIMScheduler"}, ("scheduler is a DDIMScheduler",)),
@@ -386,7 +387,7 @@ def test_a_vae_of_other_channels_does_not_go_with_the_transformer(pipeline: Path
 def test_a_transformer_alone_takes_the_rest_from_a_pipeline(pipeline: Path, tmp_path: Path):
     alone, run = tmp_path / "tuned", tmp_path / "run"
     shutil.copytree(pipeline / "transformer", alone)
-    with refuses(UserError, str(alone), "transformer", "--base Wan"):
+    with refuses(UserError, str(alone), "transformer", "--base"):
         import_pipeline(alone, run, SHAPE)
     with refuses(UserError, "--base", "model_index.json"):
         import_pipeline(alone, run, SHAPE, base=tmp_path)
@@ -448,9 +449,9 @@ def test_two_transformers_and_training_in_an_imported_folder_are_refused(
     with pytest.raises(UserError, match="has a second transformer"):
         import_pipeline(folder, tmp_path / "run", SHAPE)
     import_pipeline(pipeline, tmp_path / "run", SHAPE)
-    state = find(tmp_path / "run").state()
+    meta = read_meta(find(tmp_path / "run"))
     with refuses(UserError, "init.run=here", "another run.dir"):
-        refuse_imported("here", state)
+        refuse_imported("here", meta)
     with pytest.raises(UserError, match="imported weights|another experiment"):
         Trainer(compose([*TINY, f"run.dir={tmp_path / 'run'}"]).config)
 

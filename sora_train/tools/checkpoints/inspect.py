@@ -150,6 +150,11 @@ def facts(checkpoint: Checkpoint) -> Rows:
         if not isinstance(value, dict | list):
             rows.append((key.replace("_", " "), str(value)))
     rows += [(f"versions of {key}", str(value)) for key, value in state.get("versions", {}).items()]
+    rows += [
+        (key.replace("_", " "), str(value))
+        for key, value in state.get("notes", {}).items()
+        if not isinstance(value, dict | list)
+    ]
     shape = state.get("sample_shape")
     if shape:
         size = f"{shape['width']}x{shape['height']}"
