@@ -264,16 +264,19 @@ def test_a_state_without_one_of_its_items_is_refused(again: Callable) -> None:
 
 
 def test_a_checkpoint_of_the_format_before_is_gone_on_from(
-    parity_config: Callable, again: Callable
+    straight, parity_config: Callable
 ) -> None:
-    """The run ends with the numbers of one that never stopped."""
-    straight = parity_config("train.steps=3", name="never stopped")
-    Trainer(straight).train()
-    cfg = again("train.steps=3")
-    found = checkpoints.find(Path(cfg.run.dir))
+    """The run ends with the numbers and the weights of one that never stopped."""
+    broken = parity_config(*ADAMW, name="format 1")
+    DyingTrainer.dies_after = 5
+    with pytest.raises(Killed):
+        DyingTrainer(broken).train()
+    found = checkpoints.find(Path(broken.run.dir))
     rewritten(found.path, "state.json", json.dumps(as_format_1(found.state())).encode())
-    Trainer(cfg).train()
-    assert rows(Path(cfg.run.dir)) == rows(Path(straight.run.dir))
+    Trainer(broken).train()
+    expected_rows, expected = straight
+    assert rows(Path(broken.run.dir)) == expected_rows
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(broken).items())
 
 
 def as_format_1(state: dict) -> dict:
