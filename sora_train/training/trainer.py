@@ -60,6 +60,19 @@ from sora_train.training.warm_up import warm_up
 Terms = dict[str, LossTerm]
 """The terms of one micro-batch, without what a backward pass would need."""
 
+RENAMED = {
+    "state_before": "resumed, a CheckpointMeta",
+    "judge": "spikes",
+    "owed": "state.pending",
+    "row": "state.row",
+    "samples_seen": "state.samples_seen",
+    "peers": "run.sharing",
+    "params": "parts.num_params",
+    "tensors": "parts.tensors",
+    "averaged": "parts.averaged",
+}
+"""Attributes that subclasses of earlier versions used, and where they are."""
+
 
 class Trainer:
     run: RunContext
@@ -116,7 +129,8 @@ class Trainer:
             held = self.__dict__.get(holder)
             if held is not None and (name in vars(held) or name in vars(type(held))):
                 return getattr(held, name)
-        raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        moved = f"; it is {RENAMED[name]} now" if name in RENAMED else ""
+        raise AttributeError(f"{type(self).__name__} has no {name!r}{moved}")
 
     @property
     def step(self) -> int:
