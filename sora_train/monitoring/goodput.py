@@ -52,7 +52,7 @@ class Goodput:
         self.seconds["data_wait"] += waited
 
     def phases(self, totals: Mapping[str, float]) -> None:
-        """Take note of the seconds that this process has spent in each phase so far."""
+        """Update the parts from the seconds that this process has spent in each phase so far."""
         for phase, part in PHASES.items():
             total = totals.get(phase, 0.0)
             self.seconds[part] += total - self._seen.get(phase, 0.0)
@@ -84,7 +84,7 @@ class Goodput:
 
 
 def seconds_of(row: Row | None) -> dict[str, float]:
-    """The parts that a row of metrics tells of, in seconds; zeros where it tells of none."""
+    """Seconds of each part, from a row of metrics; zeros where the row has none."""
     if row is None:
         return dict.fromkeys(PARTS, 0.0)
     whole = row.get("goodput/seconds", 0.0)

@@ -33,14 +33,30 @@ class Nodes:
 
     def start(self, rank: int, *arguments: str) -> None:
         job = {
-            "RANK": rank, "GROUP_RANK": rank, "WORLD_SIZE": self.count, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
-            "MASTER_ADDR": own_address(), "MASTER_PORT": self.port, "OMP_NUM_THREADS": 1, "COLUMNS": 100,
-        }  # fmt: skip
+            "RANK": rank,
+            "GROUP_RANK": rank,
+            "WORLD_SIZE": self.count,
+            "LOCAL_RANK": 0,
+            "LOCAL_WORLD_SIZE": 1,
+            "MASTER_ADDR": own_address(),
+            "MASTER_PORT": self.port,
+            "OMP_NUM_THREADS": 1,
+            "COLUMNS": 100,
+        }
         environ = os.environ | {name: str(value) for name, value in job.items()}
         command = [
-            sys.executable, "-m", "sora_train", "doctor", "--name", f"n{rank}", "--seconds", str(SECONDS),
-            *self.options, *arguments, "experiment=parity_tiny",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "sora_train",
+            "doctor",
+            "--name",
+            f"n{rank}",
+            "--seconds",
+            str(SECONDS),
+            *self.options,
+            *arguments,
+            "experiment=parity_tiny",
+        ]
         with (self.folder / f"out-{rank}").open("w") as out:
             self.processes[rank] = subprocess.Popen(command, stdout=out, stderr=out, env=environ)
 
@@ -153,10 +169,27 @@ def test_a_lost_first_rank_is_told_by_the_others(tmp_path: Path):
 def test_under_torchrun_one_command_examines_all_ranks(tmp_path: Path):
     report = tmp_path / "report.json"
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sora_train",
-         "doctor", "--json", str(report), "experiment=parity_tiny", f"run.dir={tmp_path / 'run'}"],
-        capture_output=True, text=True, check=False, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "sora_train",
+            "doctor",
+            "--json",
+            str(report),
+            "experiment=parity_tiny",
+            f"run.dir={tmp_path / 'run'}",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(report.read_text())
     assert len(told["nodes"]) == 1

@@ -138,8 +138,14 @@ def test_units_of_nvml(tmp_path: Path):
     )
     first, second, refused = json.loads(done.stdout)
     assert first == {
-        "gpu/memory": 3.0, "gpu/power": 425.5, "gpu/clock": 1755.0, "gpu/memory_clock": 2619.0,
-        "gpu/temperature": 61.0, "gpu/utilisation": 0.97, "gpu/throttled": 1.0, "gpu/xid_errors": 2.0,
-    }  # fmt: skip
+        "gpu/memory": 3.0,
+        "gpu/power": 425.5,
+        "gpu/clock": 1755.0,
+        "gpu/memory_clock": 2619.0,
+        "gpu/temperature": 61.0,
+        "gpu/utilisation": 0.97,
+        "gpu/throttled": 1.0,
+        "gpu/xid_errors": 2.0,
+    }
     assert second["gpu/xid_errors"] == 2.0
     assert "nvidia-smi" in refused

@@ -60,9 +60,14 @@ def project(tmp_path: Path) -> Path:
 def sweep(project: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sora_train", "train", "own.py", "-m", *arguments]
     return subprocess.run(
-        command, cwd=project, env=environment() | environ, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+        command,
+        cwd=project,
+        env=environment() | environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def environment() -> dict[str, str]:

@@ -27,9 +27,18 @@ def row(step: int, **more: float) -> str:
 
 def beat(run_dir: Path, **more: object) -> None:
     found = {
-        "rank": 0, "host": "node1", "pid": 1, "step": 20, "phase": "compute", "beats": 9, "since": NOW - 2,
-        "deadline": 600.0, "samples": [], "time": NOW - 1, **more,
-    }  # fmt: skip
+        "rank": 0,
+        "host": "node1",
+        "pid": 1,
+        "step": 20,
+        "phase": "compute",
+        "beats": 9,
+        "since": NOW - 2,
+        "deadline": 600.0,
+        "samples": [],
+        "time": NOW - 1,
+        **more,
+    }
     (run_dir / "health").mkdir(exist_ok=True)
     (run_dir / "health/rank-00000.json").write_text(json.dumps(found))
 
@@ -212,8 +221,11 @@ def test_events_are_read_from_what_a_run_leaves(run_dir: Path):
     failed(run_dir)
     found = events(run_dir, NOW)
     assert [(event.kind, event.step) for event in found] == [
-        ("restart", 8), ("spike", 12), ("rollback", 14), ("failure", 20),
-    ]  # fmt: skip
+        ("restart", 8),
+        ("spike", 12),
+        ("rollback", 14),
+        ("failure", 20),
+    ]
     assert "on 2 rank(s)" in found[0].text and "9.5" in found[1].text
     assert len({event.key for event in found}) == len(found)
     (run_dir / "health/failed.json").unlink()

@@ -58,10 +58,10 @@ class Sink(Protocol):
         """Something that somebody should look at."""
 
     def flush(self) -> bool:
-        """Whether all that was given is now safe for good."""
+        """Whether everything sent so far is stored durably."""
 
     def close(self) -> None:
-        """Send what is left; all of it is safe afterwards."""
+        """Send what is left; afterwards everything is stored durably."""
 
 
 class Tail:
@@ -103,7 +103,7 @@ class Tail:
 
 
 class Feed:
-    """What of a run folder has been sent, and the sending of the rest.
+    """Sends what is new in a run folder, and remembers what was sent.
 
     Remembers, by metric, the last step sent, so that a resumed run, which repeats rows, sends each
     once. After a tracker that was killed rows are sent again rather than lost, save those that the
@@ -206,7 +206,7 @@ class Feed:
         ]
 
     def _push_samples(self, folder: Path) -> None:
-        """One folder; what is wrong with it does not keep the numbers from being sent."""
+        """Send one folder of samples; an error in it does not stop the numbers."""
         try:
             entries = json.loads((folder / "prompts.json").read_text())
             clips = [(folder / entry["file"], str(entry["prompt"])) for entry in entries]
@@ -265,7 +265,7 @@ def follow(request: FeedRequest) -> int:
 
 
 def open_sink(request: FeedRequest) -> Sink:
-    """The sink of a kind; its package is loaded now and only now."""
+    """The sink of a kind, whose package is imported only here."""
     if request.kind == "wandb":
         from sora_train.monitoring.tracking.wandb import WandbSink
 

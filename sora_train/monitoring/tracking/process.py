@@ -129,7 +129,7 @@ class ProcessTracker:
             return 0  # removed by hand: then it takes no room either
 
     def _last_words(self) -> str:
-        """The last line of the log where it is an error of ours, as a part of a sentence."""
+        """The last line of the log if it is an error of this package, as a part of a sentence."""
         try:
             lines = self._log.read_text(errors="replace").splitlines()
         except OSError:
@@ -211,7 +211,7 @@ def start_tracker(cfg: TrackerConfig, run_dir: Path) -> Trackers:
 
 
 def tracker_command(cfg: TrackerConfig, run_dir: Path, kind: str) -> list[str]:
-    """What feeds `run_dir`, as a command that ends with this process."""
+    """The command that feeds `run_dir` and ends with this process."""
     if kind == "wandb":
         keep_run_id(run_dir)
     module = [
@@ -228,7 +228,7 @@ def tracker_command(cfg: TrackerConfig, run_dir: Path, kind: str) -> list[str]:
 
 
 def replay_command(cfg: TrackerConfig, run_dir: Path, kind: str) -> str:
-    """What sends the run later, for people to type."""
+    """The command that sends the run later, for the user to type."""
     own = ["--project", cfg.project, "--mode", "online"] if kind == "wandb" else []
     return shlex.join(["sora", "track", "replay", str(run_dir), "--kind", kind, *own])
 

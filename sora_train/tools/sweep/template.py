@@ -1,4 +1,4 @@
-"""What all runs of a sweep have in common: how one is composed, and the command that trains it."""
+"""The part that all runs of a sweep share: how a run is composed, and the command that trains it."""
 
 import sys
 from collections.abc import Mapping, Sequence

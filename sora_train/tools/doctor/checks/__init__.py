@@ -1,1 +1,1 @@
-"""What `sora doctor` looks at, a theme a file: a reading of this machine, and a pure judgement of it."""
+"""The checks of `sora doctor`, a theme a file: each reads this machine, and judges the reading in a pure function."""

@@ -40,13 +40,13 @@ class Offset:
 
 
 def estimate(exchanges: Iterable[Exchange]) -> Offset:
-    """By the one that was shortest on the way. Raises ValueError where there is none."""
+    """The offset of the exchange that took the shortest time. Raises ValueError where there is none."""
     best = min(exchanges, key=lambda exchange: exchange.on_the_way)
     return Offset(best.offset, max(best.on_the_way, 0.0) / 2)
 
 
 def judge(offset: Offset) -> Finding:
-    """Only what the error does not explain counts."""
+    """Warns where the offset is larger than its error explains."""
     value = f"{offset.seconds * 1e3:+,.1f} ms from node 0 (within {offset.error * 1e3:,.1f} ms)"
     remedy = (
         "chronyc tracking or timedatectl: start time synchronisation on this node; time limits, file times and "

@@ -37,7 +37,7 @@ WRONG: tuple[tuple[str, tuple[str, ...], Verdict, str], ...] = (
 
 
 def chosen(environ: Mapping[str, str]) -> dict[str, str]:
-    """Those that matter, secrets hidden."""
+    """The variables that matter, secrets hidden."""
     shown = {}
     for name, value in sorted(environ.items()):
         if name.startswith(PREFIXES) and not name.startswith("TORCHELASTIC_"):

@@ -1,4 +1,4 @@
-"""GPUs and their health, by nvidia-smi: a sick GPU blocks whoever asks it, so it is asked in a process of its own."""
+"""GPUs and their health, by nvidia-smi: a sick GPU blocks whoever queries it, so a process of its own does."""
 
 import shutil
 import subprocess
@@ -41,7 +41,7 @@ HARMLESS = (
 
 
 def read(_argument: object = None) -> dict[str, Any]:
-    """What nvidia-smi says, as it says it."""
+    """The output of nvidia-smi, unchanged."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {"query": "", "links": "", "kernel": ""}
@@ -170,7 +170,7 @@ def judge(
 
 
 def judge_gpu(number: int, gpu: GpuState) -> list[Finding]:
-    """One line where it is well, one for each thing where it is not."""
+    """One line for a healthy GPU, else a line for each problem."""
     hot = gpu.temperature is not None and gpu.temperature > HOT
     degrees = "?" if gpu.temperature is None else f"{gpu.temperature:.0f}"
     name = f"GPU {number}"

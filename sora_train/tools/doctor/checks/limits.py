@@ -38,7 +38,7 @@ class Limits:
 
 
 def read() -> Limits:
-    """This machine, and this process's share of it."""
+    """The limits of this machine and of this process."""
     files, hard = (_limit(value) for value in resource.getrlimit(resource.RLIMIT_NOFILE))
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     tmp = tempfile.gettempdir()
@@ -100,7 +100,7 @@ def cgroup_memory() -> int | None:
 
 
 def cgroup_cores() -> float | None:
-    """Cores' worth of time that this process may take, None without a limit."""
+    """Cores that this process may use by its quota of time, None without one."""
     quotas = [value.split() for value in _cgroup_values("cpu.max")]
     return min(
         (int(quota) / int(period) for quota, period in quotas if quota.isdigit()), default=None
@@ -233,7 +233,7 @@ def _memory(limits: Limits) -> list[Finding]:
 
 
 def size(number: float) -> str:
-    """Bytes as a person reads them."""
+    """Bytes with a unit: `3.2 GiB`."""
     for unit, name in ((2**40, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (1024, "KiB")):
         if number >= unit:
             return f"{number / unit:.1f} {name}"

@@ -35,7 +35,7 @@ class Interface:
 
 @dataclass(frozen=True)
 class Port:
-    """Of InfiniBand or RoCE."""
+    """A port of InfiniBand or RoCE."""
 
     name: str
     state: str

@@ -146,7 +146,7 @@ def judge_sources(sources: list[str], problems: list[str]) -> list[Finding]:
 
 
 def content(version: int) -> bytes:
-    """What the token file holds: large enough that half of it could be seen."""
+    """The bytes of the token file: enough that a reader could meet half of it."""
     return f"{version:08d}".encode() * 16_384
 
 

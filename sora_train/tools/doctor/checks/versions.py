@@ -1,4 +1,4 @@
-"""What must be equal on all nodes: libraries, code and configuration; and which node has something else."""
+"""What must be equal on all nodes: libraries, code and configuration; and which node differs."""
 
 import platform
 from collections import Counter
@@ -59,7 +59,7 @@ def judge(values: dict[str, str]) -> list[Finding]:
 
 
 def odd_ones_out(values: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """What most nodes have, and the nodes that have another; of several alike the one of the first node."""
+    """The most frequent value, on a tie the first node's, and the nodes that have another."""
     if not values:
         return "", {}
     counts = Counter(values.values())
@@ -69,7 +69,7 @@ def odd_ones_out(values: dict[str, str]) -> tuple[str, dict[str, str]]:
 
 
 def compare(nodes: dict[str, dict[str, str]]) -> list[Finding]:
-    """A line for each thing that is not the same on all nodes; one that says so where all is."""
+    """A line for each value that is not the same on all nodes; one line where all are."""
     keys = dict.fromkeys(key for values in nodes.values() for key in values)
     lines = []
     for key in keys:

@@ -80,7 +80,7 @@ class Measuring:
 
 
 def _serve(end: Connection) -> None:
-    """The fork's life."""
+    """The main loop of the fork."""
     try:
         device_name, seconds = end.recv()
         # The system ends it when the one that waits has long gone.
@@ -96,7 +96,7 @@ def _serve(end: Connection) -> None:
 
 
 def measure(device_name: str, seconds: float, send: Callable[[dict[str, Any]], None]) -> None:
-    """Meet the other ranks and measure; ranks agree when it is too late for a larger size."""
+    """Meet the other ranks and measure; they decide together when there is no time for a larger size."""
     import torch
     import torch.distributed as dist
 
@@ -129,7 +129,7 @@ def measure(device_name: str, seconds: float, send: Callable[[dict[str, Any]], N
 
 
 def collectives(buffer: Any, other: Any, rank: int, ranks: int) -> dict[str, Callable[[], None]]:
-    """What is measured, by name."""
+    """The measured collectives, by name."""
     import torch.distributed as dist
 
     def neighbours() -> None:
@@ -146,7 +146,7 @@ def collectives(buffer: Any, other: Any, rank: int, ranks: int) -> dict[str, Cal
 
 
 def timed(work: Callable[[], None], device: Any) -> float:
-    """Seconds of one, when all ranks begin together."""
+    """Seconds of one call, when all ranks begin together."""
     import torch
     import torch.distributed as dist
 

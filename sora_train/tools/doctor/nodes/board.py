@@ -1,4 +1,4 @@
-"""What ranks tell each other: values under keys in the job's store, every wait with a deadline.
+"""A board on which ranks post values for each other: keys in the job's store, every wait with a deadline.
 
 Whoever does not answer is missing from what is read; nobody waits for all.
 """
@@ -17,7 +17,7 @@ ASKED = 5.0
 
 
 class Board:
-    """`seconds` is how long the store is waited for.
+    """Connects to the store, for at most `seconds`.
 
     Raises:
         Fault: it does not answer.
@@ -49,7 +49,7 @@ class Board:
         self._error = dist.DistError
 
     def post(self, key: str, value: object) -> None:
-        """Raises Fault where the store does not take it."""
+        """Set a key. Raises Fault where the store does not accept it."""
         try:
             within(ASKED, lambda: self._store.set(key, json.dumps(value)))
         except (LateError, self._error) as error:
@@ -83,5 +83,5 @@ class Board:
 
 
 def attempt() -> str:
-    """Which start of these ranks this is: torchrun may start them again beside the same store."""
+    """The number of this start of the ranks: torchrun may start them again beside the same store."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

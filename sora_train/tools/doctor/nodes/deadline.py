@@ -25,11 +25,11 @@ Done = TypeVar("Done")
 
 
 class LateError(Exception):
-    """There was no answer in time."""
+    """A check gave no answer in time."""
 
 
 def within(seconds: float, work: Callable[[], Done]) -> Done:
-    """`work()`, or LateError; then its thread is left behind."""
+    """The result of `work()`. Raises LateError after `seconds`; its thread is then left behind."""
     results: list[Done] = []
     failed: list[Exception] = []
 
@@ -100,7 +100,7 @@ def checked(
 
 
 def all_checked(checks: list[tuple[str, float, Callable[[], list[Finding]], str]]) -> list[Finding]:
-    """All of them at once, in their order: together they take as long as the longest."""
+    """Run all checks at once, findings in their order: together they take as long as the longest."""
     results: list[list[Finding]] = [[] for _ in checks]
 
     def run(number: int) -> None:

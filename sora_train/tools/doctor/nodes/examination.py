@@ -44,7 +44,7 @@ class Patience:
 
 
 def examine_alone(run: PlannedRun, place: RankPlace) -> Report:
-    """This machine, without others."""
+    """Examine this machine alone."""
     began = time.monotonic()
     findings, _ = examine(place, run)
     return Report([NodeReport(place.name, findings)], [], time.monotonic() - began)
@@ -115,7 +115,7 @@ class Examination:
         self.silent = [rank for rank in range(place.size) if rank not in self.here]
 
     def _token(self) -> bytes:
-        """Of this examination, the same on all nodes: rank 0 makes it."""
+        """The token of this examination, the same on all nodes: rank 0 makes it."""
         if self.place.rank == 0:
             self.board.post("token", secrets.token_hex(16))
         values = self.board.read(["token"], self.patience.meeting)
@@ -236,7 +236,7 @@ class Examination:
         return Report(nodes, between, time.monotonic() - self.began)
 
     def _reported(self, rank: int) -> bool:
-        """Whether this is another rank, of a node that has not gone."""
+        """Whether this is another rank, of a node that has reported."""
         return rank > 0 and self.names.get(rank // self.place.ranks) in self.reported
 
     def _missing(self) -> list[Finding]:
@@ -288,7 +288,7 @@ def unique_names(names: dict[int, str]) -> dict[int, str]:
 
 @contextmanager
 def ended_after(seconds: float, say: Callable[[], None]) -> Iterator[None]:
-    """The last resort: should what is inside take longer, the process ends, wherever it stands."""
+    """The last resort: if the body takes longer than `seconds`, the process ends, wherever it is."""
 
     def end() -> None:
         say()

@@ -1,4 +1,4 @@
-"""The examination of one node, which asks no other."""
+"""The examination of one node, without the others."""
 
 import os
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ FILES = 15.0
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Where this rank stands, by the environment that torchrun has made."""
+    """This rank's place in the job, from the environment that torchrun sets."""
 
     rank: int = 0
     size: int = 1
@@ -78,7 +78,7 @@ class PlannedRun:
 
     @property
     def sources(self) -> list[str]:
-        """Places of clips; the rendered ones of a smoke test are nowhere."""
+        """Where the clips lie; rendered clips lie nowhere."""
         if self.cfg is None:
             return []
         data = self.cfg.data
@@ -186,7 +186,7 @@ def _folder(run: PlannedRun) -> list[Finding]:
 
 
 def checkpoint_bytes(cfg: Config) -> float:
-    """Of all checkpoints that lie beside each other: the transformer's weights, moments and averages in float32."""
+    """Bytes of all checkpoints kept at once: the transformer's weights, moments and averages in float32."""
     from sora_train.models.memory import transformer_parameters
 
     if cfg.task != "text_to_video":

@@ -18,7 +18,7 @@ ALL_PAIRS = 16
 
 
 class EchoServer:
-    """A thread that answers each byte with the times of its coming and going, for those who know the token."""
+    """A thread that answers each byte with the times it was received and sent back, for clients that know the token."""
 
     def __init__(self, token: bytes):
         self._token = token
@@ -53,7 +53,7 @@ class EchoServer:
 
 
 def read_exactly(connection: socket.socket, count: int) -> bytes:
-    """Raises ConnectionError when the other side ends before."""
+    """`count` bytes. Raises ConnectionError when the other side ends before."""
     data = b""
     while len(data) < count:
         part = connection.recv(count - len(data))
@@ -65,7 +65,7 @@ def read_exactly(connection: socket.socket, count: int) -> bytes:
 
 @dataclass(frozen=True)
 class PeerCheck:
-    """What one node knows of another: `why` not, or how."""
+    """Whether a node reached another: `why` it did not, or how fast the answer came."""
 
     node: int
     address: str
@@ -99,7 +99,7 @@ def reach(node: int, address: str, port: int, token: bytes, seconds: float) -> P
 
 
 def partners(node: int, nodes: int) -> list[int]:
-    """Whom a node tries to reach, so that a node nobody reaches, or that reaches nobody, is seen."""
+    """The nodes that a node tries to reach: enough to notice one that reaches none, or is reached by none."""
     if nodes <= ALL_PAIRS:
         return [other for other in range(nodes) if other != node]
     steps = [1 << power for power in range((nodes - 1).bit_length())]
@@ -107,7 +107,7 @@ def partners(node: int, nodes: int) -> list[int]:
 
 
 def reach_all(others: dict[int, tuple[str, int]], token: bytes, seconds: float) -> list[PeerCheck]:
-    """All at once; `others` are address and port by node."""
+    """Reach all nodes at once; `others` are address and port by node."""
     checks: dict[int, PeerCheck] = {}
 
     def run(node: int, address: str, port: int) -> None:
@@ -130,7 +130,7 @@ def reach_all(others: dict[int, tuple[str, int]], token: bytes, seconds: float) 
 
 
 def judge(reached: list[PeerCheck], names: dict[int, str]) -> list[Finding]:
-    """`names` by node."""
+    """A line for all nodes, and one for each that was not reached; `names` by node."""
     if not reached:
         return [info("other nodes", "none")]
     good = [one for one in reached if not one.why]

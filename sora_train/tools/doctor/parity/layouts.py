@@ -87,7 +87,7 @@ class Cell:
 
     @property
     def micro_batches(self) -> int:
-        """Of a step, on all ranks together."""
+        """Micro-batches of a step, on all ranks together."""
         return self.accumulation * self.layout.world // self.layout.cp - self.idle
 
     @property
@@ -115,7 +115,7 @@ class Cell:
 
 
 def chosen(names: Sequence[str]) -> list[Layout]:
-    """Layouts by name; all where none is named. Raises UserError naming those there are."""
+    """Layouts by name; all where none is named. Raises UserError for an unknown name, with the known ones."""
     unknown = [name for name in names if name not in LAYOUTS]
     if unknown:
         raise UserError(f"--layouts has no '{unknown[0]}'; there are: {', '.join(LAYOUTS)}")
@@ -138,6 +138,6 @@ def matrix(
 
 
 def with_references(cells: Sequence[Cell]) -> list[Cell]:
-    """These and all that they are compared with, each once, one process first."""
+    """These cells and their references, each once, one process first."""
     cells_and_references = dict.fromkeys([*(cell.reference for cell in cells), *cells])
     return sorted(cells_and_references, key=lambda cell: cell.layout.world)

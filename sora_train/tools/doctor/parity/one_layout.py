@@ -13,7 +13,7 @@ from sora_train.runtime.health import longest_wait
 
 
 def check_layout(overrides: Sequence[str], config_dir: Path | None = None) -> str:
-    """What there is to say, on rank 0; empty on the others.
+    """The result of the self-test as a sentence on rank 0; empty on the others.
 
     Raises:
         ConfigError: the degrees do not fit the ranks or the model.

@@ -72,7 +72,7 @@ class CellResult:
 
     @property
     def moved(self) -> dict[str, float]:
-        """What the formula tells of; small exchanges are listed apart."""
+        """Bytes of the collectives that the formula covers; small exchanges are counted apart."""
         from sora_train.parallel.checks.volume import KINDS
 
         return {kind: value for kind, value in self.counted.items() if kind in KINDS and value}
@@ -147,7 +147,7 @@ def run(folder: Path, starts: list[dict[str, Any]], *, progress: bool = True) ->
 
 
 def last_errors(folder: Path) -> str:
-    """The last words of the first rank that failed."""
+    """The last error lines of the first rank that failed."""
     logs = sorted(folder.glob("log*"), key=lambda path: path.stat().st_mtime)
     lines = [
         line
@@ -227,7 +227,7 @@ class MatrixSelection:
     dtype: str = "auto"
 
     def cells(self) -> list[Cell]:
-        """Raises UserError naming what there is not, and what there is."""
+        """The selected cells. Raises UserError for an unknown name, with the known ones."""
         if self.dtype not in ("auto", *TOLERANCE):
             raise UserError(f"--dtype={self.dtype} is none of {', '.join(('auto', *TOLERANCE))}")
         for name in self.optimizers:

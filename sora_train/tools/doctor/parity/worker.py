@@ -42,7 +42,7 @@ COUNTED_STEP = 2
 
 
 class ParityTrainer(Trainer):
-    """Whose masters are float64 where compute is, and which knows what the last step was made of."""
+    """A trainer whose master weights are float64 where compute is, and which keeps the batches of its last step."""
 
     batches: list[ClipBatch]
     units: list[list[torch.Size]]
@@ -80,7 +80,7 @@ def norm_in_own_dtype(norm: UMT5LayerNorm, x: Tensor) -> Tensor:
 
 
 def train(overrides: list[str], folder: Path, until: int, result_file: str) -> None:
-    """The steps of one run up to `until`; what came of them is written by rank 0."""
+    """Take the steps of one run up to `until`; rank 0 writes the result."""
     trainer = ParityTrainer(compose([*overrides, f"run.dir={folder}"]).config)
     rows, counted, expected = [], {}, {}
     try:
@@ -106,7 +106,7 @@ def train(overrides: list[str], folder: Path, until: int, result_file: str) -> N
 
 
 def added(mine: Counter[str]) -> dict[str, float]:
-    """Sums over all ranks."""
+    """The sums over all ranks."""
     ranks: list[Any] = [mine]
     if dist.is_initialized():
         ranks = [None] * dist.get_world_size()
@@ -145,7 +145,7 @@ def run_rank(rank: int, launch: int, plan: dict[str, Any]) -> None:
 
 
 def share_clips(folder: Path, own: Path) -> None:
-    """The rendered clips of whatever cell was first; they are the same in all."""
+    """Copy the clips that the first cell rendered; they are the same in all cells."""
     for made in sorted(folder.glob("*/data")):
         if made.parent != own and not (own / "data").exists():
             shutil.copytree(made, own / "data")

@@ -1,1 +1,1 @@
-"""What the runs of a sweep say together: tables, paired differences, a page."""
+"""The report of a sweep: tables, paired differences, a page."""

@@ -1,4 +1,4 @@
-"""What the runs of a sweep say about each other: every group of runs against one of them."""
+"""Comparisons within a sweep: every group of runs against one of them."""
 
 import math
 from dataclasses import dataclass

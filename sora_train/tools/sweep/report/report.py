@@ -77,7 +77,7 @@ def notes(results: SweepResults, base: str, compared: Sequence[GroupComparison])
 
 
 def next_commands(results: SweepResults) -> list[str]:
-    """Commands that go on from here."""
+    """Commands to run next."""
     best = results.rows[0]
     if not math.isfinite(best.final(results.metric)):
         return []

@@ -53,12 +53,12 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Of steps, waiting for data included."""
+        """Seconds of all steps, waiting for data included."""
         return sum(row.get("train/step_seconds", 0.0) for row in self.metrics)
 
     @property
     def group(self) -> tuple[tuple[str, str], ...]:
-        """Its values but for the seed: runs of one group are repetitions."""
+        """Its values without the seed: runs of one group are repetitions."""
         return tuple((key, value) for key, value in self.values.items() if key != SEED)
 
 
@@ -86,7 +86,7 @@ class SweepResults:
 
 
 def collect(folder: Path, metric: str = "") -> SweepResults:
-    """What is known of a sweep, or of a folder of runs.
+    """The runs of a sweep, or of any folder of runs, with their metrics.
 
     Raises UserError where there is no run, or no run has the metric.
     """
