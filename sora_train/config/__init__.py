@@ -1,4 +1,4 @@
-"""Every knob of a run as frozen pydantic models, one file a section, which check the values that Hydra picks."""
+"""Every key of a run: frozen pydantic models, a file for each section, which check the values that Hydra picks."""
 
 from typing import Annotated, Literal
 
@@ -83,14 +83,14 @@ class Config(Section):
     name: str = "default"
     """Name of the experiment, shown in reports."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seeds weights, data order, noise and every other draw; one seed, one loss curve."""
+    """Seed of weights, data order, noise and every other draw; the same seed gives the same losses."""
     dry_run: bool = False
-    """Print the card (sizes, clips per bucket, memory, time) and stop before step 1."""
+    """Print the card (sizes, clips per bucket, memory, time) and exit before step 1."""
     run: RunConfig = RunConfig()
     init: InitConfig = InitConfig()
     resume: ResumeConfig = ResumeConfig()
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = ()
-    """Runs that follow each other in one folder, each beginning with the weights of the one before."""
+    """Runs that follow each other in one folder; each begins with the weights of the one before."""
     data: DataConfig = DataConfig()
     buckets: BucketsConfig = BucketsConfig()
     model: ModelConfig = ModelConfig()
@@ -136,15 +136,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _given_frames_have_pixels(self) -> "Config":
+    def _condition_frames_have_pixels(self) -> "Config":
         if (
             self.task == "text_to_video"
             and self.data.cache == "latents"
             and self.objective.needs_pixels
         ):
             raise ValueError(
-                "data.cache=latents keeps no pixels, and objective.conditioning gives frames that are encoded from "
-                "pixels of their own; set data.cache=none, or train t2v, i2v and extend with cond_mode=replace only"
+                "data.cache=latents keeps no pixels, and objective.conditioning trains kinds whose given frames are "
+                "encoded from pixels; set data.cache=none, or train t2v, i2v and extend with cond_mode=replace only"
             )
         return self
 

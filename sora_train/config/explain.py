@@ -18,7 +18,7 @@ ABSENT = "(absent)"
 
 
 def show(composed: Composed[Any]) -> str:
-    """The whole configuration as YAML; a comment behind each value that is not a default says who set it."""
+    """The whole configuration as YAML; a comment behind each value that is not a default says where it is from."""
     lines: list[tuple[str, str]] = []
     _walk(plain(composed.config), "", 0, composed.sources, lines)
     width = min(60, max(len(text) for text, _ in lines))
@@ -128,10 +128,10 @@ def _members(section: str, cls: type[Config]) -> list[Key]:
 
 def group_options(group: str) -> dict[str, str]:
     """The shipped options of a config group and the first comment line of each; empty if there is no such group."""
-    found = {}
+    abouts = {}
     for file in sorted((find_configs() / group).glob("*.yaml")):
         comments = [
             line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")
         ]
-        found[file.stem] = next((line for line in comments if not line.startswith("@package")), "")
-    return found
+        abouts[file.stem] = next((line for line in comments if not line.startswith("@package")), "")
+    return abouts

@@ -1,4 +1,4 @@
-"""What pydantic complains about, retold as sentences: the dotted key, the value, what it must be, the remedy."""
+"""Pydantic's errors as sentences: the dotted key, the value, what it must be, the remedy."""
 
 import types
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from sora_train.errors import ConfigError
 
 T = TypeVar("T", bound=Section)
 FEW = 12
-"""So many keys a sentence can list."""
+"""Most keys that a sentence lists."""
 
 
 def validated(cls: type[T], values: dict[str, Any], sources: Mapping[str, str] | None = None) -> T:
@@ -76,7 +76,7 @@ def _sentences(
     lines: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         place = _locate(cls, detail["loc"])
-        # A union fails once for each of its members; one line tells all of them.
+        # A union fails once for each of its members; one line is enough.
         lines.setdefault(
             place.path + str(detail["type"] == "extra_forbidden"),
             _sentence(cls, place, detail, sources),
@@ -103,9 +103,9 @@ def _sentence(
         return (
             f"config section '{place.path}' holds keys of its own ({known}), got {value!r}{where}"
         )
-    wanted = describe(place.annotation, place.metadata)
+    allowed = describe(place.annotation, place.metadata)
     hint = _remedy(place, value)
-    return f"config key '{place.path}' must be {wanted}, got {value!r}{hint}{where}"
+    return f"config key '{place.path}' must be {allowed}, got {value!r}{hint}{where}"
 
 
 def _remedy(place: _Place, value: Any) -> str:

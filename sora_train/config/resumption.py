@@ -1,4 +1,4 @@
-"""What a changed key means to a run that goes on: every key of the configuration has a class.
+"""What a changed key means for a resumed run: every key of the configuration has a class.
 
 `free` keys change nothing that is trained. `recorded` ones may change: the new value takes effect, and the
 change is shown and written down with its step. `refused` ones would make another experiment of the run.
@@ -73,12 +73,12 @@ CLASSES: dict[str, ResumeClass] = {
 
 
 def resume_class(key: str) -> ResumeClass | None:
-    """The class of a dotted key (`[]` marks elements of a list): that of its longest named beginning, else None."""
+    """The class of a dotted key (`[]` marks elements of a list): that of the longest prefix in CLASSES, else None."""
     parts = key.replace("[]", "").split(".")
     for length in range(len(parts), 0, -1):
-        found = CLASSES.get(".".join(parts[:length]))
-        if found is not None:
-            return found
+        kind = CLASSES.get(".".join(parts[:length]))
+        if kind is not None:
+            return kind
     return None
 
 

@@ -60,21 +60,21 @@ def element_section(annotation: Any) -> type[Section] | None:
 
 def keys(cls: type[Section], prefix: str = "", default: Section | None = None) -> dict[str, Key]:
     """Every key below `cls` in the order of declaration, sections themselves left out."""
-    found: dict[str, Key] = {}
+    named: dict[str, Key] = {}
     for name, field in cls.model_fields.items():
         value = getattr(default, name) if default is not None else _default(field)
         inner, element = section_of(field.annotation), element_section(field.annotation)
         if inner is not None:
-            found |= keys(
+            named |= keys(
                 type(value) if isinstance(value, inner) else inner,
                 f"{prefix}{name}.",
                 value if isinstance(value, Section) else None,
             )
             continue
-        found[prefix + name] = Key(prefix + name, field, value, cls)
+        named[prefix + name] = Key(prefix + name, field, value, cls)
         if element is not None:
-            found |= keys(element, f"{prefix}{name}[].")
-    return found
+            named |= keys(element, f"{prefix}{name}[].")
+    return named
 
 
 def default_tree(cls: type[Section]) -> dict[str, Any]:

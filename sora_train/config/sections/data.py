@@ -15,22 +15,22 @@ StrList = Annotated[tuple[str, ...], Field(strict=False)]
 
 class SourceConfig(Section):
     name: str
-    """Name of the source in `data.mix`, in the account of clips and in reports."""
+    """Name of the source in `data.mix`, in the card and in reports."""
     source: str
-    """Where its clips are, in the forms of `data.source`."""
+    """Where its clips are, in any form of `data.source`."""
     captions: str = ""
-    """A captions file for a plain folder, as `data.captions`."""
+    """A captions file for a plain folder, like `data.captions`."""
 
 
 class MixConfig(Section):
     from_step: int = Field(0, ge=0)
-    """The step from which this mix counts; the first one is 0."""
+    """Step from which this mix counts; that of the first mix is 0."""
     weights: dict[str, float] = {}
-    """Source name -> its share of the clips, in any unit; a source that is not named rests. An epoch is then the
-    shortest one that meets every clip of the sources at work at least once."""
+    """Source name -> its share of the clips, in any unit; a source that is not named is not used. An epoch is then the
+    shortest one in which every clip of the used sources comes at least once."""
     repeats: dict[str, float] = {}
-    """Source name -> how often an epoch meets each of its clips (0.5: every second clip, the others the epoch
-    after; 0: it rests); a source that is not named is met once."""
+    """Source name -> how often each of its clips comes in an epoch (0.5: every second clip, and the others in the next
+    epoch; 0: never); the clips of a source that is not named come once."""
 
     def meets(self, name: str) -> bool:
         """Whether the source is met at all."""
@@ -44,13 +44,12 @@ class DataConfig(Section):
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
     """Several sources at once, instead of `data.source` (set that to '')."""
     mix: Annotated[tuple[MixConfig, ...], Field(strict=False)] = ()
-    """How often the clips of each of `data.sources` are met, step range by step range; empty: once an epoch."""
+    """How often the clips of each of `data.sources` are trained, by ranges of steps; empty: once an epoch."""
     captions: str = ""
     """A captions file (JSONL/CSV/Parquet with `file` and `caption`) for a plain folder; empty: `captions.jsonl`
     in the folder, else a sidecar .txt per clip."""
     val_source: str = ""
-    """Held-out clips for validation, in the same forms as `data.source`; empty: the last `data.val_clips` of
-    the source."""
+    """Held-out clips for validation, in any form of `data.source`; empty: the last `data.val_clips` of the source."""
     val_clips: int = Field(8, ge=0)
     """Clips held out of training for validation when `data.val_source` is empty (at most a tenth of the source)."""
     shapes_clips: int = Field(2000, ge=1)
@@ -60,59 +59,58 @@ class DataConfig(Section):
     shapes_image_share: float = Field(0.04, ge=0, le=1)
     """Share of single images among the clips rendered when `data.source=shapes`."""
     max_drop_fraction: float = Field(0.01, ge=0, le=1)
-    """Largest share of clips that may be dropped (unreadable, no caption, no bucket) before the run refuses
-    to go on."""
+    """Largest share of clips that may be dropped (unreadable, no caption, no bucket); beyond it the run stops."""
     allow_empty_captions: bool = False
-    """Accept clips without a caption and train them as unconditional."""
+    """Accept clips without a caption, and train them with the empty caption."""
     caption_weights: dict[str, float] = {}
-    """Weights by which one of a clip's captions is drawn each time it is trained, by name, such as
-    {caption: 0.5, short: 0.3, fields: 0.2}; a clip that has none of these keeps its main one, `caption`. Empty:
-    always the main one."""
+    """Name of a caption -> the weight with which it is drawn each time a clip is trained, such as
+    {caption: 0.5, short: 0.3, fields: 0.2}. A clip with none of these takes its main one, `caption`. Empty: always the
+    main one."""
     caption_field_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that a field of a structured caption is left out; one field is always kept."""
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto", "table"] = "auto"
-    """Clips in one micro-batch; `auto`: as many as cost about `data.micro_batch_tokens` tokens of the largest
-    bucket, and fit `data.memory_gb`; `table`: as `data.micro_batch_table` says."""
+    """Clips in one micro-batch. `auto`: for each bucket as many as cost what `data.micro_batch_tokens` tokens of the
+    largest bucket cost, and as fit `data.memory_gb`; `table`: by `data.micro_batch_table`."""
     micro_batch_table: dict[str, Annotated[int, Field(ge=1)]] = {}
     """Clips in one micro-batch of each bucket, by its name, such as {65x256x448: 2, 1x256x448: 64}; with
     `data.micro_batch=table` only."""
     micro_batch_tokens: int = Field(1024, ge=1)
-    """Tokens of the largest bucket that one micro-batch may hold; shorter clips get more of them at the same cost."""
+    """Most tokens of the largest bucket in one micro-batch; smaller buckets get more clips at the same cost."""
     memory_gb: float = Field(0.0, ge=0)
-    """Memory of one rank in GB (10^9 bytes) that the weights and one micro-batch's activations may take by the model
-    of models/memory.py; 0: no cap."""
+    """Memory of one rank in GB (10^9 bytes) that the weights and the activations of one micro-batch may take, by the
+    estimate in models/memory.py; 0: no limit."""
     cost_a: float = Field(0.0, ge=0)
     """Cost of a clip of S tokens is cost_a * S + cost_b * S^2; both 0: the model's floating-point operations.
     `sora bench cost` measures the two."""
     cost_b: float = Field(0.0, ge=0)
     """See `data.cost_a`; only the ratio of the two matters."""
     group: int = Field(8, ge=1)
-    """Micro-batches of nearly equal cost that follow each other on the tape, so that ranks finish together: a
-    multiple of the ranks that will ever train side by side."""
+    """Number of micro-batches of nearly equal cost that follow each other, so that ranks finish at the same time; a
+    multiple of the ranks that the run will ever have."""
     window_shards: int = Field(64, ge=1)
-    """Shards whose samples are shuffled together."""
+    """Number of shards whose samples are shuffled together."""
     num_workers: int = Field(2, ge=1)
-    """Decode processes a rank. The numbers of the run do not depend on it."""
+    """Decode processes of each rank; losses do not depend on it."""
     prefetch: int = Field(4, ge=1)
-    """Most micro-batches read and decoded ahead of the step."""
+    """Most micro-batches that are read and decoded ahead of the step."""
     prefetch_mb: float = Field(2048.0, ge=0)
-    """Most MB of clips (decoded, or their stored latents) that a rank may hold or be making ahead of the step; a
-    micro-batch that alone takes more is begun only when its own step comes."""
+    """Most MB of clips, decoded or as stored latents, that a rank prepares ahead of the step. A micro-batch that alone
+    takes more is begun when its own step comes."""
     decode_timeout: float = Field(60.0, gt=0)
     """Seconds a clip may take to decode before its process is killed and the clip quarantined."""
     read_retries: int = Field(5, ge=0)
-    """How often a failed read of remote storage (`http(s)://`, `s3://`, `gs://`) is tried again, after pauses
-    that grow, before the run stops."""
+    """How often a failed read of remote storage (`http(s)://`, `s3://`, `gs://`) is tried again, after growing pauses,
+    before the run stops."""
     read_timeout: float = Field(30.0, gt=0)
     """Seconds one attempt at reading a clip from remote storage may take before it counts as failed."""
     disk_cache_dir: str = ""
-    """Folder on a local disk that keeps what was read from remote storage, shared by all processes of the
-    machine; empty: nothing is kept."""
+    """Folder on a local disk for a cache of what was read from remote storage, shared by all processes of the machine;
+    empty: no cache."""
     read_block_mb: float = Field(8.0, gt=0)
-    """With `data.disk_cache_dir`, remote shards are read and kept in blocks of this many MB, each once, so that many
-    small clips take few requests."""
+    """Size in MB of the blocks in which remote shards are read and kept in `data.disk_cache_dir`, so that many small
+    clips take few requests."""
     disk_cache_gb: float = Field(50.0, gt=0)
-    """Bound of `data.disk_cache_dir` in GB; what was not used for longest is removed."""
+    """Largest size of `data.disk_cache_dir` in GB; the least recently used blocks are removed."""
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
     """`auto` uses PyAV; `decord` is refused where its wheel is missing or cannot read a clip's codec, `torchcodec`
     where it is missing."""
@@ -124,20 +122,20 @@ class DataConfig(Section):
     `auto`: store each clip's latents when it is first trained. Both show windows and crops of epoch 0 in every epoch,
     and store the caption embeddings of a frozen text encoder as they are met."""
     cache_dir: str = ""
-    """Where the cache lies; empty: `cache/` in the run folder. Entries are content addresses, so runs may share a
-    folder; one that was filled with another VAE, text encoder or decoder is refused."""
+    """Folder of the cache; empty: `cache/` in the run folder. Runs may share a folder, since entries are named by their
+    content; a folder that was filled with another VAE, text encoder or decoder is refused."""
     cache_text_gb: float = Field(50.0, ge=0)
-    """Most GB of caption embeddings in the cache; once it is full, further captions are encoded whenever they come."""
+    """Most GB of caption embeddings in the cache; when it is full, further captions are encoded each time they come."""
     latents: Literal["mode", "sample"] = "mode"
-    """What of the VAE's posterior is trained on: its `mode`, or a `sample` drawn anew each epoch, keyed by seed, epoch
-    and clip; then caches and encoded shards hold mean and log-variance."""
+    """Train on the mode of the VAE's posterior, or on a sample that is drawn anew in each epoch, keyed by seed, epoch
+    and clip. With `sample`, caches and encoded shards hold mean and log-variance."""
 
     stored_latents: Literal["use", "ignore"] = "use"
-    """Latents that stand in the shards: `use` trains from them where they have the shape of the sample's bucket and
-    refuses those of another VAE; `ignore` decodes the clips, and drops samples that have none."""
+    """Latents in the shards. `use`: train from those that have the shape of the sample's bucket, and refuse those of
+    another VAE; `ignore`: decode the clips, and drop samples without a clip."""
     stored_text: Literal["use", "ignore"] = "use"
-    """Caption embeddings that stand in the shards: `use` refuses those of another text encoder, and any where the
-    encoder is trained; `ignore` encodes the captions in the run."""
+    """Caption embeddings in the shards. `use`: train from them, and refuse those of another text encoder and any where
+    the encoder is trained; `ignore`: encode the captions in the run."""
 
     @field_validator("caption_weights")
     @classmethod
@@ -255,9 +253,9 @@ class BucketClass(Section):
 
 class BucketsConfig(Section):
     fps: float = Field(8.0, gt=0)
-    """Frame rate clips are sampled at; a slower clip keeps its own rate. The model is told the effective one."""
+    """Frames per second at which clips are sampled; a slower clip keeps its own rate. The model gets the real one."""
     max_upscale: float = Field(1.25, ge=1)
-    """Clips that would have to be enlarged by more than this factor do not fit a bucket."""
+    """Largest factor by which a clip may be enlarged to fit a bucket."""
     max_crop: float = Field(0.5, ge=0, lt=1)
     """Largest share of a frame's area that cropping to the bucket's aspect ratio may remove."""
     classes: Annotated[tuple[BucketClass, ...], Field(strict=False)] = (

@@ -11,20 +11,20 @@ from sora_train.config.sections.data import StrList
 
 class LaunchConfig(Section):
     nodes: int = Field(1, ge=1)
-    """Nodes of the job."""
+    """Number of nodes."""
     ranks: int = Field(0, ge=0)
-    """Processes of each node, one a GPU; 0: the GPUs of this machine, one process where it has none."""
+    """Processes per node, one for each GPU; 0: as many as this machine has GPUs, or one without a GPU."""
     gpus: int = Field(-1, ge=-1)
-    """GPUs asked of each node; -1: as many as `launch.ranks`; 0: none, for a cluster of CPUs."""
+    """GPUs requested per node; -1: as many as `launch.ranks`; 0: none, for a cluster of CPUs."""
     cpus: int = Field(0, ge=0)
-    """CPU cores asked of each node; 0: as the scheduler has it."""
+    """CPU cores requested per node; 0: the scheduler's default."""
     memory: str = ""
-    """Memory asked of each node, as the scheduler writes it (`900G`, `0` for all); empty: as the scheduler has it."""
+    """Memory requested per node in the scheduler's notation (`900G`, `0` for all); empty: the scheduler's default."""
     time: str = ""
-    """Time limit of a job, as SLURM writes it (`24:00:00`, `2-00:00:00`); it goes on in the next. Empty: the
-    partition's."""
+    """Time limit of one job in SLURM's notation (`24:00:00`, `2-00:00:00`); the run then goes on in the next job.
+    Empty: the partition's limit."""
     lead_seconds: int = Field(300, ge=0)
-    """How long before the limit ranks are told to save and leave; more than a checkpoint takes."""
+    """Seconds before the limit at which ranks are told to save and exit; more than a checkpoint takes."""
     partition: str = ""
     """SLURM's partition; empty: its default."""
     account: str = ""
@@ -32,37 +32,37 @@ class LaunchConfig(Section):
     qos: str = ""
     """SLURM's quality of service; empty: your default."""
     constraint: str = ""
-    """Features that nodes must have, as SLURM writes them: `h100&ib`."""
+    """Features that nodes must have, in SLURM's notation: `h100&ib`."""
     exclude: str = ""
-    """Nodes that are not to be used, as SLURM writes them: `gpu[03,07]`."""
+    """Nodes that are not used, in SLURM's notation: `gpu[03,07]`."""
     port: int = Field(0, ge=0, le=65535)
-    """Port at which ranks meet; 0: one made of the job's id, a free one on a single machine."""
+    """Port at which ranks meet; 0: a port computed from the job's id, or a free one on a single machine."""
     interface: str = ""
-    """Network interface of NCCL and gloo (`ib0`, `eth0`); empty: what they find."""
+    """Network interface of NCCL and gloo (`ib0`, `eth0`); empty: their own choice."""
     container: str = ""
     """Image in which ranks run: a SquashFS file or `registry#image:tag`; empty: none."""
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    """What starts containers on the nodes."""
+    """Program that starts containers on the nodes."""
     mounts: StrList = ()
-    """`HOST:INSIDE` of folders that the container sees; the run folder and the working directory are among them."""
+    """Folders that the container sees, as `HOST:INSIDE`; the run folder and the working directory are always there."""
     setup: StrList = ()
-    """Shell lines before the ranks of a node start: `module load cuda`, `source .venv/bin/activate`."""
+    """Shell lines that run before the ranks of a node: `module load cuda`, `source .venv/bin/activate`."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the ranks."""
     python: str = "python"
-    """The interpreter on the nodes."""
+    """Python interpreter on the nodes."""
     array_limit: int = Field(0, ge=0)
-    """Runs of a sweep (`sora launch slurm -m`) that SLURM lets run at the same time; 0: as many as it can."""
+    """Most runs of a sweep (`sora launch slurm -m`) that SLURM runs at the same time; 0: no limit."""
     options: StrList = ()
-    """Further lines for the scheduler, as it writes them: `--reservation=mine`."""
+    """Further lines for the scheduler, in its own notation: `--reservation=mine`."""
     offline: bool = True
-    """Refuse to fetch weights from a hub in the job; `sora fetch` brings them beforehand."""
+    """Refuse to fetch weights from a hub during the job; `sora fetch` downloads them beforehand."""
     image: str = ""
     """Kubernetes: the image of the ranks."""
     namespace: str = ""
     """Kubernetes: the namespace; empty: kubectl's own."""
     claim: str = ""
-    """Kubernetes: the volume claim that holds the working directory, run folders and clips; mounted at `mount`."""
+    """Kubernetes: the volume claim with the working directory, run folders and clips, mounted at `launch.mount`."""
     mount: str = "/workspace"
     """Kubernetes: where `launch.claim` is mounted, and the working directory."""
 

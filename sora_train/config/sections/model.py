@@ -21,35 +21,33 @@ class ModelConfig(Section):
     ffn_dim: int = Field(768, ge=1)
     """Inner width of the feed-forward layers."""
     in_channels: int = Field(16, ge=1)
-    """Latent channels: must be those of the VAE."""
+    """Latent channels; as many as the VAE has."""
     out_channels: int = Field(0, ge=0)
-    """Channels of the predicted velocity; 0: those that come in. Fewer where given latents and their mask come in
-    beside the noisy ones."""
+    """Channels of the predicted velocity; 0: `model.in_channels`. It is smaller where given latents and their mask are
+    input channels too."""
     text_dim: int = Field(128, ge=1)
-    """Width of the caption embeddings: must be that of the text encoder."""
+    """Width of the caption embeddings; that of the text encoder."""
     freq_dim: int = Field(256, ge=2)
     """Width of the sinusoid that encodes the noise level; even."""
     patch_size: Annotated[tuple[int, int, int], Field(strict=False)] = (1, 2, 2)
-    """Latent frames, rows and columns folded into one token. The first is 1: every latent frame has
-    its own noise level."""
+    """Latent frames, rows and columns in one token. The first is 1: every latent frame has its own noise level."""
     qk_norm: bool = True
     """RMS-normalise queries and keys over the full width (Wan's form)."""
     eps: float = Field(1e-6, gt=0)
     """Epsilon of all norms."""
     rope_max_length: int = Field(1024, ge=1)
-    """Most latent frames, rows or columns of tokens; a longer clip is refused. Open Wan weights: 1024."""
+    """Most latent frames, rows or columns of tokens; a longer clip is refused. The open Wan weights have 1024."""
     attention: Attention = "auto"
-    """Softmax core: PyTorch's `sdpa`, or one of its kernels (`flash`, `cudnn`, `math`, `varlen`); the packages of
-    flash-attention (`flash2`, `flash3`, `flash4`); plain matrix products (`gemm`); `auto`: gemm for bfloat16 on CPU,
-    else sdpa. One that is missing is an error."""
+    """Attention kernel: PyTorch's `sdpa`, or one of its kernels (`flash`, `cudnn`, `math`, `varlen`); a package of
+    flash-attention (`flash2`, `flash3`, `flash4`); plain matrix products (`gemm`). `auto`: gemm for bfloat16 on CPU,
+    else sdpa. A kernel that is not available is an error."""
     compile: Literal["auto", "off", "dynamic", "static"] = "auto"
-    """torch.compile of every block: `dynamic` compiles once for all clip sizes, `static` once a size; `auto`: dynamic
-    on a GPU, off on a CPU."""
+    """torch.compile of every block: `dynamic` compiles once for all clip sizes, `static` once for each size; `auto`:
+    dynamic on a GPU, off on a CPU."""
     mask_channel: bool = False
-    """Add `mask_proj`: tells the model which latent frames are given (image to video, extension,
-    ...)."""
+    """Add `mask_proj`, which tells the model which latent frames are given (image to video, extension, ...)."""
     fps_embed: bool = False
-    """Add `fps_proj`: tells the model the clip's frame rate."""
+    """Add `fps_proj`, which tells the model the clip's frame rate."""
 
     @property
     def dim(self) -> int:
@@ -89,11 +87,10 @@ class VaeConfig(Section):
     arch: dict[str, Any] = {}
     """Arguments of diffusers' AutoencoderKLWan, used when `vae.path` is empty."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which the frozen VAE computes; latents are float32 either way."""
+    """Precision of the frozen VAE; its latents are float32 either way."""
     tile: int = Field(0, ge=0)
-    """Encode and decode frames in tiles of this many pixels a side, for less memory: exact for
-    AutoencoderKLWan, blended by the other classes; a multiple of the spatial factor, 0 takes whole
-    frames."""
+    """Side in pixels of the tiles in which frames are encoded and decoded, to save memory; a multiple of the spatial
+    factor; 0: whole frames. AutoencoderKLWan is exact in tiles, the other classes blend their edges."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "VaeConfig":
@@ -107,13 +104,13 @@ class VaeConfig(Section):
 
 class TextConfig(Section):
     kind: Literal["umt5_bytes", "umt5", "t5", "clip"] = "umt5_bytes"
-    """`umt5_bytes`: a small UMT5 encoder that reads UTF-8 bytes, so it needs no vocabulary file.
-    `umt5`, `t5`, `clip`: published encoders, from `text.path`."""
+    """`umt5_bytes`: a small UMT5 encoder that reads UTF-8 bytes and needs no vocabulary file. `umt5`, `t5`, `clip`:
+    published encoders, from `text.path`."""
     path: str = ""
-    """Of a published encoder: a folder as transformers writes it, its tokenizer inside or beside it
-    in `tokenizer`; a pipeline's folder; or a hub id."""
+    """Where a published encoder is: a folder that transformers wrote, with the tokenizer in it or beside it in
+    `tokenizer`; a pipeline's folder; or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which a published encoder computes."""
+    """Precision of a published encoder."""
     d_model: int = Field(128, ge=8)
     """Width of the caption embeddings."""
     num_layers: int = Field(2, ge=1)
@@ -125,15 +122,14 @@ class TextConfig(Section):
     d_ff: int = Field(256, ge=1)
     """Inner width of the feed-forward layers."""
     max_length: int = Field(128, ge=16)
-    """Longest caption in bytes (in tokens for a published encoder), its end mark included; longer
-    ones are cut and counted (`train/captions_cut`). A multiple of 16, but for `clip`, whose own
-    limit is 77."""
+    """Longest caption with its end mark, in bytes, or in tokens for a published encoder. Longer captions are cut and
+    counted (`train/captions_cut`). A multiple of 16, except for `clip`, whose own limit is 77."""
     padding: Literal["wan", "masked"] = "masked"
-    """`masked`: the model sees the caption's own tokens only. `wan`: it also attends to zeros up to
-    max_length, as open Wan weights were trained."""
+    """`masked`: the model sees the caption's own tokens only. `wan`: it also attends to zeros up to `text.max_length`,
+    as the open Wan weights were trained."""
     trainable: bool = True
-    """Train the encoder along with the transformer, as part of the model; false keeps it frozen and
-    cacheable."""
+    """Train the encoder with the transformer, as part of the model; false: it is frozen, and its embeddings can be
+    cached."""
 
     @model_validator(mode="after")
     def _kind_fits(self) -> "TextConfig":

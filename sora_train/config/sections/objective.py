@@ -11,86 +11,90 @@ from sora_train.errors import ConfigError
 
 class LossConfig(Section):
     reduce: Literal["per_sample", "per_token"] = "per_sample"
-    """What counts alike in the mean over a step: every clip, or every video token trained on, so that a long clip
-    weighs more than an image."""
+    """How losses of a step are averaged: over clips (`per_sample`), or over the video tokens trained on (`per_token`),
+    so that a long clip weighs more than an image."""
 
 
 class ConditioningConfig(Section):
     i2v: float = Field(0.0, ge=0, le=1)
-    """Share of clips trained with their first latent frame given (image to video)."""
+    """Share of clips trained with the first latent frame given (image to video)."""
     i2v_last: float = Field(0.0, ge=0, le=1)
-    """Share trained with their last frame given, as a single image."""
+    """Share trained with the last frame given, as a single image."""
     i2v_both: float = Field(0.0, ge=0, le=1)
-    """Share trained with their first and last frame given, as single images."""
+    """Share trained with the first and the last frame given, as single images."""
     extend: float = Field(0.0, ge=0, le=1)
-    """Share trained with their first k latent frames given, k drawn (extension forwards)."""
+    """Share trained with the first k latent frames given, k drawn at random (extension forwards)."""
     extend_back: float = Field(0.0, ge=0, le=1)
-    """Share trained with their last k latent frames given (extension backwards)."""
+    """Share trained with the last k latent frames given, k drawn at random (extension backwards)."""
     infill: float = Field(0.0, ge=0, le=1)
-    """Share trained with all latent frames given but a gap of any length between the ends."""
+    """Share trained with all latent frames given except for a gap of random length between the ends."""
     connect: float = Field(0.0, ge=0, le=1)
     """Share trained with the first k and the last k latent frames given (two clips joined)."""
     loop: float = Field(0.0, ge=0, le=1)
-    """Share trained as loops: the clip plays to its middle and back, and its first frame, which is its last too, is
+    """Share trained as loops: the clip plays to its middle and back. Its first frame, which is also the last one, is
     given at both ends."""
     every_nth: float = Field(0.0, ge=0, le=1)
-    """Share trained with every n-th latent frame given, n >= 2 drawn (interpolation)."""
+    """Share trained with every n-th latent frame given, n >= 2 drawn at random (interpolation)."""
     random: float = Field(0.0, ge=0, le=1)
-    """Share trained with any of their latent frames given, one to all but one."""
+    """Share trained with a random subset of the latent frames given, from one frame to all but one."""
 
 
 class ObjectiveConfig(Section):
     time_law: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
-    """Distribution of the noise level t in training."""
+    """Distribution of the noise level t in training; 0 is data, 1 is noise."""
     time_mean: float = 0.0
-    """Mean of logit(t) under `logit_normal`; positive means noisier."""
+    """Mean of logit(t) for `logit_normal`; a larger mean gives noisier samples."""
     time_std: float = Field(1.0, gt=0)
-    """Standard deviation of logit(t)."""
+    """Standard deviation of logit(t) for `logit_normal`."""
     high_noise_share: float = Field(0.0, ge=0, le=1)
-    """Share of clips trained at a noise level uniform in [`objective.high_noise_from`, 1] instead, after the shift:
-    the nearly pure noise that sampling starts from (Cosmos-Predict2.5 takes 0.05)."""
+    """Share of clips whose noise level, after the shift, is drawn uniformly from [`objective.high_noise_from`, 1]
+    instead: the nearly pure noise that sampling starts from (Cosmos-Predict2.5 takes 0.05)."""
     high_noise_from: float = Field(0.98, ge=0, lt=1)
-    """Where high noise begins."""
+    """Lowest noise level of the clips of `objective.high_noise_share`."""
     mode_scale: float = 1.29
     """Parameter s of the `mode` law (Esser et al. 2024, arXiv:2403.03206, eq. 20)."""
     shift: float = Field(1.0, gt=0)
-    """Time shift: t' = shift * t / (1 + (shift - 1) * t), in training and sampling alike."""
+    """Time shift: t' = shift * t / (1 + (shift - 1) * t), in training and in sampling."""
     shift_rule: Literal["constant", "resolution", "frame", "length", "root"] = "constant"
-    """`constant`: `objective.shift` for every clip. Others: times a factor that grows with tokens a frame (`frame`),
-    with length (`length`), or with both (`resolution`, Open-Sora 2.0's; `root`, Open-Sora 1.2's)."""
+    """`constant`: every clip takes `objective.shift`. The others multiply it by a factor that grows with the tokens
+    of a frame (`frame`), with the clip's length (`length`), or with both (`resolution`: Open-Sora 2.0's rule; `root`:
+    Open-Sora 1.2's)."""
     weighting: Literal["uniform", "cosmap", "min_snr"] = "uniform"
     """Factor on the loss by noise level: none, `cosmap` (arXiv:2403.03206) or `min_snr` (arXiv:2303.09556)."""
     min_snr_gamma: float = Field(5.0, gt=0)
-    """Signal-to-noise ratio above which `min_snr` stops weighing more."""
+    """Signal-to-noise ratio at which the weight of `min_snr` stops growing."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of samples trained with the empty caption, so that guidance has a null."""
+    """Share of clips trained with the empty caption, which classifier-free guidance needs."""
     conditioning: ConditioningConfig = ConditioningConfig()
-    """Share of clips by what they are given besides their caption; the others get the caption alone (t2v)."""
+    """Share of clips by the frames that are given to the model; the other clips get the caption alone (t2v)."""
     cond_mode: Literal["replace", "concat"] = "replace"
-    """How given frames reach the model: `replace` puts them into the noisy latents and leaves them out of the loss;
+    """How given frames reach the model: `replace` puts them into the noisy latents and takes them out of the loss;
     `concat` adds them and their mask as input channels (Wan 2.1's image-to-video layout)."""
     condition_noise_share: float = Field(0.0, ge=0, le=1)
-    """Share of clips whose given frames carry a little noise, as generated ones do; with cond_mode=replace."""
+    """Share of clips whose given frames get a little noise, since generated frames have some too; needs
+    cond_mode=replace."""
     condition_noise_max: float = Field(0.1, ge=0, le=1)
-    """Their noise levels are uniform from 0 to this."""
+    """Largest noise level of such frames; levels are drawn uniformly from 0 to this."""
     condition_dropout: float = Field(0.0, ge=0, le=1)
-    """Share of clips from which the given frames are withheld, drawn independently of `objective.caption_dropout`."""
+    """Share of clips that lose their given frames, drawn independently of `objective.caption_dropout`."""
     num_steps: int = Field(50, ge=1)
     """Sampler steps stored in the diffusion spec."""
     guidance_scale: float = Field(4.0, ge=1)
     """Classifier-free guidance stored in the diffusion spec; 1 switches it off."""
     condition_scale: float = Field(1.0, ge=0)
-    """Guidance by given frames stored in the diffusion spec; 1 is none, and it costs another call of the model."""
+    """Guidance by given frames stored in the diffusion spec; 1 switches it off. It costs a further call of the model in
+    each step."""
     guidance_from: float = Field(0.0, ge=0, le=1)
     """Lowest noise level at which samples are guided, stored in the diffusion spec."""
     guidance_to: float = Field(1.0, ge=0, le=1)
     """Highest noise level at which samples are guided (arXiv:2404.07724)."""
     guidance_rescale: float = Field(0.0, ge=0, le=1)
-    """How much of the spread that guidance adds is taken back (arXiv:2305.08891), stored in the diffusion spec."""
+    """How far guided predictions are rescaled to the spread of unguided ones (arXiv:2305.08891): 0 not at all, 1 fully;
+    stored in the diffusion spec."""
     time_grid: Literal["even", "unipc", "flow_match_euler"] = "even"
-    """Times of the sampler's steps: `even` ones, shifted, or those of one of diffusers' two schedulers."""
+    """Times of the sampler's steps: evenly spaced and then shifted (`even`), or those of a scheduler of diffusers."""
     time_rounding: Literal["none", "truncate"] = "none"
-    """`truncate` tells the model noise levels cut off to whole thousandths, as diffusers' UniPC does."""
+    """`truncate`: the model gets noise levels cut off to whole thousandths, as in diffusers' UniPC."""
     solver: Literal["euler", "heun", "unipc"] = "euler"
     """ODE solver stored in the diffusion spec."""
 
@@ -126,38 +130,38 @@ class ObjectiveConfig(Section):
 
 class VaeObjectiveConfig(Section):
     mse: float = Field(1.0, ge=0)
-    """Weight of the mean squared pixel error. It teaches small saturated things first, which an absolute error, whose
-    best guess is the median, leaves out for thousands of steps."""
+    """Weight of the mean squared pixel error. With an absolute error alone, whose best guess is the median, small
+    saturated objects are missing for thousands of steps."""
     l1: float = Field(0.1, ge=0)
-    """Weight of the mean absolute pixel error, which sharpens what is nearly right."""
+    """Weight of the mean absolute pixel error, which sharpens small errors."""
     kl: float = Field(1e-5, ge=0)
     """Weight of the KL divergence from a unit Gaussian."""
     gradient: float = Field(0.1, ge=0)
-    """Weight of the absolute error of spatial and temporal differences: sharp edges without a learned loss."""
+    """Weight of the absolute error of spatial and temporal differences, for sharp edges without a learned loss."""
     lpips: float = Field(0.0, ge=0)
     """Weight of LPIPS, the distance of VGG16's features, averaged over frames (arXiv:1801.03924); HunyuanVideo took
     0.1."""
     lpips_path: str = ""
-    """Its weights: torchvision's VGG16 and the published linear layers, one .safetensors or .pth file, or a folder
-    with both."""
+    """Weights of LPIPS: torchvision's VGG16 and the published linear layers, in one .safetensors or .pth file or in a
+    folder with both."""
     adversarial: float = Field(0.0, ge=0)
-    """Weight of what a discriminator says of the reconstruction (hinge loss, a PatchGAN over space and time);
-    HunyuanVideo took 0.05."""
+    """Weight of the adversarial loss of a discriminator (hinge loss, a PatchGAN over space and time); HunyuanVideo took
+    0.05."""
     adversarial_from: int = Field(0, ge=0)
-    """Step from which the discriminator acts on the autoencoder, which should reconstruct well by then."""
+    """Step from which the adversarial loss trains the autoencoder, which should reconstruct well by then."""
     adversarial_warmup: int = Field(0, ge=0)
-    """Steps before that in which the discriminator learns alone."""
+    """Steps before `vae_objective.adversarial_from` in which the discriminator alone is trained."""
     adversarial_adaptive: bool = True
-    """Multiply each clip's adversarial loss by the length of the other pixel terms' gradient over that of its own, as
-    VQGAN does (arXiv:2012.09841, eq. 7), at the pixels; `vae_objective.adversarial` is then a share."""
+    """Scale each clip's adversarial loss so that its gradient at the pixels is as long as that of the other terms
+    (VQGAN, arXiv:2012.09841, eq. 7); `vae_objective.adversarial` is then a share of it."""
     disc_lr: float = Field(1e-4, gt=0)
     """Learning rate of the discriminator, constant; its optimizer is `optim.name`, without weight decay."""
     disc_betas: FloatList = (0.5, 0.9)
     """AdamW's decay of first and second moments, for the discriminator."""
     disc_channels: int = Field(64, ge=8, multiple_of=8)
-    """Channels of the discriminator's first layer; each further one has twice as many, up to eight times."""
+    """Channels of the discriminator's first layer. Each further layer has twice as many, up to eight times."""
     disc_layers: int = Field(3, ge=1)
-    """Times the discriminator halves height and width: more layers judge larger patches."""
+    """How often the discriminator halves height and width; more layers judge larger patches."""
 
     @model_validator(mode="after")
     def _terms_are_whole(self) -> "VaeObjectiveConfig":

@@ -10,43 +10,43 @@ from sora_train.config.sections.data import FloatList
 
 class OptimConfig(Section):
     name: Literal["adamw", "sgd"] = "adamw"
-    """`sgd` (no momentum) is for parity tests: AdamW hides a wrong gradient scale."""
+    """`sgd` (without momentum) is for parity tests, since AdamW hides a wrong scale of gradients."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     text_lr_scale: float = Field(1.0, gt=0)
     """Factor on the learning rate of a trainable text encoder."""
     betas: FloatList = (0.9, 0.99)
-    """AdamW's decay of first and second moments."""
+    """AdamW's decay of the first and the second moment."""
     eps: float = Field(1e-10, gt=0)
-    """AdamW's epsilon; small, since QK-norm and zero-initialised layers make gradients small."""
+    """AdamW's epsilon. It is small because QK-norm and zero-initialised layers make gradients small."""
     weight_decay: float = Field(0.0, ge=0)
-    """Applied to matrices only, never to norms, biases and modulation tables."""
+    """AdamW's weight decay; it applies to matrices only, not to norms, biases and modulation tables."""
     warmup_steps: int = Field(100, ge=0)
     """Steps over which the learning rate rises linearly from zero."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape of the learning rate after warm-up, down to `optim.final_lr_fraction` by the end of the run."""
+    """Shape of the learning rate after warm-up; it ends at `optim.final_lr_fraction` of the peak."""
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of the peak that the learning rate falls to by the end of the run."""
+    """Learning rate at the end of the run, as a share of the peak."""
     grad_clip: float = Field(1.0, ge=0)
-    """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
 
 
 class EmaConfig(Section):
     decay: float = Field(0.999, ge=0, lt=1)
-    """Decay of the weights' average a step; the start is ramped as min(decay, (1 + step) / (10 + step))."""
+    """Decay per step of the average of the weights; early steps take min(decay, (1 + step) / (10 + step))."""
     more: FloatList = ()
-    """Decays of further averages kept beside, each as large as the weights: [0.99, 0.9999] are `ema_99` and
-    `ema_9999` in checkpoints, and `sora sample --ema 0.99` samples from one."""
+    """Decays of further averages, each of which takes the memory of the weights. [0.99, 0.9999] are `ema_99` and
+    `ema_9999` in checkpoints; `sora sample --ema 0.99` samples from one."""
     post_hoc: FloatList = ()
-    """Widths sigma_rel of power-function averages kept beside, usually [0.05, 0.10]: of their snapshots `sora ckpt
-    average RUN --sigma-rel 0.12` makes the average of any other width when training is over (arXiv:2312.02696)."""
+    """Widths sigma_rel of power-function averages, usually [0.05, 0.10]. After training, `sora ckpt average RUN
+    --sigma-rel 0.12` makes the average of any other width from their snapshots (arXiv:2312.02696)."""
     snapshot_every: int = Field(0, ge=0)
-    """Steps between snapshots of the `ema.post_hoc` averages; 0: as often as checkpoints. All of them are kept."""
+    """Steps between snapshots of the `ema.post_hoc` averages; 0: as often as checkpoints. All snapshots are kept."""
     snapshot_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Precision of the snapshots."""
 
     @model_validator(mode="after")
-    def _averages_are_told_apart(self) -> "EmaConfig":
+    def _averages_differ(self) -> "EmaConfig":
         bad = [value for value in self.more if not 0 <= value < 1]
         if bad:
             raise ValueError(

@@ -12,36 +12,37 @@ class CheckpointConfig(Section):
     every: int = Field(500, ge=0)
     """Steps between checkpoints; 0: only the last step."""
     mode: Literal["async", "sync"] = "async"
-    """`async`: a save copies the state into host memory of its own, as large as this rank's part of a checkpoint, and
-    is written behind the training; `sync`: the training waits for it."""
+    """`async`: a save copies this rank's part of the state into host memory, and a thread writes it while training goes
+    on; `sync`: training waits until it is written."""
     keep_last: int = Field(2, ge=1)
     """Newest checkpoints kept."""
     keep_every: int = Field(0, ge=0)
-    """Checkpoints of steps that this divides are kept for ever; 0: none."""
+    """Checkpoints whose step is a multiple of this are never removed; 0: none."""
     keep_best: int = Field(0, ge=0)
-    """How many checkpoints are kept besides, of those whose step was validated with the lowest `val/loss`."""
+    """Number of checkpoints with the lowest `val/loss` at their step that are kept besides."""
     rehearse: bool = True
-    """Before step 1 write a checkpoint, commit it, read it back and remove it, so that what would fail fails then."""
+    """Before step 1, write a checkpoint, read it back and remove it, so that a fault shows at the start."""
     remote: str = ""
-    """Folder in an object store (`s3://bucket/run`) to which checkpoints are uploaded behind the local ones, and from
-    which a newer one than those in the run folder is fetched."""
+    """Folder in an object store (`s3://bucket/run`). Checkpoints are uploaded to it while training goes on; a resume
+    fetches its newest one if it is newer than those in the run folder."""
     remote_seconds: float = Field(600.0, gt=0)
-    """How long an upload or download is tried again, before the run stops with what went wrong."""
+    """Seconds for which a failed upload or download is tried again before the run stops with an error."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto`: go on from the newest complete checkpoint of the run folder."""
+    """`auto`: go on from the newest complete checkpoint of the run folder; `never`: a folder with checkpoints is
+    refused."""
 
 
 class ValidationConfig(Section):
     every: int = Field(500, ge=0)
     """Steps between validations; 0: never."""
     times: FloatList = (0.1, 0.3, 0.5, 0.7, 0.9)
-    """Noise levels t at which the loss of every held-out clip is measured, with fixed noise."""
+    """Noise levels t at which the loss of every held-out clip is measured; the noise is the same each time."""
     max_clips: int = Field(64, ge=1)
-    """Held-out clips used."""
+    """Most held-out clips that are used."""
     kinds: StrList = ()
-    """Kinds of conditioning validated, t2v and others; empty: all that `objective.conditioning` trains."""
+    """Kinds of conditioning that are validated, such as [t2v, i2v]; empty: all that are trained."""
     live: bool = True
-    """Also measure the weights as they are, beside their average (`val/live/loss`)."""
+    """Validate the weights as trained too, beside their average (`val/live/loss`)."""
 
     @model_validator(mode="after")
     def _times_inside(self) -> "ValidationConfig":
@@ -57,13 +58,14 @@ class SampleConfig(Section):
     every: int = Field(500, ge=0)
     """Steps between sample clips; 0: never."""
     prompts: StrList = ()
-    """What is sampled; empty: captions of the first held-out clips."""
+    """Prompts that are sampled; empty: the captions of the first held-out clips."""
     max_prompts: int = Field(8, ge=1)
-    """Prompts sampled during training."""
+    """Most prompts that are sampled during training."""
     seed: int = 0
     """Seed of the samples' noise."""
     oracle_prompts: int = Field(0, ge=0)
-    """Prompts on which the shapes oracle scores the final weights (seen and held-out each); 0: no scoring."""
+    """Number of prompts, of seen and of held-out combinations each, on which the oracle of the shapes world scores the
+    final weights; 0: no scores."""
 
 
 TrackerKinds = Annotated[
@@ -73,13 +75,13 @@ TrackerKinds = Annotated[
 
 class TrackerConfig(Section):
     kind: Literal["none", "wandb", "tensorboard"] | TrackerKinds = "none"
-    """Where metrics.jsonl and samples are copied to, by a process each; a list names several."""
+    """Where metrics.jsonl and samples are copied to, in a process of its own; a list names several trackers."""
     project: str = "sora_train"
-    """W&B project."""
+    """Project in W&B."""
     mode: Literal["auto", "online", "offline"] = "auto"
-    """`auto`: online when a W&B key is configured, else offline in the run folder."""
+    """`auto`: online if a W&B key is configured, else offline in the run folder."""
     finish_seconds: float = Field(30.0, gt=0)
-    """How long the end of a run waits for its trackers; one that takes longer is ended, and the run is not affected."""
+    """Seconds that the end of a run waits for its trackers; a slower one is ended, which does not fail the run."""
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -11,47 +11,47 @@ from sora_train.config.sections.data import StrList
 
 class RunConfig(Section):
     dir: str = "runs/default"
-    """The run folder. The same folder again means: go on from its newest checkpoint."""
+    """The run folder. A run whose folder has checkpoints goes on from the newest one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU if there is one."""
     deterministic: bool | Literal["auto"] = "auto"
     """Bit-for-bit repeatable kernels; `auto`: on for CPU, off for GPU."""
     memory_history: bool = False
-    """Record what the GPU's allocator does, and write its snapshot beside the report of a run out of memory."""
+    """Record the GPU allocator's history; if the run is out of memory, its snapshot is written beside the report."""
     threads: int = Field(0, ge=0)
-    """CPU threads of torch in each rank; 0: the cores of the machine shared among its ranks."""
+    """CPU threads of torch in each rank; 0: the machine's cores divided by its ranks."""
     peak_tflops: float = Field(0.0, ge=0)
-    """What one device could do at best, in TFLOP/s, of which `train/mfu` is the share; 0: by the GPU's name, and on a
-    CPU or an unknown GPU there is no MFU."""
+    """Peak speed of one device in TFLOP/s, the denominator of `train/mfu`; 0: looked up by the GPU's name. On a CPU or
+    an unknown GPU there is then no MFU."""
 
 
 class InitConfig(Section):
     run: str = ""
-    """A run folder, or FOLDER@STEP, whose weights this run starts from while it has no checkpoint of its own: the
-    stage before, or what `sora ckpt import` has made."""
+    """A run folder, or FOLDER@STEP, whose weights this run starts from: another run, or what `sora ckpt import` has
+    written. It counts only while this run has no checkpoint of its own."""
     weights: Literal["ema", "live"] = "ema"
-    """Its averaged weights, or those as trained."""
+    """Start from that run's averaged weights, or from its weights as trained."""
     optimizer: bool = False
-    """Take over its optimizer's moments and step count too; the learning rate's schedule begins anew."""
+    """Take over the optimizer's moments and step count too. The learning rate schedule always begins anew."""
 
 
 class ResumeConfig(Section):
     run: str = ""
-    """A run folder, or FOLDER@STEP, that this run is forked from while it has no checkpoint of its own: weights,
-    optimizer, average, place in the data, and the metrics up to there."""
+    """A run folder, or FOLDER@STEP, that this run is forked from: it takes over weights, optimizer, averages, place in
+    the data, and the metrics up to that step. It counts only while this run has no checkpoint of its own."""
     allow_missing: StrList = ()
-    """Patterns of tensors (`ema.*`) that a checkpoint may lack; they begin as at step 0, an average as the
+    """Patterns of tensors (`ema.*`) that a checkpoint may lack. They start as at step 0; an average starts as the
     weights."""
     probe: bool = True
-    """Keep the loss of a small fixed batch in each checkpoint, and stop where it is another after loading."""
+    """Keep the loss of a small fixed batch in each checkpoint; stop if the loss differs after loading."""
     probe_tolerance: float = Field(0.01, ge=0)
-    """Relative difference of that loss that is let pass where layout, device or libraries changed; where nothing did
-    and kernels are deterministic it must be equal to the last bit."""
+    """Largest relative difference of that loss where layout, device or libraries changed. Where nothing changed and
+    kernels are deterministic, the loss must be equal to the last bit."""
 
 
 class StageConfig(Section):
     name: str
-    """Name of the stage, and of its folder."""
+    """Name of the stage, part of its folder's name."""
     groups: dict[str, str] = {}
     """Config groups that this stage chooses: `{buckets: 480p, objective: flow_480p}`."""
     config: dict[str, Any] = {}
@@ -60,9 +60,9 @@ class StageConfig(Section):
     overrides: StrList = ()
     """The same as texts, as on the command line: `train.steps=1000`, `buckets=480p`."""
     weights: Literal["ema", "live"] = "ema"
-    """Which weights of the stage before it begins with."""
+    """Start from the averaged weights of the stage before, or from its weights as trained."""
     optimizer: bool = False
-    """Whether it takes over the optimizer's moments of the stage before."""
+    """Take over the optimizer's moments of the stage before."""
 
     @field_validator("name")
     @classmethod
@@ -76,11 +76,12 @@ class StageConfig(Section):
 
 class TrainConfig(Section):
     steps: int = Field(1000, ge=0)
-    """Optimizer steps of the whole run; 0: as many as `train.epochs` take."""
+    """Optimizer steps of the whole run; 0: the length is given by `train.epochs`."""
     epochs: float = Field(0.0, ge=0)
-    """Passes over the clips instead of `train.steps`, rounded up to whole steps; needs train.steps=0."""
+    """Length of the run in passes over the clips, rounded up to whole steps; needs train.steps=0."""
     micro_batches: int = Field(1, ge=1)
-    """Micro-batches of one step over all ranks (M): fixed by the config, so a run means the same at any world size."""
+    """Micro-batches of one step, summed over all ranks (M). It does not depend on the world size, so a run computes the
+    same on any number of ranks."""
     log_every: int = Field(1, ge=1)
     """Steps between two rows of metrics.jsonl."""
 
@@ -100,5 +101,5 @@ class TrainConfig(Section):
 
 class ElasticConfig(Section):
     min_efficiency: float = Field(0.5, ge=0, le=1)
-    """Least share of a step's slots that must hold a micro-batch: where the ranks do not divide
-    `train.micro_batches` the slots left over idle, and below this share the run refuses to start."""
+    """Least share of a step's slots that must hold a micro-batch, or the run refuses to start. Slots are idle where the
+    number of ranks does not divide `train.micro_batches`."""

@@ -9,21 +9,21 @@ LEAST_SIGMA = 3.0
 
 class SpikeDetectionConfig(Section):
     spike_sigma: float = Field(10.0, ge=0)
-    """A step whose loss lies more than this many robust deviations above the median of the last good steps is skipped
-    (docs/spike_detection.md). 0: no spikes are looked for in the loss; one that is not finite is skipped always."""
+    """A step is skipped if its loss is more than this many robust deviations above the median of the last good steps
+    (docs/spike_detection.md); 0: the loss has no limit. A loss that is not finite is always skipped."""
     grad_norm_sigma: float = Field(25.0, ge=0)
-    """The same of the gradient norm before clipping, which spreads far wider in healthy runs."""
+    """The same limit for the gradient norm before clipping, which varies far more in healthy runs."""
     window: int = Field(200, ge=2)
-    """Good steps that the median and the deviation are taken over."""
+    """Number of last good steps from which the median and the deviation are computed."""
     warmup: int = Field(100, ge=2)
-    """Good steps before spikes are looked for."""
+    """Number of good steps before the first one can be called a spike."""
     max_skips: int = Field(3, ge=1)
-    """Steps skipped in a row after which the run goes back to a checkpoint and leaves that data out."""
+    """Steps skipped in a row after which the run rolls back to a checkpoint and leaves out their data."""
     max_rollbacks: int = Field(2, ge=0)
-    """How often a run goes back before it stops instead; 0: it stops at once."""
+    """Roll-backs after which the run stops instead of rolling back again; 0: it stops at once."""
 
     draw: bool = True
-    """Draw the clips of a skipped step, with their noise levels and losses, into spikes/step-N in the run folder."""
+    """Draw a picture of a skipped step's clips, with noise levels and losses, into spikes/step-N of the run folder."""
 
     @model_validator(mode="after")
     def _ordinary_steps_pass(self) -> "SpikeDetectionConfig":

@@ -1,4 +1,4 @@
-"""How `-m` goes through the values of a sweep; nothing that a run trains depends on it."""
+"""How `-m` chooses the runs of a sweep; nothing that a run trains depends on it."""
 
 from typing import Literal
 
@@ -9,14 +9,15 @@ from sora_train.config.sections.base import Section
 
 class SweepConfig(Section):
     method: Literal["grid", "random", "tpe"] = "grid"
-    """`grid`: every combination; `random` and `tpe` (Optuna) draw `sweep.trials` of them, and also from intervals."""
+    """`grid`: every combination of values; `random` and `tpe` (Optuna) draw `sweep.trials` combinations, also from
+    intervals."""
     trials: int = Field(20, ge=1)
-    """Runs of a search, those of earlier calls in the same folder counted."""
+    """Number of runs of a search, counting those of earlier calls in the same folder."""
     metric: str = "val/loss"
-    """What a search looks at: a metric of the run's last row that has it (docs/metrics.md)."""
+    """Metric that a search compares: its last value in a run (docs/metrics.md)."""
     goal: Literal["minimize", "maximize"] = "minimize"
-    """Whether less or more of it is better."""
+    """Whether lower or higher values of `sweep.metric` are better."""
     seed: int = Field(0, ge=0)
-    """Seed of a search: trial n is drawn from it, n and the results so far."""
+    """Seed of a search; run n depends on it, on n and on the results so far."""
     at_once: int = Field(1, ge=1)
-    """Runs side by side on this machine; its GPUs are shared out among them."""
+    """Runs at the same time on this machine, which divide its GPUs among them."""
