@@ -119,6 +119,8 @@ MOVED = {
     "models.attention_backends": "models.transformer.attention_backends",
     "models.discriminator": "models.vae.discriminator",
     "models.dit": "models.transformer.dit",
+    "models.flash_packages": "models.transformer.attention_backends",
+    "models.folders": "models.hub",
     "models.layers": "models.transformer.layers",
     "models.lpips": "models.vae.lpips",
     "models.rope": "models.transformer.rope",

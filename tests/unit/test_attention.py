@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import ConfigError
-from sora_train.models.transformer import attention_backends, attention_gemm, flash_packages, layers
+from sora_train.models.transformer import attention_backends, attention_gemm, layers
 from sora_train.models.transformer.attention import AttentionCore
 from sora_train.models.transformer.attention_backends import (
     BACKENDS,
@@ -204,7 +204,7 @@ def test_a_backend_that_is_not_here_is_refused_with_those_that_are(
     facts: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(flash_packages, "installed", lambda: ())
+    monkeypatch.setattr(attention_backends, "installed_packages", lambda: ())
     cfg = ModelConfig(attention=backend)
     with refuses(ConfigError, *facts) as error:
         check_attention(cfg, device, dtype)
@@ -225,7 +225,7 @@ def test_an_installed_package_is_found_without_importing_it(
     (tmp_path / "flash_attn" / "__init__.py").write_text("")
     (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert flash_packages.installed.__wrapped__() == ("flash2", "flash4")
+    assert attention_backends.installed_packages.__wrapped__() == ("flash2", "flash4")
 
 
 def test_training_refuses_a_missing_backend_before_it_reads_clips(parity_config, tmp_path):

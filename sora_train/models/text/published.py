@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sora_train.config.sections.model import TextConfig
 from sora_train.errors import ConfigError, UserError
-from sora_train.models.folders import weights_folder
+from sora_train.models.hub import weights_folder
 from sora_train.models.text.encoder import LENGTH_STEP, TextEncoder, weights_digest
 
 TOKENIZER = "tokenizer"

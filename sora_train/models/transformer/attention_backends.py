@@ -7,7 +7,9 @@ its place. One exception is told on the card: kernels without key masks leave ca
 Dimension key: B batch, L queries, S keys, N heads, K head width.
 """
 
+import importlib.util
 from collections.abc import Callable
+from functools import cache
 from typing import get_args
 
 import torch
@@ -18,7 +20,6 @@ from torch.nn.attention.varlen import varlen_attn
 
 from sora_train.config.sections.model import Attention, ModelConfig
 from sora_train.errors import ConfigError
-from sora_train.models.transformer import flash_packages
 from sora_train.models.transformer.attention_gemm import gemm_attention
 from sora_train.models.transformer.layers import MULTIPLIES_BFLOAT16
 
@@ -32,6 +33,28 @@ HALF = (torch.bfloat16, torch.float16)
 MASKLESS = ("flash", "flash2", "flash3", "flash4")
 """Kernels that take no key mask on a GPU."""
 NEED_GPU = ("cudnn", "varlen", "flash2", "flash3", "flash4")
+FLASH_PACKAGES = {
+    "flash2": "flash_attn",
+    "flash3": "flash_attn_interface",
+    "flash4": "flash_attn.cute",
+}
+"""Backend -> the module of its package: flash-attn, its build for Hopper, and the one in CuTe DSL inside newer releases
+of flash-attn. They are found without an import and imported at their first use."""
+LEAST_CAPABILITY = {"flash2": (8, 0), "flash3": (9, 0), "flash4": (9, 0)}
+"""Least compute capability of the GPU; (8, 0) for all others that need one."""
+
+
+@cache
+def installed_packages() -> tuple[str, ...]:
+    """Names of the packages found here."""
+    return tuple(name for name, module in FLASH_PACKAGES.items() if _is_installed(module))
+
+
+def _is_installed(module: str) -> bool:
+    parent, _, child = module.partition(".")
+    if importlib.util.find_spec(parent) is None:
+        return False
+    return not child or importlib.util.find_spec(module) is not None
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype]:
@@ -63,9 +86,9 @@ def missing(
     """What `backend` needs and does not have here, or None."""
     if backend not in BACKENDS:
         return "which is not known"
-    if backend in flash_packages.MODULES and backend not in flash_packages.installed():
-        found = ", ".join(flash_packages.installed()) or "none"
-        package = flash_packages.MODULES[backend]
+    if backend in FLASH_PACKAGES and backend not in installed_packages():
+        found = ", ".join(installed_packages()) or "none"
+        package = FLASH_PACKAGES[backend]
         return (
             f"but the package {package} is not installed (flash-attention packages found: {found})"
         )
@@ -77,7 +100,7 @@ def missing(
         return f"which computes in bfloat16 and parallel.param_dtype comes to {_name(dtype)}"
     if head_dim % 8 or head_dim > 256:
         return f"which takes head widths that are multiples of 8 up to 256 and model.head_dim is {head_dim}"
-    least = flash_packages.CAPABILITY.get(backend, (8, 0))
+    least = LEAST_CAPABILITY.get(backend, (8, 0))
     if torch.cuda.get_device_capability(device) < least:
         name = torch.cuda.get_device_name(device)
         return f"which needs compute capability {least[0]}.{least[1]} and {name} has less"
@@ -111,8 +134,8 @@ def attend(
     q_BLNK, k_BSNK, v_BSNK = q_BLNK.to(dtype), k_BSNK.to(dtype), v_BSNK.to(dtype)
     if used == "varlen":
         return varlen_attention(q_BLNK, k_BSNK, v_BSNK, key_mask_BS)
-    if key_mask_BS is None and used in flash_packages.MODULES:
-        return flash_packages.flash_package_attention(used, q_BLNK, k_BSNK, v_BSNK)
+    if key_mask_BS is None and used in FLASH_PACKAGES:
+        return flash_package_attention(used, q_BLNK, k_BSNK, v_BSNK)
     if key_mask_BS is not None and used in MASKLESS and v_BSNK.is_cuda:
         used = "sdpa"
     return _sdpa(used, q_BLNK, k_BSNK, v_BSNK, key_mask_BS).to(out_dtype)
@@ -162,6 +185,21 @@ def varlen_attention(
         starts_k = F.pad(key_mask_BS.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     y = kernel(q_BLNK.flatten(0, 1), k, v, starts_q, starts_k, length, keys)
     return y.unflatten(0, (batch, length))
+
+
+def flash_package_attention(name: str, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(K)) V by package `name`, (B, L, N, K); repeatable where torch is told to be."""
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    if name == "flash2":
+        from flash_attn import flash_attn_func
+    elif name == "flash3":
+        from flash_attn_interface import flash_attn_func
+    else:
+        from flash_attn.cute import flash_attn_func
+    found = flash_attn_func(q_BLNK, k_BSNK, v_BSNK, deterministic=repeatable)
+    # Some releases return the log of the softmax's sum beside it.
+    y_BLNK: Tensor = found[0] if isinstance(found, tuple) else found
+    return y_BLNK
 
 
 def _mask_bias(key_mask_BS: Tensor, dtype: torch.dtype) -> Tensor:

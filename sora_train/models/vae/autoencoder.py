@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sora_train.config.sections.model import VaeConfig
 from sora_train.errors import ConfigError, UserError
-from sora_train.models.folders import weights_folder
+from sora_train.models.hub import weights_folder
 from sora_train.models.vae.geometry import Geometry, factors
 from sora_train.models.vae.init import init_autoencoder
 from sora_train.models.vae.published import KINDS, WAN, find_class, kind_of

@@ -6,14 +6,11 @@ exponential failures the expected wall-clock time of a segment of T + C is (Daly
     E(T) = M e^(R / M) (e^((T + C) / M) - 1)
 
 and T / E(T) is the goodput. Its best T solves (1 - T / M) e^((T + C) / M) = 1. Young's first order is sqrt(2 C M),
-Daly's
-higher order is sqrt(2 C M) (1 + sqrt(C / 2M) / 3 + C / 18 M) - C for C < 2 M, else M.
+Daly's higher order is sqrt(2 C M) (1 + sqrt(C / 2M) / 3 + C / 18 M) - C for C < 2 M, else M.
 """
 
 import math
 from dataclasses import dataclass
-
-import numpy as np
 
 
 @dataclass(frozen=True)
@@ -57,23 +54,6 @@ def goodput(interval: float, cost: float, mtbf: float, restart: float, late: flo
         return 0.0
     expected = mtbf * math.exp((restart + late) / mtbf) * math.expm1(segment)
     return interval / expected
-
-
-def simulated_goodput(
-    interval: float, cost: float, mtbf: float, restart: float, segments: int, seed: int
-) -> float:
-    """The same by playing `segments` segments with exponential failures: the reference of the formula."""
-    draw = np.random.default_rng(seed)
-    length, spent = interval + cost, 0.0
-    for _ in range(segments):
-        while (failure := draw.exponential(mtbf)) < length:
-            spent += failure
-            # A restart that fails begins again.
-            while (failure := draw.exponential(mtbf)) < restart:
-                spent += failure
-            spent += restart
-        spent += length
-    return segments * interval / spent
 
 
 def schedule(mtbf: float, stall: float, write: float, restart: float) -> Schedule:
