@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 
 from sora_train.data.sample import Clip, ClipBatch
+from sora_train.models.vae.pixels import from_uint8
 
 
 def to_pixels(clips: list[Clip], device: torch.device) -> Tensor:
     """uint8 (T, H, W, 3) clips -> float32 pixels (B, 3, T, H, W) in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack([clip.pixels for clip in clips if clip.pixels is not None]))
-    return stacked.to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+    return from_uint8(np.stack([clip.pixels for clip in clips if clip.pixels is not None]), device)
 
 
 def placeholder(batch: ClipBatch) -> list[Clip]:

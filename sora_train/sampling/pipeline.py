@@ -23,6 +23,7 @@ from sora_train.diffusion.sampler import sample_ode
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.models.text_to_video import Text, VideoDenoiser
 from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.models.vae.pixels import from_uint8, to_uint8
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class GivenLatents:
 def encode_known(given: Given, vae: VideoVAE, spec: DiffusionSpec) -> GivenLatents:
     """Latents of what is given, each run of frames from its own pixels, just as in training."""
     device = next(vae.parameters()).device
-    pixels = to_pixels(given.pixels).to(device)
+    pixels = from_uint8(given.pixels[None], device)
     mask_T = given.mask_T.to(device)
     if spec.cond_mode == "concat":
         known_F = given.known_frames(vae).to(device)
@@ -289,11 +290,6 @@ def nothing_given(shape: ClipShape, num_frames: int) -> Given:
     return Given(blank, "t2v", torch.zeros(num_frames))
 
 
-def to_pixels(frames: np.ndarray) -> Tensor:
-    """uint8 (F, height, width, 3) -> pixels in [-1, 1], float32 (1, 3, F, height, width)."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
-
-
 def decode_clip(vae: VideoVAE, latents_CTHW: Tensor) -> np.ndarray:
     """uint8 (T, H, W, 3): a byte a value is all that grows with the clip."""
     frames = 1 + (latents_CTHW.shape[1] - 1) * vae.temporal_factor
@@ -302,9 +298,3 @@ def decode_clip(vae: VideoVAE, latents_CTHW: Tensor) -> np.ndarray:
     for where, pixels in vae.decode_pieces(latents_CTHW[None]):
         clip[where[1:]] = to_uint8(pixels[0])
     return clip
-
-
-def to_uint8(pixels_CTHW: Tensor) -> np.ndarray:
-    """Pixels in [-1, 1], (3, T, H, W) -> uint8 (T, H, W, 3)."""
-    scaled = (pixels_CTHW.float().clamp(-1, 1) + 1.0) * 127.5
-    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()

@@ -15,8 +15,8 @@ import pytest
 
 from sora_train.config.compose import compose
 from sora_train.data.decode.video_io import encode_h264
+from sora_train.models.vae.pixels import to_uint8
 from sora_train.objectives import to_pixels
-from sora_train.sampling.pipeline import to_uint8
 from sora_train.training.trainer import Trainer
 
 CAPTION = "a hiker on a summit at sunrise"

@@ -1,6 +1,7 @@
 """`sora replay`: any step of a run again, number for number, and in a sentence where that cannot be."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from sora_train.monitoring.run_folder import Part, parts_of
 from sora_train.objectives import LossTerm
 from sora_train.tools.data.trace import Trace
 from sora_train.tools.replay.replay import ReplayRequest, facts, look, replay
-from sora_train.training.outputs.step_picture import Sample, draw_step, samples_of
+from sora_train.training.resilience.spike_detector import StepVerdict
+from sora_train.training.resilience.spike_report import record_spike
 from sora_train.training.trainer import Trainer
 
 TINY = "experiment=parity_tiny"
@@ -290,32 +292,37 @@ def test_a_live_trainer_draws_what_it_has_at_hand(
         batches = trainer.data.step(0)
         terms = [trainer.objective.terms(trainer.engine.model, batch) for batch in batches]
         totals = {"velocity": sum(batch.weight for batch in batches)}
-        run, parts = trainer.run, trainer.parts
-        places = [(0, slot) for slot in range(len(batches))]
+        verdict = StepVerdict(9.0, 1.0, 2.0, math.inf, "loss_spike")
+        spikes = trainer.folder.path / "spikes"
 
-        def samples(terms: list[dict[str, LossTerm]]) -> list[Sample]:
-            manifest = parts.data.manifest
-            return samples_of(parts.objective, manifest, batches, places, terms, totals)
+        def recorded(terms: list[dict[str, LossTerm]]) -> list[dict[str, Any]]:
+            state = trainer.state
+            record_spike(
+                trainer.run, trainer.parts, state, trainer.spikes, verdict, batches, terms, totals
+            )
+            record = json.loads((spikes / f"step-{state.step + 1:06d}.json").read_text())
+            assert record["loss"] == 9.0 and record["grad_norm_limit"] == "inf"
+            (rank,) = record["ranks"]
+            return [clip for batch in rank["micro_batches"] for clip in batch["clips"]]
 
-        told, sheet = draw_step(run, parts, samples(terms), batches, 1, 0, why="9 deviations high")
-        found = json.loads(told.read_text())
-        says(found["why"], "9")
-        assert found["step"] == 1
+        clips = recorded(terms)
         loss = sum(float(term["velocity"].sum.detach()) for term in terms) / totals["velocity"]
-        shares = sum(sample["share"] for sample in found["samples"])
-        assert shares == pytest.approx(loss, rel=1e-6)
-        with Image.open(sheet) as image:
+        assert sum(clip["share"] for clip in clips) == pytest.approx(loss, rel=1e-6)
+        assert all(0 <= clip["t"] <= 1 and clip["kind"] and clip["source"] for clip in clips)
+        with Image.open(spikes / "step-000001" / "rank-0.png") as image:
             assert np.asarray(image).std() > 10
         # As after a roll-back, and of a loss that is none.
+        trainer.state.data_step = 7
         bad = [
             {"velocity": LossTerm(p["velocity"].sum, 1.0, p["velocity"].per_sample / 0)}
             for p in terms
         ]
-        told, _ = draw_step(run, parts, samples(bad), batches, 1, 7)
-        assert told.parent.name == "step-000001-tape-000008"
-        assert {sample["loss"] for sample in json.loads(told.read_text())["samples"]} == {"inf"}
-        (trainer.folder.path / "spikes" / "step-000008").write_text("in the way")
-        assert draw_step(run, parts, samples([]), batches, 8, 7) == []
-        says(capsys.readouterr().err, "step 8", "drawn")
+        assert {clip["loss"] for clip in recorded(bad)} == {"inf"}
+        assert (spikes / "step-000001-tape-000008" / "rank-0.png").is_file()
+        # What cannot be drawn is recorded all the same.
+        trainer.state.step = 7
+        (spikes / "step-000008").write_text("in the way")
+        assert len(recorded(terms)) == len(clips)
+        says(capsys.readouterr().err, "step-000008", "drawn")
     finally:
         trainer.close()

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from sora_train.checkpoint.meta import TrainState
+from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import Clip
 from sora_train.errors import ConfigError
@@ -23,9 +25,10 @@ from sora_train.monitoring.metrics import read_metrics
 from sora_train.objectives.validation import shares
 from sora_train.parallel.context.context import neighbours, segments
 from sora_train.parallel.degrees import Degrees, check_degrees
+from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
-from sora_train.training.resilience import spike_report as spikes
-from sora_train.training.resilience.spike_detector import StepVerdict
+from sora_train.training.resilience.spike_detector import SpikeDetector, StepVerdict
+from sora_train.training.resilience.spike_report import record_spike
 
 WORKER = Path(__file__).with_name("context_worker.py")
 EXACT = 1e-13
@@ -197,7 +200,7 @@ def test_segments_cover_a_frame(tokens: int, ranks: int) -> None:
     assert sum(found) == tokens and len(found) == ranks and max(found) - min(found) <= 1
 
 
-def test_ranks_of_one_clip_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_one_clip_count_once(tmp_path: Path) -> None:
     """Validation on the ranks of one clip goes through the same batches, of which one rank's count; so does the
     record of a spike."""
     clips = [Clip(row, 0, np.zeros((1, 8, 8, 3), np.uint8), None, 1.0, "", "") for row in range(5)]
@@ -208,14 +211,25 @@ def test_ranks_of_one_clip_count_once(tmp_path: Path, monkeypatch: pytest.Monkey
         *range(5)
     ]
 
-    monkeypatch.setattr(spikes, "gather", lambda control, mine: ["a", "a", "b", "b"])
-    trainer = SimpleNamespace(
-        cfg=SimpleNamespace(spike_detection=SimpleNamespace(draw=False), seed=0), world=worlds[0], control=None, step=6,
-        data_step=6, judge=SimpleNamespace(tally=SimpleNamespace(rollbacks=0)), folder=SimpleNamespace(path=tmp_path),
-    )  # fmt: skip
+    class FourRanks(ControlPlane):
+        """The first of four ranks, which hears what the others hold."""
+
+        def gather_objects(self, value: object) -> list[object]:
+            return ["a", "a", "b", "b"]
+
+    cfg = Config.model_validate({"spike_detection": {"draw": False}})
+    run = SimpleNamespace(
+        cfg=cfg,
+        world=worlds[0],
+        is_main=True,
+        control=FourRanks(World(0, 1, 0, 1, torch.device("cpu"))),
+        folder=SimpleNamespace(path=tmp_path),
+    )
+    parts, state = SimpleNamespace(objective=None, data=None), TrainState(step=6, data_step=6)
+    detector = SpikeDetector(cfg.spike_detection)
     verdict = StepVerdict(
         loss=1.0, grad_norm=1.0, loss_limit=1.0, grad_norm_limit=1.0, reason="loss_spike"
     )
-    spikes.record_spike(trainer, verdict, [], [], {})
+    record_spike(run, parts, state, detector, verdict, [], [], {})  # type: ignore[arg-type]
     ranks = json.loads((tmp_path / "spikes" / "step-000007.json").read_text())["ranks"]
     assert ranks == [{"rank": 0, "micro_batches": "a"}, {"rank": 2, "micro_batches": "b"}]

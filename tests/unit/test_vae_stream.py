@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sora_train.config.sections.model import VaeConfig
 from sora_train.errors import ConfigError
 from sora_train.models.vae.autoencoder import VideoVAE
+from sora_train.models.vae.pixels import to_uint8
 from sora_train.models.vae.stream import decoder_margin, encoder_margin, tiles
-from sora_train.sampling.pipeline import decode_clip, to_uint8
+from sora_train.sampling.pipeline import decode_clip
 
 ARCH = {
     "base_dim": 4,

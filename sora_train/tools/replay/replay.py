@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sora_train import checkpoint as checkpoints
+from sora_train.base.files import write_atomically
 from sora_train.checkpoint import Checkpoint
 from sora_train.checkpoint.meta import read_meta
 from sora_train.config import Config, ParallelConfig
@@ -23,7 +24,7 @@ from sora_train.data.sample import ClipBatch
 from sora_train.data.storage.ranges import is_digest_of
 from sora_train.data.storage.remote import is_remote
 from sora_train.diffusion.spec import DiffusionSpec
-from sora_train.errors import UserError
+from sora_train.errors import Fault, UserError
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.run_folder import Part, RunFolder, parts_of
@@ -40,10 +41,15 @@ from sora_train.runtime.world import World
 from sora_train.sampling.api import attending_here, shipped_config
 from sora_train.training.components import Builder, Components, build_networks, build_vae
 from sora_train.training.initialise import require_fitting, source_of, take_weights
-from sora_train.training.outputs.step_picture import samples_of, table_of, write_replay
+from sora_train.training.outputs.step_picture import draw_sheet, table_of
+from sora_train.training.outputs.step_samples import StepSample, finite, samples_of
 from sora_train.training.pipeline.data import TrainingData
 from sora_train.training.run import RunContext
 from sora_train.training.trainer import Trainer
+
+SHEET, FACTS = "contact_sheet.png", "replay.json"
+MAX_ROWS = 48
+"""Clips drawn on a sheet, those with the highest loss first; the JSON has all."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +128,12 @@ def _replay(
                 terms = [parts.objective.terms(model, batch) for batch in batches]
             for weights in map(parts.objective.weights, batches):
                 totals = {name: totals.get(name, 0.0) + value for name, value in weights.items()}
-        samples = samples_of(parts.objective, parts.data.manifest, batches, places, terms, totals)
+        by_batch = samples_of(parts.objective, parts.data, batches, places, terms, totals)
+        samples = [sample for of_batch in by_batch for sample in of_batch]
         about = _about(request, plan, terms, totals, world)
-        clips = {(clip.row, clip.epoch): clip for batch in batches for clip in batch.clips}
         title = _title(about)
         out = request.out or request.run / "replay" / _folder_name(request)
-        written = write_replay(out, about, title, samples, clips, parts.vae)
+        written = _write(out, about, samples, batches, parts.vae)
     finally:
         parts.data.close()
     return "\n".join([table_of(samples), "", title, *(f"wrote {path}" for path in written)])
@@ -354,6 +360,26 @@ def _about(
     }
 
 
+def _write(
+    out: Path,
+    about: dict[str, Any],
+    samples: Sequence[StepSample],
+    batches: Sequence[ClipBatch],
+    vae: VideoVAE,
+) -> list[Path]:
+    """Write `about` the step with all samples as JSON, and their sheet. Raises Fault where that is not possible."""
+    facts = {**finite(about), "samples": [sample.to_dict() for sample in samples]}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / FACTS, json.dumps(facts, indent=1))
+        sheet = draw_sheet(out / SHEET, _title(about), samples, batches, vae, MAX_ROWS)
+    except OSError as error:
+        raise Fault(
+            f"the replay cannot be written to {out}: {error.strerror}; give another folder with --out"
+        ) from error
+    return [out / FACTS, *([sheet] if sheet else [])]
+
+
 def _title(about: dict[str, Any]) -> str:
     """The step, its loss and under which weights, in a sentence."""
     who = "" if about["rank"] is None else f", rank {about['rank']} of {about['ranks']}"
@@ -379,4 +405,4 @@ def _folder_name(request: ReplayRequest) -> str:
 
 def facts(folder: Path) -> dict[str, Any]:
     """What a replay wrote in JSON."""
-    return json.loads((folder / "replay.json").read_text())
+    return json.loads((folder / FACTS).read_text())

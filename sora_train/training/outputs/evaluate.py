@@ -4,13 +4,12 @@ import numpy as np
 import torch
 
 from sora_train.base.progress import Progress
-from sora_train.data.sample import Clip
 from sora_train.data.shapes.oracle import CHANCE, score
 from sora_train.data.shapes.scene import Prompt
 from sora_train.data.shapes.world import eval_prompts, render, scene_of
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.objectives import to_pixels
-from sora_train.sampling.pipeline import ClipShape, sample_clips, to_uint8
+from sora_train.models.vae.pixels import from_uint8, to_uint8
+from sora_train.sampling.pipeline import ClipShape, sample_clips
 from sora_train.training.components import Components
 from sora_train.training.outputs.samples import sample_shape
 from sora_train.training.run import RunContext
@@ -73,6 +72,5 @@ def sampled(
 @torch.no_grad()
 def reconstruct(vae: VideoVAE, clip: np.ndarray) -> np.ndarray:
     """What the VAE makes of a clip, uint8 (T, H, W, 3)."""
-    row = Clip(row=0, epoch=0, pixels=clip, latents=None, fps=1.0, caption="", digest="")
     device = next(vae.parameters()).device
-    return to_uint8(vae.decode(vae.encode(to_pixels([row], device)))[0])
+    return to_uint8(vae.decode(vae.encode(from_uint8(clip[None], device)))[0])
