@@ -285,9 +285,14 @@ class Loader:
         times, _, box = self._cut(row, 0)
         digest = str(self.manifest.sample_digest[row])
         return latent_key(
-            digest, self.tape.bucket_of(row), times, box, self._vae_digest,
-            dtype=self._vae_dtype, decoder=self._decoder,
-        )  # fmt: skip
+            digest,
+            self.tape.bucket_of(row),
+            times,
+            box,
+            self._vae_digest,
+            dtype=self._vae_dtype,
+            decoder=self._decoder,
+        )
 
     def latent_fps(self, row: int) -> float:
         """The frame rate of what is stored for a row, 0 for a single frame."""

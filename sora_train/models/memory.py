@@ -25,7 +25,7 @@ RELATIVE_BUCKETS = 32
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipSize:
     """The sizes of one clip: S video tokens in T latent frames, and L caption tokens."""
 
     tokens: int
@@ -65,7 +65,7 @@ def text_parameters(cfg: TextConfig) -> int:
 
 
 def block_bytes(
-    cfg: ModelConfig, clip: Clip, w: int, *, scores_kept: bool = False, core_wide: bool = False
+    cfg: ModelConfig, clip: ClipSize, w: int, *, scores_kept: bool = False, core_wide: bool = False
 ) -> float:
     """Bytes that one block saves for the backward pass of one clip.
 
@@ -96,7 +96,7 @@ def block_bytes(
 def kept_bytes(
     cfg: ModelConfig,
     parallel: ParallelConfig,
-    clip: Clip,
+    clip: ClipSize,
     w: int,
     *,
     scores_kept: bool = False,
@@ -127,7 +127,7 @@ def kept_bytes(
     return (layers - short) * whole + short * (entry + results)
 
 
-def ends_bytes(cfg: ModelConfig, clip: Clip, w: int) -> float:
+def ends_bytes(cfg: ModelConfig, clip: ClipSize, w: int) -> float:
     """Bytes saved outside the blocks: patches, the last norm, the loss, time and text embeddings."""
     f, d, patch = max(MASTER, w), cfg.dim, cfg.in_channels * math.prod(cfg.patch_size)
     token = 2 * d * f + d * w + patch * (w + f) + 2 * f
@@ -159,7 +159,7 @@ def text_bytes(cfg: TextConfig, caption: int, w: int) -> float:
 def saved_bytes(
     model: ModelConfig,
     text: TextConfig,
-    clip: Clip,
+    clip: ClipSize,
     w: int,
     *,
     scores_kept: bool = False,
@@ -182,7 +182,7 @@ def saved_bytes(
 def clip_bytes(
     model: ModelConfig,
     text: TextConfig,
-    clip: Clip,
+    clip: ClipSize,
     w: int,
     device: str,
     parallel: ParallelConfig | None = None,

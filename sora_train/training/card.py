@@ -144,7 +144,7 @@ def joining(data: TrainingData) -> dict[str, str]:
     if not data.sources.grown:
         return {}
     *_, before, now = data.sources.blocks
-    step = data.sources.stocks[-1].first / data.micro_batches
+    step = data.sources.snapshots[-1].first / data.micro_batches
     return {"new clips": f"{now - before:,}, which join at the end of this epoch (step {step:g})"}
 
 

@@ -436,7 +436,7 @@ class Trainer:
             objective=self.objective.facts(),
             sample_shape=asdict(sample_shape(cfg, data)),
             manifest_digest=sources.digest(),
-            snapshots=[asdict(snapshot) for snapshot in sources.stocks],
+            snapshots=[asdict(snapshot) for snapshot in sources.snapshots],
             quarantine=data.loader.quarantine.lines(),
             epoch=data.epoch_at(self.data_step),
             plan=data.plan_digest(self.data_step * data.micro_batches),

@@ -286,18 +286,24 @@ def test_nothing_is_lost_from_tar_to_manifest_to_shards_and_back(tmp_path: Path)
     make_tar(
         tmp_path / "in" / "0.tar",
         {
-            "a.json": json.dumps(known).encode(), "a.mp4": clip, "a.txt": b"dense one",
-            "b.mp4": clip, "b.txt": b"alone",
+            "a.json": json.dumps(known).encode(),
+            "a.mp4": clip,
+            "a.txt": b"dense one",
+            "b.mp4": clip,
+            "b.txt": b"alone",
         },
-    )  # fmt: skip
+    )
     keys = ("txt", "short=json:caption.short", "fields=json:caption.fields", "none=json:none")
     manifest = indexed(tmp_path / "in", tmp_path / "index", MemberKeys((), keys))
     told = index_source(
         [
-            f"source={tmp_path / 'in'}", f"work_dir={tmp_path / 'work'}", "probe=header", "workers=1",
+            f"source={tmp_path / 'in'}",
+            f"work_dir={tmp_path / 'work'}",
+            "probe=header",
+            "workers=1",
             f"caption_keys=[{','.join(keys)}]",
         ]
-    )  # fmt: skip
+    )
     says(told, "2 caption", "1 fields", "1 short", "0 none")
     assert manifest.caption.tolist() == ["dense one", "alone"]
     assert named_captions(manifest.captions[0]) == {"short": "s", "fields": FIELDS}

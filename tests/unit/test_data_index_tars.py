@@ -119,11 +119,15 @@ def test_members_and_dotted_extensions(tmp_path: Path, clip: bytes):
     make_tar(
         tmp_path / "in" / "0.tar",
         [
-            ("v1.0/a.left.mp4", clip), ("v1.0/a.right.mp4", clip), ("v1.0/a.meta.json", said),
-            ("v1.0/b.right.mp4", clip), ("v1.0/b.txt", b"short one"),
-            ("v1.0/c.thumb.jpg", b"no clip"), ("v1.0/c.txt", b"alone"),
+            ("v1.0/a.left.mp4", clip),
+            ("v1.0/a.right.mp4", clip),
+            ("v1.0/a.meta.json", said),
+            ("v1.0/b.right.mp4", clip),
+            ("v1.0/b.txt", b"short one"),
+            ("v1.0/c.thumb.jpg", b"no clip"),
+            ("v1.0/c.txt", b"alone"),
         ],
-    )  # fmt: skip
+    )
     how = HowToIndex(MemberKeys(("right.mp4",), ("meta.json:caption.long", "txt")), "decode")
     manifest = indexed(tmp_path / "in", tmp_path / "out", how=how)
     assert manifest.key.tolist() == ["v1.0/a", "v1.0/b", "v1.0/c"]
@@ -147,12 +151,19 @@ def test_every_flaw_has_its_reason(tmp_path: Path, clip: bytes):
     make_tar(
         folder / "0.tar",
         [
-            *plain("good", clip), ("only.txt", b"text"), ("empty.mp4", b""), ("empty.txt", b"text"),
-            ("mute.mp4", clip), ("blank.mp4", clip), ("blank.txt", b" \n"),
-            ("broken.mp4", b"junk" * 300), ("broken.txt", b"text"),
-            ("poster.jpg", b"poster"), *plain("poster", clip),
+            *plain("good", clip),
+            ("only.txt", b"text"),
+            ("empty.mp4", b""),
+            ("empty.txt", b"text"),
+            ("mute.mp4", clip),
+            ("blank.mp4", clip),
+            ("blank.txt", b" \n"),
+            ("broken.mp4", b"junk" * 300),
+            ("broken.txt", b"text"),
+            ("poster.jpg", b"poster"),
+            *plain("poster", clip),
         ],
-    )  # fmt: skip
+    )
     whole = make_tar(folder / "1.tar", [*plain("first", clip), *plain("cut", clip)]).read_bytes()
     (folder / "1.tar").write_bytes(whole[: whole.index(clip, whole.index(b"cut.mp4")) + 99])
     damaged = bytearray(
@@ -273,9 +284,18 @@ def test_a_header_that_promises_too_much_is_found_at_the_first_decode(tmp_path: 
     times = (0.0, 5.0)
     assert times[-1] < manifest.duration[0]
     request = DecodeRequest(
-        0, "a", manifest.path(0), int(manifest.offset[0]), int(manifest.length[0]), "video",
-        times, (0, 0, 32, 48), (32, 48), 32, 48,
-    )  # fmt: skip
+        0,
+        "a",
+        manifest.path(0),
+        int(manifest.offset[0]),
+        int(manifest.length[0]),
+        "video",
+        times,
+        (0, 0, 32, 48),
+        (32, 48),
+        32,
+        48,
+    )
     with pytest.raises(BadClip, match="too_few_frames"):
         decode_frames(request)
 

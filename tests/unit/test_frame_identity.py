@@ -106,9 +106,21 @@ def probed(path: Path, count: str = "decode") -> Probe:
 def asked(path: Path, found: Probe, times: tuple[float, ...], backend: str) -> DecodeRequest:
     shown = (found.height, found.width)
     return DecodeRequest(
-        0, path.name, str(path), 0, path.stat().st_size, "video", times, (0, 0, *shown), shown,
-        *CODED_SIZE, rotation=found.rotation, start=found.start, fps=found.fps, backend=backend,
-    )  # fmt: skip
+        0,
+        path.name,
+        str(path),
+        0,
+        path.stat().st_size,
+        "video",
+        times,
+        (0, 0, *shown),
+        shown,
+        *CODED_SIZE,
+        rotation=found.rotation,
+        start=found.start,
+        fps=found.fps,
+        backend=backend,
+    )
 
 
 def windows(found: Probe) -> list[tuple[float, ...]]:

@@ -150,11 +150,16 @@ def test_foreign_shards_in_place(tmp_path: Path, clip: Path):
     make_tar(
         folder / "0.tar",
         [
-            ("x/a.txt", b"first"), ("x/a.mp4", data), ("x/a.jpg", b"a poster"),
-            ("b.json", b'{"caption": "second", "n": 1}'), ("b.mp4", data),
-            (f"{long_key}.mp4", data), (f"{long_key}.txt", b"third"), ("only_text.txt", b"none"),
+            ("x/a.txt", b"first"),
+            ("x/a.mp4", data),
+            ("x/a.jpg", b"a poster"),
+            ("b.json", b'{"caption": "second", "n": 1}'),
+            ("b.mp4", data),
+            (f"{long_key}.mp4", data),
+            (f"{long_key}.txt", b"third"),
+            ("only_text.txt", b"none"),
         ],
-    )  # fmt: skip
+    )
     manifest = opened(folder, tmp_path)
     assert manifest.key.tolist() == ["x/a", "b", long_key]
     assert manifest.caption.tolist() == ["first", "second", "third"]

@@ -12,7 +12,7 @@ from sora_train.config import Config, ParallelConfig
 from sora_train.config.sections.model import ModelConfig, TextConfig
 from sora_train.diffusion.flow import velocity_losses
 from sora_train.models.memory import (
-    Clip,
+    ClipSize,
     clip_bytes,
     compute_bytes,
     fixed_bytes,
@@ -61,8 +61,8 @@ def measured_bytes(
     return sum(found.values())
 
 
-def clip_of(rows: int) -> Clip:
-    return Clip(tokens=3 * rows // 2 * 4, frames=3, caption=TEXT.max_length)
+def clip_of(rows: int) -> ClipSize:
+    return ClipSize(tokens=3 * rows // 2 * 4, frames=3, caption=TEXT.max_length)
 
 
 @pytest.mark.parametrize("trainable", [True, False])

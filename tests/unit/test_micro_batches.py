@@ -89,9 +89,7 @@ def test_auto_takes_as_many_clips_as_cost_and_memory_allow(
 
 def test_a_cap_below_one_clip_names_the_largest_bucket_and_what_it_needs():
     with refuses(UserError, "memory cap", "17x48x48") as error:
-        micro_batch_sizes(
-            BUCKETS, [5, 5, 5, 5], tokens_of, cost, "auto", 64, memory=cap(5.4)
-        )  # fmt: skip
+        micro_batch_sizes(BUCKETS, [5, 5, 5, 5], tokens_of, cost, "auto", 64, memory=cap(5.4))
     needed = float(re.search(r"it needs ([\d.]+) GB", str(error.value)).group(1))
     assert "data.memory_gb=5.4" in str(error.value)
     assert micro_batch_sizes(
@@ -105,9 +103,15 @@ def test_a_cap_below_one_clip_names_the_largest_bucket_and_what_it_needs():
 def test_a_choice_above_the_cap_is_refused_with_what_would_fit(micro_batch: int | str):
     def sizes(memory: MemoryCap) -> dict[Bucket, int]:
         return micro_batch_sizes(
-            BUCKETS, [99, 0, 99, 0], tokens_of, cost, micro_batch, 1,  # type: ignore[arg-type]
-            table={"1x48x48": 8, "9x32x64": 8}, memory=memory,
-        )  # fmt: skip
+            BUCKETS,
+            [99, 0, 99, 0],
+            tokens_of,
+            cost,
+            micro_batch,
+            1,  # type: ignore[arg-type]
+            table={"1x48x48": 8, "9x32x64": 8},
+            memory=memory,
+        )
 
     with refuses(UserError, "8 clips", "9x32x64") as error:
         sizes(cap(10))

@@ -12,13 +12,13 @@ from sentences import refuses
 
 from sora_train.config import Config, MixConfig, SourceConfig
 from sora_train.config.compose import compose
-from sora_train.data.index.sources import ONLY, Sources, Stock, open_sources
+from sora_train.data.index.sources import ONLY, Sources, SourceSnapshot, open_sources
 from sora_train.data.manifest import Manifest, empty_row
 from sora_train.data.sample import Bucket
 from sora_train.data.tape.buckets import BucketSpec
-from sora_train.data.tape.mixture import Change, Splice, repeats_of
-from sora_train.data.tape.shuffle import SourceWalk, samples_an_epoch
-from sora_train.data.tape.tape import Share, Tape, row_costs
+from sora_train.data.tape.mixture import Change, TapeSequence, repeats_of
+from sora_train.data.tape.shuffle import ShuffledPasses, samples_per_epoch
+from sora_train.data.tape.tape import SourceRepeats, Tape, row_costs
 from sora_train.errors import ConfigError, UserError
 from sora_train.training.pipeline.plan import plan
 
@@ -26,10 +26,10 @@ BUCKETS = [Bucket(1, 48, 48), Bucket(9, 48, 48), Bucket(9, 32, 64)]
 
 
 @st.composite
-def walks(draw: st.DrawFn) -> SourceWalk:
+def walks(draw: st.DrawFn) -> ShuffledPasses:
     count = draw(st.integers(1, 60))
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
-    return SourceWalk(
+    return ShuffledPasses(
         rng.integers(0, 3, count),
         rng.integers(0, 5, count),
         buckets=3,
@@ -44,13 +44,13 @@ def walks(draw: st.DrawFn) -> SourceWalk:
 @given(walks(), st.integers(1, 7))
 @settings(max_examples=80, deadline=None)
 def test_samples_of_a_bucket_are_met_equally_often_wherever_the_walk_stops(
-    walk: SourceWalk, epochs: int
+    walk: ShuffledPasses, epochs: int
 ):
     met: Counter[int] = Counter()
     keys: set[tuple[int, int]] = set()
     for epoch in range(epochs):
         samples, passes = walk.epoch(epoch)
-        assert (np.bincount(walk._bucket[samples], minlength=3) == walk.an_epoch).all()
+        assert (np.bincount(walk._bucket[samples], minlength=3) == walk.per_epoch).all()
         met.update(samples.tolist())
         new = set(zip(samples.tolist(), passes.tolist(), strict=True))
         assert len(new) == len(samples) and not new & keys, "no sample meets the same draw twice"
@@ -63,7 +63,9 @@ def test_samples_of_a_bucket_are_met_equally_often_wherever_the_walk_stops(
 
 @given(walks(), st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
-def test_an_epoch_of_a_walk_does_not_depend_on_what_was_asked_before(walk: SourceWalk, epoch: int):
+def test_an_epoch_of_a_walk_does_not_depend_on_what_was_asked_before(
+    walk: ShuffledPasses, epoch: int
+):
     before = walk.epoch(epoch)
     walk.epoch(0)
     after = walk.epoch(epoch)
@@ -74,12 +76,18 @@ def two_sources(repeats: tuple[float, float], clips: tuple[int, int] = (400, 100
     source = np.repeat([0, 1], clips)
     bucket = np.arange(sum(clips)) % 3
     return Tape(
-        bucket, np.arange(sum(clips)) // 10, BUCKETS, dict.fromkeys(BUCKETS, 4), seed=1, group=2,
-        source_of_row=source, mix=[Share(often) for often in repeats],
-    )  # fmt: skip
+        bucket,
+        np.arange(sum(clips)) // 10,
+        BUCKETS,
+        dict.fromkeys(BUCKETS, 4),
+        seed=1,
+        group=2,
+        source_of_row=source,
+        mix=[SourceRepeats(often) for often in repeats],
+    )
 
 
-def met(tape: Tape | Splice, first: int, last: int) -> Counter[tuple[int, int]]:
+def met(tape: Tape | TapeSequence, first: int, last: int) -> Counter[tuple[int, int]]:
     entries = [tape[index] for index in range(first, last)]
     return Counter(pair for entry in entries for pair in zip(entry.rows, entry.epochs, strict=True))
 
@@ -106,9 +114,13 @@ def test_sources_are_spread_evenly_over_an_epoch():
 
 def test_a_source_alone_is_walked_as_one_of_several_is():
     alone = Tape(
-        np.arange(400) % 3, np.arange(400) // 10, BUCKETS, dict.fromkeys(BUCKETS, 4), seed=1,
+        np.arange(400) % 3,
+        np.arange(400) // 10,
+        BUCKETS,
+        dict.fromkeys(BUCKETS, 4),
+        seed=1,
         group=2,
-    )  # fmt: skip
+    )
     resting = two_sources((1.0, 0.0))
     assert [resting[n] for n in range(alone.per_epoch)] == [
         alone[n] for n in range(alone.per_epoch)
@@ -120,8 +132,8 @@ def test_weights_are_shares_of_the_clips_and_meet_every_clip():
     assert repeats == pytest.approx((1.0, 1000 / 3 / 100))
     assert repeats_of([1.0, 0.0], [10, 5]) == (1.0, 0.0)
     counts = np.array([0, 3, 1000])
-    assert samples_an_epoch(counts, 0.1).tolist() == [0, 1, 100]
-    assert samples_an_epoch(counts, 0.0).tolist() == [0, 0, 0]
+    assert samples_per_epoch(counts, 0.1).tolist() == [0, 1, 100]
+    assert samples_per_epoch(counts, 0.0).tolist() == [0, 0, 0]
 
 
 @given(
@@ -136,13 +148,21 @@ def test_parts_follow_each_other_and_no_draw_is_made_twice(firsts: list[int], of
         for n, first in enumerate([0, *sorted(firsts)])
     ]
 
-    def make(change: Change, shares: list[Share], first_epoch: int) -> Tape:
+    def make(change: Change, source_repeats: list[SourceRepeats], first_epoch: int) -> Tape:
         return Tape(
-            bucket, shards, BUCKETS, dict.fromkeys(BUCKETS, 3), seed=2, group=2,
-            source_of_row=source, mix=shares, first=change.first, first_epoch=first_epoch,
-        )  # fmt: skip
+            bucket,
+            shards,
+            BUCKETS,
+            dict.fromkeys(BUCKETS, 3),
+            seed=2,
+            group=2,
+            source_of_row=source,
+            mix=source_repeats,
+            first=change.first,
+            first_epoch=first_epoch,
+        )
 
-    tape = Splice(changes, make)
+    tape = TapeSequence(changes, make)
     total = 80
     assert max(met(tape, 0, total).values()) == 1
     assert [tape[index].index for index in range(total)] == list(range(total))
@@ -184,7 +204,7 @@ def config(tmp_path: Path, *names: str, mix: tuple[MixConfig, ...] = (), micro_b
     return cfg.model_copy(update={"data": data, "train": train})
 
 
-def planned(cfg: Config, sources: Sources, step: int = 0) -> tuple[Sources, Splice]:
+def planned(cfg: Config, sources: Sources, step: int = 0) -> tuple[Sources, TapeSequence]:
     table = [BucketSpec(Bucket(9, 48, 48), "48px", "1:1", 1.0)]
     found, tape, _ = plan(cfg, sources, table, lambda bucket: 27, float, step=step)
     return found, tape
@@ -215,14 +235,16 @@ def test_new_clips_join_at_the_end_of_the_epoch_and_keep_every_earlier_row(tmp_p
     stored(tmp_path / "a", 44), stored(tmp_path / "b", 33)
     cfg = config(tmp_path, "a", "b")
     first, tape = planned(cfg, open_sources(cfg, tmp_path / "run"))
-    assert [stock.first for stock in first.stocks] == [0]
+    assert [snapshot.first for snapshot in first.snapshots] == [0]
 
     stored(tmp_path / "a", 60)
-    state = [dataclasses.asdict(stock) for stock in first.stocks]
+    state = [dataclasses.asdict(snapshot) for snapshot in first.snapshots]
     step = tape.parts[0].per_epoch + 2
-    grown, longer = planned(cfg, open_sources(cfg, tmp_path / "run", Stock.listed(state)), step)
+    grown, longer = planned(
+        cfg, open_sources(cfg, tmp_path / "run", SourceSnapshot.listed(state)), step
+    )
     joint = 2 * tape.parts[0].per_epoch
-    assert [stock.first for stock in grown.stocks] == [0, joint]
+    assert [snapshot.first for snapshot in grown.snapshots] == [0, joint]
     assert [longer[index] for index in range(joint)] == [tape[index] for index in range(joint)]
     assert grown.train.key[: len(first.train)].tolist() == first.train.key.tolist()
     assert grown.val.key.tolist() == first.val.key.tolist()
@@ -231,24 +253,26 @@ def test_new_clips_join_at_the_end_of_the_epoch_and_keep_every_earlier_row(tmp_p
     assert min(number for _, number in epoch) == 2
 
     # Whoever goes on later, from before or behind the joint, finds the same tape.
-    state = [dataclasses.asdict(stock) for stock in grown.stocks]
-    again, same = planned(cfg, open_sources(cfg, tmp_path / "run", Stock.listed(state)), step + 1)
-    assert again.stocks == grown.stocks
+    state = [dataclasses.asdict(snapshot) for snapshot in grown.snapshots]
+    again, same = planned(
+        cfg, open_sources(cfg, tmp_path / "run", SourceSnapshot.listed(state)), step + 1
+    )
+    assert again.snapshots == grown.snapshots
     assert [same[index] for index in range(3 * joint)] == [longer[n] for n in range(3 * joint)]
 
 
 def test_a_source_that_is_not_what_it_was_is_refused(tmp_path: Path):
     stored(tmp_path / "a", 44), stored(tmp_path / "b", 33)
     cfg = config(tmp_path, "a", "b")
-    stocks = open_sources(cfg, tmp_path / "run").stocks
+    snapshots = open_sources(cfg, tmp_path / "run").snapshots
     stored(tmp_path / "b", 20)
     with refuses(UserError, "source", "b", "trained"):
-        open_sources(cfg, tmp_path / "run", stocks)
+        open_sources(cfg, tmp_path / "run", snapshots)
     stored(tmp_path / "b", 33, broken=2)
     with refuses(UserError, "new shards", "end"):
-        open_sources(cfg, tmp_path / "run", stocks)
+        open_sources(cfg, tmp_path / "run", snapshots)
     with refuses(UserError, "sources", "a, b"):
-        open_sources(config(tmp_path, "a"), tmp_path / "run", stocks)
+        open_sources(config(tmp_path, "a"), tmp_path / "run", snapshots)
 
 
 def test_one_manifest_is_one_source():

@@ -125,9 +125,14 @@ def test_groups_cost_the_same_within_the_limit_in_every_epoch():
     counts = np.bincount(bucket_of_row).tolist()
     sizes = micro_batch_sizes(BUCKETS, counts, tokens_of, cost, "auto", 4096)
     tape = Tape(
-        bucket_of_row, rng.integers(0, 100, 20_000), BUCKETS, sizes, seed=0, group=8,
+        bucket_of_row,
+        rng.integers(0, 100, 20_000),
+        BUCKETS,
+        sizes,
+        seed=0,
+        group=8,
         cost=lambda bucket: cost(tokens_of(bucket)),
-    )  # fmt: skip
+    )
     total = uneven = 0
     for first in range(0, 4 * tape.per_epoch - 8, 8):
         costs = [tape.cost(tape[index]) for index in range(first, first + 8)]

@@ -392,8 +392,15 @@ def loader_of(manifest: Manifest, run_dir: Path | None = None, **options: object
     )
     cfg = DataConfig(**{"max_drop_fraction": 0.5, "decode_timeout": 30.0, **options})
     return Loader(
-        manifest, tape, BUCKETS, cfg, seed=0, micro_batches=2, reasons=found.reasons, run_dir=run_dir
-    )  # fmt: skip
+        manifest,
+        tape,
+        BUCKETS,
+        cfg,
+        seed=0,
+        micro_batches=2,
+        reasons=found.reasons,
+        run_dir=run_dir,
+    )
 
 
 def pixels(loader: Loader, steps: int) -> dict[tuple[int, int], bytes]:

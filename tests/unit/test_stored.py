@@ -82,8 +82,9 @@ def test_a_log_variance_stands_beside_its_mean(dtype: str, tmp_path: Path):
     theirs = load(data)
     (tmp_path / "a").write_bytes(data)
     said = stored.as_members(
-        {stored.LATENTS: (0, len(data))}, {stored.LATENTS: stored.describe_bytes(data, stored.LATENTS)}
-    )  # fmt: skip
+        {stored.LATENTS: (0, len(data))},
+        {stored.LATENTS: stored.describe_bytes(data, stored.LATENTS)},
+    )
     place, _ = stored.stored_of(said)
     assert place.logvar and place.shape == (2, 2, 4, 6)
     found = stored.read_member(str(tmp_path / "a"), place, stored.LATENTS, ReadPolicy())
@@ -122,8 +123,9 @@ def test_remote_members_are_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     """By way of the disk cache where the shard's stamp is known; never kept where it is not."""
     data = latents(3)
     said = stored.as_members(
-        {stored.LATENTS: (512, len(data))}, {stored.LATENTS: stored.describe_bytes(data, stored.LATENTS)}
-    )  # fmt: skip
+        {stored.LATENTS: (512, len(data))},
+        {stored.LATENTS: stored.describe_bytes(data, stored.LATENTS)},
+    )
     place, _ = stored.stored_of(said)
     shard, asked = b"x" * 512 + data, []
 
@@ -253,9 +255,7 @@ def make(manifest: Manifest, cfg: BucketsConfig = BUCKETS, **options: object) ->
     sizes = dict.fromkeys(buckets, 4)
     tape = Tape(found.bucket_of_row, manifest.shard, buckets, sizes, seed=0, group=1)
     data = DataConfig(**{"max_drop_fraction": 0.9, "num_workers": 1, **options})
-    return Loader(
-        manifest, tape, cfg, data, seed=0, micro_batches=1, reasons=found.reasons
-    )  # fmt: skip
+    return Loader(manifest, tape, cfg, data, seed=0, micro_batches=1, reasons=found.reasons)
 
 
 def test_kinds_mix_in_a_micro_batch(manifest: Manifest):
@@ -301,8 +301,14 @@ def test_an_embedding_may_stand_beside_a_clip_that_is_decoded(manifest: Manifest
     members = manifest.members.copy()
     members[1] = stored.as_members(
         {stored.TEXT: (known.offset, known.length)},
-        {stored.TEXT: {"text_digest": "b", "caption_digest": known.caption_digest, "shape": [3, 4]}},
-    )  # fmt: skip
+        {
+            stored.TEXT: {
+                "text_digest": "b",
+                "caption_digest": known.caption_digest,
+                "shape": [3, 4],
+            }
+        },
+    )
     captions = manifest.caption.copy()
     captions[1] = "one"
     with make(manifest.with_columns(members=members, caption=captions)) as loader:

@@ -221,9 +221,15 @@ def _existing(root: Path, table: dict[str, Texts], path: Path) -> dict[str, Text
 
 def _loose(root: Path, name: str, texts: Texts) -> Member:
     return Member(
-        name, name, media_kind(name), 0, (root / name).stat().st_size, texts.caption,
-        captions=texts.captions, scores=texts.scores,
-    )  # fmt: skip
+        name,
+        name,
+        media_kind(name),
+        0,
+        (root / name).stat().st_size,
+        texts.caption,
+        captions=texts.captions,
+        scores=texts.scores,
+    )
 
 
 def _caption_table(folder: Path, captions: str) -> tuple[Path, dict[str, Texts]] | None:
@@ -268,10 +274,19 @@ def _list_tars(folder: Path, tars: list[Path], captions: str) -> list[Member]:
             own = next((table[name] for name in (sample.name, sample.key) if name in table), inside)
             members.append(
                 Member(
-                    shard, sample.key, sample.kind, sample.offset, sample.length, own.caption, sample.detail,
-                    own.captions, own.scores or inside.scores, sample.members, sample.digest,
+                    shard,
+                    sample.key,
+                    sample.kind,
+                    sample.offset,
+                    sample.length,
+                    own.caption,
+                    sample.detail,
+                    own.captions,
+                    own.scores or inside.scores,
+                    sample.members,
+                    sample.digest,
                 )
-            )  # fmt: skip
+            )
     if not members:
         raise UserError(
             f"the shards of {folder} hold no clip ({len(tars)} looked at, {tars[0].name} the first)"

@@ -314,10 +314,17 @@ def _begun(
     for shard, samples in listed:
         for sample in samples:
             member = Member(
-                shard.name, sample.key, sample.kind, sample.offset, sample.length, sample.caption,
-                captions=sample.captions, scores=sample.scores,
-                members=sample.members, digest=sample.digest,
-            )  # fmt: skip
+                shard.name,
+                sample.key,
+                sample.kind,
+                sample.offset,
+                sample.length,
+                sample.caption,
+                captions=sample.captions,
+                scores=sample.scores,
+                members=sample.members,
+                digest=sample.digest,
+            )
             if sample.reason:
                 yield member, Failure(number, sample.reason, sample.detail)
             elif sample.kind == stored.KIND:

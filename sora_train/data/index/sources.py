@@ -25,7 +25,7 @@ ONLY = "all"
 
 
 @dataclass(frozen=True)
-class Stock:
+class SourceSnapshot:
     """What the sources held when a part of the tape began: `rows` and their digest, by source.
 
     `first` is the first micro-batch that is drawn from it.
@@ -36,17 +36,17 @@ class Stock:
     digests: dict[str, str]
 
     @classmethod
-    def listed(cls, saved: Sequence[Mapping[str, Any]]) -> list["Stock"]:
-        """The stocks as a checkpoint holds them, in order."""
-        return [cls(**stock) for stock in saved]
+    def listed(cls, saved: Sequence[Mapping[str, Any]]) -> list["SourceSnapshot"]:
+        """The snapshots as a checkpoint holds them, in order."""
+        return [cls(**snapshot) for snapshot in saved]
 
 
 @dataclass(frozen=True)
 class Sources:
     """The training clips of all sources as one manifest, and those held out.
 
-    `source_of_row` indexes `names`. `blocks` counts the training rows of each stock, those of the
-    stocks before it included; `stocks` is what the run is drawn from; where the sources have `grown`,
+    `source_of_row` indexes `names`. `blocks` counts the training rows of each snapshot, those of the
+    snapshots before it included; `snapshots` is what the run is drawn from; where the sources have `grown`,
     the last one has not joined yet, and its `first` is to be decided.
     """
 
@@ -55,7 +55,7 @@ class Sources:
     names: tuple[str, ...] = (ONLY,)
     source_of_row: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     blocks: tuple[int, ...] = ()
-    stocks: tuple[Stock, ...] = ()
+    snapshots: tuple[SourceSnapshot, ...] = ()
     grown: bool = False
 
     @classmethod
@@ -66,17 +66,19 @@ class Sources:
             train.select(np.zeros(0, int)),
             source_of_row=np.zeros(len(train), int),
             blocks=(len(train),),
-            stocks=(Stock(0, {ONLY: len(train)}, {ONLY: train.digest()}),),
+            snapshots=(SourceSnapshot(0, {ONLY: len(train)}, {ONLY: train.digest()}),),
         )
 
     def joined_at(self, first: int) -> "Sources":
-        """The same, its last stock joining at micro-batch `first`."""
-        return replace(self, stocks=(*self.stocks[:-1], replace(self.stocks[-1], first=first)))
+        """The same, its last snapshot joining at micro-batch `first`."""
+        return replace(
+            self, snapshots=(*self.snapshots[:-1], replace(self.snapshots[-1], first=first))
+        )
 
     def require_following(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Raises Fault where this was not opened with the stocks of the checkpoint, so that rows may be renumbered."""
-        before = Stock.listed(saved)
-        if list(self.stocks[: len(before)]) != before:
+        """Raises Fault where these sources were not opened with a checkpoint's snapshots: rows may be renumbered."""
+        before = SourceSnapshot.listed(saved)
+        if list(self.snapshots[: len(before)]) != before:
             raise Fault(
                 "the data was opened without what this run was trained on so far; where build_data is overridden, "
                 "it has to hand self.resumed to TrainingData.build"
@@ -84,13 +86,13 @@ class Sources:
 
     def digest(self) -> str:
         """Names what is trained on now, wherever it is mounted."""
-        return text_digest(" ".join(self.stocks[-1].digests.values()))
+        return text_digest(" ".join(self.snapshots[-1].digests.values()))
 
 
-def open_sources(cfg: Config, run_dir: Path, stocks: Sequence[Stock] = ()) -> Sources:
+def open_sources(cfg: Config, run_dir: Path, snapshots: Sequence[SourceSnapshot] = ()) -> Sources:
     """The manifests of the training clips and of the held-out ones.
 
-    `stocks` is what a run that goes on was drawn from; rows that the sources have gained since then
+    `snapshots` is what a run that goes on was drawn from; rows that the sources have gained since then
     follow. Raises UserError where a source is missing, or is not what it was.
     """
     data, work_dir = cfg.data, run_dir / "data"
@@ -102,7 +104,7 @@ def open_sources(cfg: Config, run_dir: Path, stocks: Sequence[Stock] = ()) -> So
     for source in wanted:
         manifest, split = _open(source, "train", data.shapes_clips, cfg, work_dir)
         opened[source.name] = manifest
-        began_with = stocks[0].rows.get(source.name, 0) if stocks else len(manifest)
+        began_with = snapshots[0].rows.get(source.name, 0) if snapshots else len(manifest)
         apart = np.zeros(0, int)
         if split and not data.val_source:
             held_out[source.name] = _open(source, "val", data.shapes_val_clips, cfg, work_dir)[0]
@@ -115,16 +117,20 @@ def open_sources(cfg: Config, run_dir: Path, stocks: Sequence[Stock] = ()) -> So
     if data.val_source:
         val = SourceConfig(name="val", source=data.val_source)
         held_out = {val.name: _open(val, "val", data.shapes_val_clips, cfg, work_dir)[0]}
-    now = _stock_now(opened, stocks)
-    return _in_order(opened, kept, held_out, now, grown=0 < len(stocks) < len(now))
+    now = _snapshots_now(opened, snapshots)
+    return _in_order(opened, kept, held_out, now, grown=0 < len(snapshots) < len(now))
 
 
-def _stock_now(opened: Mapping[str, Manifest], stocks: Sequence[Stock]) -> tuple[Stock, ...]:
-    """The stocks so far, and one more where the sources have grown. Raises UserError where they changed."""
+def _snapshots_now(
+    opened: Mapping[str, Manifest], snapshots: Sequence[SourceSnapshot]
+) -> tuple[SourceSnapshot, ...]:
+    """The snapshots so far, and one more where the sources have grown. Raises UserError where they changed."""
     rows = {name: len(manifest) for name, manifest in opened.items()}
-    if not stocks:
-        return (Stock(0, rows, {name: manifest.digest() for name, manifest in opened.items()}),)
-    last = stocks[-1]
+    if not snapshots:
+        return (
+            SourceSnapshot(0, rows, {name: manifest.digest() for name, manifest in opened.items()}),
+        )
+    last = snapshots[-1]
     # Rows are numbered source by source, so the order counts.
     if list(last.rows) != list(opened):
         raise UserError(
@@ -141,37 +147,39 @@ def _stock_now(opened: Mapping[str, Manifest], stocks: Sequence[Stock]) -> tuple
                 "start anew in another run.dir (new shards may join at the end: `sora data index` adds them)"
             )
     if rows == last.rows:
-        return tuple(stocks)
+        return tuple(snapshots)
     digests = {name: manifest.digest() for name, manifest in opened.items()}
-    return (*stocks, Stock(last.first, rows, digests))
+    return (*snapshots, SourceSnapshot(last.first, rows, digests))
 
 
 def _in_order(
     opened: Mapping[str, Manifest],
     kept: Mapping[str, np.ndarray],
     held_out: Mapping[str, Manifest],
-    stocks: tuple[Stock, ...],
+    snapshots: tuple[SourceSnapshot, ...],
     grown: bool,
 ) -> Sources:
-    """The rows of every stock, source by source, then what the next stock added."""
+    """The rows of every snapshot, source by source, then what the next snapshot added."""
     names = tuple(opened)
     parts: list[Manifest] = []
     numbers: list[np.ndarray] = []
     blocks: list[int] = []
     begun = dict.fromkeys(names, 0)
-    for stock in stocks:
+    for snapshot in snapshots:
         for number, name in enumerate(names):
             rows = kept[name]
-            rows = rows[(rows >= begun[name]) & (rows < stock.rows[name])]
+            rows = rows[(rows >= begun[name]) & (rows < snapshot.rows[name])]
             parts.append(opened[name].select(rows))
             numbers.append(np.full(len(rows), number))
-            begun[name] = stock.rows[name]
+            begun[name] = snapshot.rows[name]
         blocks.append(sum(map(len, numbers)))
     if len(names) > 1:
-        parts = [_placed(part, name) for part, name in zip(parts, names * len(stocks), strict=True)]
+        parts = [
+            _placed(part, name) for part, name in zip(parts, names * len(snapshots), strict=True)
+        ]
         held_out = {name: _placed(part, name) for name, part in held_out.items()}
     train, val = _together(parts), _together(list(held_out.values()))
-    return Sources(train, val, names, np.concatenate(numbers), tuple(blocks), stocks, grown)
+    return Sources(train, val, names, np.concatenate(numbers), tuple(blocks), snapshots, grown)
 
 
 def _together(parts: Sequence[Manifest]) -> Manifest:
@@ -204,10 +212,14 @@ def _open(
         folder = work_dir / f"shapes-{split}"
         with Progress(count, f"rendering {split} clips") as progress:
             manifest = prepare_shapes(
-                folder, split=split, num_clips=count, seed=cfg.seed,
-                image_share=data.shapes_image_share, workers=data.num_workers,
+                folder,
+                split=split,
+                num_clips=count,
+                seed=cfg.seed,
+                image_share=data.shapes_image_share,
+                workers=data.num_workers,
                 progress=lambda done, total: progress.update(done),
-            )  # fmt: skip
+            )
         return manifest, True
     with Progress(1, f"indexing {source.source}") as progress:
 

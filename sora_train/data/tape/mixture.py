@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sora_train.data.sample import Bucket, MicroBatch
-from sora_train.data.tape.tape import Share, Tape
+from sora_train.data.tape.tape import SourceRepeats, Tape
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Change:
     repeats: tuple[float, ...]
 
 
-MakeTape = Callable[[Change, Sequence[Share], int], Tape]
+MakeTape = Callable[[Change, Sequence[SourceRepeats], int], Tape]
 """(what is trained, how often each source was met and will be, epochs before) -> its tape."""
 
 
-class Splice:
+class TapeSequence:
     """The whole tape of a run. `parts` follow each other; all but the last end where the next begins."""
 
     def __init__(self, changes: Sequence[Change], make: MakeTape):
@@ -42,10 +42,11 @@ class Splice:
                 done = -(-(change.first - before.first) // before.per_epoch)
                 passes = [walk.passes_begun(done) for walk in before.walks]
                 epochs = before.first_epoch + done
-            shares = [
-                Share(often, begun) for often, begun in zip(change.repeats, passes, strict=True)
+            source_repeats = [
+                SourceRepeats(often, begun)
+                for often, begun in zip(change.repeats, passes, strict=True)
             ]
-            self.parts.append(make(change, shares, epochs))
+            self.parts.append(make(change, source_repeats, epochs))
         self._firsts = [part.first for part in self.parts]
         # The last part trains all rows of those before it.
         last = self.parts[-1]

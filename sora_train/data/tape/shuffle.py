@@ -15,7 +15,7 @@ from sora_train.base.seeding import key_seed
 from sora_train.data.tape import keyed
 
 
-def samples_an_epoch(count: np.ndarray, repeats: float) -> np.ndarray:
+def samples_per_epoch(count: np.ndarray, repeats: float) -> np.ndarray:
     """Samples of each bucket that an epoch takes of a source that has `count` and is met `repeats` times.
 
     A bucket that has any gives at least one, unless the source rests (`repeats` 0).
@@ -24,7 +24,7 @@ def samples_an_epoch(count: np.ndarray, repeats: float) -> np.ndarray:
     return np.maximum(taken, 1) * (count > 0) if repeats > 0 else taken
 
 
-class SourceWalk:
+class ShuffledPasses:
     """The walk over the samples of one source, epoch by epoch of the tape.
 
     `bucket` and `shard` say where each of the source's samples belongs, `repeats` how often an epoch
@@ -52,12 +52,12 @@ class SourceWalk:
         self._seed, self._number = seed, number
         self._window_shards, self._first_pass = window_shards, first_pass
         self.count = np.bincount(self._bucket, minlength=buckets)
-        self.an_epoch = samples_an_epoch(self.count, repeats)
+        self.per_epoch = samples_per_epoch(self.count, repeats)
 
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The samples that an epoch meets, in order, and the pass that each meeting belongs to."""
-        begin, end = number * self.an_epoch, (number + 1) * self.an_epoch
-        used = self.an_epoch > 0
+        begin, end = number * self.per_epoch, (number + 1) * self.per_epoch
+        used = self.per_epoch > 0
         first = begin[used] // self.count[used]
         last = (end[used] - 1) // self.count[used]
         turns = {
@@ -73,8 +73,8 @@ class SourceWalk:
 
     def passes_begun(self, epochs: int) -> int:
         """How many passes have been begun after so many epochs, those before epoch 0 included."""
-        used = self.an_epoch > 0
-        turns = -(-epochs * self.an_epoch[used] // self.count[used])
+        used = self.per_epoch > 0
+        turns = -(-epochs * self.per_epoch[used] // self.count[used])
         return self._first_pass + int(turns.max(initial=0))
 
     def _part(self, turn: int, begin: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -19,16 +19,16 @@ import numpy as np
 
 from sora_train.data.sample import Bucket, MicroBatch
 from sora_train.data.tape.balance import EQUAL_COST, Cut, cut_epoch
-from sora_train.data.tape.shuffle import SourceWalk, compact
+from sora_train.data.tape.shuffle import ShuffledPasses, compact
 from sora_train.errors import UserError
 
-__all__ = ["EQUAL_COST", "Epoch", "Share", "Tape", "TapeLike", "rows_for_rank"]
+__all__ = ["EQUAL_COST", "Epoch", "SourceRepeats", "Tape", "TapeLike", "rows_for_rank"]
 
 _EPOCHS_KEPT = 2
 
 
 @dataclass(frozen=True)
-class Share:
+class SourceRepeats:
     """How often an epoch meets the samples of a source, and how many passes over it were begun before."""
 
     repeats: float = 1.0
@@ -49,7 +49,7 @@ class Epoch:
 
 
 class TapeLike(Protocol):
-    """What reads a tape needs of it: `Tape` and `Splice` are such."""
+    """What reads a tape needs of it: `Tape` and `TapeSequence` are such."""
 
     rows: np.ndarray
     bucket_of_row: np.ndarray
@@ -84,7 +84,7 @@ class Tape:
         window_shards: int = 64,
         cost: Callable[[Bucket], float] | None = None,
         source_of_row: np.ndarray | None = None,
-        mix: Sequence[Share] = (Share(),),
+        mix: Sequence[SourceRepeats] = (SourceRepeats(),),
         first: int = 0,
         first_epoch: int = 0,
     ):
@@ -103,18 +103,23 @@ class Tape:
         bucket, shard = self.bucket_of_row[self.rows], np.asarray(shards)[self.rows]
         self._of_source = [np.flatnonzero(source == number) for number in range(len(mix))]
         self.walks = [
-            SourceWalk(
-                bucket[own], shard[own],
-                buckets=len(self.buckets), seed=seed, number=number, window_shards=window_shards,
-                repeats=share.repeats, first_pass=share.first_pass,
+            ShuffledPasses(
+                bucket[own],
+                shard[own],
+                buckets=len(self.buckets),
+                seed=seed,
+                number=number,
+                window_shards=window_shards,
+                repeats=passes.repeats,
+                first_pass=passes.first_pass,
             )
-            for number, (share, own) in enumerate(zip(mix, self._of_source, strict=True))
-        ]  # fmt: skip
+            for number, (passes, own) in enumerate(zip(mix, self._of_source, strict=True))
+        ]
         self._bucket = compact(bucket, len(self.buckets))
         self._cost = np.array(
             [float(cost(b) if cost else b.frames * b.height * b.width) for b in self.buckets]
         )
-        count = np.sum([walk.an_epoch for walk in self.walks], axis=0)
+        count = np.sum([walk.per_epoch for walk in self.walks], axis=0)
         self.clips_per_epoch = int(count.sum())
         most = [sizes.get(bucket, 1) for bucket in self.buckets]
         self._cuts = _MicroBatches.of(

@@ -12,7 +12,7 @@ from sora_train.base.files import write_atomically
 from sora_train.config import Config
 from sora_train.config.sections.settings import TraceSettings
 from sora_train.data.index.sources import open_sources
-from sora_train.data.tape.mixture import Splice
+from sora_train.data.tape.mixture import TapeSequence
 from sora_train.data.tape.tape import imbalance, row_costs, rows_for_rank, slot_efficiency
 from sora_train.errors import UserError
 from sora_train.models.vae.autoencoder import read_geometry
@@ -29,7 +29,7 @@ from sora_train.training.pipeline.plan import (
 class Trace:
     """The tape of a run, and tokens of a clip of each of its buckets."""
 
-    tape: Splice
+    tape: TapeSequence
     tokens: dict[str, int]
     micro_batches: int
     cp: int = 1

@@ -11,12 +11,12 @@ from torch import nn
 
 from sora_train.checkpoint.meta import CheckpointMeta
 from sora_train.config import Config
-from sora_train.data.index.sources import Sources, Stock, open_sources
+from sora_train.data.index.sources import Sources, SourceSnapshot, open_sources
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.sample import Bucket, Clip, ClipBatch
 from sora_train.data.tape.buckets import Assignment, BucketSpec
-from sora_train.data.tape.mixture import Splice
+from sora_train.data.tape.mixture import TapeSequence
 from sora_train.data.tape.tape import Tape, require_efficiency
 from sora_train.errors import Preempted
 from sora_train.models.vae.autoencoder import VideoVAE
@@ -46,7 +46,7 @@ class TrainingData:
     table: list[BucketSpec]
     assignment: Assignment
     sources: Sources
-    tape: Splice
+    tape: TapeSequence
     loader: Loader
     tokens_of: Callable[[Bucket], int]
     flops_of: Callable[[Bucket], int]
@@ -79,27 +79,43 @@ class TrainingData:
         """
         cfg, world, control, folder = run.cfg, run.world, run.control, run.folder
         require_efficiency(cfg.train.micro_batches, world.dp_size, cfg.elastic.min_efficiency)
-        stocks = Stock.listed(resumed.snapshots) if resumed else []
-        sources = open_together(cfg, control, folder.path, stocks)
+        snapshots = SourceSnapshot.listed(resumed.snapshots) if resumed else []
+        sources = open_together(cfg, control, folder.path, snapshots)
         train = sources.train
         reads_vae_latents = cfg.task == "text_to_video"
         patch = cfg.model.patch_size if reads_vae_latents else (1, 1, 1)
         table = bucket_table(cfg, vae, patch)
         tokens_of = token_counter(vae, patch)
         sources, tape, assignment = plan(
-            cfg, sources, table, tokens_of, cost_model(cfg, model),
-            memory=memory_cap(cfg, vae, tokens_of), step=resumed.train.data_step if resumed else 0,
-        )  # fmt: skip
+            cfg,
+            sources,
+            table,
+            tokens_of,
+            cost_model(cfg, model),
+            memory=memory_cap(cfg, vae, tokens_of),
+            step=resumed.train.data_step if resumed else 0,
+        )
         vae_digest = vae.digest()
         for manifest in (train, sources.val):
             require_stored(cfg, manifest, table, vae, vae_digest, model)
         caches = open_caches(cfg, vae_digest, model, folder.path / "cache", world)
         loader = Loader(
-            train, tape, cfg.buckets, data_as_read(cfg),
-            seed=cfg.seed, micro_batches=cfg.train.micro_batches, rank=world.dp_rank, world_size=world.dp_size,
-            vae_digest=vae_digest, vae_dtype=cfg.vae.dtype, cache=caches.latents, texts=caches.texts,
-            run_dir=folder.path, reasons=assignment.reasons, is_cp_leader=world.cp_rank == 0,
-        )  # fmt: skip
+            train,
+            tape,
+            cfg.buckets,
+            data_as_read(cfg),
+            seed=cfg.seed,
+            micro_batches=cfg.train.micro_batches,
+            rank=world.dp_rank,
+            world_size=world.dp_size,
+            vae_digest=vae_digest,
+            vae_dtype=cfg.vae.dtype,
+            cache=caches.latents,
+            texts=caches.texts,
+            run_dir=folder.path,
+            reasons=assignment.reasons,
+            is_cp_leader=world.cp_rank == 0,
+        )
         filler = open_filler(cfg, loader, vae, world.device, caches)
         if filler is not None and cfg.data.cache == "latents":
             fill_cache(filler, world, "encoding clips", preemption.pending)
@@ -115,10 +131,19 @@ class TrainingData:
         if filler is not None:
             val_clips = [filler.with_text(clip) for clip in val_clips]
         return cls(
-            train, table, assignment, sources, tape, loader, tokens_of, flops_counter(cfg, vae, tokens_of, model),
-            val_clips, cfg.train.micro_batches,
-            filler, control if world.cp > 1 else None,
-        )  # fmt: skip
+            train,
+            table,
+            assignment,
+            sources,
+            tape,
+            loader,
+            tokens_of,
+            flops_counter(cfg, vae, tokens_of, model),
+            val_clips,
+            cfg.train.micro_batches,
+            filler,
+            control if world.cp > 1 else None,
+        )
 
     def step(self, step: int) -> list[ClipBatch]:
         """This rank's micro-batches of optimizer step `step` (0-based)."""
@@ -210,15 +235,15 @@ def open_together(
     cfg: Config,
     control: ControlPlane,
     run_dir: Path,
-    stocks: Sequence[Stock] = (),
+    snapshots: Sequence[SourceSnapshot] = (),
 ) -> Sources:
     """`open_sources` on every rank: rank 0 probes or renders, the others read the manifests it has written."""
     opened: Sources | None = None
     error: Exception | None = None
     if control.world.is_main:
         try:
-            opened = open_sources(cfg, run_dir, stocks)
+            opened = open_sources(cfg, run_dir, snapshots)
         except Exception as failure:
             error = failure
     control.raise_together(error)
-    return opened or open_sources(cfg, run_dir, stocks)
+    return opened or open_sources(cfg, run_dir, snapshots)

@@ -20,9 +20,9 @@ from sora_train.data.manifest import Manifest
 from sora_train.data.sample import Bucket
 from sora_train.data.tape.buckets import NO_BUCKET, Assignment, BucketSpec, assign, build_buckets
 from sora_train.data.tape.micro_batches import GB, MemoryCap, micro_batch_sizes
-from sora_train.data.tape.mixture import Change, Splice, repeats_of
-from sora_train.data.tape.shuffle import samples_an_epoch
-from sora_train.data.tape.tape import Share, Tape
+from sora_train.data.tape.mixture import Change, TapeSequence, repeats_of
+from sora_train.data.tape.shuffle import samples_per_epoch
+from sora_train.data.tape.tape import SourceRepeats, Tape
 from sora_train.errors import UserError
 from sora_train.models import memory as sizes_in_memory
 from sora_train.models.flops import trained_forward_flops, training_flops
@@ -124,9 +124,13 @@ def require_stored(
     if data.stored_text == "use" and isinstance(model, TextToVideo):
         digest = model.text_digest()
         require_text(
-            manifest, rows, digest, cfg.text.trainable, cfg.text.max_length,
+            manifest,
+            rows,
+            digest,
+            cfg.text.trainable,
+            cfg.text.max_length,
             now=made_with(cfg, vae_digest, digest),
-        )  # fmt: skip
+        )
 
 
 def made_with(cfg: Config, vae_digest: str, text_digest: str = "") -> Made:
@@ -147,7 +151,7 @@ def plan(
     *,
     memory: MemoryCap | None = None,
     step: int = 0,
-) -> tuple[Sources, Splice, Assignment]:
+) -> tuple[Sources, TapeSequence, Assignment]:
     """The bucket of every clip and the tape over them, for a run that stands at `step`.
 
     Where the sources have grown the new clips join at the end of the epoch, which the sources
@@ -158,44 +162,58 @@ def plan(
         raise UserError(no_clip_fits(sources.train, assignment, table))
     buckets = [spec.bucket for spec in table]
 
-    def make(change: Change, shares: Sequence[Share], first_epoch: int) -> Tape:
+    def make(change: Change, source_repeats: Sequence[SourceRepeats], first_epoch: int) -> Tape:
         bucket_of_row = assignment.bucket_of_row.copy()
         bucket_of_row[change.rows :] = NO_BUCKET
         counts = _counts(sources, bucket_of_row, len(table))
         met = [
-            samples_an_epoch(count, share.repeats)
-            for count, share in zip(counts, shares, strict=True)
+            samples_per_epoch(count, source.repeats)
+            for count, source in zip(counts, source_repeats, strict=True)
         ]
         sizes = micro_batch_sizes(
-            buckets, np.sum(met, axis=0).tolist(), tokens_of, cost,
-            cfg.data.micro_batch, cfg.data.micro_batch_tokens,
-            table=cfg.data.micro_batch_table, memory=memory,
-        )  # fmt: skip
+            buckets,
+            np.sum(met, axis=0).tolist(),
+            tokens_of,
+            cost,
+            cfg.data.micro_batch,
+            cfg.data.micro_batch_tokens,
+            table=cfg.data.micro_batch_table,
+            memory=memory,
+        )
         return Tape(
-            bucket_of_row, sources.train.shard, buckets, sizes,
-            seed=cfg.seed, group=cfg.data.group, window_shards=cfg.data.window_shards,
+            bucket_of_row,
+            sources.train.shard,
+            buckets,
+            sizes,
+            seed=cfg.seed,
+            group=cfg.data.group,
+            window_shards=cfg.data.window_shards,
             cost=lambda bucket: cost(tokens_of(bucket)),
-            source_of_row=sources.source_of_row, mix=shares,
-            first=change.first, first_epoch=first_epoch,
-        )  # fmt: skip
+            source_of_row=sources.source_of_row,
+            mix=source_repeats,
+            first=change.first,
+            first_epoch=first_epoch,
+        )
 
-    joined = len(sources.stocks) - sources.grown
-    tape = Splice(_changes(cfg, sources, assignment, len(table), joined), make)
+    joined = len(sources.snapshots) - sources.grown
+    tape = TapeSequence(_changes(cfg, sources, assignment, len(table), joined), make)
     if sources.grown:
         sources = sources.joined_at(tape.end_of_epoch(step * cfg.train.micro_batches))
-        tape = Splice(_changes(cfg, sources, assignment, len(table), joined + 1), make)
+        tape = TapeSequence(_changes(cfg, sources, assignment, len(table), joined + 1), make)
     return sources, tape, assignment
 
 
 def _changes(
     cfg: Config, sources: Sources, assignment: Assignment, num_buckets: int, joined: int
 ) -> list[Change]:
-    """What the tape is made of, part by part: the mixes of `data.mix`, and the first stocks that joined."""
+    """What the tape is made of, part by part: the mixes of `data.mix`, and the first snapshots that joined."""
     mixes = [(mix.from_step * cfg.train.micro_batches, mix) for mix in cfg.data.mix]
-    stocks = list(zip(sources.stocks, sources.blocks, strict=True))[:joined]
+    snapshots = list(zip(sources.snapshots, sources.blocks, strict=True))[:joined]
     changes = []
-    for first in sorted({0, *(first for first, _ in mixes), *(stock.first for stock, _ in stocks)}):
-        rows = [rows for stock, rows in stocks if stock.first <= first][-1]
+    for first in sorted(
+        {0, *(first for first, _ in mixes), *(snapshot.first for snapshot, _ in snapshots)}
+    ):
+        rows = [rows for snapshot, rows in snapshots if snapshot.first <= first][-1]
         mix = next((mix for begin, mix in reversed(mixes) if begin <= first), None)
         if mix is None or len(sources.names) == 1:
             repeats = (1.0,) * len(sources.names)
@@ -260,16 +278,20 @@ def memory_cap(
 
     def of_clip(bucket: Bucket) -> float:
         frames = vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
-        clip = sizes_in_memory.Clip(tokens_of(bucket), frames, cfg.text.max_length)
+        clip = sizes_in_memory.ClipSize(tokens_of(bucket), frames, cfg.text.max_length)
         return sizes_in_memory.clip_bytes(
             cfg.model, cfg.text, clip, w, cfg.run.device, cfg.parallel
         )
 
     fixed = sizes_in_memory.fixed_bytes(
-        cfg.model, cfg.text, cfg.parallel,
-        w=w, moments=2 if cfg.optim.name == "adamw" else 0, micro_batches=cfg.train.micro_batches,
+        cfg.model,
+        cfg.text,
+        cfg.parallel,
+        w=w,
+        moments=2 if cfg.optim.name == "adamw" else 0,
+        micro_batches=cfg.train.micro_batches,
         averages=1 + len(cfg.ema.more) + len(cfg.ema.post_hoc),
-    )  # fmt: skip
+    )
     return MemoryCap(cfg.data.memory_gb * GB, fixed, of_clip)
 
 

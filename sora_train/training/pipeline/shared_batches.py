@@ -60,9 +60,14 @@ def read_together(
         place: made for of_rank in together(complete, control) for place, made in of_rank.items()
     }
     return [
-        replace(batch, clips=[replace(clip, **found.get((number, i), {})) for i, clip in enumerate(batch.clips)])
+        replace(
+            batch,
+            clips=[
+                replace(clip, **found.get((number, i), {})) for i, clip in enumerate(batch.clips)
+            ],
+        )
         for number, batch in enumerate(shared)
-    ]  # fmt: skip
+    ]
 
 
 def together(work: Callable[[], Told], control: ControlPlane) -> list[Told]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sora_train.config import Config
-from sora_train.models.memory import Clip, block_bytes, transformer_parameters
+from sora_train.models.memory import ClipSize, block_bytes, transformer_parameters
 from sora_train.parallel.checks.volume import Slot, context_volume, fsdp_volume, zero_volume
 from sora_train.parallel.degrees import Degrees
 from sora_train.tools.plan.assumptions import Assumptions
@@ -144,7 +144,7 @@ def bucket_time(bench: Bench, cfg: Config, degrees: Degrees, work: Work) -> Buck
     products = clips * (work.products + work.text) / (bench.peak * assume.gemm)
     attention = clips * work.attention / bench.peak
     saved = cfg.model.num_layers * block_bytes(
-        cfg.model, Clip(work.tokens, work.frames, cfg.text.max_length), bench.size
+        cfg.model, ClipSize(work.tokens, work.frames, cfg.text.max_length), bench.size
     )
     passes = clips * saved / (gpu.memory_gb_s * GB)
     more, more_attention, more_passes = again(cfg)
