@@ -22,7 +22,14 @@ from sora_train.errors import Preempted
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.runtime import preemption
 from sora_train.runtime.control_plane import ControlPlane
-from sora_train.training.pipeline.encoding import CacheFiller, fill_cache, open_caches, open_filler
+from sora_train.runtime.world import World
+from sora_train.training.pipeline.encoding import (
+    CacheFiller,
+    Caches,
+    fill_cache,
+    open_caches,
+    open_filler,
+)
 from sora_train.training.pipeline.plan import (
     bucket_table,
     cost_model,
@@ -77,72 +84,45 @@ class TrainingData:
             UserError: no such source, no caption, no clip that fits a bucket, too many dropped, or
                 a world size that would leave too many ranks idle.
         """
-        cfg, world, control, folder = run.cfg, run.world, run.control, run.folder
+        cfg, world, control = run.cfg, run.world, run.control
         require_efficiency(cfg.train.micro_batches, world.dp_size, cfg.elastic.min_efficiency)
         snapshots = SourceSnapshot.listed(resumed.snapshots) if resumed else []
-        sources = open_together(cfg, control, folder.path, snapshots)
-        train = sources.train
+        sources = open_together(cfg, control, run.folder.path, snapshots)
         reads_vae_latents = cfg.task == "text_to_video"
         patch = cfg.model.patch_size if reads_vae_latents else (1, 1, 1)
         table = bucket_table(cfg, vae, patch)
         tokens_of = token_counter(vae, patch)
+        memory, cost = memory_cap(cfg, vae, tokens_of), cost_model(cfg, model)
+        step = resumed.train.data_step if resumed else 0
         sources, tape, assignment = plan(
-            cfg,
-            sources,
-            table,
-            tokens_of,
-            cost_model(cfg, model),
-            memory=memory_cap(cfg, vae, tokens_of),
-            step=resumed.train.data_step if resumed else 0,
+            cfg, sources, table, tokens_of, cost, memory=memory, step=step
         )
         vae_digest = vae.digest()
-        for manifest in (train, sources.val):
+        for manifest in (sources.train, sources.val):
             require_stored(cfg, manifest, table, vae, vae_digest, model)
-        caches = open_caches(cfg, vae_digest, model, folder.path / "cache", world)
-        loader = Loader(
-            train,
-            tape,
-            cfg.buckets,
-            data_as_read(cfg),
-            seed=cfg.seed,
-            micro_batches=cfg.train.micro_batches,
-            rank=world.dp_rank,
-            world_size=world.dp_size,
-            vae_digest=vae_digest,
-            vae_dtype=cfg.vae.dtype,
-            cache=caches.latents,
-            texts=caches.texts,
-            run_dir=folder.path,
-            reasons=assignment.reasons,
-            is_cp_leader=world.cp_rank == 0,
-        )
+        caches = open_caches(cfg, vae_digest, model, run.folder.path / "cache", world)
+        loader = open_loader(run, sources.train, tape, assignment, vae_digest, caches)
         filler = open_filler(cfg, loader, vae, world.device, caches)
         if filler is not None and cfg.data.cache == "latents":
-            fill_cache(filler, world, "encoding clips", preemption.pending)
-            if control.sum([float(preemption.pending())])[0]:
-                raise Preempted(
-                    "told to leave while clips were being encoded; those that are stay, the same command goes on"
-                )
-        val_clips = (
-            []
-            if cfg.dry_run
-            else read_validation(cfg, sources.val, table, vae, reads_vae_latents, control)
-        )
+            encode_all(filler, world, control)
+        val_clips: list[Clip] = []
+        if not cfg.dry_run:
+            val_clips = read_validation(cfg, sources.val, table, vae, reads_vae_latents, control)
         if filler is not None:
             val_clips = [filler.with_text(clip) for clip in val_clips]
         return cls(
-            train,
-            table,
-            assignment,
-            sources,
-            tape,
-            loader,
-            tokens_of,
-            flops_counter(cfg, vae, tokens_of, model),
-            val_clips,
-            cfg.train.micro_batches,
-            filler,
-            control if world.cp > 1 else None,
+            manifest=sources.train,
+            table=table,
+            assignment=assignment,
+            sources=sources,
+            tape=tape,
+            loader=loader,
+            tokens_of=tokens_of,
+            flops_of=flops_counter(cfg, vae, tokens_of, model),
+            val_clips=val_clips,
+            micro_batches=cfg.train.micro_batches,
+            filler=filler,
+            control=control if world.cp > 1 else None,
         )
 
     def step(self, step: int) -> list[ClipBatch]:
@@ -247,3 +227,41 @@ def open_together(
             error = failure
     control.raise_together(error)
     return opened or open_sources(cfg, run_dir, snapshots)
+
+
+def open_loader(
+    run: RunContext,
+    manifest: Manifest,
+    tape: TapeSequence,
+    assignment: Assignment,
+    vae_digest: str,
+    caches: Caches,
+) -> Loader:
+    """The loader of this rank's micro-batches."""
+    cfg, world = run.cfg, run.world
+    return Loader(
+        manifest,
+        tape,
+        cfg.buckets,
+        data_as_read(cfg),
+        seed=cfg.seed,
+        micro_batches=cfg.train.micro_batches,
+        rank=world.dp_rank,
+        world_size=world.dp_size,
+        vae_digest=vae_digest,
+        vae_dtype=cfg.vae.dtype,
+        cache=caches.latents,
+        texts=caches.texts,
+        run_dir=run.folder.path,
+        reasons=assignment.reasons,
+        is_cp_leader=world.cp_rank == 0,
+    )
+
+
+def encode_all(filler: CacheFiller, world: World, control: ControlPlane) -> None:
+    """Store the latents of every clip before step 1. Raises Preempted on all ranks where one has to leave."""
+    fill_cache(filler, world, "encoding clips", preemption.pending)
+    if control.sum([float(preemption.pending())])[0]:
+        raise Preempted(
+            "preempted while clips were being encoded; those done are stored, and the same command continues"
+        )
