@@ -13,7 +13,7 @@ from sora_train.config import Config
 from sora_train.data.tape.tape import slot_efficiency
 from sora_train.errors import ConfigError
 from sora_train.models.memory import (
-    Clip,
+    ClipSize,
     clip_bytes,
     fixed_bytes,
     text_parameters,
@@ -203,7 +203,7 @@ def guess_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, Wor
         fixed += ALLOWANCE
 
     def needs(work: Work) -> float:
-        clip = Clip(-(-work.tokens // cp), work.frames, text.max_length)
+        clip = ClipSize(-(-work.tokens // cp), work.frames, text.max_length)
         return work.clips * clip_bytes(model, text, clip, w, bench.cluster.device, cfg.parallel)
 
     worst = max(bench.stage.works, key=needs)
