@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from sora_train.data.storage import remote
 from sora_train.data.storage.disk_cache import DiskCache
 from sora_train.data.storage.ranges import StorageFault, is_digest_of
-from sora_train.data.storage.retry import ReadPolicy, Refused, retried
+from sora_train.data.storage.retry import NotRetryable, ReadPolicy, retried
 from sora_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -208,12 +208,12 @@ def _read_http(url: str, offset: int, length: int, timeout: float) -> bytes:
             return bytes(data)
     except urllib.error.HTTPError as error:
         error.close()
-        said = f"HTTP {error.code} {error.reason}"
+        message = f"HTTP {error.code} {error.reason}"
         if error.code == 416:
-            said += ", the file ends before the index says"
+            message += ", the file ends before the index says"
         if error.code >= 500 or error.code in RETRIED_STATUS:
-            raise OSError(said) from error
-        raise Refused(said) from error
+            raise OSError(message) from error
+        raise NotRetryable(message) from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
             raise error.reason from error
@@ -225,10 +225,12 @@ def _check_range(answer: http.client.HTTPResponse, offset: int, length: int) -> 
     if answer.status == 200 and offset == 0 and answer.headers["Content-Length"] == str(length):
         return
     if answer.status != 206:
-        raise Refused(f"HTTP {answer.status} with the whole file: the server knows no byte ranges")
+        raise NotRetryable(
+            f"HTTP {answer.status} with the whole file: the server knows no byte ranges"
+        )
     sent = answer.headers.get("Content-Range", "")
     first, _, last = sent.removeprefix("bytes ").partition("/")[0].partition("-")
     if first == str(offset) and last.isdecimal() and int(last) < offset + length - 1:
-        raise Refused(f"the file ends at byte {int(last) + 1}, before the index says")
+        raise NotRetryable(f"the file ends at byte {int(last) + 1}, before the index says")
     if first != str(offset):
         raise OSError(f"another range was sent, {sent or 'without saying which'}")

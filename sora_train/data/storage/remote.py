@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_train.data.storage.ranges import PartOfFile, StorageFault
-from sora_train.data.storage.retry import Found, ReadPolicy, Refused, retried
+from sora_train.data.storage.retry import NotRetryable, ReadPolicy, T, retried
 from sora_train.errors import UserError
 
 ATTEMPTS = 4
@@ -159,10 +159,10 @@ def read_range(name: str, start: int, end: int) -> bytes:
 
 
 def read_once(name: str, start: int, length: int, _timeout: float = math.inf) -> bytes:
-    """`length` bytes from `start` on, in one attempt of fsspec's. Raises Refused, OSError where another may help."""
+    """`length` bytes from `start` on, in one attempt. Raises NotRetryable, or OSError where another may help."""
     data: bytes = _asked(lambda: filesystem(name).cat_file(name, start=start, end=start + length))
     if len(data) > length:
-        raise Refused(
+        raise NotRetryable(
             "the server sends the whole file where a byte range was asked for; copy the shards here first"
         )
     if len(data) < length:
@@ -170,28 +170,28 @@ def read_once(name: str, start: int, length: int, _timeout: float = math.inf) ->
     return data
 
 
-def _again(name: str, read: Callable[[], Found]) -> Found:
+def _again(name: str, read: Callable[[], T]) -> T:
     """`read()`, tried again where the network or the server failed; the client knows when one stalls."""
     filesystem(name)  # a package that is missing is the user's to install
     policy = ReadPolicy(ATTEMPTS - 1, math.inf, first_pause=FIRST_PAUSE_SECONDS)
     return retried(read, policy, name.partition("?")[0], name)
 
 
-def _asked(ask: Callable[[], Found]) -> Found:
-    """What fsspec answers; its failures in two kinds, Refused and OSError."""
+def _asked(ask: Callable[[], T]) -> T:
+    """What fsspec answers; its failures in two kinds, NotRetryable and OSError."""
     try:
         return ask()
     except UserError as error:
-        raise Refused(str(error)) from error
+        raise NotRetryable(str(error)) from error
     except FileNotFoundError as error:
-        raise Refused("it does not exist (any more)") from error
+        raise NotRetryable("it does not exist (any more)") from error
     except PermissionError as error:
-        raise Refused(f"access is denied ({error})") from error
+        raise NotRetryable(f"access is denied ({error})") from error
     # Each protocol's client has failures of its own kind, and all of them may pass.
     except Exception as error:
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise OSError(
-            f"{type(error).__name__}: {said}" if said else type(error).__name__
+            f"{type(error).__name__}: {message}" if message else type(error).__name__
         ) from error
 
 
@@ -224,7 +224,7 @@ class RemoteRange(PartOfFile):
 
 
 def fingerprint(name: str, size: int) -> str:
-    """Names a shard's content by its size and a few places of it: another shard is told, a flipped bit may not be."""
+    """Names a shard's content by its size and a few places of it: finds another shard, not every flipped bit."""
     state = hashlib.sha256(str(size).encode())
     last = max(0, size - _FINGERPRINT_BYTES)
     places = sorted({last * at // (_FINGERPRINT_PLACES - 1) for at in range(_FINGERPRINT_PLACES)})

@@ -16,11 +16,11 @@ from sora_train.data.storage.ranges import StorageFault
 
 LONGEST_PAUSE_SECONDS = 10.0
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
-class Refused(Exception):
-    """An answer that no further attempt would change."""
+class NotRetryable(Exception):
+    """A failure that no further attempt would change, as a file that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class ReadPolicy:
 
 
 def retried(
-    read: Callable[[], Found],
+    read: Callable[[], T],
     policy: ReadPolicy,
     what: str,
     *key: str | int,
     ends: float = math.inf,
-) -> Found:
+) -> T:
     """`read()`, tried again as the policy says, at the latest until `ends` (of `time.monotonic`).
 
     Raises StorageFault, which begins with `what`. The pauses are keyed by `key`.
@@ -75,27 +75,27 @@ def retried(
     while True:
         try:
             return _within(min(policy.timeout, max(0.0, ends - time.monotonic())), read)
-        except Refused as error:
-            said, final = str(error), True
+        except NotRetryable as error:
+            message, final = str(error), True
         except TimeoutError:
-            said, final = f"no whole answer within data.read_timeout={policy.timeout:g} s", False
+            message, final = f"no whole answer within data.read_timeout={policy.timeout:g} s", False
         # Each protocol's client has failures of its own kind, and all of them may pass.
         except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
-            said, final = " ".join(str(error).split())[:200] or type(error).__name__, False
+            message, final = " ".join(str(error).split())[:200] or type(error).__name__, False
         attempt += 1
         if final or attempt > policy.retries or time.monotonic() >= ends:
             seconds = time.monotonic() - began
             raise StorageFault(
-                f"{what}: {said} ({attempt} attempt{'s' * (attempt > 1)} in {seconds:.1f} s)"
+                f"{what}: {message} ({attempt} attempt{'s' * (attempt > 1)} in {seconds:.1f} s)"
             )
         time.sleep(policy.pause(attempt - 1, *key))
 
 
-def _within(seconds: float, read: Callable[[], Found]) -> Found:
+def _within(seconds: float, read: Callable[[], T]) -> T:
     """`read()`, given up after `seconds`: a name server or a trickle of bytes knows no deadline of its own."""
     if seconds == math.inf:
         return read()
-    done: Future[Found] = Future()
+    done: Future[T] = Future()
 
     def run() -> None:
         try:

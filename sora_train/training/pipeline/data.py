@@ -175,7 +175,7 @@ class TrainingData:
         return digest.hexdigest()
 
     def with_steps(self, cfg: Config) -> Config:
-        """The config with `train.epochs` told in steps, which the learning rate and the end go by."""
+        """The config with `train.epochs` converted to `train.steps`, which schedules and the end of the run use."""
         if not cfg.train.epochs:
             return cfg
         steps = math.ceil(self.tape.index_after(cfg.train.epochs) / self.micro_batches)

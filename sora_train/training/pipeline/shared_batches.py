@@ -1,9 +1,8 @@
-"""What ranks that share the tokens of a micro-batch agree on before they train it: which of its clips could be
-read, and who encodes what is not stored yet.
+"""Ranks that share the tokens of a micro-batch agree on its clips before they train on it.
 
-Each of them reads the clips by itself. One may fail where the others do not (its node is slow, its disk is full),
-or find in the cache what another has just stored; trained together, both would end in shapes that do not fit, or in
-a rank that waits for ever.
+Each rank reads the clips by itself. One may fail where the others do not (its node is slow, its disk is full), or
+find in the cache what another has just stored. Without an agreement the ranks would hold tensors of different
+shapes, or one of them would wait for ever.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from sora_train.errors import Fault
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.training.pipeline.encoding import CacheFiller
 
-Told = TypeVar("Told")
+T = TypeVar("T")
 
 
 def read_together(
@@ -27,7 +26,7 @@ def read_together(
     """`read()` without the clips that any of the ranks failed on, with all that the cache is to hold of the others:
     each clip encoded by one rank for all. The same batches on all of them.
 
-    `record` is told what only other ranks failed on.
+    `record` is called with each failure that only other ranks had.
 
     Raises:
         Exception: what was met on this rank.
@@ -39,14 +38,16 @@ def read_together(
         batches.extend(read())
         return [(batch.failures, lacking(batch, filler)) for batch in batches]
 
-    told = together(look, control)
+    of_ranks = together(look, control)
     shared: list[ClipBatch] = []
     lost: dict[int, Failure] = {}
     for number, batch in enumerate(batches):
-        failed = {failure.row: failure for of_rank in told for failure in of_rank[number][0]}
+        failed = {failure.row: failure for of_rank in of_ranks for failure in of_rank[number][0]}
         lost |= {row: failed[row] for row in failed.keys() - {f.row for f in batch.failures}}
         shared.append(without(batch, failed) if failed else batch)
-    lacked = [set.union(*(of_rank[number][1] for of_rank in told)) for number in range(len(shared))]
+    lacked = [
+        set.union(*(of_rank[number][1] for of_rank in of_ranks)) for number in range(len(shared))
+    ]
 
     def complete() -> dict[tuple[int, int], Any]:
         for row in sorted(lost):
@@ -70,9 +71,9 @@ def read_together(
     ]
 
 
-def together(work: Callable[[], Told], control: ControlPlane) -> list[Told]:
+def together(work: Callable[[], T], control: ControlPlane) -> list[T]:
     """What `work()` gives on each of the ranks; it fails on all of them or on none."""
-    mine: list[Told] = []
+    mine: list[T] = []
     error: Exception | None = None
     try:
         mine.append(work())
@@ -96,7 +97,7 @@ def lacking(batch: ClipBatch, filler: CacheFiller | None) -> set[int]:
 
 
 def without(batch: ClipBatch, failed: dict[int, Failure]) -> ClipBatch:
-    """A micro-batch of which these rows are failures, told in the order of its rows."""
+    """A micro-batch of which these rows are failures, in the order of its rows."""
     clips = [clip for clip in batch.clips if clip.row not in failed]
     failures = [failed[row] for row in batch.micro_batch.rows if row in failed]
     return replace(batch, clips=clips, failures=failures, weight=float(len(clips)))
