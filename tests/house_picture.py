@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from layering import FLOORS, House, room_imports, without_implied
+from layering import FLOORS, House, arrows, room_imports
 
 WIDTH, BOX_WIDTH, BOX_HEIGHT, ROW_HEIGHT, MARGIN = 1000, 236, 66, 108, 12
 COLUMNS = 9
@@ -100,21 +100,28 @@ class Plan:
             for one, two in combinations(row, 2)
         )
 
-    def improve(self, tries: int = 12_000) -> None:
-        """Moves up to three rooms at a time by annealing; the same plan every time."""
-        draw, cost = random.Random(0), self.cost()
+    def improve(self, starts: int = 6, tries: int = 4000) -> None:
+        """Moves up to three rooms at a time by annealing, from several starts; the same plan every time."""
+        first, plans = self.column, []
+        for seed in range(starts):
+            self.column = first
+            plans.append(self._anneal(random.Random(seed), tries))
+        _, self.column = min(plans, key=lambda plan: plan[0])
+
+    def _anneal(self, draw: random.Random, tries: int) -> tuple[float, dict[str, int]]:
+        cost = self.cost()
         best = cost, self.column
         for number in range(tries):
-            column, heat = self.column, 6 * (1 - number / tries) ** 2
+            column, heat = self.column, 20 * (1 - number / tries) ** 3
             moved = draw.sample(sorted(column), draw.choice((1, 1, 2, 3)))
             self.column = column | {room: draw.randrange(COLUMNS) for room in moved}
             changed = self.cost()
             if changed <= cost or draw.random() < math.exp((cost - changed) / max(heat, 1e-9)):
                 cost = changed
-                best = min(best, (cost, self.column), key=lambda found: found[0])
+                best = min(best, (cost, self.column), key=lambda plan: plan[0])
             else:
                 self.column = column
-        self.column = best[1]
+        return best
 
 
 def cross(one: tuple[Point, Point], two: tuple[Point, Point]) -> bool:
@@ -129,7 +136,7 @@ def svg(house: House) -> str:
     rooms = {room for pair in imports for room in pair}
     row_of = {room: number for number, row in enumerate(floors_from_the_top(rooms)) for room in row}
     down = {pair for pair in imports if row_of[pair[0]] < row_of[pair[1]]}
-    plan = Plan(floors_from_the_top(rooms), sorted(without_implied(down)))
+    plan = Plan(floors_from_the_top(rooms), sorted(arrows(house)))
     plan.improve()
     height = 2 * MARGIN + ROW_HEIGHT * (len(plan.rows) - 1) + BOX_HEIGHT
     parts = [
@@ -139,18 +146,19 @@ def svg(house: House) -> str:
         '<path d="M0 0L8 4L0 8z" fill="#5b6f86"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{height}" style="fill: white; stroke: none"/>',
     ]
-    parts += [arrow_svg(*line) for line in plan.lines().values()]
+    parts += [arrow_svg(arrow, *line) for arrow, line in plan.lines().items()]
     for source, target in sorted(set(imports) - down):
         start = (plan.centre(source), plan.top(source))
-        parts.append(arrow_svg(start, (plan.centre(target), plan.top(target) + BOX_HEIGHT), "up"))
+        end = (plan.centre(target), plan.top(target) + BOX_HEIGHT)
+        parts.append(arrow_svg((source, target), start, end, "up"))
     parts += [room_svg(plan, room, idea(house, room)) for room in sorted(rooms)]
     return "\n".join([*parts, "</svg>", ""])
 
 
-def arrow_svg(start: Point, end: Point, kind: str = "down") -> str:
+def arrow_svg(arrow: Arrow, start: Point, end: Point, kind: str = "down") -> str:
     (x0, y0), (x1, y1) = start, end
     return (
-        f'<line class="{kind}" x1="{x0:.0f}" y1="{y0:.0f}" x2="{x1:.0f}" y2="{y1:.0f}"'
+        f'<line id="{"-".join(arrow)}" class="{kind}" x1="{x0:.0f}" y1="{y0:.0f}" x2="{x1:.0f}" y2="{y1:.0f}"'
         ' marker-end="url(#head)"/>'
     )
 

@@ -437,6 +437,13 @@ def room_imports(house: House) -> dict[tuple[str, str], int]:
     return counted
 
 
+def arrows(house: House) -> set[tuple[str, str]]:
+    """The imports between rooms that go down, those left out that others imply, and `python -m sora_train`."""
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    pairs = (pair for pair in room_imports(house) if "__main__" not in pair)
+    return without_implied(pair for pair in pairs if floor_of[pair[0]] > floor_of[pair[1]])
+
+
 def without_implied(pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
     """The arrows that no path of other arrows implies."""
     below: dict[str, set[str]] = {}

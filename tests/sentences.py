@@ -23,8 +23,12 @@ def says(message: Any, *facts: str) -> None:
 
 def holds(text: str, fact: str) -> bool:
     """'2' is not in 'step 12' nor in '2.5', and 'optim.lr' is not in 'optim.lrr'."""
-    before = r"(?<!\w)(?<!\d\.)" if re.match(r"\w", fact) else ""
-    after = r"(?!\w)(?!\.\d)" if re.search(r"\w$", fact) else ""
+    before = r"(?<!\w)" if re.match(r"\w", fact) else ""
+    after = r"(?!\w)" if re.search(r"\w$", fact) else ""
+    if fact[:1].isdigit():
+        before += r"(?<!\d\.)"
+    if fact[-1:].isdigit():
+        after += r"(?!\.\d)"
     return re.search(before + re.escape(fact) + after, text) is not None
 
 

@@ -10,6 +10,8 @@ import resource
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where pytest finds the helpers of tests
+
 from test_checkpoint import a_saver, tensors_of
 
 from sora_train.checkpoint.points import POINTS, VARIABLE

@@ -16,8 +16,8 @@ TOY = [
 ]  # fmt: skip
 
 
-def request(**changes: object) -> bench.Request:
-    return bench.Request(
+def request(**changes: object) -> bench.ModelBenchRequest:
+    return bench.ModelBenchRequest(
         bench.model_of(TOY), **{"tokens": 24, "caption": 5, "device": "cpu", **changes}
     )
 

@@ -79,8 +79,15 @@ def test_parts_sum_to_the_peak_and_states_are_the_closed_form() -> None:
     assert found.weights == shards
     assert found.ema == shards
     assert found.optimizer == 2 * shards + 4 * values
-    padded = plan(7)
-    assert padded.weights == sum(
+
+
+@pytest.mark.slow
+def test_shards_are_filled_up_where_the_ranks_do_not_divide_a_dimension() -> None:
+    from sora_train.models.transformer.dit import VideoDiT
+
+    with torch.device("meta"):
+        model = VideoDiT(compose([*MODEL, "model.num_layers=3"]).config.model)
+    assert plan(7).weights == sum(
         4 * -(-p.shape[0] // 7) * p.numel() // p.shape[0] for p in model.parameters()
     )
 

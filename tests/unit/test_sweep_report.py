@@ -3,10 +3,7 @@
 import csv
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +16,13 @@ from sentences import refuses, says
 from sora_train.cli import run
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError, UserError
+from sora_train.tools.sweep.axes import SweepRun
+from sora_train.tools.sweep.folder import Sweep
 from sora_train.tools.sweep.report.charts import Scale
 from sora_train.tools.sweep.report.compare import compare
 from sora_train.tools.sweep.report.paired import of_seeds, of_steps, student, unlike
 from sora_train.tools.sweep.report.rows import Row, collect
+from sora_train.training.trainer import Trainer
 
 REPO = Path(__file__).resolve().parents[2]
 FLOATS = st.floats(-100, 100)
@@ -143,28 +143,13 @@ KEYS = ["experiment=parity_tiny", "train.steps=16", "validation.every=8", "check
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rates for one seed, trained; a third run was never started."""
-    folder = tmp_path_factory.mktemp("swept")
-    command = [
-        sys.executable,
-        "-m",
-        "sora_train.train",
-        "-m",
-        *KEYS,
-        "optim.lr=0.01,0.1",
-        "run.dir=rates",
-    ]
-    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
-    environ = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=folder, env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    sweep = folder / "rates/sweep.json"
-    told = json.loads(sweep.read_text())
-    told["jobs"].append({"id": "optim.lr=9", "values": {"optim.lr": "9"}})
-    told["axes"]["optim.lr"].append("9")
-    sweep.write_text(json.dumps(told))
-    return folder / "rates"
+    folder = tmp_path_factory.mktemp("swept") / "rates"
+    jobs = [SweepRun(f"optim.lr={rate}", {"optim.lr": rate}) for rate in ("0.01", "0.1", "9")]
+    for job in jobs[:2]:
+        Trainer(compose([*KEYS, job.id, f'run.dir="{folder / job.id}"']).config).train()
+    rates = [job.values["optim.lr"] for job in jobs]
+    Sweep(folder, KEYS, {"optim.lr": rates}, jobs).write()
+    return folder
 
 
 def test_the_report_tells_what_the_runs_did(swept: Path, capsys: pytest.CaptureFixture[str]):

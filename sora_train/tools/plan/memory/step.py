@@ -6,7 +6,6 @@ the largest part of what does not divide. Runs in a process of its own (memory_w
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from sora_train.models.text_to_video import TextToVideo
 from sora_train.objectives import FlowBatch
 from sora_train.parallel import fsdp
 from sora_train.parallel.context.context import ContextGroups, neighbours
+from sora_train.parallel.deepspeed.engine import rank_checks
 from sora_train.parallel.degrees import Degrees, resolve_degrees
 from sora_train.parallel.engine import build_engine
 from sora_train.parallel.layout import Layout
@@ -55,7 +55,7 @@ def step_peaks(
                 stack.enter_context(replaced(nn.Module, "_apply", converted))
             if cfg.parallel.engine == "zero3":
                 # It compares lists with the first rank's, which is this one; nothing is sent here.
-                checks = import_module("deepspeed.runtime.zero.utils")
+                checks = rank_checks()
                 for name in ("get_lst_from_rank0", "assert_lst_len_same_as_other_ranks"):
                     stack.enter_context(replaced(checks, name, lambda numbers: numbers))
             stack.enter_context(held)

@@ -117,7 +117,8 @@ def _half_apart(a: np.ndarray, b: np.ndarray, confidence: float) -> float:
     """Half the width of Welch's interval for the difference of the means of two samples that have nothing in common."""
     squares = [stdev(map(float, x)) ** 2 / len(x) for x in (a, b)]
     total = sum(squares)
-    if total == 0:
+    # The square of so small a variance is 0, and a division by it would fail.
+    if total**2 == 0:
         return 0.0
     freedom = total**2 / sum(
         square**2 / (len(x) - 1) for square, x in zip(squares, (a, b), strict=True)
