@@ -29,7 +29,7 @@ COMMON = (
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParityLayout:
     """A way to divide the work over ranks."""
 
     name: str
@@ -55,18 +55,20 @@ def _fsdp(*overrides: str) -> tuple[str, ...]:
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("single", 1),
-        Layout("ddp x2", 2, _fsdp("dp_replicate=2")),
-        Layout("fsdp x2", 2, _fsdp("dp_shard=2")),
-        Layout("hsdp 2x2", 4, _fsdp("dp_replicate=2", "dp_shard=2")),
-        Layout("zero1 x2", 2, _fsdp("engine=zero1")),
-        Layout("zero2 x2", 2, _fsdp("engine=zero2")),
-        Layout("zero3 x2", 2, _fsdp("engine=zero3")),
-        Layout("ulysses 2", 2, _fsdp("ulysses=2"), 2),
-        Layout("ring 2", 2, _fsdp("ring=2"), 2),
-        Layout("ulysses 2 x ring 2", 4, _fsdp("ulysses=2", "ring=2"), 4),
-        Layout("fsdp x2 x ulysses 2", 4, _fsdp("dp_shard=2", "ulysses=2"), 2),
-        Layout("zero2 x2 x ulysses 2", 4, _fsdp("engine=zero2", "dp_shard=2", "ulysses=2"), 2),
+        ParityLayout("single", 1),
+        ParityLayout("ddp x2", 2, _fsdp("dp_replicate=2")),
+        ParityLayout("fsdp x2", 2, _fsdp("dp_shard=2")),
+        ParityLayout("hsdp 2x2", 4, _fsdp("dp_replicate=2", "dp_shard=2")),
+        ParityLayout("zero1 x2", 2, _fsdp("engine=zero1")),
+        ParityLayout("zero2 x2", 2, _fsdp("engine=zero2")),
+        ParityLayout("zero3 x2", 2, _fsdp("engine=zero3")),
+        ParityLayout("ulysses 2", 2, _fsdp("ulysses=2"), 2),
+        ParityLayout("ring 2", 2, _fsdp("ring=2"), 2),
+        ParityLayout("ulysses 2 x ring 2", 4, _fsdp("ulysses=2", "ring=2"), 4),
+        ParityLayout("fsdp x2 x ulysses 2", 4, _fsdp("dp_shard=2", "ulysses=2"), 2),
+        ParityLayout(
+            "zero2 x2 x ulysses 2", 4, _fsdp("engine=zero2", "dp_shard=2", "ulysses=2"), 2
+        ),
     )
 }
 
@@ -78,7 +80,7 @@ TOLERANCE = {"float64": 1e-10, "float32": 2e-6, "bfloat16": 5e-2}
 class Cell:
     """One run: a layout, micro-batches of each rank in a step, an optimizer, a dtype of compute."""
 
-    layout: Layout
+    layout: ParityLayout
     accumulation: int
     optimizer: str
     dtype: str
@@ -114,7 +116,7 @@ class Cell:
         ]
 
 
-def chosen(names: Sequence[str]) -> list[Layout]:
+def chosen(names: Sequence[str]) -> list[ParityLayout]:
     """Layouts by name; all where none is named. Raises UserError for an unknown name, with the known ones."""
     unknown = [name for name in names if name not in LAYOUTS]
     if unknown:
@@ -123,7 +125,7 @@ def chosen(names: Sequence[str]) -> list[Layout]:
 
 
 def matrix(
-    layouts: Sequence[Layout],
+    layouts: Sequence[ParityLayout],
     dtype: str = "auto",
     accumulations: Sequence[int] = ACCUMULATIONS,
     optimizers: Sequence[str] = tuple(OPTIMIZERS),
