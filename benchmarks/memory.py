@@ -122,21 +122,24 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--budget-mib", type=float, default=0.0, help="with --longest on a CPU")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of memory.json, .md")
-    asked, overrides = parser.parse_known_args(list(arguments))
-    names = tuple(OPTIONS) if asked.options == "all" else tuple(asked.options.split(";"))
+    options, overrides = parser.parse_known_args(list(arguments))
+    names = tuple(OPTIONS) if options.options == "all" else tuple(options.options.split(";"))
     wrong = [name for name in names if name not in OPTIONS]
     if wrong:
         raise UserError(f"--options {wrong[0]!r} is not one of {'; '.join(OPTIONS)}")
-    if min(asked.tokens, asked.caption, asked.repeats) < 1:
+    if min(options.tokens, options.caption, options.repeats) < 1:
         raise UserError("--tokens, --caption and --repeats must be at least 1")
     request = ModelBenchRequest(
-        model_of(overrides), tokens=asked.tokens, caption=asked.caption, repeats=asked.repeats,
-        device=asked.device,
-    )  # fmt: skip
-    wanted = Wanted(
-        request, getattr(torch, asked.dtype), names, asked.longest, asked.budget_mib * MIB
+        model_of(overrides),
+        tokens=options.tokens,
+        caption=options.caption,
+        repeats=options.repeats,
+        device=options.device,
     )
-    path = run(wanted).write(asked.out)
+    wanted = Wanted(
+        request, getattr(torch, options.dtype), names, options.longest, options.budget_mib * MIB
+    )
+    path = run(wanted).write(options.out)
     print(path.with_suffix(".md").read_text())
     print(f"wrote {path} and {path.with_suffix('.md')}")
     return 0

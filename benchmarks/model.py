@@ -129,11 +129,14 @@ def run(request: ModelBenchRequest) -> Result:
         check_compiler("off" if mode == "eager" else mode, device)
     measured: dict[str, Measured] = {}
     facts: dict[str, str | int | float | None] = {
-        "tokens": request.tokens, "caption tokens": request.caption, "device": str(device),
-        "threads": torch.get_num_threads(), "load when done": None,
+        "tokens": request.tokens,
+        "caption tokens": request.caption,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "load when done": None,
         "parameters": sum(p.numel() for p in on_meta(request.model).parameters()),
         "GFLOP a token": clip_flops(request) / request.tokens / 1e9,
-    }  # fmt: skip
+    }
     before = graphs_compiled()
     for dtype in request.dtypes:
         for mode in request.modes:

@@ -80,12 +80,13 @@ def measure(rows: int, ranks: int) -> dict[str, float]:
     sizes = micro_batch_sizes(
         buckets, counts, tokens_of, cost, "auto", CLIPS_OF_THE_LARGEST * largest
     )
+
+    def clip_cost(bucket: Bucket) -> float:
+        return cost(tokens_of(bucket))
+
     before = peak_memory()
     began = time.perf_counter()
-    tape = Tape(
-        bucket_of_row, shards, buckets, sizes, seed=0, group=ranks,
-        cost=lambda bucket: cost(tokens_of(bucket)),
-    )  # fmt: skip
+    tape = Tape(bucket_of_row, shards, buckets, sizes, seed=0, group=ranks, cost=clip_cost)
     built = time.perf_counter()
     tape[0]
     planned = time.perf_counter()

@@ -42,7 +42,7 @@ def write_shards(
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with tempfile.TemporaryDirectory() as work_dir:
-            found = open_source(
+            source = open_source(
                 input,
                 captions=captions,
                 work_dir=work_dir,
@@ -52,8 +52,8 @@ def write_shards(
             )
         with ShardWriter(partial, max_shard_bytes, source=Path(input).name) as writer:
             keys: set[str] = set()
-            for row in range(len(found)):
-                _copy(found, row, keys, writer)
+            for row in range(len(source)):
+                _copy(source, row, keys, writer)
         if target.exists():
             target.rmdir()
         os.rename(partial, target)
@@ -62,8 +62,8 @@ def write_shards(
     return Manifest.load(target / FILE_NAME, root=target)
 
 
-def _copy(found: Manifest, row: int, keys: set[str], writer: ShardWriter) -> None:
-    known = found.row(row)
+def _copy(source: Manifest, row: int, keys: set[str], writer: ShardWriter) -> None:
+    known = source.row(row)
     caption, _ = known.pop("caption"), known.pop("caption_digest")
     name = str(known["key"])
     if known["drop_reason"]:
@@ -72,7 +72,7 @@ def _copy(found: Manifest, row: int, keys: set[str], writer: ShardWriter) -> Non
     stem, extension = _split(name, known)
     try:
         data = read_bytes(
-            found.root, str(known["shard"]), int(found.offset[row]), int(found.length[row])
+            source.root, str(known["shard"]), int(source.offset[row]), int(source.length[row])
         )
     except StorageFault as error:
         raise Fault(f"the clip {name!r} cannot be read: {error}") from error

@@ -69,10 +69,10 @@ def average_checkpoints(sources: Sequence[Checkpoint], weights: Sequence[float],
         prefix: [(share, one, prefix) for share, one in zip(shares, stored, strict=True)]
         for prefix in (LIVE, EMA)
     }
-    told = [f"{share:.4f} x {source.path}" for share, source in zip(shares, sources, strict=True)]
+    lines = [f"{share:.4f} x {source.path}" for share, source in zip(shares, sources, strict=True)]
     newest = max(sources, key=lambda source: source.step)
-    write_run(newest, parts, out, {"averaged": told})
-    return "\n".join([*told, *_next(out)])
+    write_run(newest, parts, out, {"averaged": lines})
+    return "\n".join([*lines, *_next(out)])
 
 
 def average_post_hoc(run: Path, step: int | None, sigma_rel: float, out: Path) -> str:
@@ -86,14 +86,16 @@ def average_post_hoc(run: Path, step: int | None, sigma_rel: float, out: Path) -
             f"--sigma-rel {sigma_rel:g} is no width of an average; give one above 0 and at most {WIDEST:.3f} (the "
             "plain mean of all steps)"
         )
-    found = checkpoints.find(run, step)
-    if found.step == 0:
-        raise UserError(f"{found.path} is of step 0, before which there is nothing to average")
-    profiles: dict[str, float] = _tracked(found)
-    before = [one for one in checkpoints.list_checkpoints(run / SNAPSHOTS) if one.step < found.step]
-    verified([*before, found])
+    newest = checkpoints.find(run, step)
+    if newest.step == 0:
+        raise UserError(f"{newest.path} is of step 0, before which there is nothing to average")
+    profiles: dict[str, float] = _tracked(newest)
+    before = [
+        one for one in checkpoints.list_checkpoints(run / SNAPSHOTS) if one.step < newest.step
+    ]
+    verified([*before, newest])
     held: list[tuple[Profile, StoredTensors, str]] = []
-    for source in [*before, found]:
+    for source in [*before, newest]:
         stored = StoredTensors(source)
         held += [
             (Profile(width, source.step), stored, prefix_of(tag))
@@ -101,29 +103,29 @@ def average_post_hoc(run: Path, step: int | None, sigma_rel: float, out: Path) -
             if stored.names(prefix_of(tag))
         ]
     coefficients, distance = solve(
-        [profile for profile, _, _ in held], Profile(sigma_rel, found.step)
+        [profile for profile, _, _ in held], Profile(sigma_rel, newest.step)
     )
     averaged = [
         (float(share), stored, prefix)
         for share, (_, stored, prefix) in zip(coefficients, held, strict=True)
     ]
-    live = [(1.0, StoredTensors(found), LIVE)]
-    told = [
-        f"sigma_rel {sigma_rel:g} as of step {found.step}, from {len(held)} averages of sigma_rel "
+    live = [(1.0, StoredTensors(newest), LIVE)]
+    lines = [
+        f"sigma_rel {sigma_rel:g} as of step {newest.step}, from {len(held)} averages of sigma_rel "
         f"{', '.join(f'{width:g}' for width in profiles.values())}",
         f"the profile made is {distance:.2%} from the wanted one; coefficients are up to "
         f"{max(map(abs, coefficients)):.3g}",
     ]
-    write_run(found, {LIVE: live, EMA: averaged}, out, {"averaged": told})
-    return "\n".join([*told, *_next(out)])
+    write_run(newest, {LIVE: live, EMA: averaged}, out, {"averaged": lines})
+    return "\n".join([*lines, *_next(out)])
 
 
-def _tracked(found: Checkpoint) -> dict[str, float]:
+def _tracked(checkpoint: Checkpoint) -> dict[str, float]:
     """Tag -> width of the power-function averages in a checkpoint."""
-    widths = (read_meta(found).config.get("ema") or {}).get("post_hoc") or []
+    widths = (read_meta(checkpoint).config.get("ema") or {}).get("post_hoc") or []
     if not widths:
         raise UserError(
-            f"{found.path} has no averages for post-hoc EMA; train with ema.post_hoc=[0.05,0.10], or average "
+            f"{checkpoint.path} has no averages for post-hoc EMA; train with ema.post_hoc=[0.05,0.10], or average "
             "checkpoints"
         )
     return {tag_of(width, "s"): width for width in widths}

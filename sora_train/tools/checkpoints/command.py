@@ -47,12 +47,12 @@ def inspect(
     from sora_train.checkpoint.tensors import StoredTensors
     from sora_train.tools.checkpoints import inspect as tools
 
-    found = find(*split_step(ckpt))
-    stored = StoredTensors(found)
+    checkpoint = find(*split_step(ckpt))
+    stored = StoredTensors(checkpoint)
     if tensors is not None:
         print(table_of(tools.TENSOR_COLUMNS, tools.tensor_rows(stored, tensors)))
         return
-    print(table_of(("what", "value"), tools.facts(found)))
+    print(table_of(("what", "value"), tools.facts(checkpoint)))
     print(f"\n{table_of(tools.GROUP_COLUMNS, tools.groups(stored))}")
 
 
@@ -96,23 +96,25 @@ def diff(
     if rows:
         print(table_of(("key", one, other), rows), end="\n\n")
     ours, theirs = StoredTensors(first), StoredTensors(second)
-    told = {
+    lists = {
         f"only in {one}": checkpoint_diff.only_in(ours, theirs),
         f"only in {other}": checkpoint_diff.only_in(theirs, ours),
         "of another shape": checkpoint_diff.reshaped(ours, theirs),
     }
-    for what, names in told.items():
+    for what, names in lists.items():
         if names:
             more = f" and {len(names) - limit} more" if len(names) > limit else ""
             print(f"{len(names)} tensors {what}: {', '.join(names[:limit])}{more}\n")
-    found = checkpoint_diff.tensor_differences(ours, theirs, tensors)
-    moved = [row for row in found if row.moved]
+    compared = checkpoint_diff.tensor_differences(ours, theirs, tensors)
+    moved = [row for row in compared if row.moved]
     if moved:
         shown = checkpoint_diff.rows(moved[:limit])
         print(table_of(checkpoint_diff.TENSOR_COLUMNS, shown))
     if len(moved) > limit:
         print(f"{len(moved) - limit} more; raise --limit")
-    print(f"{len(found)} tensors compared, {len(found) - len(moved)} of them the same bit for bit")
+    print(
+        f"{len(compared)} tensors compared, {len(compared) - len(moved)} of them the same bit for bit"
+    )
 
 
 def average(
@@ -147,8 +149,8 @@ def average(
     from sora_train.tools.checkpoints.averaging import average_checkpoints, average_post_hoc
 
     if sigma_rel is None:
-        found = [find(*split_step(source)) for source in sources]
-        print(average_checkpoints(found, _numbers(weights), out))
+        checkpoints = [find(*split_step(source)) for source in sources]
+        print(average_checkpoints(checkpoints, _numbers(weights), out))
         return
     if len(sources) != 1 or weights is not None:
         raise UserError(

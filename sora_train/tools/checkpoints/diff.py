@@ -83,12 +83,12 @@ def tensor_differences(
         raise UserError(
             f"{one.checkpoint.path} and {other.checkpoint.path} have no tensor in common {what}"
         )
-    found = []
+    differences = []
     with Progress(len(names), "comparing tensors", enabled=len(names) > 200) as progress:
         for number, name in enumerate(names, 1):
-            found.append(difference(name, one.read(name)[name], other.read(name)[name]))
+            differences.append(difference(name, one.read(name)[name], other.read(name)[name]))
             progress.update(number)
-    return sorted(found, key=lambda row: (-_order(row.relative), row.name))
+    return sorted(differences, key=lambda row: (-_order(row.relative), row.name))
 
 
 def difference(name: str, one: Tensor, other: Tensor) -> Difference:
@@ -113,7 +113,8 @@ def _order(value: float) -> float:
 TENSOR_COLUMNS = ("tensor", "largest difference", "relative L2", "values that moved")
 
 
-def rows(found: list[Difference]) -> Rows:
+def rows(differences: list[Difference]) -> Rows:
     return [
-        (row.name, f"{row.largest:.3e}", f"{row.relative:.3e}", f"{row.moved:.1%}") for row in found
+        (row.name, f"{row.largest:.3e}", f"{row.relative:.3e}", f"{row.moved:.1%}")
+        for row in differences
     ]

@@ -157,27 +157,37 @@ def _config(transformer: Path, source: Path, out: Path, extras: Mapping[str, boo
     longest = int(min(tokenizer.get("model_max_length", 512), 512)) // 16 * 16
     values = {
         **{f"model.{key}": value for key, value in {**model, **extras}.items()},
-        "vae.path": str((source / "vae").absolute()), "vae.arch": {},
-        "text.kind": "umt5", "text.path": str(source.absolute()), "text.d_model": text["d_model"],
-        "text.trainable": False, "text.padding": "wan", "text.max_length": longest,
-        "objective.solver": solver, "objective.time_grid": grid, "objective.time_rounding": rounding,
-        "objective.shift": float(scheduler.get(shift) or 1.0), "objective.shift_rule": "constant",
-        "objective.num_steps": 50, "objective.guidance_scale": 5.0,
-        "name": out.name, "run.dir": str(out),
-    }  # fmt: skip
+        "vae.path": str((source / "vae").absolute()),
+        "vae.arch": {},
+        "text.kind": "umt5",
+        "text.path": str(source.absolute()),
+        "text.d_model": text["d_model"],
+        "text.trainable": False,
+        "text.padding": "wan",
+        "text.max_length": longest,
+        "objective.solver": solver,
+        "objective.time_grid": grid,
+        "objective.time_rounding": rounding,
+        "objective.shift": float(scheduler.get(shift) or 1.0),
+        "objective.shift_rule": "constant",
+        "objective.num_steps": 50,
+        "objective.guidance_scale": 5.0,
+        "name": out.name,
+        "run.dir": str(out),
+    }
     return compose([f"{key}={json.dumps(value)}" for key, value in values.items()]).config
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
+        values: dict[str, Any] = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(
             f"{file} is missing; give a whole pipeline's folder in the diffusers layout"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}; copy the folder again") from error
-    return found
+    return values
 
 
 def _check(folder: Path, stored: StoredWeights, cfg: Config) -> tuple[Shapes, list[str]]:

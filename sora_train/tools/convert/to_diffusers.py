@@ -197,11 +197,11 @@ def _expected(info: CheckpointInfo) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items() if name not in EXTRAS}
 
 
-def _require_same(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
+def _require_same(stored: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
     differ = [
         name
-        for name in sorted(found.keys() | expected.keys())
-        if found.get(name) != expected.get(name)
+        for name in sorted(stored.keys() | expected.keys())
+        if stored.get(name) != expected.get(name)
     ]
     if differ:
         raise UserError(

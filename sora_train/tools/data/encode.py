@@ -213,11 +213,19 @@ class _Split:
         )
         limit = {} if self.name == "train" else {"max_drop_fraction": 1.0}
         self.loader = Loader(
-            self.manifest, tape, cfg.buckets, cfg.data.model_copy(update=limit), seed=cfg.seed, micro_batches=1,
-            vae_digest=work.vae_digest, vae_dtype=cfg.vae.dtype, cache=self.kept, reasons=self.assignment.reasons,
+            self.manifest,
+            tape,
+            cfg.buckets,
+            cfg.data.model_copy(update=limit),
+            seed=cfg.seed,
+            micro_batches=1,
+            vae_digest=work.vae_digest,
+            vae_dtype=cfg.vae.dtype,
+            cache=self.kept,
+            reasons=self.assignment.reasons,
             # Clips that do not decode are known to all parts, and to the one that writes.
             run_dir=work.settings.folder / _KEPT / self.name,
-        )  # fmt: skip
+        )
         # The same captions often stand beside several clips.
         self.embedding = lru_cache(CAPTIONS_KEPT)(self._embedding)
         self.keys: set[str] = set()
@@ -311,9 +319,14 @@ class _Split:
         bucket, fps = loader.tape.bucket_of(row), loader.latent_fps(row)
         latents, logvar = self._latents(row, str(known["key"]))
         packed = pack_latents(
-            latents, vae_digest=work.vae_digest, fps=fps, pixels=bucket, caption=caption, dtype=work.settings.dtype,
+            latents,
+            vae_digest=work.vae_digest,
+            fps=fps,
+            pixels=bucket,
+            caption=caption,
+            dtype=work.settings.dtype,
             logvar=logvar,
-        )  # fmt: skip
+        )
         beside = {TEXT: self.embedding(caption)} if work.encoder else {}
         key = self._key(str(known["key"]), row)
         if work.settings.keep_clips:
@@ -380,5 +393,8 @@ class _Split:
             )
         texts = self.work.texts
         return pack_text(
-            embedding, encoder_digest=texts.encoder_digest, caption=caption, dtype=self.work.settings.dtype,
-        )  # fmt: skip
+            embedding,
+            encoder_digest=texts.encoder_digest,
+            caption=caption,
+            dtype=self.work.settings.dtype,
+        )

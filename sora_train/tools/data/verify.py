@@ -166,9 +166,17 @@ class _Place:
             cfg, Sources.of(manifest), table, token_counter(vae, patch), cost_model(cfg)
         )
         self.loader = Loader(
-            manifest, tape, cfg.buckets, cfg.data, seed=cfg.seed, micro_batches=1,
-            vae_digest=made["latents"]["VAE"], vae_dtype=cfg.vae.dtype, cache=cache, reasons=assignment.reasons,
-        )  # fmt: skip
+            manifest,
+            tape,
+            cfg.buckets,
+            cfg.data,
+            seed=cfg.seed,
+            micro_batches=1,
+            vae_digest=made["latents"]["VAE"],
+            vae_dtype=cfg.vae.dtype,
+            cache=cache,
+            reasons=assignment.reasons,
+        )
 
     made_there: Made
 

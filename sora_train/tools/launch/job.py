@@ -50,15 +50,15 @@ class Job:
 
     def environment(self) -> dict[str, str]:
         """Variables of the ranks; those of `launch.env` win."""
-        found = {"PYTHONUNBUFFERED": "1"}
+        variables = {"PYTHONUNBUFFERED": "1"}
         if self.cfg.offline:
-            found |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+            variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         if self.cfg.interface:
-            found |= {
+            variables |= {
                 "NCCL_SOCKET_IFNAME": self.cfg.interface,
                 "GLOO_SOCKET_IFNAME": self.cfg.interface,
             }
-        return found | self.cfg.env
+        return variables | self.cfg.env
 
 
 def exports(variables: dict[str, str]) -> list[str]:

@@ -66,7 +66,7 @@ def directives(job: Job, tasks: int = 0) -> list[str]:
     cfg = job.cfg
     limit = f"%{cfg.array_limit}" if cfg.array_limit else ""
     gpus = job.ranks if cfg.gpus < 0 else cfg.gpus
-    wanted = {
+    options = {
         "job-name": job.name,
         "nodes": str(cfg.nodes),
         "ntasks-per-node": "1",
@@ -88,7 +88,7 @@ def directives(job: Job, tasks: int = 0) -> list[str]:
         "open-mode": "append",
     }
     lines = [
-        f"--{key}={shlex.quote(one_line(key, value))}" for key, value in wanted.items() if value
+        f"--{key}={shlex.quote(one_line(key, value))}" for key, value in options.items() if value
     ]
     lines += ["--requeue", *(one_line("options", option) for option in cfg.options)]
     return [f"#SBATCH {line}" for line in lines]
@@ -97,9 +97,12 @@ def directives(job: Job, tasks: int = 0) -> list[str]:
 def node_script(job: Job, frozen: str = "") -> str:
     """What runs on each node, inside the container if there is one."""
     command = job.node_command(
-        node='"$SLURM_NODEID"', address='"$HEAD_ADDRESS"', port='"$MEETING_PORT"',
-        logs='"$LOGS/node-$SLURM_NODEID"', frozen=frozen,
-    )  # fmt: skip
+        node='"$SLURM_NODEID"',
+        address='"$HEAD_ADDRESS"',
+        port='"$MEETING_PORT"',
+        logs='"$LOGS/node-$SLURM_NODEID"',
+        frozen=frozen,
+    )
     inside = "\n".join([*job.cfg.setup, f"exec {command}"])
     return in_apptainer(job, inside) if runtime(job) == "apptainer" else inside
 

@@ -117,16 +117,9 @@ def sample(
     """
     from sora_train.sampling.operations import SampleRequest
 
-    guidance_from, guidance_to = _interval(guidance_interval)
-    settings = {
-        "steps": steps,
-        "solver": solver,
-        "guidance_scale": guidance_scale,
-        "condition_scale": condition_scale,
-        "guidance_rescale": guidance_rescale,
-        "guidance_from": guidance_from,
-        "guidance_to": guidance_to,
-    }
+    settings: dict[str, Any] = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale}
+    settings |= {"condition_scale": condition_scale, "guidance_rescale": guidance_rescale}
+    settings["guidance_from"], settings["guidance_to"] = _interval(guidance_interval)
     request = SampleRequest(
         op, image, last_image, tuple(video or ()), frames_given, _gap(gap), _levels(strength)
     )
