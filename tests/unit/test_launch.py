@@ -226,6 +226,7 @@ def test_a_wrong_array_is_refused_before_anything_is_frozen(
     with refuses(UserError, *facts):
         array_of([*shared, *arguments], None)
     assert not list(tmp_path.rglob("config-*.yaml"))
+    Path("own.py").write_text("")
     with refuses(UserError, "own keys"):
         array_of(["own.py", "seed=1,2"], None)
 
