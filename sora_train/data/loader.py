@@ -1,7 +1,11 @@
-"""Reads the tape: decodes what the next steps of a rank need, ahead of time, and delivers it in order.
+"""Reads the clips of the tape ahead of time and delivers them in order, as a `ClipBatch` a micro-batch.
 
-What is delivered depends on the tape and the quarantine alone; workers and prefetch only decide
-when it is ready. A sample that fails is reported as a Failure, never replaced.
+One row goes this way: `_begin` chooses where it comes from. Pixels: `request` says which frames and which crop,
+a decode process answers, `_clip` adds the caption. Latents: `_read_stored` reads those of the shard,
+`_read_latents` those of the cache. `_collect` waits for the rows of a micro-batch.
+
+What is delivered depends on the tape and the quarantine alone. Workers and prefetch only decide when it is ready.
+A sample that fails is reported as a Failure, never replaced.
 """
 
 from __future__ import annotations
@@ -180,10 +184,11 @@ class Loader:
 
     def _clip_bytes(self, row: int) -> int:
         bucket = self.tape.bucket_of(row)
-        stored = None
+        latent_bytes = None
         if self._cache is not None:
-            stored = self._cache.size(self.latent_key(row), self.drawn)
-        return 3 * bucket.frames * bucket.height * bucket.width if stored is None else stored
+            latent_bytes = self._cache.size(self.latent_key(row), self.drawn)
+        pixel_bytes = 3 * bucket.frames * bucket.height * bucket.width
+        return pixel_bytes if latent_bytes is None else latent_bytes
 
     def rows_at(self, step: int) -> list[int]:
         """The rows of this rank's micro-batches of a step."""
@@ -200,16 +205,8 @@ class Loader:
         return ClipBatch(MicroBatch(-1, peer.bucket, peer.epoch, (), ()), [], [], 0.0)
 
     def _collect(self, step: int, entry: MicroBatch, futures: Sequence[Future]) -> ClipBatch:
-        clips: list[Clip] = []
-        failures: list[Failure] = []
         self.quarantine.refresh()
-        for row, future in zip(entry.rows, futures, strict=True):
-            found = self.quarantine.failure(row, step) or self._wait(row, future)
-            if isinstance(found, Failure):
-                failures.append(found)
-                self.record(step, found, on_disk=self.is_cp_leader)
-            else:
-                clips.append(found)
+        clips, failures = self._gather(entry.rows, futures, step, on_disk=self.is_cp_leader)
         return ClipBatch(entry, clips, failures, float(len(clips)))
 
     # -- stored latents -----------------------------------------------------------------------
@@ -252,7 +249,7 @@ class Loader:
                 if at == position + len(begun):
                     begun.append([self._decode(row, 0) for row in ahead])
             began = time.monotonic()
-            clips, failures = self._gather(rows, begun.pop(0))
+            clips, failures = self._gather(rows, begun.pop(0), step=0)
             self.wait_seconds += time.monotonic() - began
             yield bucket, clips, failures
 
@@ -264,20 +261,21 @@ class Loader:
             else self._readers.submit(self._read_stored, row, 0)
             for row in rows
         ]
-        return self._gather(rows, begun)
+        return self._gather(rows, begun, step=0)
 
     def _gather(
-        self, rows: Sequence[int], futures: list[Future]
+        self, rows: Sequence[int], futures: Sequence[Future], step: int, *, on_disk: bool = True
     ) -> tuple[list[Clip], list[Failure]]:
+        """Wait for the clips of rows at a step; their failures are recorded."""
         clips: list[Clip] = []
         failures: list[Failure] = []
         for row, future in zip(rows, futures, strict=True):
-            found = self.quarantine.failure(row, 0) or self._wait(row, future)
-            if isinstance(found, Failure):
-                failures.append(found)
-                self.record(0, found)
+            result = self.quarantine.failure(row, step) or self._wait(row, future)
+            if isinstance(result, Failure):
+                failures.append(result)
+                self.record(step, result, on_disk=on_disk)
             else:
-                clips.append(found)
+                clips.append(result)
         return clips, failures
 
     def latent_key(self, row: int) -> str:
