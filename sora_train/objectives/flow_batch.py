@@ -28,12 +28,12 @@ class FlowBatch:
     text: tuple[Tensor | None, ...] = ()
     """Caption embeddings (L, E) that are known already, for the prompts that have one; empty: for none."""
     given: Tensor | None = None
-    """Latents (B, C, T, H, W) as they are given, where that is not x itself: see `diffusion.given`."""
+    """Latents (B, C, T, H, W) of the condition frames, where those of x differ: see diffusion/condition_frames.py."""
     condition: Tensor | None = None
-    """With cond_mode=concat: mask channels and given latents (B, factor + C, T, H, W), which stand beside the noisy
+    """With cond_mode=concat: mask channels and condition latents (B, factor + C, T, H, W), an input beside the noisy
     latents. Every frame is then noisy and counts."""
     t_cond_B: Tensor | None = None
-    """Noise level of each clip's given frames; None: 0."""
+    """Noise level of each clip's condition frames; None: 0."""
     time_weight_B: Tensor | None = None
     """Factor on each clip's loss; None: 1."""
     sharing: WorkSharing = NO_SHARING
