@@ -47,7 +47,10 @@ class File:
 
 def weights_named(cfg: Config) -> list[Named]:
     """Weights of the frozen models, in the order of the configuration; those inside the package are left out."""
-    found = [Named("vae.path", cfg.vae.path, "vae"), Named("text.path", cfg.text.path, "text_encoder")]  # fmt: skip
+    found = [
+        Named("vae.path", cfg.vae.path, "vae"),
+        Named("text.path", cfg.text.path, "text_encoder"),
+    ]
     return [named for named in found if named.path and not named.path.startswith("shipped:")]
 
 

@@ -4,6 +4,10 @@ Two parts. The fixed one is weights, gradients, moments and average. The other g
 of a micro-batch: the tensors that autograd saves for the backward pass, counted from the code of
 `dit.py`, `attention.py` and `layers.py`, and the gradients of one block while its backward runs.
 
+This is the one estimate from sizes: `data.memory_gb`, `sora bench memory` and the search of `sora plan` call it. The
+plan then counts the layouts it recommends on fake tensors of the real model (tools/plan/memory), which knows the
+engine's buffers and published encoders as well but takes seconds a layout.
+
 The count is that of eager PyTorch with the SDPA core, whose memory is linear in the tokens; kernels
 that fuse a norm save somewhat less. Left out: the batch itself, the frozen VAE, kernels' workspaces
 and what an allocator wastes.

@@ -101,9 +101,16 @@ class Watchdog:
         with self._lock:
             self._ends = None if deadline is None else now + deadline
             self._beat = Beat(
-                self.rank, self._host, os.getpid(), step, phase, self._beat.beats + 1, time.time(),
-                deadline or 0.0, samples,
-            )  # fmt: skip
+                self.rank,
+                self._host,
+                os.getpid(),
+                step,
+                phase,
+                self._beat.beats + 1,
+                time.time(),
+                deadline or 0.0,
+                samples,
+            )
         if self._thread is None:
             return
         if deadline is None:

@@ -202,7 +202,10 @@ def mean_step(data: TrainingData, data_step: int) -> tuple[float, float, float]:
 
 def state_bytes(run: RunContext, parts: Components) -> float:
     """float32 weights, gradients, two moments (unless they are on the host) and the averages, over the ranks that
-    share them."""
+    share them.
+
+    Counted on the model that is built, so it holds for every task and for a model of one's own; `models/memory.py`
+    estimates from the sizes alone, activations and gathered weights included, before anything is built."""
     shards = run.world.size // run.degrees.dp_replicate
     moments = run.cfg.optim.name == "adamw" and not run.cfg.parallel.offload_optimizer
     copies = (4 if moments else 2) + len(parts.ema.shadows)

@@ -88,9 +88,17 @@ def tiny_config(cfg: Config, degrees: Degrees) -> Config:
     """This config with a model of a few thousand parameters, and heads that fit."""
     heads = degrees.ulysses if degrees.ulysses > 1 else 2
     model = ModelConfig(
-        num_layers=1, num_heads=heads, head_dim=16, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=16, attention=cfg.model.attention, compile="off",
-    )  # fmt: skip
+        num_layers=1,
+        num_heads=heads,
+        head_dim=16,
+        ffn_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        attention=cfg.model.attention,
+        compile="off",
+    )
     return cfg.model_copy(update={"model": model})
 
 

@@ -56,9 +56,15 @@ def _forward(
 
 @torch.library.custom_op("sora::ring_attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    lengths: Sequence[int], group: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Sequence[int],
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     ring = Ring(lengths, group)
     queries, answers, cotangents = (x.transpose(1, 2) for x in (q, out, dout))
     dq = torch.zeros_like(at_least_fp32(queries))
@@ -96,9 +102,15 @@ def _(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], group: str) -> tu
 
 @_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    lengths: Sequence[int], group: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Sequence[int],
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
 

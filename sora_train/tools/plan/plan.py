@@ -20,7 +20,7 @@ from sora_train.parallel.degrees import check_degrees, resolve_degrees
 from sora_train.tools.plan.assumptions import Assumptions
 from sora_train.tools.plan.search import (
     Candidate,
-    Found,
+    SearchResult,
     describe_options,
     guess_bytes,
     overrides_of,
@@ -149,7 +149,7 @@ def _stage(name: str, bench: Bench, progress: Progress) -> Values:
     }  # fmt: skip
 
 
-def own_layout(bench: Bench) -> Found:
+def own_layout(bench: Bench) -> SearchResult:
     """The config's own layout, checked and counted.
 
     Raises:
@@ -171,8 +171,8 @@ def own_layout(bench: Bench) -> Found:
     cap = bench.cluster.memory * (1 - bench.assume.reserve)
     if candidate.bytes > cap:
         over = (candidate.bytes - cap) / GIB
-        return Found([], [too_large(candidate.name, over)], 1)
-    return Found([candidate], [], 1)
+        return SearchResult([], [too_large(candidate.name, over)], 1)
+    return SearchResult([candidate], [], 1)
 
 
 def memory_values(candidate: Candidate) -> Values:

@@ -20,11 +20,11 @@ from sora_train.models.memory import (
     transformer_parameters,
 )
 from sora_train.parallel.degrees import Degrees, check_degrees, describe_layout
-from sora_train.tools.plan.memory.encoders import text_bytes
+from sora_train.tools.plan.memory.encoders import frozen_text_bytes
 from sora_train.tools.plan.memory.plan import ALLOWANCE, SLACK, MemoryPlan, memory_of
 from sora_train.tools.plan.time.cluster import GIB
 from sora_train.tools.plan.time.step import Bench, StepPlan, step_plan
-from sora_train.tools.plan.time.work import Work
+from sora_train.tools.plan.time.work import BucketWork
 
 MOST_CP = 64
 MAX_LAYOUTS = 1500
@@ -87,7 +87,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedLayout:
     """A layout, and why it is not recommended."""
 
     name: str
@@ -97,10 +97,10 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     best: list[Candidate]
     """Fitting ones, the fastest first."""
-    refused: list[Refused]
+    refused: list[RefusedLayout]
     tried: int
 
 
@@ -176,7 +176,7 @@ def with_layout(cfg: Config, engine: str, degrees: Degrees, options: dict[str, A
     return cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=parallel)})
 
 
-def guess_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, Work]:
+def guess_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, BucketWork]:
     """Bytes of a rank by models/memory.py, and the bucket that needs most."""
     model, text, w = cfg.model, cfg.text, bench.size
     shards, cp = degrees.shards, degrees.cp
@@ -195,14 +195,14 @@ def guess_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, Wor
         fixed += trained * w + (trained * 4 if cfg.parallel.engine == "zero1" else 0)
 
     # Of a published encoder models/memory.py knows no sizes.
-    frozen, caption = text_bytes(text)
+    frozen, caption = frozen_text_bytes(text)
     if not text.trainable:
         fixed += frozen - text_parameters(text) * 4
     at_rest = fixed
     if bench.cluster.device == "cuda":
         fixed += ALLOWANCE
 
-    def needs(work: Work) -> float:
+    def needs(work: BucketWork) -> float:
         clip = ClipSize(-(-work.tokens // cp), work.frames, text.max_length)
         return work.clips * clip_bytes(model, text, clip, w, bench.cluster.device, cfg.parallel)
 
@@ -212,11 +212,11 @@ def guess_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, Wor
     return max(fixed + (1 + SLACK) * needs(worst), encoding), worst
 
 
-def search(bench: Bench, progress: Callable[[str, int, int], None]) -> Found:
+def search(bench: Bench, progress: Callable[[str, int, int], None]) -> SearchResult:
     """Try all layouts; `progress(what, done, of)` is told how far it is."""
     cap = bench.cluster.memory * (1 - bench.assume.reserve)
     candidates: list[Candidate] = []
-    refused: list[Refused] = []
+    refused: list[RefusedLayout] = []
     todo = list(layouts(bench))[:MAX_LAYOUTS]
     for number, (engine, degrees) in enumerate(todo):
         progress("layouts", number, len(todo))
@@ -226,13 +226,13 @@ def search(bench: Bench, progress: Callable[[str, int, int], None]) -> Found:
         else:
             refused.append(found)
     best = fastest(bench, candidates, refused, cap, progress)
-    return Found(best, _reasons(bench, best, candidates, refused), len(todo))
+    return SearchResult(best, _reasons(bench, best, candidates, refused), len(todo))
 
 
 def fastest(
     bench: Bench,
     candidates: list[Candidate],
-    refused: list[Refused],
+    refused: list[RefusedLayout],
     cap: float,
     progress: Callable[[str, int, int], None],
 ) -> list[Candidate]:
@@ -267,7 +267,7 @@ def fastest(
 
 def cheapest_that_fits(
     bench: Bench, engine: str, degrees: Degrees, cap: float, first: int = 0
-) -> Candidate | Refused:
+) -> Candidate | RefusedLayout:
     """The layout with the first memory options, of those after `first`, that are guessed to fit."""
     ranks = bench.cluster.gpus // degrees.cp
     several = bench.stage.cfg.train.micro_batches > ranks and engine == "fsdp"
@@ -289,20 +289,20 @@ def _extras(several: bool) -> list[dict[str, Any]]:
     return [plain, sharded] if several else [plain]
 
 
-def with_smaller_options(bench: Bench, counted: Candidate, cap: float) -> Candidate | Refused:
+def with_smaller_options(bench: Bench, counted: Candidate, cap: float) -> Candidate | RefusedLayout:
     """The layout with the next memory options that are guessed to fit, after some that were counted and do not."""
     at = next(
         (n for n, o in enumerate(MEMORY_OPTIONS) if _has(counted.cfg, o)), len(MEMORY_OPTIONS)
     )
     engine = counted.cfg.parallel.engine
     following = cheapest_that_fits(bench, engine, counted.degrees, cap, at + 1)
-    if isinstance(following, Refused):
+    if isinstance(following, RefusedLayout):
         return too_large(counted.name, (counted.bytes - cap) / GIB)
     return following
 
 
-def too_large(name: str, over: float) -> Refused:
-    return Refused(name, f"memory over by {over:,.1f} GiB at the least", over)
+def too_large(name: str, over: float) -> RefusedLayout:
+    return RefusedLayout(name, f"memory over by {over:,.1f} GiB at the least", over)
 
 
 def _has(cfg: Config, options: dict[str, Any]) -> bool:
@@ -323,8 +323,8 @@ def with_memory(bench: Bench, candidate: Candidate) -> Candidate:
 
 
 def _reasons(
-    bench: Bench, best: list[Candidate], candidates: list[Candidate], refused: list[Refused]
-) -> list[Refused]:
+    bench: Bench, best: list[Candidate], candidates: list[Candidate], refused: list[RefusedLayout]
+) -> list[RefusedLayout]:
     """One line for each kind of layout that is not among the best: the nearest of its kind."""
     if not best:
         return sorted(refused, key=lambda each: each.over)[:SHOWN]
@@ -334,7 +334,9 @@ def _reasons(
             chosen.add(_kind(each.name))
             slower = 100 * (each.step.seconds / best[0].step.seconds - 1)
             if slower >= 0:
-                found.append(Refused(f"{each.name} ({each.options})", f"slower by {slower:.1f} %"))
+                found.append(
+                    RefusedLayout(f"{each.name} ({each.options})", f"slower by {slower:.1f} %")
+                )
     for no in sorted(refused, key=lambda each: each.over):
         if _kind(no.name) not in chosen:
             chosen.add(_kind(no.name))
@@ -348,7 +350,7 @@ def _kind(name: str) -> str:
     return " x ".join([head.split(" ")[0], *(part.split(" ")[0] for part in rest)])
 
 
-def _undivided(bench: Bench) -> list[Refused]:
+def _undivided(bench: Bench) -> list[RefusedLayout]:
     cfg, per_node = bench.stage.cfg, bench.cluster.gpu.gpus_per_node
     found = []
     for ulysses in divisors(min(per_node, bench.cluster.gpus)):
@@ -356,5 +358,5 @@ def _undivided(bench: Bench) -> list[Refused]:
         try:
             check_degrees(cfg, degrees)
         except ConfigError as error:
-            found.append(Refused(f"ulysses {ulysses}", str(error).split(";")[0]))
+            found.append(RefusedLayout(f"ulysses {ulysses}", str(error).split(";")[0]))
     return found

@@ -55,7 +55,7 @@ def latent_shape(cfg: Config, bucket: Bucket) -> tuple[int, int, int, int]:
     return geometry.latent_shape(bucket.frames, bucket.height, bucket.width)
 
 
-def text_bytes(cfg: TextConfig) -> tuple[int, int]:
+def frozen_text_bytes(cfg: TextConfig) -> tuple[int, int]:
     """(bytes of a frozen encoder's weights, bytes that one caption takes at the height of its encoding)."""
     if cfg.trainable:
         return 0, 0

@@ -17,13 +17,13 @@ DEPTHS = (4, 6)
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
     from sora_train.config import Config
     from sora_train.data.sample import Bucket
-    from sora_train.tools.plan.memory.encoders import latent_shape, text_bytes, vae_bytes
+    from sora_train.tools.plan.memory.encoders import frozen_text_bytes, latent_shape, vae_bytes
     from sora_train.tools.plan.memory.step import step_peaks
 
     cfg = Config.model_validate_json(asked["config"])
     bucket, clips = Bucket(*asked["bucket"]), asked["clips"]
     if asked["part"] == "encoders":
-        text, caption = text_bytes(cfg.text)
+        text, caption = frozen_text_bytes(cfg.text)
         vae, clip = vae_bytes(cfg, bucket)
         return {"weights": text + vae, "encode": max(clip, caption * clips)}
     shape = latent_shape(cfg, bucket)

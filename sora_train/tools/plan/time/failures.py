@@ -61,7 +61,14 @@ def schedule(mtbf: float, stall: float, write: float, restart: float) -> Schedul
     interval = max(daly(stall, mtbf), write)
     both = daly(write, mtbf)
     return Schedule(
-        mtbf, stall, write, restart, interval, young(stall, mtbf), daly(stall, mtbf),
+        mtbf,
+        stall,
+        write,
+        restart,
+        interval,
+        young(stall, mtbf),
+        daly(stall, mtbf),
         goodput(interval, stall, mtbf, restart, late=write),
-        both, goodput(both, write, mtbf, restart),
-    )  # fmt: skip
+        both,
+        goodput(both, write, mtbf, restart),
+    )

@@ -22,7 +22,7 @@ from sora_train.parallel.degrees import Degrees
 from sora_train.tools.plan.assumptions import Assumptions
 from sora_train.tools.plan.time.cluster import GB, Cluster
 from sora_train.tools.plan.time.links import Groups, Links, engine_seconds
-from sora_train.tools.plan.time.work import Imbalance, StageWork, Work
+from sora_train.tools.plan.time.work import BucketWork, Imbalance, StageWork
 
 # FlashAttention-3 (arXiv:2407.08608, fig. 5-6), head width 128, long sequences on H100: about 650 and 550 of 989
 # TFLOP/s;
@@ -44,7 +44,7 @@ backward the gradients of q, k and v added up (parallel/ring.py)."""
 class BucketTime:
     """Seconds of one micro-batch of a bucket on a rank, by what they are spent on."""
 
-    work: Work
+    work: BucketWork
     products: float
     attention: float
     passes: float
@@ -136,7 +136,7 @@ def again(cfg: Config) -> tuple[float, float, float]:
     return products, 0.0 if "attention" in kept else share, share
 
 
-def bucket_time(bench: Bench, cfg: Config, degrees: Degrees, work: Work) -> BucketTime:
+def bucket_time(bench: Bench, cfg: Config, degrees: Degrees, work: BucketWork) -> BucketTime:
     """Of one micro-batch."""
     assume, gpu, cp = bench.assume, bench.cluster.gpu, degrees.cp
     forward, backward = bench.attention_shares()
@@ -182,7 +182,7 @@ def bucket_time(bench: Bench, cfg: Config, degrees: Degrees, work: Work) -> Buck
 
 
 def _context_seconds(
-    bench: Bench, cfg: Config, degrees: Degrees, work: Work, attention: float, again: float
+    bench: Bench, cfg: Config, degrees: Degrees, work: BucketWork, attention: float, again: float
 ) -> tuple[float, float]:
     """(all-to-alls, the ring beyond attention) of a micro-batch; exchanges of forward come again with it."""
     if degrees.cp == 1:
@@ -200,7 +200,7 @@ def _context_seconds(
     return exchange, merging + max(0.0, passed * (1 + again / 3) - attention)
 
 
-def slot_of(work: Work) -> Slot:
+def slot_of(work: BucketWork) -> Slot:
     return Slot(work.clips, work.frames, work.tokens // work.frames)
 
 

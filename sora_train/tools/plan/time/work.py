@@ -30,7 +30,7 @@ TAPE_CLIPS = 400_000  # most clips of the tape from which imbalance is read
 
 
 @dataclass(frozen=True)
-class Work:
+class BucketWork:
     """A bucket: what one of its clips costs forward, in operations, and how many make a micro-batch."""
 
     bucket: Bucket
@@ -62,7 +62,7 @@ class Work:
 class StageWork:
     """All buckets of a stage that hold clips, and what was taken for granted."""
 
-    works: tuple[Work, ...]
+    works: tuple[BucketWork, ...]
     notes: tuple[str, ...]
     cfg: Config
 
@@ -112,7 +112,7 @@ def stage_work(cfg: Config, assume: Assumptions) -> StageWork:
         pixels = bucket.frames * bucket.height * bucket.width
         stored = cfg.data.cache != "none"
         works.append(
-            Work(
+            BucketWork(
                 bucket, spec.class_name, tokens, shape[1], share, sizes[bucket],
                 flops_of(bucket), attention_flops(cfg.model, tokens, text),
                 text_flops(cfg.text, text) if cfg.text.trainable else 0,
