@@ -1,4 +1,4 @@
-"""What the given frames of a clip look like: the same in training, where they are cut from a clip,
+"""What the condition frames of a clip look like: the same in training, where they are cut from a clip,
 and in sampling, where nothing else is known.
 
 The video VAE is causal: latent 0 holds the first pixel frame alone, latent i >= 1 holds `factor`
@@ -8,10 +8,10 @@ the sampler does not have. Nor can it be encoded as it is: its first frame would
 the other phase, one frame long, in a place where a latent is `factor` frames long. Both would
 train a model for latents that it never meets.
 
-Here each run of given latent frames is encoded from its own pixels alone. A run that does not begin
+Here each run of condition frames is encoded from its own pixels alone. A run that does not begin
 the clip is led in by copies of its own first frame, whose latents are dropped: what is left has the
 phase of its place. A single image at such a place is held for `factor` frames. Training and
-sampling both call `encode_given` (frames replaced) or `encode_whole` (concatenated channels).
+sampling both call `encode_condition_frames` (frames replaced) or `encode_whole` (concatenated channels).
 
 Dimension key: B batch, C latent channels, T, H, W latent frames, rows, columns; F pixel frames.
 """
@@ -28,9 +28,9 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def pixel_mask(kind: str, mask_T: Tensor, factor: int) -> Tensor:
-    """Mask (F,) of the pixel frames that are known where latent frames `mask_T` are given.
+    """Mask (F,) of the pixel frames that are known where latent frames `mask_T` are conditions.
 
-    All `factor` frames of a given latent frame, but only the last of them for the kinds that are
+    All `factor` frames of such a latent frame, but only the last of them for the kinds that are
     given as single images.
 
     Args:
@@ -47,10 +47,10 @@ def latent_mask(mask_F: Tensor, factor: int) -> Tensor:
     return torch.cat([mask_F[:1], mask_F[1:].view(-1, factor).amax(dim=1)])
 
 
-def encode_given(
+def encode_condition_frames(
     encode: Encode, pixels: Tensor, mask_F: Tensor, factor: int, frame_step: int
 ) -> Tensor:
-    """Latents (1, C, T, H, W) of the given frames, each run from its own pixels; 0 elsewhere.
+    """Latents (1, C, T, H, W) of the condition frames, each run from its own pixels; 0 elsewhere.
 
     Args:
         encode: the VAE.
@@ -60,12 +60,12 @@ def encode_given(
         frame_step: clips that the VAE takes have 1 + k * frame_step frames.
 
     Raises:
-        ValueError: nothing is given, or a latent frame is known in part but not as a still.
+        ValueError: there is no condition frame, or a latent frame is known in part but not as a still.
     """
     mask_T = latent_mask(mask_F, factor)
     runs = _runs(mask_F, factor)
     if not runs:
-        raise ValueError("no frame is given, so there is nothing to encode")
+        raise ValueError("no frame is a condition, so there is nothing to encode")
     latents: Tensor | None = None
     for start, stop in runs:
         run = _encode_run(encode, pixels, mask_F, (start, stop), factor, frame_step)
@@ -96,17 +96,17 @@ def mask_channels(mask_BF: Tensor, factor: int) -> Tensor:
     return torch.cat([first_BF, mask_BF[:, 1:]], dim=1).view(len(mask_BF), -1, factor).mT
 
 
-def condition_channels(given: Tensor, mask_BF: Tensor, factor: int) -> Tensor:
+def condition_channels(latents: Tensor, mask_BF: Tensor, factor: int) -> Tensor:
     """What stands beside the noisy latents with `cond_mode=concat`, (B, factor + C, T, H, W): mask
-    channels, then given latents.
+    channels, then condition latents.
 
     Args:
-        given: what `encode_whole` returned, (B, C, T, H, W).
+        latents: what `encode_whole` returned, (B, C, T, H, W).
         mask_BF: known pixel frames.
         factor: temporal factor of the VAE.
     """
-    mask = mask_channels(mask_BF.to(given), factor)[..., None, None]
-    return torch.cat([mask.expand(-1, -1, -1, *given.shape[3:]), given], dim=1)
+    mask = mask_channels(mask_BF.to(latents), factor)[..., None, None]
+    return torch.cat([mask.expand(-1, -1, -1, *latents.shape[3:]), latents], dim=1)
 
 
 def there_and_back(frames: Tensor, dim: int) -> Tensor:
@@ -120,7 +120,7 @@ def there_and_back(frames: Tensor, dim: int) -> Tensor:
 
 
 def _runs(mask_F: Tensor, factor: int) -> list[tuple[int, int]]:
-    """[start, stop) of each run of given latent frames that are encoded together; a still is alone."""
+    """[start, stop) of each run of condition frames that are encoded together; a still is alone."""
     known = [factor if bool(mask_F[0] > 0) else 0]
     known += (mask_F[1:].view(-1, factor) > 0).sum(dim=1).tolist()
     runs: list[tuple[int, int]] = []

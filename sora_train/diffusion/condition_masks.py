@@ -1,11 +1,11 @@
-"""Which latent frames of a clip are given, and what that does to their noise level.
+"""Which latent frames of a clip are conditions, and what that does to their noise level.
 
-One generator of masks for training and sampling alike. A given frame enters the model clean, with
+One generator of masks for training and sampling alike. A condition frame enters the model clean, with
 its own noise level `t_cond` (0, or a little noise), and is left out of the loss. So one model learns
 to make a clip from text alone, from images, and from pieces of clips; docs/objective.md draws every
 kind. What such a frame looks like, in latents and in pixels, is `sora_train.diffusion.condition_frames`'s.
 
-Dimension key: B batch, T latent frames. A mask is 1 where a frame is given.
+Dimension key: B batch, T latent frames. A mask is 1 where a frame is a condition.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def kind_for(kind: str, num_frames: int) -> str:
 
 
 def ends_mask(num_frames: int, head: int, tail: int = 0) -> Tensor:
-    """Mask (T,) float32 that gives the first `head` and the last `tail` latent frames.
+    """Mask (T,) float32 of the first `head` and the last `tail` latent frames.
 
     Raises:
         ValueError: a negative number, or no frame left free.
@@ -86,7 +86,7 @@ def frame_mask(kind: str, num_frames: int, u: float) -> Tensor:
 
     Args:
         kind: one of KINDS.
-        num_frames: T. A single frame (an image) is never given: nothing would be left to learn.
+        num_frames: T. A single frame (an image) is never a condition: nothing would be left to learn.
         u: uniform draw in [0, 1), which decides all that a kind leaves open: how many frames, and
             which.
 
@@ -140,20 +140,20 @@ def _random(num_frames: int, u: float) -> Tensor:
 
 
 def frame_times(t_B: Tensor, mask_BT: Tensor, t_cond: float | Tensor = 0.0) -> Tensor:
-    """Noise level of each latent frame, (B, T): `t_cond` where the frame is given, the clip's t
+    """Noise level of each latent frame, (B, T): `t_cond` where the frame is a condition, the clip's t
     elsewhere.
 
     Args:
         t_cond: one level for all clips, or one a clip (B,).
     """
-    given_B = torch.as_tensor(t_cond, dtype=t_B.dtype, device=t_B.device).expand_as(t_B)
-    return torch.where(mask_BT > 0, given_B[:, None], t_B[:, None])
+    t_cond_B = torch.as_tensor(t_cond, dtype=t_B.dtype, device=t_B.device).expand_as(t_B)
+    return torch.where(mask_BT > 0, t_cond_B[:, None], t_B[:, None])
 
 
 def condition_times(u_share_B: Tensor, u_level_B: Tensor, share: float, top: float) -> Tensor:
-    """Noise levels (B,) of given frames: 0, and for a `share` of the clips uniform in [0, top).
+    """Noise levels (B,) of condition frames: 0, and for a `share` of the clips uniform in [0, top).
 
-    A little noise on what is given closes the gap between true frames in training and generated
+    A little noise on them closes the gap between true frames in training and generated
     ones in a continuation (Cosmos-Predict1, arXiv:2501.03575, section 5; SkyReels-V2,
     arXiv:2504.13074, takes 0.02 at sampling).
 

@@ -35,7 +35,7 @@ def sample_losses(
     """Squared velocity error of each sample, averaged over what counts, in at least float32.
 
     Args:
-        frame_weight_BT: weight of each latent frame; 0 leaves a frame (a given one) out. None
+        frame_weight_BT: weight of each latent frame; 0 leaves a frame (a condition) out. None
             counts all alike.
 
     Returns:

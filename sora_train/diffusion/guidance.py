@@ -1,4 +1,4 @@
-"""Guidance: how the velocities with and without caption and given frames become one.
+"""Guidance: how the velocities with and without caption and condition frames become one.
 
 Dimension key: B batch, T latent frames; v has shape (B, C, T, H, W).
 """
@@ -15,12 +15,12 @@ def guide(v: Tensor, v_null: Tensor, guidance_scale: float) -> Tensor:
 def guide_both(
     v: Tensor, v_condition: Tensor, v_null: Tensor, guidance_scale: float, condition_scale: float
 ) -> Tensor:
-    """Guidance by given frames, and by the caption on top of them (Brooks et al. 2023,
+    """Guidance by condition frames, and by the caption on top of them (Brooks et al. 2023,
     arXiv:2211.09800, eq. 3); with condition_scale = 1 it is `guide(v, v_condition)`.
 
     Args:
-        v: with caption and given frames.
-        v_condition: with given frames alone.
+        v: with caption and condition frames.
+        v_condition: with condition frames alone.
         v_null: with neither.
     """
     return v_null + condition_scale * (v_condition - v_null) + guidance_scale * (v - v_condition)
@@ -32,9 +32,9 @@ def rescale(v_guided: Tensor, v: Tensor, share: float, free_BT: Tensor) -> Tenso
 
     Args:
         v_guided: after guidance.
-        v: with caption and given frames, without guidance.
+        v: with caption and condition frames, without guidance.
         share: phi; 0 changes nothing, 1 gives each clip the spread of `v`.
-        free_BT: 1 for latent frames that are made; given ones have no velocity to speak of.
+        free_BT: 1 for latent frames that are made; condition frames have no velocity.
     """
     factor_B = _spread(v, free_BT) / _spread(v_guided, free_BT).clamp_min(1e-12)
     return v_guided * (1 + share * (factor_B - 1)).view(-1, 1, 1, 1, 1)

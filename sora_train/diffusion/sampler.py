@@ -20,7 +20,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 """v(z, t_BT), of the shape of z."""
 
 Slope = Callable[[Tensor, float], Tensor]
-"""v(z, t) with what is given taken into account."""
+"""v(z, t) with condition frames held in place."""
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def sample_ode(
     noise: Tensor,
     spec: DiffusionSpec,
     *,
-    given: Tensor | None = None,
+    condition_latents: Tensor | None = None,
     mask_BT: Tensor | None = None,
     strength_T: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -39,11 +39,11 @@ def sample_ode(
     Args:
         velocity: the model, guidance included.
         noise: z at t = 1, (B, C, T, H, W), float32 or float64.
-        given: clean latents, (B, C, T, H, W), of the frames that the next two speak of.
-        mask_BT: 1 for given frames; they keep their values and are shown to the model at t = 0.
+        condition_latents: clean latents, (B, C, T, H, W), of the frames in `mask_BT` and `strength_T`.
+        mask_BT: 1 for condition frames; they keep their values and are shown to the model at t = 0.
         strength_T: noise level in [0, 1] from which each latent frame is made anew (SDEdit, Meng et
             al. 2021, arXiv:2108.01073): down to it the frame stays on the straight path from
-            `given` to its noise. 1 makes a frame from noise alone, 0 keeps it. The grid begins at
+            `condition_latents` to its noise. 1 makes a frame from noise alone, 0 keeps it. The grid begins at
             the highest level; a frame with a lower one is let go at the first step at or below it.
         on_step: called with the number of steps done, after each.
 
@@ -51,16 +51,16 @@ def sample_ode(
         Latents (B, C, T, H, W) at t = 0.
 
     Raises:
-        ValueError: given latents without a mask or strength, or one of these without latents.
+        ValueError: condition latents without a mask or strength, or one of these without latents.
     """
-    if (given is None) != (mask_BT is None and strength_T is None):
+    if (condition_latents is None) != (mask_BT is None and strength_T is None):
         raise ValueError(
-            "given latents and their mask or strength belong together; one of them is missing"
+            "condition latents and their mask or strength belong together; one of them is missing"
         )
     batch, _, num_frames = noise.shape[:3]
     mask_BT = noise.new_zeros(batch, num_frames) if mask_BT is None else mask_BT
     strength_T = noise.new_ones(num_frames) if strength_T is None else strength_T.to(noise)
-    source = noise if given is None else given.to(noise)
+    source = noise if condition_latents is None else condition_latents.to(noise)
     free = (mask_BT == 0)[:, None, :, None, None]
     times = grid_from(spec.sampling_times(noise.shape[2:]).tolist(), float(strength_T.max()))
     start_B = noise.new_full((batch,), times[0])

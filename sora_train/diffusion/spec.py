@@ -102,7 +102,7 @@ class DiffusionSpec:
     guidance_scale: float
     """Classifier-free guidance; 1 is none."""
     condition_scale: float
-    """The same for given frames, against none given; 1 is none."""
+    """The same for condition frames, against a clip without them; 1 is none."""
     guidance_from: float
     """Lowest noise level t with guidance."""
     guidance_to: float
@@ -132,17 +132,17 @@ class DiffusionSpec:
     caption_dropout: float
     """Share of samples trained on the empty caption."""
     conditioning: tuple[tuple[str, float], ...]
-    """(kind, probability) of what is given to the model besides the caption; probabilities sum to
+    """(kind, probability) of the condition frames; probabilities sum to
     1."""
     cond_mode: str
-    """How given frames reach the model: `replace` puts them into the noisy latents, `concat` beside
+    """How condition frames reach the model: `replace` puts them into the noisy latents, `concat` beside
     them as further channels (Wan 2.1's image-to-video layout)."""
     condition_noise_share: float
-    """Share of samples whose given frames carry noise."""
+    """Share of samples whose condition frames carry noise."""
     condition_noise_max: float
     """Their noise levels are uniform in [0, condition_noise_max)."""
     condition_dropout: float
-    """Share of samples from which the given frames are withheld, drawn apart from the captions'."""
+    """Share of samples from which the condition frames are withheld, drawn apart from the captions'."""
 
     def __post_init__(self) -> None:
         for key, choices in _CHOICES.items():

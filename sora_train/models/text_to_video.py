@@ -31,7 +31,7 @@ class VideoDenoiser(Protocol):
 
     @property
     def takes_mask(self) -> bool:
-        """Whether the model is told which latent frames are given: `mask_BT` of its call."""
+        """Whether the model takes the mask of condition frames: `mask_BT` of its call."""
 
     def __call__(
         self,
@@ -101,7 +101,7 @@ class TextToVideo(nn.Module):
             latents_BCTHW: noisy latents.
             t_BT: noise level of each latent frame in [0, 1].
             text: what `tokenize` returned; ids are encoded here, embeddings are taken as they are.
-            mask_BT: 1 for given latent frames; only for models with `mask_proj`.
+            mask_BT: 1 for condition frames; only for models with `mask_proj`.
             fps_B: frames a second of the clips; only models with `fps_proj` are told.
 
         Raises:
@@ -122,7 +122,7 @@ class TextToVideo(nn.Module):
 
     @property
     def takes_mask(self) -> bool:
-        """Whether latent frames that are given are marked by `mask_proj`."""
+        """Whether condition frames are marked by `mask_proj`."""
         return self.transformer.mask_proj is not None
 
     def tokenize(self, prompts: Sequence[str], sharing: WorkSharing = NO_SHARING) -> Text:

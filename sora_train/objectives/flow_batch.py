@@ -16,7 +16,7 @@ class FlowBatch:
     """Latents on their way from data to noise: everything the velocity loss needs.
 
     x and noise are (B, C, T, H, W); t_B is each clip's noise level; mask_BT is 1 for latent frames
-    that are given.
+    that are conditions.
     """
 
     x: Tensor
@@ -27,9 +27,9 @@ class FlowBatch:
     fps_B: Tensor
     text: tuple[Tensor | None, ...] = ()
     """Caption embeddings (L, E) that are known already, for the prompts that have one; empty: for none."""
-    given: Tensor | None = None
+    condition_latents: Tensor | None = None
     """Latents (B, C, T, H, W) of the condition frames, where those of x differ: see diffusion/condition_frames.py."""
-    condition: Tensor | None = None
+    condition_channels: Tensor | None = None
     """With cond_mode=concat: mask channels and condition latents (B, factor + C, T, H, W), an input beside the noisy
     latents. Every frame is then noisy and counts."""
     t_cond_B: Tensor | None = None
@@ -43,14 +43,16 @@ class FlowBatch:
         """The model's velocity (B, C, T, H, W)."""
         assert isinstance(model, VideoDenoiser)
         text = model.embed(self.prompts, self.text or [None] * len(self.prompts), self.sharing)
-        if self.condition is not None:
+        if self.condition_channels is not None:
             t_BT = self.t_B[:, None].expand_as(self.mask_BT)
-            z = torch.cat([interpolate(self.x, self.noise, t_BT), self.condition], dim=1)
+            z = torch.cat([interpolate(self.x, self.noise, t_BT), self.condition_channels], dim=1)
             return model(z, t_BT, text, fps_B=self.fps_B)
         t_BT = frame_times(self.t_B, self.mask_BT, 0.0 if self.t_cond_B is None else self.t_cond_B)
         clean = self.x
-        if self.given is not None:
-            clean = torch.where(self.mask_BT[:, None, :, None, None] > 0, self.given, clean)
+        if self.condition_latents is not None:
+            clean = torch.where(
+                self.mask_BT[:, None, :, None, None] > 0, self.condition_latents, clean
+            )
         z = interpolate(clean, self.noise, t_BT)
         mask_BT = self.mask_BT if model.takes_mask else None
         return model(z, t_BT, text, mask_BT=mask_BT, fps_B=self.fps_B)
@@ -58,7 +60,9 @@ class FlowBatch:
     @property
     def counted_BT(self) -> Tensor:
         """1 for the latent frames that the loss is about."""
-        return 1.0 - self.mask_BT if self.condition is None else torch.ones_like(self.mask_BT)
+        if self.condition_channels is not None:
+            return torch.ones_like(self.mask_BT)
+        return 1.0 - self.mask_BT
 
     def loss_sum(self, model: nn.Module) -> Tensor:
         """Sum over the samples of each one's mean squared velocity error on the frames that count."""

@@ -63,7 +63,7 @@ def spec_of(cfg: Config, vae: VideoVAE, text_digest: str) -> DiffusionSpec:
 def check_channels(cond_mode: str, vae: VideoVAE, model: TextToVideo) -> None:
     """Raises ConfigError when the model's input or output does not fit the VAE's latents."""
     latents, transformer = vae.channels, model.transformer
-    extra = f" (latents, a mask of {vae.temporal_factor} and given latents)"
+    extra = f" (latents, a mask of {vae.temporal_factor} and condition latents)"
     wanted, why = (
         (2 * latents + vae.temporal_factor, f"objective.cond_mode=concat{extra}")
         if cond_mode == "concat"

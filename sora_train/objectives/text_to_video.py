@@ -11,7 +11,7 @@ from sora_train.config import Config
 from sora_train.data.sample import Clip, ClipBatch
 from sora_train.diffusion.condition_frames import (
     condition_channels,
-    encode_given,
+    encode_condition_frames,
     encode_whole,
     pixel_mask,
     there_and_back,
@@ -108,8 +108,8 @@ class TextToVideoObjective(Objective):
             prompts=draws.prompts,
             fps_B=torch.tensor([clip.fps for clip in clips], device=x.device),
             text=stored_text(clips, draws.prompts),
-            given=encoded.given,
-            condition=encoded.condition,
+            condition_latents=encoded.condition_latents,
+            condition_channels=encoded.condition_channels,
             t_cond_B=draws.t_cond_B.to(x.device),
             time_weight_B=self.spec.loss_weight(draws.t_B).to(x.device),
             sharing=self.sharing,
@@ -195,8 +195,8 @@ class TextToVideoObjective(Objective):
                 prompts=prompts,
                 fps_B=torch.tensor([clip.fps for clip in clips], device=x.device),
                 text=stored_text(clips, prompts),
-                given=encoded.given,
-                condition=encoded.condition,
+                condition_latents=encoded.condition_latents,
+                condition_channels=encoded.condition_channels,
                 sharing=self.sharing,
             )
             sums.append(float(flow.loss_sum(model)))
@@ -227,40 +227,40 @@ class TextToVideoObjective(Objective):
         rows = list(zip(clips, kinds, mask_BT, strict=True))
         mask_BT = mask_BT.to(x.device)
         if self.spec.cond_mode == "concat":
-            condition = torch.cat(self.sharing(rows, lambda row: self.condition_of(*row)))
-            return ConditionedLatents(x, mask_BT, None, condition)
+            channels = torch.cat(self.sharing(rows, lambda row: self.condition_channels_of(*row)))
+            return ConditionedLatents(x, mask_BT, None, channels)
         # The first frames of a clip depend on no later ones, so they are the clip's own latents.
         apart = [row for row, kind in enumerate(kinds) if kind not in HEAD_KINDS]
         if not apart:
             return ConditionedLatents(x, mask_BT, None, None)
-        encoded = self.sharing(apart, lambda row: self.given_of(*rows[row]))
-        given = x.clone()
+        encoded = self.sharing(apart, lambda row: self.condition_latents_of(*rows[row]))
+        condition_latents = x.clone()
         for row, latents in zip(apart, encoded, strict=True):
-            given[row] = latents[0]
-        return ConditionedLatents(x, mask_BT, given, None)
+            condition_latents[row] = latents[0]
+        return ConditionedLatents(x, mask_BT, condition_latents, None)
 
     @torch.no_grad()
-    def given_of(self, clip: Clip, kind: str, mask_T: Tensor) -> Tensor:
-        """Latents (1, C, T, H, W) of the frames a clip is given, each run from its own pixels."""
+    def condition_latents_of(self, clip: Clip, kind: str, mask_T: Tensor) -> Tensor:
+        """Latents (1, C, T, H, W) of a clip's condition frames, each run from its own pixels."""
         vae = self.vae
         known_F = pixel_mask(kind, mask_T, vae.temporal_factor)
         pixels = self.pixels_of(clip, kind)
-        return encode_given(
+        return encode_condition_frames(
             vae.encode, pixels, known_F, vae.temporal_factor, vae.frame_step
         ).float()
 
     @torch.no_grad()
-    def condition_of(self, clip: Clip, kind: str, mask_T: Tensor) -> Tensor:
+    def condition_channels_of(self, clip: Clip, kind: str, mask_T: Tensor) -> Tensor:
         """Condition channels (1, factor + C, T, H, W) of one clip."""
         known_F = pixel_mask(kind, mask_T, self.vae.temporal_factor).to(self.device)
-        given = encode_whole(self.vae.encode, self.pixels_of(clip, kind), known_F).float()
-        return condition_channels(given, known_F[None], self.vae.temporal_factor)
+        latents = encode_whole(self.vae.encode, self.pixels_of(clip, kind), known_F).float()
+        return condition_channels(latents, known_F[None], self.vae.temporal_factor)
 
     def pixels_of(self, clip: Clip, kind: str) -> Tensor:
         """Pixels (1, 3, F, H, W) of a clip as its kind plays it. Raises UserError without pixels."""
         if clip.pixels is None:
             raise UserError(
-                f"clip {clip.row} comes as stored latents, and conditioning '{kind}' encodes given frames from "
+                f"clip {clip.row} comes as stored latents, and conditioning '{kind}' encodes condition frames from "
                 "pixels of their own; set data.stored_latents=ignore and data.cache=none, or train t2v, i2v and "
                 "extend with objective.cond_mode=replace only"
             )
@@ -311,8 +311,8 @@ class ConditionedLatents:
 
     x: Tensor
     mask_BT: Tensor
-    given: Tensor | None
-    condition: Tensor | None
+    condition_latents: Tensor | None
+    condition_channels: Tensor | None
 
 
 def sample_keys(clips: list[Clip]) -> tuple[SampleKey, ...]:

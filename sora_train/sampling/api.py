@@ -88,7 +88,7 @@ class Model:
             seed: clip i starts from noise keyed by (seed, i).
             prepared: what `prepare` made of images and videos; it has a shape of its own.
             negative_prompt: what guidance leads away from, in place of the empty caption.
-            condition_noise: noise level in [0, 1] at which given frames are shown to the model.
+            condition_noise: noise level in [0, 1] at which condition frames are shown to the model.
             on_clip: called with the number of clips done.
             settings: `steps`, `guidance_scale` (1 is none), `condition_scale`, `guidance_from`,
                 `guidance_to`, `guidance_rescale`, `solver`, `time_grid` or `time_rounding` in place
@@ -117,7 +117,7 @@ class Model:
             on_batch=on_clip,
             negative_prompt=negative_prompt,
             condition_noise=condition_noise,
-            given=None if prepared is None else prepared.given,
+            condition_frames=None if prepared is None else prepared.condition_frames,
         )
         return clips if prepared is None else [prepared.finish(clip) for clip in clips]
 

@@ -1,4 +1,4 @@
-"""What a clip is made from besides a prompt: images and videos, brought to what the model is given.
+"""What a clip is made from besides a prompt: images and videos, cut and resized to condition frames.
 
 Each operation is one of the kinds of conditioning that training draws, with the frames that a user
 names in place of drawn ones. Files are read, checked and cut here, before any model is loaded.
@@ -33,7 +33,7 @@ from sora_train.diffusion.condition_masks import ends_mask, kind_for
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.vae.geometry import Geometry
-from sora_train.sampling.pipeline import ClipShape, Given
+from sora_train.sampling.pipeline import ClipShape, ConditionFrames
 
 MAX_FRAMES = 4096
 """Longest video read, in frames at the clip's rate: it is held in memory whole."""
@@ -85,17 +85,17 @@ class SampleRequest:
         if self.op not in OPERATIONS:
             raise UserError(f"--op is '{self.op}'; choose among {', '.join(OPERATIONS)}")
         takes = OPERATIONS[self.op]
-        given = {
+        flags = {
             "image": self.image,
             "last_image": self.last_image,
             "frames_given": self.frames_given,
             "gap": self.gap,
             "strength": self.strength or None,
         }
-        for name, value in given.items():
+        for name, value in flags.items():
             if value is not None and name not in (*takes.images, *takes.also):
                 raise UserError(f"--op {self.op} takes no {_flag(name)}; {_takes(self.op)}")
-        images = [name for name in takes.images if given[name] is not None]
+        images = [name for name in takes.images if flags[name] is not None]
         by_video = takes.videos > 0 and len(self.videos) == takes.videos and not images
         by_image = bool(images) and not self.videos
         by_prompt = not (takes.videos or takes.images or self.videos)
@@ -118,11 +118,11 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request with its files read: what the model is given, and what becomes of a clip it makes."""
+    """A request with its files read: the condition frames, and what is done with the clip that the model makes."""
 
     shape: ClipShape
     kind: str
-    given: Given | None = None
+    condition_frames: ConditionFrames | None = None
     known_F: Tensor | None = None
     """1 for frames whose own pixels take the place of the VAE's."""
     before: np.ndarray | None = None
@@ -132,9 +132,9 @@ class Prepared:
 
     def finish(self, clip: np.ndarray) -> np.ndarray:
         """The whole video, uint8 (F, H, W, 3), from the clip that was made."""
-        if self.known_F is not None and self.given is not None:
+        if self.known_F is not None and self.condition_frames is not None:
             known = (self.known_F > 0).numpy()[:, None, None, None]
-            clip = np.where(known, self.given.pixels, clip)
+            clip = np.where(known, self.condition_frames.pixels, clip)
         clip = clip[: len(clip) - self.drop]
         parts = [part for part in (self.before, clip, self.after) if part is not None]
         return np.concatenate(parts)
@@ -147,7 +147,7 @@ class Prepared:
         trained = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items())
         return (
             f"this run was not trained for {op}, which is {self.kind} (it was for {trained}), so what is made may not "
-            f"follow what is given; train with objective.conditioning.{self.kind} above 0"
+            f"follow the condition frames; train with objective.conditioning.{self.kind} above 0"
         )
 
 
@@ -194,7 +194,7 @@ def _from_images(request: SampleRequest, shape: ClipShape, geometry: Geometry) -
         pixels[-1] = _read(request.last_image, "--last-image", shape)[0]
     if kind == "loop":
         pixels[-1] = pixels[0]
-    return Prepared(shape, kind, Given(pixels, kind, mask_T), drop=int(kind == "loop"))
+    return Prepared(shape, kind, ConditionFrames(pixels, kind, mask_T), drop=int(kind == "loop"))
 
 
 def _from_video(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
@@ -203,7 +203,9 @@ def _from_video(request: SampleRequest, shape: ClipShape, geometry: Geometry) ->
     num_frames = _latent_frames(shape, geometry, kind, request.op)
     (video,), shape = _read_videos(request, shape)
     head = kind == "extend"
-    k = _latents_given(request, geometry, num_frames, num_frames // 2, num_frames - 1, head=head)
+    k = _condition_latent_frames(
+        request, geometry, num_frames, num_frames // 2, num_frames - 1, head=head
+    )
     mask_T = ends_mask(num_frames, k, 0) if head else ends_mask(num_frames, 0, k)
     known_F = pixel_mask(kind, mask_T, geometry.temporal_factor)
     count = int(known_F.sum())
@@ -215,7 +217,7 @@ def _from_video(request: SampleRequest, shape: ClipShape, geometry: Geometry) ->
     else:
         pixels[-count:] = video[:count]
         before, after = None, video[count:]
-    return Prepared(shape, kind, Given(pixels, kind, mask_T), known_F, before, after)
+    return Prepared(shape, kind, ConditionFrames(pixels, kind, mask_T), known_F, before, after)
 
 
 def _infill(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
@@ -238,8 +240,8 @@ def _infill(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Pre
     mask_T = ends_mask(num_frames, head, num_frames - stop)
     known_F = pixel_mask("infill", mask_T, factor)
     pixels = video[: shape.frames]
-    given, after = Given(pixels, "infill", mask_T), video[shape.frames :]
-    return Prepared(shape, "infill", given, known_F, after=after)
+    conditions = ConditionFrames(pixels, "infill", mask_T)
+    return Prepared(shape, "infill", conditions, known_F, after=video[shape.frames :])
 
 
 def _connect(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
@@ -248,7 +250,7 @@ def _connect(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Pr
     videos, shape = _read_videos(request, shape)
     first, second = videos[0], videos[-1]
     longest = (num_frames - 1) // 2
-    k = _latents_given(
+    k = _condition_latent_frames(
         request, geometry, num_frames, max(1, (num_frames - 1) // 3), longest, head=True
     )
     mask_T = ends_mask(num_frames, k, k)
@@ -258,11 +260,11 @@ def _connect(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Pr
     _require(second, tail, request.videos[-1], shape)
     pixels = np.zeros((shape.frames, *first.shape[1:]), np.uint8)
     pixels[:head], pixels[-tail:] = first[-head:], second[:tail]
-    given = Given(pixels, "connect", mask_T)
+    conditions = ConditionFrames(pixels, "connect", mask_T)
     if request.op == "loop":
         # The clip's end is the video's beginning, which plays next.
-        return Prepared(shape, "connect", given, known_F, before=first[:-head], drop=tail)
-    return Prepared(shape, "connect", given, known_F, first[:-head], second[tail:])
+        return Prepared(shape, "connect", conditions, known_F, before=first[:-head], drop=tail)
+    return Prepared(shape, "connect", conditions, known_F, first[:-head], second[tail:])
 
 
 def _edit(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
@@ -275,8 +277,8 @@ def _edit(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepa
     points = request.strength or (0.6,)
     places = np.linspace(0, len(points) - 1, num_frames)
     strength_T = torch.from_numpy(np.interp(places, np.arange(len(points)), points)).float()
-    given = Given(video[: shape.frames], "t2v", torch.zeros(num_frames), strength_T)
-    return Prepared(shape, "t2v", given)
+    conditions = ConditionFrames(video[: shape.frames], "t2v", torch.zeros(num_frames), strength_T)
+    return Prepared(shape, "t2v", conditions)
 
 
 def _latent_frames(shape: ClipShape, geometry: Geometry, kind: str, op: str) -> int:
@@ -291,7 +293,7 @@ def _latent_frames(shape: ClipShape, geometry: Geometry, kind: str, op: str) -> 
     return num_frames
 
 
-def _latents_given(
+def _condition_latent_frames(
     request: SampleRequest,
     geometry: Geometry,
     num_frames: int,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sora_train.diffusion.condition_frames import (
     condition_channels,
-    encode_given,
+    encode_condition_frames,
     encode_whole,
     pixel_mask,
 )
@@ -37,7 +37,7 @@ class ClipShape:
 
 
 @dataclass(frozen=True)
-class Given:
+class ConditionFrames:
     """What is known of every clip to be made, as pixels."""
 
     pixels: np.ndarray
@@ -45,9 +45,9 @@ class Given:
     kind: str
     """Kind of conditioning, as in training."""
     mask_T: Tensor
-    """1 for given latent frames."""
+    """1 for latent frames that are conditions."""
     strength_T: Tensor | None = None
-    """Noise level from which each latent frame of a whole known clip is made anew; then nothing is given."""
+    """Noise level from which each latent frame of a whole known clip is made anew; then no frame is a condition."""
 
     def known_frames(self, vae: VideoVAE) -> Tensor:
         """Mask (F,) of the pixel frames that are known."""
@@ -55,27 +55,29 @@ class Given:
 
 
 @dataclass(frozen=True)
-class GivenLatents:
-    """`Given` as model and sampler take it; one clip, since it is the same for all."""
+class ConditionLatents:
+    """`ConditionFrames` as model and sampler take it; one clip, since it is the same for all."""
 
     latents: Tensor
     """(1, C, T, H, W), clean."""
     mask_T: Tensor | None
     strength_T: Tensor | None
-    condition: Tensor | None = None
+    channels: Tensor | None = None
     """With cond_mode=concat the channels beside the noisy latents, (1, factor + C, T, H, W)."""
-    null_condition: Tensor | None = None
-    """The same with nothing given."""
+    null_channels: Tensor | None = None
+    """The same without condition frames."""
 
 
 @torch.no_grad()
-def encode_known(given: Given, vae: VideoVAE, spec: DiffusionSpec) -> GivenLatents:
-    """Latents of what is given, each run of frames from its own pixels, just as in training."""
+def encode_conditions(
+    frames: ConditionFrames, vae: VideoVAE, spec: DiffusionSpec
+) -> ConditionLatents:
+    """Latents of the condition frames, each run from its own pixels, just as in training."""
     device = next(vae.parameters()).device
-    pixels = from_uint8(given.pixels[None], device)
-    mask_T = given.mask_T.to(device)
+    pixels = from_uint8(frames.pixels[None], device)
+    mask_T = frames.mask_T.to(device)
     if spec.cond_mode == "concat":
-        known_F = given.known_frames(vae).to(device)
+        known_F = frames.known_frames(vae).to(device)
         channels = [
             condition_channels(
                 encode_whole(vae.encode, pixels, mask_F).float(), mask_F[None], vae.temporal_factor
@@ -83,14 +85,14 @@ def encode_known(given: Given, vae: VideoVAE, spec: DiffusionSpec) -> GivenLaten
             for mask_F in (known_F, torch.zeros_like(known_F))
         ]
         # Every frame is noisy there, so nothing is kept: only an edited clip is started from.
-        latents = vae.encode(pixels).float() if given.strength_T is not None else channels[0]
-        return GivenLatents(latents, None, given.strength_T, *channels)
-    if given.strength_T is not None:
-        return GivenLatents(vae.encode(pixels).float(), None, given.strength_T.to(device))
-    latents = encode_given(
-        vae.encode, pixels, given.known_frames(vae), vae.temporal_factor, vae.frame_step
+        latents = vae.encode(pixels).float() if frames.strength_T is not None else channels[0]
+        return ConditionLatents(latents, None, frames.strength_T, *channels)
+    if frames.strength_T is not None:
+        return ConditionLatents(vae.encode(pixels).float(), None, frames.strength_T.to(device))
+    latents = encode_condition_frames(
+        vae.encode, pixels, frames.known_frames(vae), vae.temporal_factor, vae.frame_step
     )
-    return GivenLatents(latents.float(), mask_T, None)
+    return ConditionLatents(latents.float(), mask_T, None)
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def sample_latents(
     fps: float,
     *,
     negative_prompt: str = "",
-    given: GivenLatents | None = None,
+    conditions: ConditionLatents | None = None,
     condition_noise: float = 0.0,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -110,26 +112,26 @@ def sample_latents(
 
     Args:
         negative_prompt: what guidance leads away from, in place of the empty caption.
-        given: what all clips are given.
-        condition_noise: noise level at which given frames are shown to the model. They come back
+        conditions: the condition frames, the same for all clips.
+        condition_noise: noise level at which condition frames are shown to the model. They come back
             clean; a little hides flaws of generated ones (SkyReels-V2, arXiv:2504.13074).
         on_step: called with the number of the sampler's steps done, after each.
     """
     batch = len(prompts)
     mask_BT: Tensor | None = None
     latents: Tensor | None = None
-    strength_T = None if given is None else given.strength_T
-    if given is not None and (given.mask_T is not None or strength_T is not None):
-        latents = given.latents.expand(batch, -1, -1, -1, -1)
-        mask_BT = None if given.mask_T is None else given.mask_T.expand(batch, -1)
+    strength_T = None if conditions is None else conditions.strength_T
+    if conditions is not None and (conditions.mask_T is not None or strength_T is not None):
+        latents = conditions.latents.expand(batch, -1, -1, -1, -1)
+        mask_BT = None if conditions.mask_T is None else conditions.mask_T.expand(batch, -1)
     velocity = GuidedVelocity(
-        model, spec, prompts, noise, fps, negative_prompt, given, condition_noise
+        model, spec, prompts, noise, fps, negative_prompt, conditions, condition_noise
     )
     return sample_ode(
         velocity,
         noise,
         spec,
-        given=latents,
+        condition_latents=latents,
         mask_BT=mask_BT,
         strength_T=strength_T,
         on_step=on_step,
@@ -149,7 +151,7 @@ def sample_clips(
     on_batch: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
     negative_prompt: str = "",
-    given: Given | None = None,
+    condition_frames: ConditionFrames | None = None,
     condition_noise: float = 0.0,
 ) -> list[np.ndarray]:
     """One uint8 (T, H, W, 3) clip a prompt.
@@ -159,10 +161,12 @@ def sample_clips(
     """
     device = next(vae.parameters()).device
     latent_shape = vae.latent_shape(shape.frames, shape.height, shape.width)
-    known = None if given is None else encode_known(given, vae, spec)
-    if spec.cond_mode == "concat" and known is None:
-        # Such a model takes the channels even when nothing is given.
-        known = encode_known(nothing_given(shape, latent_shape[1]), vae, spec)
+    conditions = (
+        None if condition_frames is None else encode_conditions(condition_frames, vae, spec)
+    )
+    if spec.cond_mode == "concat" and conditions is None:
+        # Such a model takes the channels without condition frames too.
+        conditions = encode_conditions(no_condition_frames(shape, latent_shape[1]), vae, spec)
     clips: list[np.ndarray] = []
     for start in range(0, len(prompts), batch):
         chunk = prompts[start : start + batch]
@@ -174,7 +178,7 @@ def sample_clips(
             draw_noise(seed, "sample", keys, latent_shape).to(device),
             shape.fps,
             negative_prompt=negative_prompt,
-            given=known,
+            conditions=conditions,
             condition_noise=condition_noise,
             on_step=on_step,
         )
@@ -187,8 +191,8 @@ def sample_clips(
 class GuidedVelocity:
     """The model's velocity under guidance: up to three calls of it in one batch.
 
-    The null caption is the negative prompt, the encoded empty string unless one is given. Without
-    given frames a clip is what it is in training when they are withheld: these frames are noisy
+    The null caption is the negative prompt, the encoded empty string where there is none. Without
+    condition frames a clip is what it is in training when they are withheld: these frames are noisy
     like the others.
     """
 
@@ -200,20 +204,22 @@ class GuidedVelocity:
         noise: Tensor,
         fps: float,
         negative_prompt: str,
-        given: GivenLatents | None,
+        conditions: ConditionLatents | None,
         condition_noise: float,
     ):
         assert isinstance(model, VideoDenoiser)
         self.model, self.spec, self.noise, self.fps = model, spec, noise, fps
-        self.given, self.condition_noise = given, condition_noise
-        mask_T = None if given is None else given.mask_T
+        self.conditions, self.condition_noise = conditions, condition_noise
+        mask_T = None if conditions is None else conditions.mask_T
         self.mask_BT = (
             noise.new_zeros(len(prompts), noise.shape[2])
             if mask_T is None
             else mask_T.to(noise).expand(len(prompts), -1)
         )
         conditioned = bool(self.mask_BT.any()) or (
-            given is not None and given.condition is not None and spec.cond_mode == "concat"
+            conditions is not None
+            and conditions.channels is not None
+            and spec.cond_mode == "concat"
         )
         self.by_condition = conditioned and spec.condition_scale != 1.0
         self.guided = spec.guidance_scale != 1.0 or self.by_condition
@@ -226,7 +232,7 @@ class GuidedVelocity:
     def __call__(self, z: Tensor, t_BT: Tensor) -> Tensor:
         """v (B, C, T, H, W) from z of that shape and the noise level of each latent frame."""
         t = float(t_BT.max())
-        shown, t_shown_BT, mask_BT = self._with_given(z, t_BT)
+        shown, t_shown_BT, mask_BT = self._with_conditions(z, t_BT)
         guided = self.guided and self.spec.guidance_from <= t <= self.spec.guidance_to
         if not guided:
             assert self.plain is not None
@@ -234,7 +240,7 @@ class GuidedVelocity:
         assert self.text is not None
         views = [(shown, t_shown_BT, mask_BT, True)] * 2
         if self.by_condition:
-            views.append(self._without_given(z, t))
+            views.append(self._without_conditions(z, t))
         v, v_condition, *rest = self._call(views, self.text).chunk(len(views))
         v_guided = (
             guide_both(v, v_condition, rest[0], self.spec.guidance_scale, self.spec.condition_scale)
@@ -245,17 +251,17 @@ class GuidedVelocity:
             return v_guided
         return rescale(v_guided, v, self.spec.guidance_rescale, 1 - self.mask_BT)
 
-    def _with_given(self, z: Tensor, t_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the model sees of given frames: they may carry a little noise."""
+    def _with_conditions(self, z: Tensor, t_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the model sees of condition frames: they may carry a little noise."""
         if self.condition_noise and bool(self.mask_BT.any()):
-            is_given = self.mask_BT > 0
-            t_BT = torch.where(is_given, torch.full_like(t_BT, self.condition_noise), t_BT)
+            is_condition = self.mask_BT > 0
+            t_BT = torch.where(is_condition, torch.full_like(t_BT, self.condition_noise), t_BT)
             noisy = interpolate(z, self.noise, t_BT)
-            z = torch.where(is_given[:, None, :, None, None], noisy, z)
+            z = torch.where(is_condition[:, None, :, None, None], noisy, z)
         return z, t_BT, self.mask_BT
 
-    def _without_given(self, z: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """The same clip on its way from noise, with nothing given."""
+    def _without_conditions(self, z: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """The same clip on its way from noise, without conditions."""
         t_BT = torch.full_like(self.mask_BT, t)
         noisy = interpolate(z, self.noise, t_BT)
         z = torch.where((self.mask_BT > 0)[:, None, :, None, None], noisy, z)
@@ -266,8 +272,8 @@ class GuidedVelocity:
         views: list[tuple[Tensor, Tensor, Tensor, bool]],
         text: Text,
     ) -> Tensor:
-        """One call of the model for (z, t, mask, given or not) in a batch."""
-        z = torch.cat([self._beside(one[0], with_given=one[3]) for one in views])
+        """One call of the model for (z, t, mask, with conditions or without) in a batch."""
+        z = torch.cat([self._with_channels(one[0], conditioned=one[3]) for one in views])
         mask_BT: Tensor | None = None
         if self.model.takes_mask:
             mask_BT = torch.cat([one[2] for one in views])
@@ -275,19 +281,19 @@ class GuidedVelocity:
         t_BT = torch.cat([one[1] for one in views])
         return self.model(z, t_BT, text, mask_BT=mask_BT, fps_B=fps_B)
 
-    def _beside(self, z: Tensor, *, with_given: bool) -> Tensor:
+    def _with_channels(self, z: Tensor, *, conditioned: bool) -> Tensor:
         """z, and with cond_mode=concat the condition channels after its own."""
-        if self.given is None or self.given.condition is None:
+        if self.conditions is None or self.conditions.channels is None:
             return z
-        condition = self.given.condition if with_given else self.given.null_condition
-        assert condition is not None
-        return torch.cat([z, condition.to(z).expand(len(z), -1, -1, -1, -1)], dim=1)
+        channels = self.conditions.channels if conditioned else self.conditions.null_channels
+        assert channels is not None
+        return torch.cat([z, channels.to(z).expand(len(z), -1, -1, -1, -1)], dim=1)
 
 
-def nothing_given(shape: ClipShape, num_frames: int) -> Given:
-    """`Given` of a clip of which nothing is known; `num_frames` are latent ones."""
+def no_condition_frames(shape: ClipShape, num_frames: int) -> ConditionFrames:
+    """`ConditionFrames` of a clip of which nothing is known; `num_frames` are latent ones."""
     blank = np.zeros((shape.frames, shape.height, shape.width, 3), np.uint8)
-    return Given(blank, "t2v", torch.zeros(num_frames))
+    return ConditionFrames(blank, "t2v", torch.zeros(num_frames))
 
 
 def decode_clip(vae: VideoVAE, latents_CTHW: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Masks of every kind, given frames in the phase of their place, and the layout of concatenated conditions."""
+"""Masks of every kind, condition frames in the phase of their place, and the layout of concatenated conditions."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sora_train.config import ConditioningConfig
 from sora_train.config.compose import compose
-from sora_train.diffusion import condition_frames as given_frames
+from sora_train.diffusion import condition_frames
 from sora_train.diffusion.condition_frames import (
     condition_channels,
-    encode_given,
+    encode_condition_frames,
     encode_whole,
     latent_mask,
     mask_channels,
@@ -92,7 +92,7 @@ def test_nothing_left_free_is_refused() -> None:
         frame_mask("tail9", 3, 0.0)
 
 
-# --- given frames, encoded in the phase of their place ---
+# --- condition frames, encoded in the phase of their place ---
 
 
 def stamped(pixels: Tensor) -> Tensor:
@@ -118,12 +118,12 @@ def numbered(num_latents: int, known: Tensor | None = None) -> Tensor:
 def assert_phases_agree(kind: str, mask_T: Tensor) -> None:
     """A given latent is made of as many pixel frames as its place holds, of those frames alone."""
     known = pixel_mask(kind, mask_T, FACTOR)
-    latents = given_frames.encode_given(stamped, numbered(len(mask_T), known), known, FACTOR, STEP)[
-        0, :, :, 0, 0
-    ]
-    for i, is_given in enumerate(mask_T.tolist()):
+    latents = condition_frames.encode_condition_frames(
+        stamped, numbered(len(mask_T), known), known, FACTOR, STEP
+    )[0, :, :, 0, 0]
+    for i, is_condition in enumerate(mask_T.tolist()):
         count, mean, first = latents[:, i].tolist()
-        if not is_given:
+        if not is_condition:
             assert count == mean == 0
             continue
         assert count == (1 if i == 0 else FACTOR), f"latent {i} of {kind} has the phase of another"
@@ -157,7 +157,7 @@ def test_the_check_of_phases_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         return encode(pixels)[:, :, run[0] : run[1]]
 
     for wrong in (as_it_is, cut_from_the_clip):
-        monkeypatch.setattr(given_frames, "_encode_run", wrong)
+        monkeypatch.setattr(condition_frames, "_encode_run", wrong)
         with pytest.raises(AssertionError):
             assert_phases_agree("extend_back", ends_mask(5, 0, 2))
 
@@ -166,9 +166,9 @@ def test_a_frame_known_in_part_is_refused() -> None:
     known = torch.zeros(9)
     known[6:8] = 1
     with refuses(ValueError, "latent frame 2", "2"):
-        encode_given(stamped, numbered(3), known, FACTOR, STEP)
+        encode_condition_frames(stamped, numbered(3), known, FACTOR, STEP)
     with refuses(ValueError, "no frame"):
-        encode_given(stamped, numbered(3), torch.zeros(9), FACTOR, STEP)
+        encode_condition_frames(stamped, numbered(3), torch.zeros(9), FACTOR, STEP)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_a_given_head_is_what_the_clip_begins_with(vae: VideoVAE) -> None:
     for k in (1, 2, 3):
         known = pixel_mask("extend", ends_mask(4, k), FACTOR)
         other = torch.where(known[:, None, None] > 0, pixels, torch.nan)
-        alone = encode_given(vae.encode, other, known, FACTOR, STEP)
+        alone = encode_condition_frames(vae.encode, other, known, FACTOR, STEP)
         torch.testing.assert_close(alone[:, :, :k], whole[:, :, :k])
         assert not alone[:, :, k:].any()
 
@@ -209,7 +209,7 @@ def test_given_latents_of_a_real_vae_are_near_the_clips_own(trained_vae: VideoVA
     vae, pixels = trained_vae, moving()
     whole = vae.encode(pixels)
     known = pixel_mask("extend_back", ends_mask(4, 0, 2), FACTOR)
-    led_in = encode_given(vae.encode, pixels, known, FACTOR, STEP)[:, :, 2:]
+    led_in = encode_condition_frames(vae.encode, pixels, known, FACTOR, STEP)[:, :, 2:]
     as_it_is = vae.encode(pixels[:, :, -5:])
     errors = [float((one - whole[:, :, 2:]).square().mean()) for one in (led_in, as_it_is)]
     assert errors[0] < 0.5 * errors[1], errors
@@ -236,8 +236,8 @@ def test_concatenated_channels_are_those_of_the_wan_pipeline(vae: VideoVAE, kind
         last_image=pixels[:, :, -1] if kind == "i2v_both" else None,
     )  # fmt: skip
     known = pixel_mask(kind, frame_mask(kind, 4, 0.0), FACTOR)
-    given_latents = encode_whole(vae.encode, pixels, known)
-    found = torch.cat([z, condition_channels(given_latents, known[None], FACTOR)], dim=1)
+    encoded = encode_whole(vae.encode, pixels, known)
+    found = torch.cat([z, condition_channels(encoded, known[None], FACTOR)], dim=1)
     assert found.shape[1] == 36
     torch.testing.assert_close(found, torch.cat([latents, condition], dim=1))
 

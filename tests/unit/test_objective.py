@@ -14,7 +14,11 @@ from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import Bucket, Clip, ClipBatch, MicroBatch
 from sora_train.diffusion import flow, timesteps
-from sora_train.diffusion.condition_frames import encode_given, pixel_mask, there_and_back
+from sora_train.diffusion.condition_frames import (
+    encode_condition_frames,
+    pixel_mask,
+    there_and_back,
+)
 from sora_train.diffusion.condition_masks import KINDS, STILL_KINDS
 from sora_train.diffusion.sampler import sample_ode
 from sora_train.errors import UserError
@@ -94,15 +98,15 @@ def test_given_frames_are_shown_at_their_own_noise_level_and_nothing_else_is() -
     _, objective, model = mixed()
     kinds = list(one_of_each_kind())
     found = objective.flow_batch(batch_of(list(one_of_each_kind().values())))
-    assert found.given is not None and found.t_cond_B is not None
+    assert found.condition_latents is not None and found.t_cond_B is not None
     assert 0 < int((found.t_cond_B > 0).sum()) < len(kinds), "a share of the samples"
     seen = shown_to(model, lambda: found.predict(model))
     for b, kind in enumerate(kinds):
         assert bool(found.mask_BT[b].any()) == (kind != "t2v")
         for f in range(4):
-            is_given = bool(found.mask_BT[b, f])
-            t = float(found.t_cond_B[b] if is_given else found.t_B[b])
-            clean = (found.given if is_given else found.x)[b, :, f]
+            is_condition = bool(found.mask_BT[b, f])
+            t = float(found.t_cond_B[b] if is_condition else found.t_B[b])
+            clean = (found.condition_latents if is_condition else found.x)[b, :, f]
             assert float(seen["t"][b, f]) == t
             z = (1 - t) * clean + t * found.noise[b, :, f]
             torch.testing.assert_close(seen["z"][b, :, f], z)
@@ -110,12 +114,12 @@ def test_given_frames_are_shown_at_their_own_noise_level_and_nothing_else_is() -
 
 
 def test_training_gives_what_sampling_can_encode() -> None:
-    """The given latents of a batch are those of the known pixel frames alone, whatever the others hold."""
+    """The condition latents of a batch are those of the known pixel frames alone, whatever the others hold."""
     _, objective, _ = mixed()
     kinds, rows = list(one_of_each_kind()), list(one_of_each_kind().values())
     mask_BT = drawn(objective, rows).mask_BT
     found = objective.encode_batch([walking(row) for row in rows], kinds, mask_BT)
-    assert found.given is not None
+    assert found.condition_latents is not None
     for i, (row, kind, mask_T) in enumerate(zip(rows, kinds, mask_BT, strict=True)):
         if not mask_T.any():
             continue
@@ -127,9 +131,9 @@ def test_training_gives_what_sampling_can_encode() -> None:
         noise = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(row))
         sampled = torch.where(known[:, None, None] > 0, pixels, noise)
         with torch.no_grad():
-            alone = encode_given(objective.vae.encode, sampled, known, 4, 4)
-        given = torch.where(mask_T[:, None, None] > 0, found.given[i], 0.0)
-        torch.testing.assert_close(given, alone[0], msg=kind)
+            alone = encode_condition_frames(objective.vae.encode, sampled, known, 4, 4)
+        conditions = torch.where(mask_T[:, None, None] > 0, found.condition_latents[i], 0.0)
+        torch.testing.assert_close(conditions, alone[0], msg=kind)
 
 
 def test_announced_weights_are_those_of_the_sums_for_every_kind() -> None:
@@ -185,7 +189,8 @@ def test_stored_latents_are_refused_where_pixels_are_needed() -> None:
     _, objective, _ = mixed()
     stored = Clip(3, 0, None, np.zeros((16, 4, 4, 4), np.float32), 8.0, "red", "")
     for kind in ("t2v", "i2v", "extend"):
-        assert objective.encode_batch([stored], [kind], frame_masks([kind], 4, [0.5])).given is None
+        encoded = objective.encode_batch([stored], [kind], frame_masks([kind], 4, [0.5]))
+        assert encoded.condition_latents is None
     for kind in ("i2v_last", "loop"):
         with pytest.raises(
             UserError, match=f"clip 3 comes as stored latents, and conditioning '{kind}'"
@@ -274,9 +279,9 @@ def test_a_wrong_normalisation_of_latents_is_found(
 
 @pytest.mark.slow
 def test_every_task_of_the_mix_is_learned_and_sampled_back() -> None:
-    """One small model, all kinds: from noise and what is given it makes the clip again, and leaves the given alone.
+    """One small model, all kinds: it makes the clip again from noise and condition frames, which it leaves alone.
 
-    Text to video has one clip to learn. The other kinds have two and an empty caption, so only what is given tells
+    Text to video has one clip to learn. The other kinds have two and an empty caption, so only condition frames tell
     which one is meant: a model that looks elsewhere makes a mixture, which keeps half of the distance or more.
     """
     overrides = ["vae=tiny", "objective.num_steps=8", "objective.shift=3"]
@@ -289,8 +294,8 @@ def test_every_task_of_the_mix_is_learned_and_sampled_back() -> None:
     clips, size = [first] * (8 + len(guided)) + [second] * len(guided), len(kinds)
     mask_BT = frame_masks(kinds, 4, [0.6] * size)
     shown = objective.encode_batch(clips, kinds, mask_BT)
-    x, mask_BT, given = shown.x, shown.mask_BT, shown.given
-    assert given is not None
+    x, mask_BT, condition_latents = shown.x, shown.mask_BT, shown.condition_latents
+    assert condition_latents is not None
     told = mask_BT.sum(dim=1)
     assert not told[:8].any() and ((told[8:] > 0) & (told[8:] < x.shape[2])).all()
     prompts = [first.caption if kind == "t2v" else "" for kind in kinds]
@@ -300,7 +305,9 @@ def test_every_task_of_the_mix_is_learned_and_sampled_back() -> None:
     for step in range(steps):
         noise = torch.randn(x.shape, generator=generator)
         t_B = spec.training_times(torch.rand(size, generator=generator), x.shape[2:])
-        batch = FlowBatch(x, noise, t_B, mask_BT, prompts, fps_B, given=given)
+        batch = FlowBatch(
+            x, noise, t_B, mask_BT, prompts, fps_B, condition_latents=condition_latents
+        )
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, (step + 1) / 20) * (1 - step / steps)
         optimizer.zero_grad()
         (batch.loss_sum(model) / size).backward()
@@ -311,9 +318,9 @@ def test_every_task_of_the_mix_is_learned_and_sampled_back() -> None:
     with torch.no_grad():
         found = sample_ode(
             lambda z, t_BT: model(z, t_BT, text, mask_BT=mask_BT),
-            noise, spec, given=given, mask_BT=mask_BT,
+            noise, spec, condition_latents=condition_latents, mask_BT=mask_BT,
         )  # fmt: skip
-    assert torch.equal(found[~free], given[~free]), "given, unchanged"
+    assert torch.equal(found[~free], condition_latents[~free]), "condition frames, unchanged"
 
     def distance(a: Tensor, b: int) -> float:
         return float((a[b] - x[b])[free[b]].square().mean())

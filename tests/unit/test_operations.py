@@ -21,7 +21,12 @@ from sora_train.models.vae.geometry import Geometry
 from sora_train.objectives.spec import build_spec
 from sora_train.sampling import api
 from sora_train.sampling.operations import OPERATIONS, SampleRequest, prepare
-from sora_train.sampling.pipeline import ClipShape, GuidedVelocity, encode_known, sample_latents
+from sora_train.sampling.pipeline import (
+    ClipShape,
+    GuidedVelocity,
+    encode_conditions,
+    sample_latents,
+)
 
 GEOMETRY = Geometry(channels=16, temporal_factor=4, spatial_factor=8)
 SHAPE = ClipShape(frames=17, height=32, width=32, fps=8)
@@ -87,8 +92,8 @@ A, B = 20 + 4 * np.arange(25), 130 + 4 * np.arange(25)
 )  # fmt: skip
 def test_every_frame_given_has_its_place(files, op, names, settings, mask, known):
     prepared = prepare(request(files, op, *names, **settings), SHAPE, GEOMETRY)
-    assert prepared.given.mask_T.tolist() == mask
-    frames = greys(prepared.given.pixels)
+    assert prepared.condition_frames.mask_T.tolist() == mask
+    frames = greys(prepared.condition_frames.pixels)
     for place, grey in known.items():
         assert abs(frames[place] - grey) <= 2, place
     if prepared.known_F is not None:
@@ -121,9 +126,10 @@ def test_the_output_keeps_the_own_pixels_of_given_video_frames(files, op, names,
 
 def test_strength_is_spread_over_the_clip(files):
     prepared = prepare(request(files, "edit", "a.mp4", strength=(0.0, 0.8)), SHAPE, GEOMETRY)
-    assert prepared.given.strength_T.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert prepared.condition_frames.strength_T.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
     image = prepare(request(files, "edit", "first.png", strength=(0.3,)), SHAPE, GEOMETRY)
-    assert image.shape.frames == 1 and image.given.strength_T.tolist() == pytest.approx([0.3])
+    assert image.shape.frames == 1
+    assert image.condition_frames.strength_T.tolist() == pytest.approx([0.3])
     assert prepare(SampleRequest(op="t2i"), SHAPE, GEOMETRY).shape.frames == 1
 
 
@@ -134,10 +140,10 @@ def test_latents_of_given_frames_come_back_identical(files, parts, op, solver):
     names = {"extend": ["a.mp4"], "i2v": ["first.png", "last.png"], "edit": ["a.mp4"]}[op]
     settings = {"strength": (0.0, 0.9)} if op == "edit" else {}
     prepared = prepare(request(files, op, *names, **settings), SHAPE, vae.geometry)
-    known = encode_known(prepared.given, vae, spec)
+    known = encode_conditions(prepared.condition_frames, vae, spec)
     noise = draw_noise(3, "sample", [(0, 0)], vae.latent_shape(17, 32, 32))
     got = sample_latents(
-        model, spec.replace(solver=solver, num_steps=3), ["x"], noise, 8.0, given=known
+        model, spec.replace(solver=solver, num_steps=3), ["x"], noise, 8.0, conditions=known
     )
     kept = known.strength_T == 0 if op == "edit" else known.mask_T > 0
     assert kept.any() and not kept.all()
@@ -150,12 +156,12 @@ def test_a_clip_does_not_depend_on_its_batch(files, parts, solver):
     vae, model, spec = parts
     spec = spec.replace(solver=solver, condition_scale=2.0, guidance_rescale=0.5, num_steps=3)
     prepared = prepare(request(files, "extend", "a.mp4"), SHAPE, vae.geometry)
-    known = encode_known(prepared.given, vae, spec)
+    known = encode_conditions(prepared.condition_frames, vae, spec)
     prompts, keys = ["red", "a longer prompt", ""], [(0, i) for i in range(3)]
 
     def latents(rows):
         noise = draw_noise(3, "sample", [keys[i] for i in rows], vae.latent_shape(17, 32, 32))
-        return sample_latents(model, spec, [prompts[i] for i in rows], noise, 8.0, given=known)
+        return sample_latents(model, spec, [prompts[i] for i in rows], noise, 8.0, conditions=known)
 
     together = latents([0, 1, 2])
     for i in range(3):
@@ -166,7 +172,7 @@ def test_a_clip_does_not_depend_on_its_batch(files, parts, solver):
 def test_both_scales_interval_and_rescale_are_what_they_say(files, parts):
     vae, model, spec = parts
     prepared = prepare(request(files, "i2v", "first.png"), SHAPE, vae.geometry)
-    known = encode_known(prepared.given, vae, spec)
+    known = encode_conditions(prepared.condition_frames, vae, spec)
     noise = draw_noise(3, "sample", [(0, 0)], vae.latent_shape(17, 32, 32))
     mask = known.mask_T[None]
     free = (mask == 0)[:, None, :, None, None]
@@ -244,7 +250,8 @@ def test_a_clip_too_short_for_an_operation_is_told_the_shortest(files, op):
             assert frames < 9
             assert f"--frames {5 if op in ('i2v', 'extend', 'extend-back') else 9}" in str(error)
         else:
-            assert 0 < prepared.given.mask_T.sum() < len(prepared.given.mask_T)
+            mask_T = prepared.condition_frames.mask_T
+            assert 0 < mask_T.sum() < len(mask_T)
 
 
 @pytest.mark.parametrize(

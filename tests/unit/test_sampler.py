@@ -104,21 +104,21 @@ def test_time_given_to_the_model_runs_down_the_specs_grid():
 
 
 def test_given_frames_stay_and_are_shown_clean():
-    given = noise(seed=2)
+    conditions = noise(seed=2)
     mask = torch.tensor([[1.0, 0, 0], [0, 0, 0]])
     times = []
 
     def velocity(z, t_BT):
         times.append(t_BT)
-        torch.testing.assert_close(z[0, :, 0], given[0, :, 0])
+        torch.testing.assert_close(z[0, :, 0], conditions[0, :, 0])
         return torch.ones_like(z)
 
-    got = sample_ode(velocity, noise(), SPEC, given=given, mask_BT=mask)
-    torch.testing.assert_close(got[0, :, 0], given[0, :, 0])
+    got = sample_ode(velocity, noise(), SPEC, condition_latents=conditions, mask_BT=mask)
+    torch.testing.assert_close(got[0, :, 0], conditions[0, :, 0])
     torch.testing.assert_close(got[1], noise()[1] - 1)
     assert all(t_BT[0, 0] == 0 < t_BT[0, 1] == t_BT[1, 0] for t_BT in times)
     with pytest.raises(ValueError, match="belong together"):
-        sample_ode(velocity, noise(), SPEC, given=given)
+        sample_ode(velocity, noise(), SPEC, condition_latents=conditions)
 
 
 def test_guidance_extrapolates_from_the_null():
@@ -168,7 +168,9 @@ def test_strength_starts_from_the_noised_clip_at_its_own_level(solver):
         return velocity_target(noise(seed=6), noise())
 
     spec = SPEC.replace(solver=solver)
-    got = sample_ode(velocity, noise(), spec, given=source, strength_T=torch.full((3,), 0.4))
+    got = sample_ode(
+        velocity, noise(), spec, condition_latents=source, strength_T=torch.full((3,), 0.4)
+    )
     torch.testing.assert_close(seen[0][1], interpolate(source, noise(), torch.full((2,), 0.4)))
     assert seen[0][0] == pytest.approx(0.4) and len(seen) < spec.num_steps * 2
     # The rest of a straight path to other data: only the share 0.4 of the way is walked.
@@ -191,7 +193,7 @@ def test_each_frame_is_let_go_at_its_own_strength(solver):
         return velocity_target(noise(seed=6), noise())
 
     spec = SPEC.replace(solver=solver, shift=1.0)
-    got = sample_ode(velocity, noise(), spec, given=source, strength_T=strength)
+    got = sample_ode(velocity, noise(), spec, condition_latents=source, strength_T=strength)
     assert times[0] == pytest.approx(1.0, abs=1e-6) and all(
         t_BT == times[0] or t_BT < 1 for t_BT in times
     )
@@ -204,7 +206,9 @@ def test_each_frame_is_let_go_at_its_own_strength(solver):
 
 def test_strength_zero_everywhere_gives_the_clip_back():
     source = noise(seed=5)
-    got = sample_ode(torch.zeros_like, noise(), SPEC, given=source, strength_T=torch.zeros(3))
+    got = sample_ode(
+        torch.zeros_like, noise(), SPEC, condition_latents=source, strength_T=torch.zeros(3)
+    )
     assert torch.equal(got, source)
 
 

@@ -128,7 +128,7 @@ class VideoDiT(nn.Module):
             t_BT: noise level of each latent frame in [0, 1], 0 = data.
             captions_BSE: caption embeddings.
             caption_mask_BS: True for real tokens; None attends to all of them (Wan's padding).
-            mask_BT: 1 for latent frames that are given, only with `model.mask_channel`; None means
+            mask_BT: 1 for condition frames, only with `model.mask_channel`; None means
                 none is.
             fps_B: frames a second, with `model.fps_embed` only, and needed there.
 
