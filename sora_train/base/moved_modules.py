@@ -1,4 +1,4 @@
-"""Modules that scripts of earlier versions import, and where they are now."""
+"""Modules and names that scripts of earlier versions import, and where they are now."""
 
 from typing import NoReturn
 
@@ -9,6 +9,10 @@ class MovedModuleError(UserError, ImportError):
     """A script imports a module by the name of an earlier version; the message has the new one."""
 
 
+class RenamedNameError(UserError, AttributeError):
+    """A script asks a module for a name of an earlier version. An AttributeError, so that `hasattr` answers False."""
+
+
 def refuse_moved(name: str) -> None:
     """Raises MovedModuleError where `name`, a dotted module that does not exist, had existed in an earlier version.
 
@@ -16,10 +20,22 @@ def refuse_moved(name: str) -> None:
     that were in a module which is a package now.
     """
     old = name.removeprefix("sora_train.")
+    if old in RENAMED_NAMES:
+        raise MovedModuleError(_renamed(old))
     parent = old.rpartition(".")[0]
     for candidate in (old, parent):
         if candidate in MOVED:
             _refuse(candidate)
+
+
+def refuse_renamed(name: str) -> None:
+    """Raises RenamedNameError where `name`, `package.Name` below sora_train, is of an earlier version."""
+    if name in RENAMED_NAMES:
+        raise RenamedNameError(_renamed(name))
+
+
+def _renamed(old: str) -> str:
+    return f"sora_train.{old} is called {RENAMED_NAMES[old]} now; import that name instead"
 
 
 def _refuse(old: str) -> NoReturn:
@@ -32,6 +48,12 @@ def _refuse(old: str) -> NoReturn:
 RENAMED = {
     "operations": "Request is called SampleRequest",
     "replay_command": "Request is called ReplayRequest",
+}
+RENAMED_NAMES = {
+    "objectives.Draws": "SampleDraws",
+    "objectives.Shown": "ConditionedLatents",
+    "objectives.Term": "LossTerm",
+    "objectives.Told": "SampleInfo",
 }
 MOVED = {
     "accounts": "training.outputs.run_totals",

@@ -1,6 +1,6 @@
 """What is minimised: `Objective` says what a loss is made of, one file each for text to video and the autoencoder."""
 
-from sora_train.errors import UserError
+from sora_train.base.moved_modules import refuse_renamed
 from sora_train.objectives.base import LossTerm, Objective, SampleInfo
 from sora_train.objectives.clips import placeholder, stored_text, to_pixels
 from sora_train.objectives.flow_batch import FlowBatch
@@ -22,18 +22,8 @@ __all__ = [
     "to_pixels",
 ]
 
-RENAMED = {
-    "Draws": "SampleDraws",
-    "Shown": "ConditionedLatents",
-    "Term": "LossTerm",
-    "Told": "SampleInfo",
-}
-
 
 def __getattr__(name: str) -> object:
-    """Raises UserError for a name of earlier versions."""
-    if name in RENAMED:
-        raise UserError(
-            f"sora_train.objectives.{name} is called {RENAMED[name]} now; import that name instead"
-        )
+    """Raises RenamedNameError for a name of earlier versions, AttributeError for any other."""
+    refuse_renamed(f"objectives.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

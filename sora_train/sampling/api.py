@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_train import checkpoint as checkpoints
-from sora_train.checkpoint.layout import split_step
-from sora_train.checkpoint.meta import read_meta
+from sora_train.checkpoint.layout import STATE, split_step
 from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.config import Config, ModelConfig
 from sora_train.config.messages import validated
@@ -239,19 +238,26 @@ def checkpoint_info(
         UserError: no such run or checkpoint, or the checkpoint is not one of a text-to-video model.
     """
     checkpoint = checkpoints.find(run, step)
-    meta = read_meta(checkpoint)
-    if meta.spec is None:
+    # Not read_meta, which asks for all that training goes on from: sampling needs these keys alone.
+    state = checkpoint.state()
+    missing = [key for key in ("task", "spec", "sample_shape") if key not in state]
+    if missing:
         raise UserError(
-            f"{run} trained a {meta.task}, which cannot be sampled from; give a text_to_video run"
+            f"{checkpoint.path} cannot be sampled from: its {STATE} holds no {', '.join(missing)}; use the version of "
+            "sora_train that wrote it"
+        )
+    if state["spec"] is None:
+        raise UserError(
+            f"{run} trained a {state['task']}, which cannot be sampled from; give a text_to_video run"
         )
     try:
-        spec = DiffusionSpec.from_dict(meta.spec)
+        spec = DiffusionSpec.from_dict(state["spec"])
     except ValueError as error:
         raise UserError(
             f"{checkpoint.path} cannot be sampled from: {error}; use the version of sora_train that wrote it"
         ) from error
     cfg = shipped_config(run, config_cls=config_cls)
-    return CheckpointInfo(checkpoint, cfg, spec, ClipShape(**meta.sample_shape))
+    return CheckpointInfo(checkpoint, cfg, spec, ClipShape(**state["sample_shape"]))
 
 
 class Project(Protocol):

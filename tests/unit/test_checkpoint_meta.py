@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from sentences import refuses
 
-from sora_train.checkpoint.meta import CheckpointMeta, TrainState
+from sora_train.checkpoint.meta import CheckpointMeta, TrainState, read_meta
 from sora_train.errors import UserError
+from sora_train.sampling.api import checkpoint_info
 
 FORMAT_1 = Path(__file__).parent / "data" / "state_format_1.json"
 """The state.json of step 3 of `experiment=parity_tiny`, as the version of commit b5ed9c2 wrote it."""
@@ -86,3 +89,23 @@ def test_imported_weights_of_the_format_before_have_no_training_to_go_on_with():
     meta = CheckpointMeta.from_dict(imported)
     assert meta.imported_from == "Wan2.1" and meta.train == replace(TrainState(), pending=[])
     assert meta.notes == {"averaged": {"factors": [0.5, 0.5]}}
+
+
+def test_a_checkpoint_that_training_cannot_go_on_from_can_be_sampled_from(tmp_path: Path):
+    """Sampling reads three keys of state.json, under any format that has them."""
+    old = json.loads(FORMAT_1.read_text())
+    folder = tmp_path / "checkpoints" / "step-000003"
+    folder.mkdir(parents=True)
+    (folder / "MANIFEST.json").write_text('{"files": {}}')
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old["config"]))
+    kept = {key: old[key] for key in ("task", "spec", "sample_shape")}
+    (folder / "state.json").write_text(json.dumps(kept))
+    info = checkpoint_info(tmp_path)
+    assert info.spec.to_dict() == old["spec"] and info.checkpoint.step == 3
+    assert info.shape.frames == old["sample_shape"]["frames"]
+    with refuses(UserError, "state.json", "init.run"):
+        read_meta(info.checkpoint)
+    for key in kept:
+        (folder / "state.json").write_text(json.dumps({k: v for k, v in kept.items() if k != key}))
+        with refuses(UserError, "state.json", key):
+            checkpoint_info(tmp_path)

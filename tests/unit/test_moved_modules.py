@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sora_train import cli
-from sora_train.base.moved_modules import MOVED, MovedModuleError
+from sora_train import cli, objectives
+from sora_train.base.moved_modules import MOVED, RENAMED_NAMES, MovedModuleError
 from sora_train.errors import UserError
 
 OLD = {
@@ -20,6 +20,7 @@ OLD = {
     "from sora_train.operations import Request": "SampleRequest",
     "from sora_train.sampling import sample_clips": "sora_train.sampling.pipeline",
     "from sora_train.models.vae import VideoVAE": "sora_train.models.vae.autoencoder",
+    "from sora_train.objectives import Told": "SampleInfo",
     "from sora_train.shapes.world import Prompt": "sora_train.data.shapes",
     "import importlib; importlib.import_module('sora_train.data.plan')": "sora_train.data.tape.tape",
 }
@@ -38,6 +39,14 @@ def test_every_new_name_is_there_and_no_old_one():
         if not (Path(cli.REPOSITORY) / "sora_train" / Path(*old.split("."))).is_dir():
             with pytest.raises(MovedModuleError):
                 find_spec(f"sora_train.{old}")
+
+
+def test_a_renamed_name_is_an_absent_attribute_with_the_new_name_in_its_error():
+    assert not hasattr(objectives, "Told") and not hasattr(objectives, "nothing")
+    with pytest.raises(AttributeError, match="SampleInfo") as failure:
+        _ = objectives.Told
+    assert isinstance(failure.value, UserError)
+    assert all(hasattr(objectives, new) for new in RENAMED_NAMES.values())
 
 
 def test_other_imports_fail_as_ever():
