@@ -53,7 +53,7 @@ from sora_train.training.resilience.debug_mode import start_debug
 from sora_train.training.resilience.out_of_memory import Work, explained, record_allocations
 from sora_train.training.resilience.probe import measure_probe
 from sora_train.training.resilience.spike_detector import SpikeDetector
-from sora_train.training.resilience.spike_report import record_spike
+from sora_train.training.resilience.spike_report import ComputedStep, record_spike
 from sora_train.training.run import RunContext, join
 from sora_train.training.warm_up import warm_up
 
@@ -314,9 +314,8 @@ class Trainer:
         if verdict.bad:
             self.engine.skip()
             self.objective.skip()
-            record_spike(
-                self.run, self.parts, self.state, self.spikes, verdict, batches, parts, totals
-            )
+            computed = ComputedStep(batches, parts, totals)
+            record_spike(self.run, self.parts, self.state, self.spikes, verdict, computed)
             self.spikes.skip(clips)
             return
         with explained(self.work(batches[-1], "the update"), self.cfg, self.world):
@@ -333,7 +332,7 @@ class Trainer:
         """The step's metrics with its times."""
         seconds = time.monotonic() - began
         self.health.stepped(seconds, self.step)
-        self.totals.step(seconds, waited, productive=not self.spikes.tally.in_a_row)
+        self.totals.step(seconds, waited, productive=not self.spikes.counters.in_a_row)
         return row | {
             **self.spikes.metrics(),
             "train/samples_seen": float(self.state.samples_seen),

@@ -22,7 +22,7 @@ from sora_train.objectives import LossTerm
 from sora_train.tools.data.trace import Trace
 from sora_train.tools.replay.replay import ReplayRequest, facts, look, replay
 from sora_train.training.resilience.spike_detector import StepVerdict
-from sora_train.training.resilience.spike_report import record_spike
+from sora_train.training.resilience.spike_report import ComputedStep, record_spike
 from sora_train.training.trainer import Trainer
 
 TINY = "experiment=parity_tiny"
@@ -297,9 +297,8 @@ def test_a_live_trainer_draws_what_it_has_at_hand(
 
         def recorded(terms: list[dict[str, LossTerm]]) -> list[dict[str, Any]]:
             state = trainer.state
-            record_spike(
-                trainer.run, trainer.parts, state, trainer.spikes, verdict, batches, terms, totals
-            )
+            computed = ComputedStep(batches, terms, totals)
+            record_spike(trainer.run, trainer.parts, state, trainer.spikes, verdict, computed)
             record = json.loads((spikes / f"step-{state.step + 1:06d}.json").read_text())
             assert record["loss"] == 9.0 and record["grad_norm_limit"] == "inf"
             (rank,) = record["ranks"]

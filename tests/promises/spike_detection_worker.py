@@ -104,7 +104,7 @@ class SickTrainer(Trainer):
             self.state.data_step = to
         if self.death == "before the spike" and self.step == 6:
             raise Killed
-        if self.death == "after it went back" and self.spikes.tally.rollbacks:
+        if self.death == "after it went back" and self.spikes.counters.rollbacks:
             raise Killed
         row = super().train_step()
         self.digests.append(digest(self))

@@ -28,7 +28,7 @@ from sora_train.parallel.degrees import Degrees, check_degrees
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
 from sora_train.training.resilience.spike_detector import SpikeDetector, StepVerdict
-from sora_train.training.resilience.spike_report import record_spike
+from sora_train.training.resilience.spike_report import ComputedStep, record_spike
 
 WORKER = Path(__file__).with_name("context_worker.py")
 EXACT = 1e-13
@@ -230,6 +230,7 @@ def test_ranks_of_one_clip_count_once(tmp_path: Path) -> None:
     verdict = StepVerdict(
         loss=1.0, grad_norm=1.0, loss_limit=1.0, grad_norm_limit=1.0, reason="loss_spike"
     )
-    record_spike(run, parts, state, detector, verdict, [], [], {})  # type: ignore[arg-type]
+    computed = ComputedStep([], [], {})
+    record_spike(run, parts, state, detector, verdict, computed)  # type: ignore[arg-type]
     ranks = json.loads((tmp_path / "spikes" / "step-000007.json").read_text())["ranks"]
     assert ranks == [{"rank": 0, "micro_batches": "a"}, {"rank": 2, "micro_batches": "b"}]

@@ -153,7 +153,7 @@ def test_skips_in_a_row_exhaust_and_a_good_step_forgives() -> None:
     assert not judge.exhausted
     judge.accept(1.0, 1.0)
     judge.skip(3)
-    assert not judge.exhausted and judge.tally.skipped == 2
+    assert not judge.exhausted and judge.counters.skipped == 2
     judge.skip(4)
     assert judge.exhausted
     assert judge.metrics() == {"train/skipped": 3, "train/rollbacks": 0, "train/lost_clips": 10}

@@ -54,7 +54,7 @@ def decide(
     Raises:
         Fault: the run went back `spike_detection.max_rollbacks` times, or there is no checkpoint to go to.
     """
-    counters = spikes.tally
+    counters = spikes.counters
     first_bad = state.step - counters.in_a_row
     if counters.rollbacks >= spikes.cfg.max_rollbacks:
         raise _gave_up(f"after {counters.rollbacks} roll-back(s)", state, counters, folder, cfg)
@@ -113,7 +113,7 @@ def apply(rollback: Rollback, state: TrainState, spikes: SpikeDetector) -> None:
     if state.step == rollback.to_step:
         state.data_step = rollback.left_out[1]
     # From before it the bad data are met again, with a count of how often that was in vain.
-    spikes.tally = SpikeCounters(**rollback.tally)
+    spikes.counters = SpikeCounters(**rollback.tally)
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:

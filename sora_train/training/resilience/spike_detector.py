@@ -74,13 +74,13 @@ class SpikeDetector:
 
     def __init__(self, cfg: SpikeDetectionConfig):
         self.cfg = cfg
-        self.tally = SpikeCounters()
+        self.counters = SpikeCounters()
         self.accepted = 0
         self._losses: deque[float] = deque(maxlen=cfg.window)
         self._norms: deque[float] = deque(maxlen=cfg.window)
 
     def verdict(self, loss: float, grad_norm: float) -> StepVerdict:
-        """SpikeDetector a step by its global numbers; changes nothing."""
+        """Judge a step by its global numbers; the state is left as it is."""
         cfg = self.cfg
         limits = (
             self._limit(self._losses, cfg.spike_sigma),
@@ -108,28 +108,27 @@ class SpikeDetector:
     def accept(self, loss: float, grad_norm: float) -> None:
         """A step was taken. A value of zero or less has no logarithm and is not judged."""
         self.accepted += 1
-        self.tally.in_a_row = 0
+        self.counters.in_a_row = 0
         for values, value in ((self._losses, loss), (self._norms, grad_norm)):
             if value > 0:
                 values.append(math.log(value))
 
     def skip(self, clips: int) -> None:
         """A step of so many clips was not taken."""
-        self.tally.skipped += 1
-        self.tally.in_a_row += 1
-        self.tally.lost_clips += clips
+        self.counters.skipped += 1
+        self.counters.in_a_row += 1
+        self.counters.lost_clips += clips
 
     @property
     def exhausted(self) -> bool:
         """Whether so many steps in a row were skipped that the weights are to blame, not one batch."""
-        return self.tally.in_a_row >= self.cfg.max_skips
+        return self.counters.in_a_row >= self.cfg.max_skips
 
     def metrics(self) -> dict[str, float]:
-        tally = self.tally
         return {
-            "train/skipped": float(tally.skipped),
-            "train/rollbacks": float(tally.rollbacks),
-            "train/lost_clips": float(tally.lost_clips),
+            "train/skipped": float(self.counters.skipped),
+            "train/rollbacks": float(self.counters.rollbacks),
+            "train/lost_clips": float(self.counters.lost_clips),
         }
 
     def state(self) -> dict[str, Any]:
@@ -137,13 +136,14 @@ class SpikeDetector:
             "losses": list(self._losses),
             "grad_norms": list(self._norms),
             "accepted": self.accepted,
-            "tally": asdict(self.tally),
+            # The key's name in checkpoints since format 1.
+            "tally": asdict(self.counters),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state; {} is that of a checkpoint from before there was one."""
+        """Restore a checkpoint's state; {} is that of a checkpoint from before there was a detector."""
         self.accepted = int(state.get("accepted", 0))
-        self.tally = SpikeCounters(**state.get("tally", {}))
+        self.counters = SpikeCounters(**state.get("tally", {}))
         self._losses = self._window(state.get("losses", ()))
         self._norms = self._window(state.get("grad_norms", ()))
 

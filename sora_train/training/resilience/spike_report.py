@@ -8,6 +8,7 @@ step of the tape too.
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,32 @@ Terms = dict[str, LossTerm]
 """The terms of one micro-batch."""
 
 
+@dataclass(frozen=True)
+class ComputedStep:
+    """This rank's part of a step whose losses and gradients are known and whose update is still to come."""
+
+    batches: Sequence[ClipBatch]
+    terms: Sequence[Terms]
+    """Of each micro-batch."""
+    totals: dict[str, float]
+    """Each term's total weight over all ranks and micro-batches."""
+
+
 def record_spike(
     run: RunContext,
     parts: Components,
     state: TrainState,
     spikes: SpikeDetector,
     verdict: StepVerdict,
-    batches: Sequence[ClipBatch],
-    terms: Sequence[Terms],
-    totals: dict[str, float],
+    computed: ComputedStep,
 ) -> None:
-    """Write down what is known of a step that is skipped, and draw its clips; a collective."""
-    world, step = run.world, state.step + 1
+    """Record a step that is skipped, and draw its clips; a collective."""
+    world, step, batches = run.world, state.step + 1, computed.batches
     places = [(world.rank, slot) for slot in range(len(batches))]
-    samples = samples_of(parts.objective, parts.data, batches, places, terms, totals)
-    # Ranks that share a micro-batch hold the same clips: the first of them speaks for all.
+    samples = samples_of(
+        parts.objective, parts.data, batches, places, computed.terms, computed.totals
+    )
+    # Ranks that share a micro-batch hold the same clips: the first of them reports them.
     if run.cfg.spike_detection.draw and not world.cp_rank:
         tape_step = "" if state.data_step == state.step else f"-tape-{state.data_step + 1:06d}"
         sheet = (
@@ -51,7 +63,7 @@ def record_spike(
         )
         title = f"step {step}, rank {world.rank} of {world.size}: {verdict.sentence()}"
         draw(sheet, title, samples, batches, parts.vae)
-    mine = [micro_batch(*each) for each in zip(batches, terms, samples, strict=True)]
+    mine = [micro_batch(*each) for each in zip(batches, computed.terms, samples, strict=True)]
     gathered = run.control.gather_objects(mine)[:: world.cp]
     if not run.is_main:
         return
@@ -60,7 +72,7 @@ def record_spike(
     report = {
         "step": step,
         "data_step": state.data_step,
-        "rollbacks": spikes.tally.rollbacks,
+        "rollbacks": spikes.counters.rollbacks,
         "seed": run.cfg.seed,
         "reason": verdict.reason,
         **finite({name: getattr(verdict, name) for name in limits}),
@@ -69,7 +81,7 @@ def record_spike(
             for rank, held in zip(ranks, gathered, strict=True)
         ],
     }
-    suffix = f".r{spikes.tally.rollbacks}" if spikes.tally.rollbacks else ""
+    suffix = f".r{spikes.counters.rollbacks}" if spikes.counters.rollbacks else ""
     file = run.folder.path / "spikes" / f"step-{step:06d}{suffix}.json"
     file.parent.mkdir(exist_ok=True)
     write_atomically(file, json.dumps(report, indent=1))
