@@ -38,7 +38,7 @@ class Named:
 
 @dataclass(frozen=True)
 class File:
-    """A file of the hub that is wanted."""
+    """A file of the hub that a run takes."""
 
     name: str
     size: int
@@ -47,11 +47,11 @@ class File:
 
 def weights_named(cfg: Config) -> list[Named]:
     """Weights of the frozen models, in the order of the configuration; those inside the package are left out."""
-    found = [
+    weights = [
         Named("vae.path", cfg.vae.path, "vae"),
         Named("text.path", cfg.text.path, "text_encoder"),
     ]
-    return [named for named in found if named.path and not named.path.startswith("shipped:")]
+    return [named for named in weights if named.path and not named.path.startswith("shipped:")]
 
 
 def absent(named: Named) -> str:
@@ -71,8 +71,8 @@ def weight_files(place: Path) -> list[str]:
     indices = sorted(place.glob("*.safetensors.index.json"))
     if indices:
         return sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-    found = sorted(path.name for path in place.glob("*.safetensors"))
-    return found or ["*.safetensors"]
+    files = sorted(path.name for path in place.glob("*.safetensors"))
+    return files or ["*.safetensors"]
 
 
 def cached(named: Named) -> Path | None:
@@ -80,9 +80,9 @@ def cached(named: Named) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     for name in (f"{named.part}/{CONFIG}", CONFIG):
-        found = try_to_load_from_cache(named.path, name)
-        if isinstance(found, str):
-            return Path(found).parents[name.count("/")]
+        file = try_to_load_from_cache(named.path, name)
+        if isinstance(file, str):
+            return Path(file).parents[name.count("/")]
     return None
 
 
@@ -91,7 +91,7 @@ def listed(named: Named) -> list[File]:
     from huggingface_hub import HfApi, snapshot_download
 
     with plain_errors():
-        # Says why, where the listing only says that it failed.
+        # Its error names the reason; that of the listing does not.
         HfApi().model_info(named.path, timeout=10)
         answer: Any = snapshot_download(named.path, dry_run=True, etag_timeout=10)
     files = [File(info.filename, info.file_size, not info.will_download) for info in answer]
@@ -100,11 +100,11 @@ def listed(named: Named) -> list[File]:
     )
     inside = [file for file in files if file.name.startswith(folders)]
     if any(file.name.startswith(folders[0]) for file in inside):
-        return wanted_of(inside)
-    return wanted_of([file for file in files if "/" not in file.name])
+        return without_copies(inside)
+    return without_copies([file for file in files if "/" not in file.name])
 
 
-def wanted_of(files: list[File]) -> list[File]:
+def without_copies(files: list[File]) -> list[File]:
     """Without pictures, read-mes, and a second copy of the weights in another format."""
     return [file for file in files if file.name.endswith(ROOT_FILES)]
 
@@ -153,8 +153,8 @@ def weights_folder(key: str, path: str, part: str) -> Path:
 
 def _fetched(key: str, name: str, part: str) -> Path:
     """The hub's files of one part of a model, in the hub's own cache."""
-    from huggingface_constants import is_offline_mode
-    from huggingface_errors import HfHubHTTPError
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
 
     named = Named(key, name, part)
     folder = cached(named)
