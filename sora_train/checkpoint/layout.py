@@ -75,7 +75,7 @@ def complete(path: Path) -> bool:
 
 
 def why_incomplete(path: Path) -> str:
-    """What a checkpoint's folder lacks as far as names and sizes tell, or an empty string."""
+    """What a checkpoint's folder lacks by names and sizes, or an empty string."""
     if not (path / MANIFEST).is_file():
         return f"{MANIFEST} is missing: the save was cut off"
     try:
@@ -106,14 +106,14 @@ def listed_files(path: Path) -> dict[str, dict[str, Any]]:
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Complete checkpoints, oldest first; a torn one is not listed."""
-    found: dict[int, Path] = {}
+    paths: dict[int, Path] = {}
     for path in folder.glob("step-*"):
         step = step_of(path.name.removesuffix(REPLACED))
         if step is None or not complete(path):
             continue
-        if step not in found or found[step].name.endswith(REPLACED):
-            found[step] = path
-    return [Checkpoint(path, step) for step, path in sorted(found.items())]
+        if step not in paths or paths[step].name.endswith(REPLACED):
+            paths[step] = path
+    return [Checkpoint(path, step) for step, path in sorted(paths.items())]
 
 
 def find(run_dir: Path, step: int | None = None) -> Checkpoint:
@@ -122,17 +122,17 @@ def find(run_dir: Path, step: int | None = None) -> Checkpoint:
     Raises:
         UserError: the folder is no run, or has no such checkpoint.
     """
-    found = list_checkpoints(run_dir / "checkpoints")
-    if not found:
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    if not checkpoints:
         raise UserError(
             f"{run_dir} holds no complete checkpoint; give a run folder that `sora train` has written"
         )
     if step is None:
-        return found[-1]
-    for checkpoint in found:
+        return checkpoints[-1]
+    for checkpoint in checkpoints:
         if checkpoint.step == step:
             return checkpoint
-    steps = ", ".join(str(checkpoint.step) for checkpoint in found)
+    steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
     raise UserError(f"{run_dir} has no checkpoint of step {step}; it has {steps}")
 
 

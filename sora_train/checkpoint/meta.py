@@ -124,7 +124,7 @@ class CheckpointMeta:
 
 
 def read_meta(checkpoint: Checkpoint) -> CheckpointMeta:
-    """What a checkpoint says of itself. Raises UserError where its state.json is of another kind."""
+    """The facts of a checkpoint. Raises UserError where its state.json has other keys or a newer format."""
     return CheckpointMeta.from_dict(checkpoint.state(), str(checkpoint.path / STATE))
 
 
@@ -145,7 +145,7 @@ def _exactly(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]
 
 
 def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
-    """The same under today's names. Imported and averaged weights said less, which is filled in."""
+    """The same under today's names. Imported and averaged weights had fewer keys; the others get their defaults."""
     known = {RENAMED.get(key, key): value for key, value in values.items()}
     actions = {"validation": "validate", "row": "log", "samples": "sample"}
     if "pending" in known:

@@ -1,6 +1,6 @@
-"""Reading a checkpoint: its files are what the manifest says, and its tensors are just those that are wanted.
+"""Reading a checkpoint: its files are what the manifest says, and its tensors are just those that are asked for.
 
-Strict both ways, since DCP itself ignores keys nobody asked for.
+Strict both ways, since DCP itself ignores keys that were not asked for.
 """
 
 import warnings
@@ -26,7 +26,7 @@ def load(
 ) -> None:
     """Fill `tensors` in place, at any world size; the ranks share the reading for the digests.
 
-    `verified`: whoever calls has looked at them already.
+    `verified`: the caller has compared the digests already.
 
     Raises:
         UserError: a key is missing, left over or of another shape: it is a checkpoint of another model.
@@ -52,7 +52,7 @@ def load_part(checkpoint: Checkpoint, tensors: dict[str, Tensor], prefix: str) -
     require_part(checkpoint, tensors, prefix)
     reader = FileSystemReader(checkpoint.path)
     with warnings.catch_warnings():
-        # Said of every load in a process without a group, which is what is meant here.
+        # torch warns of every load in a process without a group, and here there is none on purpose.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
 
@@ -88,15 +88,15 @@ def _damage(why: str) -> Fault:
 
 
 def require_same(
-    checkpoint: Checkpoint, stored: dict[str, Any], wanted: Mapping[str, Tensor]
+    checkpoint: Checkpoint, stored: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """Raises UserError unless names and shapes are the same on both sides."""
-    missing = sorted(set(wanted) - set(stored))
-    surplus = sorted(set(stored) - set(wanted))
+    missing = sorted(set(tensors) - set(stored))
+    surplus = sorted(set(stored) - set(tensors))
     shapes = [
-        f"{name} is {tuple(stored[name].size)}, the model's is {tuple(wanted[name].shape)}"
-        for name in sorted(set(wanted) & set(stored))
-        if tuple(stored[name].size) != tuple(wanted[name].shape)
+        f"{name} is {tuple(stored[name].size)}, the model's is {tuple(tensors[name].shape)}"
+        for name in sorted(set(tensors) & set(stored))
+        if tuple(stored[name].size) != tuple(tensors[name].shape)
     ]
     if missing or surplus or shapes:
         parts = [

@@ -47,35 +47,35 @@ class Remote:
 
     # -- up ---------------------------------------------------------------------------------------
 
-    def upload_part(self, found: Checkpoint, part: int, parts: int, ends: float) -> None:
+    def upload_part(self, checkpoint: Checkpoint, part: int, parts: int, ends: float) -> None:
         """Upload the files that rank `part` of `parts` has written, rank 0 those that are nobody's too.
 
         Raises:
             Fault: the store did not take a file in time.
         """
-        names = listed_files(found.path)
+        names = listed_files(checkpoint.path)
         for name in names:
             # `__RANK_N.distcp` is DCP's name of a rank's file.
             owner = name.split("_")[2] if name.startswith("__") else ""
             mine = int(owner) == part if owner.isdigit() else part == 0
             if mine:
-                self._put(found.path / name, f"{name_of(found.step)}/{name}", ends)
+                self._put(checkpoint.path / name, f"{name_of(checkpoint.step)}/{name}", ends)
 
-    def upload_commit(self, found: Checkpoint, ends: float) -> None:
+    def upload_commit(self, checkpoint: Checkpoint, ends: float) -> None:
         """Upload the manifest, when all ranks' files are there."""
-        self._put(found.path / MANIFEST, f"{name_of(found.step)}/{MANIFEST}", ends)
+        self._put(checkpoint.path / MANIFEST, f"{name_of(checkpoint.step)}/{MANIFEST}", ends)
 
-    def upload_whole(self, found: Checkpoint) -> None:
+    def upload_whole(self, checkpoint: Checkpoint) -> None:
         """Upload a checkpoint from one process, the manifest last: one that an earlier attempt could not."""
         ends = self.deadline()
-        for name in listed_files(found.path):
-            self._put(found.path / name, f"{name_of(found.step)}/{name}", ends)
-        self.upload_commit(found, ends)
+        for name in listed_files(checkpoint.path):
+            self._put(checkpoint.path / name, f"{name_of(checkpoint.step)}/{name}", ends)
+        self.upload_commit(checkpoint, ends)
 
-    def rehearse(self, found: Checkpoint) -> None:
+    def rehearse(self, checkpoint: Checkpoint) -> None:
         """Write a small file and remove it. Raises Fault where that may not be."""
         name, ends = f"{REHEARSAL}/{MANIFEST}", self.deadline()
-        self._put(found.path / MANIFEST, name, ends)
+        self._put(checkpoint.path / MANIFEST, name, ends)
         self._again(f"remove {name}", lambda: self.system.rm_file(f"{self.url}/{name}"), ends)
 
     def _put(self, path: Path, name: str, ends: float) -> None:
@@ -94,8 +94,8 @@ class Remote:
                 folders = self.system.ls(self.url, detail=False)
             except FileNotFoundError:
                 return []
-            found = [step_of(str(folder).rstrip("/").rpartition("/")[2]) for folder in folders]
-            named = sorted(step for step in found if step is not None)
+            steps = [step_of(str(folder).rstrip("/").rpartition("/")[2]) for folder in folders]
+            named = sorted(step for step in steps if step is not None)
             return [s for s in named if self.system.exists(f"{self.url}/{name_of(s)}/{MANIFEST}")]
 
         return self._again("list its checkpoints", ask, self.deadline())
@@ -137,12 +137,12 @@ class Remote:
         """Keep there what is kept here, and nothing beyond the step of the newest, which a run that went back has
         left; a checkpoint loses its manifest first.
         """
-        found = self.steps()
-        steps = [step for step in found if step <= newest]
+        stored = self.steps()
+        steps = [step for step in stored if step <= newest]
         losses = {step: self._loss(step) if cfg.keep_best else None for step in steps}
         kept = Retention(cfg.keep_last, cfg.keep_every, cfg.keep_best).kept(losses)
         ends = self.deadline()
-        for step in found:
+        for step in stored:
             if step not in kept:
                 self._again(f"remove {name_of(step)}", partial(self._remove, step), ends)
 
@@ -167,13 +167,13 @@ class Remote:
             try:
                 return work()
             except (FileNotFoundError, PermissionError) as error:
-                said, final = f"{type(error).__name__}: {error}", True
+                message, final = f"{type(error).__name__}: {error}", True
             # Each store's client has failures of its own kind, and all of them may pass.
             except Exception as error:
-                said, final = f"{type(error).__name__}: {error}", False
+                message, final = f"{type(error).__name__}: {error}", False
             if final or time.monotonic() + pause > ends:
                 raise Fault(
-                    f"checkpoint.remote={self.url} cannot {doing}: {' '.join(said.split())[:200]} ({attempts} "
+                    f"checkpoint.remote={self.url} cannot {doing}: {' '.join(message.split())[:200]} ({attempts} "
                     f"attempt(s), checkpoint.remote_seconds={self.seconds:g}); checkpoints on the local disk are "
                     "whole, look after the bucket or leave checkpoint.remote empty, then run the same command again"
                 )

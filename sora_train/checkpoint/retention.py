@@ -44,19 +44,21 @@ def prune(folder: Path, keep_last: int, keep_every: int = 0, keep_best: int = 0)
     Raises:
         Fault: the folder cannot be written.
     """
-    found = list_checkpoints(folder)
-    losses = {entry.step: loss_of(entry) if keep_best else None for entry in found}
+    checkpoints = list_checkpoints(folder)
+    losses = {
+        checkpoint.step: loss_of(checkpoint) if keep_best else None for checkpoint in checkpoints
+    }
     kept = Retention(keep_last, keep_every, keep_best).kept(losses)
     try:
-        whole = {entry.path for entry in found}
+        whole = {checkpoint.path for checkpoint in checkpoints}
         for torn in [*folder.glob(f"step-*{TEMPORARY}"), *folder.glob(f"step-*{REPLACED}")]:
             if torn not in whole:
                 shutil.rmtree(torn)
-        for entry in found:
-            if entry.step not in kept:
+        for checkpoint in checkpoints:
+            if checkpoint.step not in kept:
                 # Under this name a folder that is half removed is no checkpoint.
-                torn = entry.path.with_name(entry.path.name + TEMPORARY)
-                shutil.rmtree(entry.path.rename(torn))
+                torn = checkpoint.path.with_name(checkpoint.path.name + TEMPORARY)
+                shutil.rmtree(checkpoint.path.rename(torn))
     except OSError as error:
         raise Fault(
             f"cannot remove old checkpoints in {folder}: {error.strerror} ({error.filename}); "

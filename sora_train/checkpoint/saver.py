@@ -1,7 +1,7 @@
 """The saves of a run: at once, or copied in a moment and written behind the training by one thread a rank.
 
 The thread's collectives go over a group of its own, so they never meet those of the training. At most
-one save is on its way; the next one waits for it. What goes wrong in it is told by `poll` and raised by
+one save is on its way; the next one waits for it. Its failure is returned by `poll` and raised by
 `wait`, on all ranks.
 """
 
@@ -117,7 +117,7 @@ class Saver:
             self._thread.join(ABANDON_SECONDS)
 
     def rehearse(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """A save by the whole road, into a folder of its own: written, committed, read back, removed.
+        """Save into a folder of its own as a run does: write, commit, read back, remove.
 
         Raises:
             Fault: it could not be written, or what is on the disk is something else.
@@ -136,20 +136,22 @@ class Saver:
         if staging is not None:
             staging.copy(tensors)
             staging.wait()
-        found = write(folder, 0, tensors, text, self.control, staging.read if staging else None)
-        why = damaged(found, part=world.rank, parts=world.size)
-        told = f"{why} as soon as it is written: the storage does not keep what it is given"
-        self.control.raise_together(Fault(told) if why else None)
+        checkpoint = write(
+            folder, 0, tensors, text, self.control, staging.read if staging else None
+        )
+        damage = damaged(checkpoint, part=world.rank, parts=world.size)
+        message = f"{damage} as soon as it is written: the storage does not keep what it is given"
+        self.control.raise_together(Fault(message) if damage else None)
         if staging is not None:
-            staging.read_back(found, tensors, self.control)
-        self.control.raise_together(self._probe_remote(found) if world.is_main else None)
+            staging.read_back(checkpoint, tensors, self.control)
+        self.control.raise_together(self._probe_remote(checkpoint) if world.is_main else None)
 
-    def _probe_remote(self, found: Checkpoint) -> Exception | None:
+    def _probe_remote(self, checkpoint: Checkpoint) -> Exception | None:
         """What is wrong with the object store, met before the first step rather than at the first save."""
         if self.remote is None:
             return None
         try:
-            self.remote.rehearse(found)
+            self.remote.rehearse(checkpoint)
         except Fault as error:
             return error
         return None
@@ -169,11 +171,11 @@ class Saver:
     ) -> None:
         read = staging.read if staging else None
         began = time.monotonic()
-        found = write(self.folder, step, tensors, text, self.control, read)
+        checkpoint = write(self.folder, step, tensors, text, self.control, read)
         self._seconds = time.monotonic() - began
         self.control.raise_together(self._pruned() if self.control.world.is_main else None)
         if self.remote is not None:
-            self._upload(self.remote, found)
+            self._upload(self.remote, checkpoint)
 
     def _pruned(self) -> Exception | None:
         cfg = self.cfg
@@ -183,10 +185,14 @@ class Saver:
             return error
         return None
 
-    def _upload(self, remote: Remote, found: Checkpoint) -> None:
+    def _upload(self, remote: Remote, checkpoint: Checkpoint) -> None:
         """Each rank its own files; the manifest, written last, is the commit there."""
         world = self.control.world
         ends = remote.deadline()
-        self.control.together(lambda: remote.upload_part(found, world.rank, world.size, ends))
-        self.control.together(lambda: remote.upload_commit(found, ends) if world.is_main else None)
-        self.control.together(lambda: remote.prune(self.cfg, found.step) if world.is_main else None)
+        self.control.together(lambda: remote.upload_part(checkpoint, world.rank, world.size, ends))
+        self.control.together(
+            lambda: remote.upload_commit(checkpoint, ends) if world.is_main else None
+        )
+        self.control.together(
+            lambda: remote.prune(self.cfg, checkpoint.step) if world.is_main else None
+        )

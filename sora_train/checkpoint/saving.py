@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from sora_train.checkpoint.commit import begin, commit, digests, written_by
+from sora_train.checkpoint.commit import Files, begin, commit, digests, written_by
 from sora_train.checkpoint.layout import TEMPORARY, Checkpoint, name_of
 from sora_train.checkpoint.points import reach
 from sora_train.errors import Fault
@@ -61,20 +61,20 @@ def write(
     temporary = folder / (name_of(step) + TEMPORARY)
 
     def together(work: Callable[[], object]) -> None:
-        """Work that may fail on one rank, and then has failed on all."""
+        """Do work that may fail on one rank; then it fails on all ranks."""
         error: Exception | None = None
         try:
             work()
         except (OSError, CheckpointException) as failure:
             error = cannot_write(final, failure)
-        told = [str(text) for text in control.gather_objects(str(error or ""))]
-        if not any(told):
+        errors = [str(text) for text in control.gather_objects(str(error or ""))]
+        if not any(errors):
             return
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        # Every rank says why, since the one that failed may not come to it.
-        failed = next(number for number, text in enumerate(told) if text)
-        raise error or Fault(f"rank {failed} {told[failed]}")
+        # Every rank names the reason: the process of the rank that failed may end before it prints.
+        failed = next(rank for rank, text in enumerate(errors) if text)
+        raise error or Fault(f"rank {failed} {errors[failed]}")
 
     def shards() -> None:
         dcp.save(
@@ -87,12 +87,12 @@ def write(
 
     together(lambda: begin(temporary) if is_main else None)
     together(shards)
-    found: dict[str, dict[str, int | str]] = {}
-    together(lambda: found.update(digests(written_by(rank, temporary))))
-    for files in control.gather_objects(found):
-        assert isinstance(files, dict)
-        found |= files
-    together(lambda: commit(temporary, final, state, found) if is_main else None)
+    files: Files = {}
+    together(lambda: files.update(digests(written_by(rank, temporary))))
+    for of_rank in control.gather_objects(files):
+        assert isinstance(of_rank, dict)
+        files |= of_rank
+    together(lambda: commit(temporary, final, state, files) if is_main else None)
     return Checkpoint(final, step)
 
 
@@ -160,7 +160,7 @@ def cannot_write(final: Path, failure: OSError | CheckpointException) -> Fault:
 
 
 def _why(failure: OSError | CheckpointException, folder: Path) -> str:
-    """One line; torch tells of a full disk in many ways, so the space left is said beside them."""
+    """One line; torch reports a full disk in many ways, so the free space is added."""
     causes = (
         [failure]
         if isinstance(failure, OSError)

@@ -70,7 +70,7 @@ class Staging:
 
     @torch.no_grad()
     def read_back(
-        self, found: Checkpoint, tensors: dict[str, Tensor], control: ControlPlane
+        self, checkpoint: Checkpoint, tensors: dict[str, Tensor], control: ControlPlane
     ) -> None:
         """Load a checkpoint of `tensors` into the buffers and compare.
 
@@ -80,14 +80,14 @@ class Staging:
         for buffer in self.buffers.values():
             buffer.zero_()
         planner = _IntoBuffers(self.buffers)
-        reader = FileSystemReader(found.path)
+        reader = FileSystemReader(checkpoint.path)
         dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=control.group)
         wrong = [
             name
             for name, buffer in self.buffers.items()
             if not torch.equal(buffer.view(-1), part_of(tensors[name]).cpu().reshape(-1))
         ]
-        error = Fault(f"{found.path}: {wrong[0]} is not what was saved") if wrong else None
+        error = Fault(f"{checkpoint.path}: {wrong[0]} is not what was saved") if wrong else None
         control.raise_together(error)
 
 

@@ -30,13 +30,13 @@ class StoredTensors:
         self.checkpoint = checkpoint
         self._reader = _OnceReader(checkpoint.path)
         entries = self._reader.read_metadata().state_dict_metadata
-        found = {
+        tensors = {
             name: entry
             for name, entry in entries.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self.shapes = {name: tuple(entry.size) for name, entry in found.items()}
-        self.dtypes = {name: entry.properties.dtype for name, entry in found.items()}
+        self.shapes = {name: tuple(entry.size) for name, entry in tensors.items()}
+        self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
 
     def names(self, prefix: str) -> list[str]:
         """What is left of the names that begin with `prefix`."""
@@ -49,7 +49,7 @@ class StoredTensors:
         """Tensors of these whole names, each whole and in memory of its own, as they are stored."""
         tensors = {name: torch.empty(self.shapes[name], dtype=self.dtypes[name]) for name in names}
         with warnings.catch_warnings():
-            # Said of every load in a process without a group, which is what is meant here.
+            # torch warns of every load in a process without a group, and here there is none on purpose.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(tensors, storage_reader=self._reader, no_dist=True)
         return tensors
@@ -71,9 +71,9 @@ class StoredTensors:
         for candidate in (tag, *_tags_of_number(tag)):
             if candidate in tags:
                 return prefix_of(candidate)
-        there = ", ".join(["live", *(prefix_of(found)[:-1] for found in sorted(tags))])
+        available = ", ".join(["live", *(prefix_of(stored)[:-1] for stored in sorted(tags))])
         raise UserError(
-            f"{self.checkpoint.path} has no average '{weights}' of its weights; it has {there}"
+            f"{self.checkpoint.path} has no average '{weights}' of its weights; it has {available}"
         )
 
 

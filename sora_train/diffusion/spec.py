@@ -67,8 +67,8 @@ _SINCE: dict[int, dict[str, Any]] = {
     },
 }
 """Fields by the version that brought them, each with what all earlier checkpoints did. Whoever adds
-a field after a release adds a version, so that a field that got lost is still told from one that
-did not exist."""
+a field after a release adds a version, so that a lost field and one that did not exist yet
+are not the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +132,7 @@ class DiffusionSpec:
     caption_dropout: float
     """Share of samples trained on the empty caption."""
     conditioning: tuple[tuple[str, float], ...]
-    """(kind, probability) of the condition frames; probabilities sum to
-    1."""
+    """(kind, probability) of the condition frames; probabilities sum to 1."""
     cond_mode: str
     """How condition frames reach the model: `replace` puts them into the noisy latents, `concat` beside
     them as further channels (Wan 2.1's image-to-video layout)."""

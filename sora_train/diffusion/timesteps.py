@@ -156,7 +156,7 @@ def sampling_times(num_steps: int, shift: float, grid: str) -> Tensor:
 
 
 def shown_time(t: float, rounding: str) -> float:
-    """The noise level that the model is told at time t of the grid.
+    """The noise level that the model gets at time t of the grid.
 
     Args:
         rounding: `none`: t. `truncate`: down to a whole thousandth, as diffusers'

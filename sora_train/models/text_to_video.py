@@ -78,7 +78,7 @@ class TextToVideo(nn.Module):
         self.text_encoder = encoder if text.trainable else None
         # In a tuple it is no sub-module: a frozen encoder is neither sharded, averaged nor saved.
         self._frozen: tuple[TextEncoder, ...] = () if text.trainable else (encoder,)
-        # What a frozen encoder makes of the empty caption, once it was asked.
+        # The frozen encoder's embedding of the empty caption, kept at its first use.
         self._null: tuple[Tensor, ...] = ()
         self.text_padding = text.padding
         if not empty:
@@ -102,7 +102,7 @@ class TextToVideo(nn.Module):
             t_BT: noise level of each latent frame in [0, 1].
             text: what `tokenize` returned; ids are encoded here, embeddings are taken as they are.
             mask_BT: 1 for condition frames; only for models with `mask_proj`.
-            fps_B: frames a second of the clips; only models with `fps_proj` are told.
+            fps_B: frames a second of the clips; only models with `fps_proj` read it.
 
         Raises:
             ValueError: ids without a trainable encoder, or a mask missing where it is needed.

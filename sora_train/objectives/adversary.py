@@ -2,7 +2,7 @@
 
 It is replicated: every rank has it whole, gathers gradients of its own clips, and once a step all ranks add them up
 in one buffer together with the number of clips. It is small beside the autoencoder, so that costs little, and needs
-neither hooks nor gathering within the autoencoder's own backward; its weights, its moments and what it says are the
+neither hooks nor gathering within the autoencoder's own backward; its weights, its moments and its answers are the
 same on every rank and at any layout. Nothing changes before `step`, so a step that is skipped leaves it as it was.
 """
 
@@ -65,7 +65,7 @@ class Adversary:
 
     @property
     def acts(self) -> bool:
-        """Whether the decoder hears of it in this step."""
+        """Whether the adversarial term counts in the decoder's loss in this step."""
         return int(self.steps) >= self.cfg.adversarial_from
 
     def learn(self, pixels: Tensor, reconstruction: Tensor) -> None:
@@ -83,7 +83,7 @@ class Adversary:
         """The decoder's loss (B,), differentiable in `reconstruction` alone.
 
         Args:
-            likeness: (B,) all else the decoder is told of its pixels. With it each clip's loss is weighted by
+            likeness: (B,) the sum of the other terms of the decoder's loss. With it each clip's loss is weighted by
                 |d likeness / d pixels| / |d loss / d pixels|: eq. 7 of arXiv:2012.09841, taken at what the last
                 layer puts out in place of its weights, so that it is a matter of one clip and of no layout.
         """

@@ -22,7 +22,7 @@ class SampleInfo:
     """What is decided about one clip of a batch before the model sees it; None where it does not apply."""
 
     prompt: str | None = None
-    """What the model is told; '' where the caption was dropped."""
+    """The caption that the model gets; '' where the caption was dropped."""
     kind: str | None = None
     """Kind of conditioning."""
     condition_frames: tuple[int, ...] | None = None

@@ -64,15 +64,15 @@ def check_channels(cond_mode: str, vae: VideoVAE, model: TextToVideo) -> None:
     """Raises ConfigError when the model's input or output does not fit the VAE's latents."""
     latents, transformer = vae.channels, model.transformer
     extra = f" (latents, a mask of {vae.temporal_factor} and condition latents)"
-    wanted, why = (
+    needed, source = (
         (2 * latents + vae.temporal_factor, f"objective.cond_mode=concat{extra}")
         if cond_mode == "concat"
         else (latents, "the VAE's latents")
     )
-    if transformer.cfg.in_channels != wanted:
+    if transformer.cfg.in_channels != needed:
         raise ConfigError(
-            f"model.in_channels is {transformer.cfg.in_channels}, and {why} takes {wanted}; set "
-            f"model.in_channels={wanted}"
+            f"model.in_channels is {transformer.cfg.in_channels}, and {source} takes {needed}; set "
+            f"model.in_channels={needed}"
         )
     made = transformer.proj_out.weight.shape[0] // math.prod(transformer.cfg.patch_size)
     if made != latents:

@@ -65,7 +65,7 @@ class TextToVideoObjective(Objective):
         return {"velocity": sum(self.counted_tokens(batch), 0.0)}
 
     def terms(self, model: nn.Module, batch: ClipBatch) -> dict[str, LossTerm]:
-        # Not self.weights(): who derives from this class may name its terms otherwise.
+        # Not self.weights(): a subclass may give its terms other names.
         weight = TextToVideoObjective.weights(self, batch)["velocity"]
         flow = self.flow_batch(batch)
         if self.cfg.loss.reduce == "per_sample":

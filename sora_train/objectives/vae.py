@@ -25,8 +25,8 @@ STATISTICS_CLIPS = 256
 
 
 class VaeObjective(Objective):
-    """Reconstruction of pixels: errors of pixels and of their differences, of features (LPIPS) and of what a
-    discriminator says, and a KL divergence."""
+    """Reconstruction of pixels: errors of pixels and of their differences, of features (LPIPS), a discriminator's
+    answer, and a KL divergence."""
 
     def __init__(self, cfg: Config, device: torch.device):
         """Raises UserError or ConfigError where a term that is asked for cannot be had."""

@@ -83,7 +83,7 @@ class Model:
         Args:
             size: (width, height) in pixels; default: that of most training clips.
             frames: frames of a clip; default: that of most training clips.
-            fps: frame rate the model is told and clips are meant to be played at.
+            fps: frames a second, for the model and for playing the clips.
             seed: clip i starts from noise keyed by (seed, i).
             prepared: what `prepare` made of images and videos; it has a shape of its own.
             negative_prompt: what guidance leads away from, in place of the empty caption.
@@ -155,7 +155,7 @@ class Model:
     def clip_shape(
         self, size: tuple[int, int] | None, frames: int | None, fps: float | None
     ) -> ClipShape:
-        """The wanted shape, gaps filled from the bucket that most training clips were in, checked."""
+        """The shape asked for, gaps filled from the bucket that most training clips were in, checked."""
         return fitting_shape(self.cfg, self.vae.geometry, self.shape, size, frames, fps)
 
 
@@ -167,7 +167,7 @@ def fitting_shape(
     frames: int | None,
     fps: float | None,
 ) -> ClipShape:
-    """The wanted shape, gaps filled from the usual one. Raises UserError when VAE or patches cannot take it."""
+    """The shape asked for, gaps filled from the usual one. Raises UserError when VAE or patches cannot take it."""
     multiple = geometry.spatial_factor * math.lcm(*cfg.model.patch_size[1:])
     width, height = size or (usual.width, usual.height)
     if width % multiple or height % multiple or min(width, height) < multiple:
@@ -221,7 +221,7 @@ def attending_here(model: ModelConfig, device: torch.device) -> ModelConfig:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself; its weights are not read."""
+    """Facts of a checkpoint; its weights are not read."""
 
     checkpoint: checkpoints.Checkpoint
     cfg: Config

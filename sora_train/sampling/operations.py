@@ -386,12 +386,12 @@ def _flag(name: str) -> str:
 def _takes(op: str) -> str:
     """What an operation takes, as the end of a sentence."""
     takes = OPERATIONS[op]
-    wanted = []
+    inputs = []
     if takes.images:
-        wanted.append(" or ".join(f"{_flag(name)} FILE" for name in takes.images))
+        inputs.append(" or ".join(f"{_flag(name)} FILE" for name in takes.images))
     if takes.videos:
-        wanted.append(" ".join(["--video FILE"] * takes.videos))
-    return f"it makes {takes.does} and takes {' or '.join(wanted) or 'a prompt alone'}"
+        inputs.append(" ".join(["--video FILE"] * takes.videos))
+    return f"it makes {takes.does} and takes {' or '.join(inputs) or 'a prompt alone'}"
 
 
 def _count(number: int, thing: str) -> str:

@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
     unkeyed."""
 
     def __init__(self, cfg: TextConfig, *, model: Any = None, tokenizer: Any = None):
-        """`model` and `tokenizer` stand for the byte encoder's own, as text_stored.py loads them."""
+        """`model` and `tokenizer` replace the byte encoder's own, as published.py loads them."""
         super().__init__()
         self.cfg = cfg
         self.num_truncated = 0

@@ -153,10 +153,10 @@ def read_sizes(folder: Path, kind: str) -> dict[str, Any]:
         ) from error
     if "text_config" in sizes and kind == "clip":
         sizes = {"model_type": "clip_text_model", **sizes["text_config"]}
-    found, wanted = sizes.get("model_type"), TEXT_KINDS[kind].model_type
-    if found != wanted:
+    model_type, expected = sizes.get("model_type"), TEXT_KINDS[kind].model_type
+    if model_type != expected:
         raise UserError(
-            f"text.path={folder} holds a model of type {found}, but text.kind={kind} reads {wanted}"
+            f"text.path={folder} holds a model of type {model_type}, but text.kind={kind} reads {expected}"
         )
     return sizes
 
@@ -211,18 +211,18 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     places = [folder, folder.parent / TOKENIZER]
-    found = [
+    folders = [
         place
         for place in places
         if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     ]
-    if not found:
+    if not folders:
         raise UserError(
             f"text.path={folder} has no tokenizer: no tokenizer.json there or in {places[1]}; copy "
             "it beside the weights"
         )
     try:
-        return AutoTokenizer.from_pretrained(found[0], local_files_only=True)
+        return AutoTokenizer.from_pretrained(folders[0], local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
             f"text.path={folder}: its tokenizer cannot be read ({str(error).splitlines()[0]}); copy "

@@ -1,7 +1,7 @@
 """Which kernel computes softmax(Q K^T) V: what each needs, whether this machine has it, and its call.
 
 A backend that is asked for and missing is an error before training starts, never another kernel in
-its place. One exception is told on the card: kernels without key masks leave captions of
+its place. One exception is shown on the card: kernels without key masks leave captions of
 `text.padding=masked` to SDPA.
 
 Dimension key: B batch, L queries, S keys, N heads, K head width.
@@ -39,14 +39,14 @@ FLASH_PACKAGES = {
     "flash4": "flash_attn.cute",
 }
 """Backend -> the module of its package: flash-attn, its build for Hopper, and the one in CuTe DSL inside newer releases
-of flash-attn. They are found without an import and imported at their first use."""
+of flash-attn. They are looked up without an import and imported at their first use."""
 LEAST_CAPABILITY = {"flash2": (8, 0), "flash3": (9, 0), "flash4": (9, 0)}
 """Least compute capability of the GPU; (8, 0) for all others that need one."""
 
 
 @cache
 def installed_packages() -> tuple[str, ...]:
-    """Names of the packages found here."""
+    """Names of the packages installed here."""
     return tuple(name for name, module in FLASH_PACKAGES.items() if _is_installed(module))
 
 
@@ -87,11 +87,9 @@ def missing(
     if backend not in BACKENDS:
         return "which is not known"
     if backend in FLASH_PACKAGES and backend not in installed_packages():
-        found = ", ".join(installed_packages()) or "none"
+        installed = ", ".join(installed_packages()) or "none"
         package = FLASH_PACKAGES[backend]
-        return (
-            f"but the package {package} is not installed (flash-attention packages found: {found})"
-        )
+        return f"but the package {package} is not installed (flash-attention packages found: {installed})"
     if backend not in NEED_GPU and not (backend == "flash" and device.type == "cuda"):
         return None
     if device.type != "cuda":
@@ -188,7 +186,7 @@ def varlen_attention(
 
 
 def flash_package_attention(name: str, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(K)) V by package `name`, (B, L, N, K); repeatable where torch is told to be."""
+    """softmax(Q K^T / sqrt(K)) V by package `name`, (B, L, N, K); repeatable under torch's deterministic algorithms."""
     repeatable = torch.are_deterministic_algorithms_enabled()
     if name == "flash2":
         from flash_attn import flash_attn_func
@@ -196,9 +194,9 @@ def flash_package_attention(name: str, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: T
         from flash_attn_interface import flash_attn_func
     else:
         from flash_attn.cute import flash_attn_func
-    found = flash_attn_func(q_BLNK, k_BSNK, v_BSNK, deterministic=repeatable)
+    result = flash_attn_func(q_BLNK, k_BSNK, v_BSNK, deterministic=repeatable)
     # Some releases return the log of the softmax's sum beside it.
-    y_BLNK: Tensor = found[0] if isinstance(found, tuple) else found
+    y_BLNK: Tensor = result[0] if isinstance(result, tuple) else result
     return y_BLNK
 
 

@@ -19,7 +19,7 @@ THETA = 10000.0
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head given to frames, rows and columns: rows and columns an even third each,
+    """Channels of a head for frames, rows and columns: rows and columns an even third each,
     frames the rest."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
@@ -61,9 +61,8 @@ def rope_table(
 
     Returns:
         (2, T, P, 1, J), ready to be multiplied with queries (B, T, P, N, J). It is computed once a
-        forward, a few small
-        kernels on the device: a cache would have to tell fake, inference and compiled tensors
-        apart.
+        forward in a few small kernels: a cache would have to keep fake, inference and compiled
+        tensors apart.
     """
     num_frames, num_rows, num_columns = grid
     frame_dim, row_dim, column_dim = split_head_dim(head_dim)

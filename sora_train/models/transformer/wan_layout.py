@@ -19,7 +19,7 @@ _ABSENT = {
 
 
 def wan_arguments(cfg: ModelConfig) -> dict[str, Any]:
-    """The sizes as diffusers' WanTransformer3DModel is told them."""
+    """The sizes as arguments of diffusers' WanTransformer3DModel."""
     return {
         "patch_size": cfg.patch_size, "num_attention_heads": cfg.num_heads,
         "attention_head_dim": cfg.head_dim, "in_channels": cfg.in_channels,

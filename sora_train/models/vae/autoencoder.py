@@ -5,7 +5,7 @@ own config says (a mean and a deviation per channel, or one factor), so that nob
 
 AutoencoderKLWan, which is also the one that is trained, is causal: the first frame becomes a latent
 frame of its own, and the rest go through in chunks of four. The other published ones are rows of
-vae_table.py."""
+published.py."""
 
 import hashlib
 import json
@@ -158,7 +158,7 @@ class VideoVAE(nn.Module):
         return mean.float(), log_variance.float()
 
     def standardise(self, raw: Tensor) -> Tensor:
-        """Training's latents from the VAE's own, as its row of vae_table.py says: mean and
+        """Training's latents from the VAE's own, as its row of published.py says: mean and
         deviation of each channel, or one shift and factor."""
         config = self.autoencoder.config
         if self.kind.normalisation == "scale":
@@ -194,7 +194,7 @@ class VideoVAE(nn.Module):
     def use_tiles(self, tile: int) -> None:
         """Encode and decode frames larger than `tile` pixels a side in tiles; 0 does not.
 
-        Exact for AutoencoderKLWan (see vae_stream.py); the other classes blend overlapping tiles
+        Exact for AutoencoderKLWan (see stream.py); the other classes blend overlapping tiles
         their own way, a quarter of each shared.
 
         Raises ConfigError for a size that the latents do not have.

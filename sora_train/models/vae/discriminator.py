@@ -1,7 +1,7 @@
 """The discriminator of the autoencoder's adversarial term: is this patch of a clip real, or was it decoded?
 
 A PatchGAN (Isola et al. 2017, arXiv:1611.07004) over space and time: it answers for overlapping patches, so it works on
-clips of any length and size, single frames too. Normalised within a sample, never over a batch: what it says of a clip
+clips of any length and size, single frames too. Normalised within a sample, never over a batch: its answer for a clip
 does not depend on the clips beside it.
 """
 
@@ -63,6 +63,6 @@ def generator_loss(made: Tensor) -> Tensor:
 
 
 def accuracy(real: Tensor, made: Tensor) -> Tensor:
-    """Share (B,) of patches told rightly, real and made ones counting alike."""
+    """Share (B,) of patches judged rightly, real and made ones counting alike."""
     right = [(real > 0).float().flatten(1), (made < 0).float().flatten(1)]
     return 0.5 * torch.stack([part.mean(dim=1) for part in right]).sum(dim=0)

@@ -24,7 +24,7 @@ class Geometry:
 
     @classmethod
     def of(cls, arch: dict[str, Any], class_name: str = WAN) -> "Geometry":
-        """Of a class's arguments, AutoencoderKLWan's unless said. Raises ConfigError for those it
+        """The geometry of a class's arguments. Raises ConfigError for those that AutoencoderKLWan
         cannot run."""
         if class_name == WAN:
             return cls(arch.get("z_dim", 16), *factors(arch))

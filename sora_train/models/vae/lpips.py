@@ -160,7 +160,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
-            found = (
+            tensors = (
                 load_file(file)
                 if file.suffix == ".safetensors"
                 else torch.load(file, map_location="cpu", weights_only=True)
@@ -169,11 +169,13 @@ def read_weights(path: str) -> dict[str, Tensor]:
             raise UserError(
                 f"vae_objective.lpips_path={path}: {file.name} cannot be read ({type(error).__name__}); copy it again"
             ) from error
-        tensors = isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())
-        if not tensors:
+        is_table = isinstance(tensors, dict) and all(
+            isinstance(v, Tensor) for v in tensors.values()
+        )
+        if not is_table:
             raise UserError(
                 f"vae_objective.lpips_path={path}: {file.name} is no table of tensors by name; it has to hold "
                 f"{EXPECTED}"
             )
-        weights |= found
+        weights |= tensors
     return weights

@@ -15,7 +15,7 @@ class VaeKind:
 
     class_name: str
     published: tuple[str, ...]
-    """Where such weights are found, as hub ids."""
+    """Hub ids of such weights."""
     normalisation: Literal["per_channel", "scale"]
     """`per_channel`: (raw - latents_mean) / latents_std. `scale`: (raw - shift_factor) *
     scaling_factor, the shift being 0 where the config has none."""
@@ -93,10 +93,10 @@ def find_class(name: str) -> Any:
     """The class of this diffusers. Raises ConfigError when it has none of that name."""
     import diffusers
 
-    found = getattr(diffusers, name, None)
-    if found is None:
+    vae_class = getattr(diffusers, name, None)
+    if vae_class is None:
         raise ConfigError(
             f"vae: this diffusers ({diffusers.__version__}) has no {name}; install a version that "
             "does"
         )
-    return found
+    return vae_class

@@ -3,7 +3,7 @@ to do while they do it; of the steps between they keep a journal, which they com
 
 Compared are the calls of blocks, forward and backward, and the number of micro-batches, on all ranks; clips, draws
 and all that the model is given, among ranks that share a clip's tokens; the weights, among replicas; frozen
-networks, on all ranks. docs/debugging.md tells of the sentences that come of it.
+networks, on all ranks. docs/debugging.md explains the messages.
 """
 
 from collections.abc import Iterator
@@ -101,9 +101,11 @@ class DebugMode:
 
     def _note_batch(self, batch: ClipBatch) -> None:
         entry, failed = batch.micro_batch, [failure.row for failure in batch.failures]
-        said = f"rows {list(entry.rows)} of epochs {list(entry.epochs)} as {entry.bucket.name}"
-        said += f", failed {failed}" if failed else ""
-        self.agreement.note("batch", self.calls.where, said, self.calls.about)
+        description = (
+            f"rows {list(entry.rows)} of epochs {list(entry.epochs)} as {entry.bucket.name}"
+        )
+        description += f", failed {failed}" if failed else ""
+        self.agreement.note("batch", self.calls.where, description, self.calls.about)
 
     def _note_contents(self, where: str, batch: ClipBatch) -> None:
         """Clips as they were read, and what chance decides about them."""
@@ -135,13 +137,13 @@ def _where(step: int, number: int) -> str:
 
 def frozen_weights(parts: Components) -> dict[str, Tensor]:
     """All tensors of the networks that are used and not trained, by name."""
-    model, found = parts.engine.model, {}
+    model, modules = parts.engine.model, {}
     if parts.vae is not model:
-        found["vae"] = parts.vae
+        modules["vae"] = parts.vae
     if isinstance(model, TextToVideo) and model.text_encoder is None:
-        found["text_encoder"] = model.frozen_encoder
+        modules["text_encoder"] = model.frozen_encoder
     return {
         f"{prefix}.{name}": value
-        for prefix, module in found.items()
+        for prefix, module in modules.items()
         for name, value in module.state_dict().items()
     }

@@ -127,10 +127,10 @@ def remedy(cfg: Config) -> str:
 
 def memory_now(device: torch.device) -> dict[str, int]:
     """Bytes: of the allocator and the device on a GPU, and of this process and its machine."""
-    found: dict[str, int] = {}
+    memory: dict[str, int] = {}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        found = {
+        memory = {
             "allocated": torch.cuda.memory_allocated(device),
             "most allocated": torch.cuda.max_memory_allocated(device),
             "reserved": torch.cuda.memory_reserved(device),
@@ -143,8 +143,8 @@ def memory_now(device: torch.device) -> dict[str, int]:
     ):
         value = kilobytes(Path(file), field)
         if value is not None:
-            found[name] = value
-    return found
+            memory[name] = value
+    return memory
 
 
 def kilobytes(file: Path, field: str) -> int | None:

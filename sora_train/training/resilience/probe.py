@@ -53,24 +53,24 @@ def measure_probe(run: RunContext, parts: Components) -> dict[str, Any] | None:
 
 
 def require_same_probe(
-    cfg: Config, step: int, before: dict[str, Any], found: dict[str, Any] | None, *, exactly: bool
+    cfg: Config, step: int, before: dict[str, Any], now: dict[str, Any] | None, *, exactly: bool
 ) -> None:
     """Raises Fault where the probe's loss is another than the checkpoint of a step says, beyond
     `resume.probe_tolerance`.
 
     `exactly`: nothing of the configuration changed, so that on a CPU not a bit may differ.
     """
-    if found is None or found["clips"] != before["clips"]:
+    if now is None or now["clips"] != before["clips"]:
         return
-    differ = [key for key in ("ranks", "device") if found[key] != before[key]]
-    old, new = before["fingerprint"], found["fingerprint"]
+    differ = [key for key in ("ranks", "device") if now[key] != before[key]]
+    old, new = before["fingerprint"], now["fingerprint"]
     differ += [key for key in new if old.get(key) != new[key]]
     same = exactly and not differ and torch.are_deterministic_algorithms_enabled()
     tolerance = 0.0 if same else cfg.resume.probe_tolerance
     wrong = [
         name
         for name in ("loss", "ema")
-        if abs(found[name] - before[name]) > tolerance * abs(before[name])
+        if abs(now[name] - before[name]) > tolerance * abs(before[name])
     ]
     if not wrong:
         return
@@ -79,7 +79,7 @@ def require_same_probe(
     other = f"; not the same are {', '.join(differ)}" if differ else ""
     raise Fault(
         f"the checkpoint of step {step} was written where its probe's loss under {whose} was "
-        f"{before[name]!r}, here it is {found[name]!r} (let pass: a relative difference of {tolerance:g}){other}; "
+        f"{before[name]!r}, here it is {now[name]!r} (let pass: a relative difference of {tolerance:g}){other}; "
         "weights, VAE or arithmetic are not those of the run, so go on from another step, or set resume.probe=false "
         "if you know why"
     )

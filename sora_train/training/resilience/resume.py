@@ -1,6 +1,6 @@
 """Going on: from which checkpoint, what may have changed since it was written, and whether it is really the same.
 
-The newest complete checkpoint whose digests are right is taken; those that are not are told and passed
+The newest complete checkpoint whose digests are right is taken; others are reported and passed
 over. Keys of the configuration that changed are refused or recorded by their class
 (`config/resumption.py`). With `resume.run` a new run folder begins from another run's checkpoint.
 """
@@ -111,15 +111,15 @@ def _take_history(run: Path, folder: RunFolder, step: int) -> None:
 
 
 def choose(folder: Path, control: ControlPlane) -> Checkpoint | None:
-    """The newest checkpoint that is complete and undamaged; rank 0 tells why newer ones are passed over."""
+    """The newest checkpoint that is complete and undamaged; rank 0 reports why newer ones are passed over."""
     listed = control.broadcast(_listed(folder) if control.world.is_main else None)
     assert isinstance(listed, list)
     why = ""
     for path, lacks in listed:
-        found = Checkpoint(path, int(path.name.removeprefix("step-")))
-        why = lacks or damage(found, control)
+        checkpoint = Checkpoint(path, int(path.name.removeprefix("step-")))
+        why = lacks or damage(checkpoint, control)
         if not why:
-            return found
+            return checkpoint
         if control.world.is_main:
             Console(stderr=True).print(f"passed over: {why}", highlight=False, soft_wrap=True)
             _set_aside(path, why)
@@ -142,10 +142,10 @@ def _set_aside(path: Path, why: str) -> None:
 
 def _refuse_older(folder: RunFolder) -> None:
     """Raises UserError where checkpoints of an earlier run would be mixed with those of a new one."""
-    found = checkpoints.list_checkpoints(folder.checkpoints)
-    if found and folder.is_main:
+    older = checkpoints.list_checkpoints(folder.checkpoints)
+    if older and folder.is_main:
         raise UserError(
-            f"run.dir={folder.path} holds checkpoints up to step {found[-1].step}, and checkpoint.resume=never starts "
+            f"run.dir={folder.path} holds checkpoints up to step {older[-1].step}, and checkpoint.resume=never starts "
             "anew beside them; give another run.dir, or remove that folder"
         )
 
@@ -158,12 +158,12 @@ def _listed(folder: Path) -> list[tuple[Path, str]]:
     return [(path, why and f"{path}: {why}") for path, why in lacks.items()]
 
 
-def damage(found: Checkpoint, control: ControlPlane) -> str:
+def damage(checkpoint: Checkpoint, control: ControlPlane) -> str:
     """Which file does not match its digest, or an empty string; the ranks share the reading."""
     world = control.world
-    mine = checkpoints.damaged(found, part=world.rank, parts=world.size)
-    said = [text for text in control.gather_objects(mine) if text]
-    return str(said[0]) if said else ""
+    mine = checkpoints.damaged(checkpoint, part=world.rank, parts=world.size)
+    damages = [text for text in control.gather_objects(mine) if text]
+    return str(damages[0]) if damages else ""
 
 
 # -- what has changed since ---------------------------------------------------------------------------
@@ -178,17 +178,17 @@ def allowed_changes(cfg: Config, saved: dict[str, Any]) -> list[Change]:
     saved = _with_defaults(saved, cfg)
     now = cfg.model_dump(mode="json")
     if cfg.train.epochs:
-        # A run of epochs has them told in steps once its tape is known.
+        # A run of epochs gets them in steps once its tape is known.
         now["train"] |= {key: saved["train"][key] for key in ("steps", "epochs")}
-    found = changes(saved, now)
-    refused = [change for change in found if resume_class(change[0]) != "recorded"]
+    differing = changes(saved, now)
+    refused = [change for change in differing if resume_class(change[0]) != "recorded"]
     if refused:
-        said = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in refused[:5])
+        differences = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in refused[:5])
         raise ConfigError(
-            f"run.dir={cfg.run.dir} holds another experiment: {said}; "
+            f"run.dir={cfg.run.dir} holds another experiment: {differences}; "
             "use the old values to go on, or another run.dir to start anew"
         )
-    return found
+    return differing
 
 
 def _with_defaults(saved: dict[str, Any], cfg: Config) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def record_changes(run: RunContext, step: int, changed: list[Change]) -> None:
     rows = [{"step": step, "key": key, "was": old, "is": new} for key, old, new in changed]
     before = path.read_text() if path.exists() else ""
     new_lines = "".join(json.dumps(row) + "\n" for row in rows)
-    # A start that is made again after a crash says the same again.
+    # A start that is repeated after a crash records the same changes.
     if not before.endswith(new_lines):
         write_atomically(path, before + new_lines)
 
@@ -228,23 +228,23 @@ def load_parts(run: RunContext, parts: Components, start: Start) -> None:
     """
     parts.data.sources.require_following(start.meta.snapshots)
     parts.objective.require_same(start.meta.objective, start.meta.step)
-    wanted, patterns = parts.tensors(), run.cfg.resume.allow_missing
+    tensors, patterns = parts.tensors(), run.cfg.resume.allow_missing
     stored = FileSystemReader(start.checkpoint.path).read_metadata().state_dict_metadata
-    lacking = set(wanted) - set(stored)
+    lacking = set(tensors) - set(stored)
     allowed = {name for name in lacking if any(fnmatch.fnmatchcase(name, one) for one in patterns)}
     for pattern in patterns:
-        if not fnmatch.filter(wanted, pattern):
+        if not fnmatch.filter(tensors, pattern):
             raise ConfigError(
                 f"resume.allow_missing holds {pattern!r}, and this run has no tensor of that name; drop it"
             )
-    loaded = {name: tensor for name, tensor in wanted.items() if name not in allowed}
+    loaded = {name: tensor for name, tensor in tensors.items() if name not in allowed}
     checkpoints.load(start.checkpoint, loaded, run.control, verified=True)
     parts.engine.weights_changed()
     parts.ema.begin_with(parts.engine.weights, allowed)
     if allowed and run.is_main:
-        shown = f"{', '.join(sorted(allowed)[:5])}{' ...' if len(allowed) > 5 else ''}"
+        names = f"{', '.join(sorted(allowed)[:5])}{' ...' if len(allowed) > 5 else ''}"
         Console(stderr=True).print(
-            f"{len(allowed)} tensors begin anew, which {start.checkpoint.path} lacks: {shown}",
+            f"{len(allowed)} tensors begin anew, which {start.checkpoint.path} lacks: {names}",
             highlight=False,
             soft_wrap=True,
         )
@@ -267,20 +267,20 @@ def find_place(data: TrainingData, meta: CheckpointMeta, data_step: int) -> tupl
     """The step of the tape to go on with, and what is passed over for it, in words.
 
     `data_step` is the step that would be next. With another number of micro-batches a step, it is the next step's
-    first one; with other micro-batches it is the next epoch, since what is left of this one cannot be told.
+    first one; with other micro-batches it is the next epoch, since the rest of this one is unknown.
     """
     per_step = int(meta.config["train"]["micro_batches"])
     same = data.plan_digest(meta.train.data_step * per_step) == meta.plan
     epoch = math.ceil(meta.epoch)
     # What was left out by going back lies behind the checkpoint's own place.
-    wanted = data_step * per_step if same else data.tape.index_after(epoch)
-    place = math.ceil(wanted / data.micro_batches)
+    position = data_step * per_step if same else data.tape.index_after(epoch)
+    place = math.ceil(position / data.micro_batches)
     if not same:
         return place, (
             f"the tape is another than that of the checkpoint, so the run goes on with epoch {epoch}, and "
             f"{epoch - meta.epoch:.1%} of the one it was in is passed over"
         )
-    over = place * data.micro_batches - wanted
+    over = place * data.micro_batches - position
     if not over:
         return place, ""
     return place, f"{over} micro-batch(es) are passed over, so that a step begins where one did"

@@ -135,7 +135,7 @@ def discard_abandoned(run_dir: Path) -> None:
         try:
             known = rollbacks_of(read_meta(candidate).train)
         except (OSError, ValueError, UserError):
-            # A damaged one is told of when a checkpoint is chosen.
+            # A damaged one is reported when a checkpoint is chosen.
             continue
         unknown = [rollback for rollback in rollbacks if rollback.number > known]
         if any(candidate.step > rollback.to_step for rollback in unknown):
