@@ -167,6 +167,12 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return tails[near[0]] if near else None
 
 
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """`did you mean NAME? `, the name behind `prefix`; empty where none is close."""
+    near = closest(word, known)
+    return f"did you mean {prefix}{near}? " if near else ""
+
+
 def _default(field: FieldInfo) -> Any:
     return MISSING if field.is_required() else field.get_default(call_default_factory=True)
 

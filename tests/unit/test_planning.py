@@ -23,7 +23,7 @@ from sora_train.parallel.checks.volume import Slot, expected_volume, units_of
 from sora_train.parallel.degrees import Degrees, check_degrees, resolve_degrees
 from sora_train.tools.plan import search
 from sora_train.tools.plan.assumptions import Assumptions
-from sora_train.tools.plan.command import asked
+from sora_train.tools.plan.command import parse_command
 from sora_train.tools.plan.page import page
 from sora_train.tools.plan.plan import plan_run
 from sora_train.tools.plan.text import header, show
@@ -65,7 +65,7 @@ def with_layout(bench: Bench, degrees: Degrees, **options: object) -> Config:
 def small(request: pytest.FixtureRequest) -> dict:
     """The whole plan of a run with two stages, as the command makes it; its memory counted, or from the sizes."""
     counted = int(request.param == "counted")
-    frozen, cluster, assume = asked(
+    frozen, cluster, assume = parse_command(
         ["experiment=two_stages", "cluster=2xH100", "cluster.price=3", f"plan.counted={counted}",
          "train.micro_batches=4"], None,
     )  # fmt: skip
@@ -273,17 +273,17 @@ def test_ten_thousand_ranks_are_searched_in_time():
         (["cluster.prise=2"], ("cluster.price",)),
         (["cluster.price=-1"], ("cluster.price",)),
         (["plan.gem=1"], ("plan.gemm",)),
-        (["plan.gemm=2"], ("gemm",)),
+        (["plan.gemm=2"], ("plan.gemm",)),
         (["model.num_layer=2"], ("model.num_layers",)),
     ],
 )
 def test_a_wrong_command_line_is_told_in_a_sentence(words: list[str], facts: tuple[str, ...]):
     with refuses(ConfigError, *facts):
-        asked(["experiment=parity_tiny", *words], None)
+        parse_command(["experiment=parity_tiny", *words], None)
 
 
 def run(*words: str) -> dict:
-    frozen, cluster, assume = asked(list(words), None)
+    frozen, cluster, assume = parse_command(list(words), None)
     return plan_run(frozen.config, frozen.stages, cluster, assume, SILENT)
 
 
@@ -309,7 +309,7 @@ def test_what_cannot_be_planned_is_told_in_a_sentence():
 
 
 def test_clips_need_not_be_there_yet():
-    frozen, _, _ = asked(["experiment=real_tiny"], None)
+    frozen, _, _ = parse_command(["experiment=real_tiny"], None)
     assert frozen.config.data.source == "clips_to_come"
 
 

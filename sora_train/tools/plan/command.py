@@ -47,46 +47,39 @@ def plan(
     sora plan experiment=wan_14b_finetune cluster=64xH100 plan.keep_layout=true --json plan.json
     sora plan model=wan_14b text.d_model=4096 buckets=480p cluster=16xH200 cluster.price=3
     """  # fmt: skip
-    found = planned(*asked(list(arguments or []), config_dir))
-    write(found, json_out, html)
+    from rich.console import Console
+
+    from sora_train.tools.plan import text
+
+    values = plan_with_progress(*parse_command(list(arguments or []), config_dir))
+    write(values, json_out, html)
     if header:
-        from sora_train.tools.plan.text import header as lines_of
-
-        print("\n".join(f"# {line}" for line in lines_of(found)))
+        print("\n".join(f"# {line}" for line in text.header(values)))
     elif json_out != "-":
-        tell(found, [str(path) for path in (html, json_out) if path])
+        console = Console(width=text.WIDTH)
+        text.show(values, console)
+        for path in filter(None, (html, json_out)):
+            console.print(f"wrote {path}", highlight=False)
 
 
-def write(found: dict[str, Any], json_out: str, html: Path | None) -> None:
+def write(values: dict[str, Any], json_out: str, html: Path | None) -> None:
     """The files that were asked for; JSON goes to standard output for `-`."""
     import json
 
     from sora_train.base.files import write_atomically
 
     if html is not None:
-        from sora_train.tools.plan.page import write_page
+        from sora_train.tools.plan.page import page
 
-        write_page(found, html)
-    text = json.dumps(found, indent=1)
+        write_atomically(html, page(values))
+    text = json.dumps(values, indent=1)
     if json_out == "-":
         print(text)
     elif json_out:
         write_atomically(Path(json_out), text + "\n")
 
 
-def tell(found: dict[str, Any], written: list[str]) -> None:
-    """The plan for a reader at a terminal, and the files that hold it."""
-    from rich.console import Console
-
-    from sora_train.tools.plan.text import WIDTH, show
-
-    console = Console(width=WIDTH)
-    show(found, console)
-    for path in written:
-        console.print(f"wrote {path}", highlight=False)
-
-
-def asked(
+def parse_command(
     arguments: list[str], config_dir: Path | None
 ) -> "tuple[JobConfig, Cluster, Assumptions]":
     """The run, the machines and the assumptions of a command line.
@@ -94,12 +87,9 @@ def asked(
     Raises:
         ConfigError: one of them is wrong.
     """
-    from sora_train.config.messages import validated
     from sora_train.config.overrides import parse_overrides
-    from sora_train.config.schema import closest
-    from sora_train.errors import ConfigError
     from sora_train.tools.plan.assumptions import Assumptions
-    from sora_train.tools.plan.time.cluster import parse_cluster
+    from sora_train.tools.plan.time.cluster import parse_cluster, read_settings
 
     name = DEFAULT_CLUSTER
     settings: dict[str, dict[str, Any]] = {"cluster": {}, "plan": {}}
@@ -113,15 +103,9 @@ def asked(
             settings[section][field] = parse_overrides([f"value={value}"])[0].value()
         else:
             rest.append(text)
-    unknown = sorted(set(settings["plan"]) - set(Assumptions.model_fields))
-    if unknown:
-        near = closest(unknown[0], list(Assumptions.model_fields))
-        remedy = f"did you mean plan.{near}? " if near else ""
-        raise ConfigError(
-            f"plan.{unknown[0]} does not exist; {remedy}there are {', '.join(Assumptions.model_fields)}"
-        )
+    assume = read_settings("plan", Assumptions, settings["plan"])
     cluster = parse_cluster(name, settings["cluster"])
-    return _job(rest, config_dir), cluster, validated(Assumptions, settings["plan"])
+    return _job(rest, config_dir), cluster, assume
 
 
 def _job(arguments: list[str], config_dir: Path | None) -> "JobConfig":
@@ -137,7 +121,9 @@ def _job(arguments: list[str], config_dir: Path | None) -> "JobConfig":
         return compose_job([*arguments, "data.source=clips_to_come"], config_dir=config_dir)
 
 
-def planned(job: "JobConfig", cluster: "Cluster", assume: "Assumptions") -> dict[str, Any]:
+def plan_with_progress(
+    job: "JobConfig", cluster: "Cluster", assume: "Assumptions"
+) -> dict[str, Any]:
     """The plan as plain values, with a bar of progress on standard error."""
     import sys
 
@@ -150,10 +136,10 @@ def planned(job: "JobConfig", cluster: "Cluster", assume: "Assumptions") -> dict
     with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("plan", total=None)
 
-        def told(what: str, done: int, of: int) -> None:
+        def progress(what: str, done: int, of: int) -> None:
             bar.update(task, description=what, completed=done, total=of)
 
-        return plan_run(job.config, job.stages, cluster, assume, told)
+        return plan_run(job.config, job.stages, cluster, assume, progress)
 
 
 def models(arguments: Overrides = None, config_dir: ConfigDir = None) -> None:

@@ -112,15 +112,19 @@ def run(
         raise UserError(
             f"tokens={','.join(map(str, lengths))}: a, b and c need at least {FEWEST} different lengths"
         )
-    found = measure_lengths(cfg, lengths, repeats)
-    fitted = fit(lengths, [found[length].median for length in lengths])
-    measured = {f"{length} tokens": Measured(found[length], "s") for length in lengths}
+    seconds = measure_lengths(cfg, lengths, repeats)
+    fitted = fit(lengths, [seconds[length].median for length in lengths])
+    measured = {f"{length} tokens": Measured(seconds[length], "s") for length in lengths}
     facts: dict[str, str | int | float | None] = {
-        "overrides": " ".join(chosen), "experiment": cfg.name, "threads": torch.get_num_threads(),
-        "a, s a token": fitted.a, "b, s a token squared": fitted.b, "c, s a micro-batch": fitted.c,
+        "overrides": " ".join(chosen),
+        "experiment": cfg.name,
+        "threads": torch.get_num_threads(),
+        "a, s a token": fitted.a,
+        "b, s a token squared": fitted.b,
+        "c, s a micro-batch": fitted.c,
         "to paste": fitted.overrides,
-    }  # fmt: skip
-    return Result("cost", measured, facts).write(Path(out)), table(fitted, found)
+    }
+    return Result("cost", measured, facts).write(Path(out)), table(fitted, seconds)
 
 
 def default_lengths(cfg: Config) -> list[int]:
@@ -143,7 +147,7 @@ def measure_lengths(cfg: Config, lengths: Sequence[int], repeats: int) -> dict[i
         engine = build_engine(
             model, cfg, world, layout, lambda named: build_optimizer(named, cfg.optim)
         )
-        found = {}
+        seconds = {}
         for length in lengths:
             batch = clip_of(cfg, length, world.device)
 
@@ -151,8 +155,8 @@ def measure_lengths(cfg: Config, lengths: Sequence[int], repeats: int) -> dict[i
                 engine.backward(batch.loss_sum(engine.model), last=True)
                 engine.model.zero_grad(set_to_none=True)
 
-            found[length] = measure(once, warmup=2, repeats=repeats)
-        return found
+            seconds[length] = measure(once, warmup=2, repeats=repeats)
+        return seconds
     finally:
         distributed.stop(world)
 
@@ -202,13 +206,13 @@ def fit(tokens: Sequence[int], seconds: Sequence[float]) -> Fit:
     return Fit(float(a), float(b), float(c))
 
 
-def table(fitted: Fit, found: dict[int, Stats]) -> str:
+def table(fitted: Fit, seconds: dict[int, Stats]) -> str:
     """Measured beside predicted seconds, and the overrides to paste."""
     lines = [
         "| tokens | measured, s | predicted, s | off by |",
         "|--:|--:|--:|--:|",
     ]
-    for tokens, stats in found.items():
+    for tokens, stats in seconds.items():
         off = fitted(tokens) / stats.median - 1
         lines.append(
             f"| {tokens:,} | {stats.median:.4g} | {fitted(tokens):.4g} | {100 * off:+.1f} % |"

@@ -43,14 +43,13 @@ def rows(
     Raises:
         ConfigError: an override is wrong.
     """
-    names = option_names(config_dir)
-    found = []
-    for name in names:
+    sizes = []
+    for name in option_names(config_dir):
         cfg: ModelConfig = compose(
             [f"model={name}", *overrides], config_dir=config_dir
         ).config.model
         count, _ = transformer_parameters(cfg)
-        given, made = cfg.in_channels, cfg.velocity_channels
+        channels, velocity = cfg.in_channels, cfg.velocity_channels
         cells = (
             name,
             short_count(count),
@@ -58,11 +57,11 @@ def rows(
             str(cfg.dim),
             f"{cfg.num_heads} x {cfg.head_dim}",
             str(cfg.ffn_dim),
-            str(given) if given == made else f"{given} -> {made}",
+            str(channels) if channels == velocity else f"{channels} -> {velocity}",
             *(
                 f"{training_flops(cfg, None, length, 1, CAPTION) / length / 1e9:.3g}"
                 for length in LENGTHS
             ),
         )
-        found.append((count, cells))
-    return sorted(found)
+        sizes.append((count, cells))
+    return sorted(sizes)

@@ -1,10 +1,7 @@
-"""The plan as one HTML file: memory of the candidates beside the card's limit, time by bucket, stages on a time
-line."""
+"""The plan as one HTML file: memory of the candidates beside the card's limit, time by bucket, stages in time."""
 
-from pathlib import Path
 from typing import Any
 
-from sora_train.base.files import write_atomically
 from sora_train.monitoring.report.charts import Bar, bar_chart
 from sora_train.monitoring.report.page import render
 from sora_train.tools.plan.text import pasted, percent, total_rows
@@ -13,12 +10,8 @@ from sora_train.tools.plan.time.cluster import GIB
 Values = dict[str, Any]
 
 
-def write_page(plan: Values, path: Path) -> None:
-    """Write the page of `plan_run`'s values; raises Fault where it cannot be written."""
-    write_atomically(path, page(plan))
-
-
 def page(plan: Values) -> str:
+    """The page of `plan_run`'s values."""
     cluster, total = plan["cluster"], plan["total"]
     return render(
         "tools/plan/page.html",

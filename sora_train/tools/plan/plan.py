@@ -22,7 +22,7 @@ from sora_train.tools.plan.search import (
     Candidate,
     SearchResult,
     describe_options,
-    guess_bytes,
+    estimate_bytes,
     overrides_of,
     search,
     too_large,
@@ -37,9 +37,6 @@ Values = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 SAVE_SECONDS = 0.05
 """Of a save besides the copy to the host."""
-MEMORY_PARTS = (
-    "weights", "gradients", "optimizer", "ema", "activations", "buffers", "encoders",
-)  # fmt: skip
 
 
 def plan_run(
@@ -63,13 +60,13 @@ def plan_run(
     planned, notes, units = [], dict[str, None](), _Units()
     for name, stage in zip(names, stages or (cfg,), strict=True):
 
-        def told(what: str, done: int, of: int, name: str = name) -> None:
+        def stage_progress(what: str, done: int, of: int, name: str = name) -> None:
             progress(f"{name}: {what}", done, of)
 
         work = stage_work(stage, assume)
         notes.update(dict.fromkeys(work.notes))
         bench = Bench(work, cluster, assume, units.of(stage), Imbalance(work))
-        planned.append(_stage(name, bench, told))
+        planned.append(_stage(name, bench, stage_progress))
     total = {key: sum(stage[key] for stage in planned) for key in ("hours", "gpu_hours", "cost")}
     mix = "plan.mix" if assume.mix else "classes by their probability, buckets of a class alike"
     return {
@@ -105,15 +102,15 @@ class _Units:
 
 
 def _stage(name: str, bench: Bench, progress: Progress) -> Values:
-    found = own_layout(bench) if bench.assume.keep_layout else search(bench, progress)
-    if not found.best:
-        nearest = "; ".join(f"{each.name}: {each.reason}" for each in found.refused[:3])
+    result = own_layout(bench) if bench.assume.keep_layout else search(bench, progress)
+    if not result.best:
+        nearest = "; ".join(f"{each.name}: {each.reason}" for each in result.refused[:3])
         raise UserError(
-            f"stage {name}: none of {found.tried} layouts fits {bench.cluster} "
+            f"stage {name}: none of {result.tried} layouts fits {bench.cluster} "
             f"({nearest or 'train.micro_batches leaves ranks idle'}); take more GPUs or larger ones, smaller buckets, "
             "or another train.micro_batches"
         )
-    best = found.best[0]
+    best = result.best[0]
     cfg, step = best.cfg, best.step
     saves = _saves(bench, best)
     hours = cfg.train.steps * step.seconds / 3600 / saves["goodput"]
@@ -143,9 +140,9 @@ def _stage(name: str, bench: Bench, progress: Progress) -> Values:
         "hours": hours,
         "gpu_hours": hours * gpus,
         "cost": hours * gpus * bench.cluster.gpu.price,
-        "tried": found.tried,
-        "candidates": [_row(each, best) for each in found.best],
-        "refused": [asdict(each) for each in found.refused],
+        "tried": result.tried,
+        "candidates": [_row(each, best) for each in result.best],
+        "refused": [asdict(each) for each in result.refused],
     }  # fmt: skip
 
 
@@ -163,9 +160,8 @@ def own_layout(bench: Bench) -> SearchResult:
         raise ConfigError(f"cluster={bench.cluster}: {error}") from error
     parallel = {"dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
     cfg = cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=parallel)})
-    guess, _ = guess_bytes(bench, cfg, degrees)
-    step = step_plan(bench, cfg, degrees)
-    candidate = Candidate(cfg, degrees, step, None, guess)
+    estimate, _ = estimate_bytes(bench, cfg, degrees)
+    candidate = Candidate(cfg, degrees, step_plan(bench, cfg, degrees), None, estimate)
     if bench.assume.counted:
         candidate = with_memory(bench, candidate)
     cap = bench.cluster.memory * (1 - bench.assume.reserve)
@@ -179,13 +175,9 @@ def memory_values(candidate: Candidate) -> Values:
     """Bytes by what they are for; one number where they were not counted."""
     memory = candidate.memory
     if memory is None:
-        return {
-            "estimated": round(candidate.guess),
-            "peak": round(candidate.guess),
-            "when": "estimated",
-        }
-    return {**{part: getattr(memory, part) for part in MEMORY_PARTS},
-            "peak": memory.peak, "when": memory.when}  # fmt: skip
+        estimate = round(candidate.estimate)
+        return {"estimated": estimate, "peak": estimate, "when": "estimated"}
+    return asdict(memory)
 
 
 def _row(each: Candidate, best: Candidate) -> Values:
@@ -227,14 +219,11 @@ def _saves(bench: Bench, best: Candidate) -> Values:
     shards = best.degrees.shards if cfg.parallel.engine == "fsdp" else cluster.gpus
     stall = SAVE_SECONDS + total / shards / (cluster.gpu.host_gb_s * GB)
     move = total / (assume.storage_gb_s * GB)
-    found = schedule(
-        3600 * cluster.gpu.mtbf_hours / cluster.gpus,
-        stall,
-        move,
-        60 * assume.restart_minutes + move,
-    )
+    mtbf = 3600 * cluster.gpu.mtbf_hours / cluster.gpus
+    saves = schedule(mtbf, stall, move, 60 * assume.restart_minutes + move)
     return {
-        **asdict(found), "gb": total / GB,
-        "every": max(1, round(found.interval / best.step.seconds)),
-        "sync_every": max(1, round(found.sync_interval / best.step.seconds)),
-    }  # fmt: skip
+        **asdict(saves),
+        "gb": total / GB,
+        "every": max(1, round(saves.interval / best.step.seconds)),
+        "sync_every": max(1, round(saves.sync_interval / best.step.seconds)),
+    }

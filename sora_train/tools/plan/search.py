@@ -64,7 +64,7 @@ class Candidate:
     step: StepPlan
     memory: MemoryPlan | None
     """None where it was not counted: slower ones."""
-    guess: float
+    estimate: float
     """Bytes by models/memory.py."""
 
     @property
@@ -83,7 +83,7 @@ class Candidate:
 
     @property
     def bytes(self) -> float:
-        return self.memory.peak if self.memory else self.guess
+        return self.memory.peak if self.memory else self.estimate
 
 
 @dataclass(frozen=True)
@@ -106,37 +106,34 @@ class SearchResult:
 
 def describe_options(cfg: Config) -> str:
     """Memory options in words."""
-    wanted = cfg.parallel
-    mode = wanted.activation_checkpointing
-    kept = "+".join(wanted.checkpoint_keep)
-    every = f" every {wanted.checkpoint_every}" if wanted.checkpoint_every > 1 else ""
-    said = [
+    parallel = cfg.parallel
+    mode = parallel.activation_checkpointing
+    kept = "+".join(parallel.checkpoint_keep)
+    every = f" every {parallel.checkpoint_every}" if parallel.checkpoint_every > 1 else ""
+    options = [
         {"none": "", "full": f"full{every}", "selective": f"selective ({kept}){every}"}[mode],
-        f"mlp_chunks {wanted.mlp_chunks}" if wanted.mlp_chunks > 1 else "",
-        "offload activations" if wanted.offload_activations else "",
-        "offload moments" if wanted.offload_optimizer else "",
-        "sharded gradients" if wanted.accumulate == "sharded" else "",
+        f"mlp_chunks {parallel.mlp_chunks}" if parallel.mlp_chunks > 1 else "",
+        "offload activations" if parallel.offload_activations else "",
+        "offload moments" if parallel.offload_optimizer else "",
+        "sharded gradients" if parallel.accumulate == "sharded" else "",
     ]
-    return ", ".join(part for part in said if part) or "none"
+    return ", ".join(filter(None, options)) or "none"
 
 
 def overrides_of(cfg: Config) -> list[str]:
     """What sets this layout and these options, ready to paste."""
-    wanted = cfg.parallel
-    found = [
-        f"parallel.{name}={getattr(wanted, name)}"
-        for name in ("engine", "dp_replicate", "dp_shard", "ulysses", "ring")
-    ]
-    found.append(f"parallel.activation_checkpointing={wanted.activation_checkpointing}")
-    if wanted.activation_checkpointing == "selective":
-        found.append(f"parallel.checkpoint_keep=[{','.join(wanted.checkpoint_keep)}]")
-    for name, usual in (("checkpoint_every", 1), ("mlp_chunks", 1), ("accumulate", "whole")):
-        if getattr(wanted, name) != usual:
-            found.append(f"parallel.{name}={getattr(wanted, name)}")
+    parallel = cfg.parallel
+    names = ["engine", "dp_replicate", "dp_shard", "ulysses", "ring", "activation_checkpointing"]
+    overrides = [f"parallel.{name}={getattr(parallel, name)}" for name in names]
+    if parallel.activation_checkpointing == "selective":
+        overrides.append(f"parallel.checkpoint_keep=[{','.join(parallel.checkpoint_keep)}]")
+    for name in ("checkpoint_every", "mlp_chunks", "accumulate"):
+        if getattr(parallel, name) != PLAIN[name]:
+            overrides.append(f"parallel.{name}={getattr(parallel, name)}")
     for name in ("offload_activations", "offload_optimizer"):
-        if getattr(wanted, name):
-            found.append(f"parallel.{name}=true")
-    return found
+        if getattr(parallel, name):
+            overrides.append(f"parallel.{name}=true")
+    return overrides
 
 
 def divisors(number: int) -> list[int]:
@@ -176,7 +173,7 @@ def with_layout(cfg: Config, engine: str, degrees: Degrees, options: dict[str, A
     return cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=parallel)})
 
 
-def guess_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, BucketWork]:
+def estimate_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, BucketWork]:
     """Bytes of a rank by models/memory.py, and the bucket that needs most."""
     model, text, w = cfg.model, cfg.text, bench.size
     shards, cp = degrees.shards, degrees.cp
@@ -220,11 +217,11 @@ def search(bench: Bench, progress: Callable[[str, int, int], None]) -> SearchRes
     todo = list(layouts(bench))[:MAX_LAYOUTS]
     for number, (engine, degrees) in enumerate(todo):
         progress("layouts", number, len(todo))
-        found = cheapest_that_fits(bench, engine, degrees, cap)
-        if isinstance(found, Candidate):
-            candidates.append(found)
+        layout = cheapest_that_fits(bench, engine, degrees, cap)
+        if isinstance(layout, Candidate):
+            candidates.append(layout)
         else:
-            refused.append(found)
+            refused.append(layout)
     best = fastest(bench, candidates, refused, cap, progress)
     return SearchResult(best, _reasons(bench, best, candidates, refused), len(todo))
 
@@ -268,14 +265,17 @@ def fastest(
 def cheapest_that_fits(
     bench: Bench, engine: str, degrees: Degrees, cap: float, first: int = 0
 ) -> Candidate | RefusedLayout:
-    """The layout with the first memory options, of those after `first`, that are guessed to fit."""
+    """The layout with the first memory options, of those after `first`, that fit by the estimate."""
     ranks = bench.cluster.gpus // degrees.cp
     several = bench.stage.cfg.train.micro_batches > ranks and engine == "fsdp"
+    sharded = several and degrees.shards > 1
     least = float("inf")
     for options in MEMORY_OPTIONS[first:]:
-        for extra in _extras(several and degrees.shards > 1):
-            cfg = with_layout(bench.stage.cfg, engine, degrees, {**options, **extra})
-            needed, _ = guess_bytes(bench, cfg, degrees)
+        for accumulate in ("whole", "sharded") if sharded else ("whole",):
+            cfg = with_layout(
+                bench.stage.cfg, engine, degrees, {**options, "accumulate": accumulate}
+            )
+            needed, _ = estimate_bytes(bench, cfg, degrees)
             least = min(least, needed)
             if needed <= cap:
                 return Candidate(cfg, degrees, step_plan(bench, cfg, degrees), None, needed)
@@ -283,19 +283,16 @@ def cheapest_that_fits(
     return too_large(describe_layout(engine, degrees), over)
 
 
-def _extras(several: bool) -> list[dict[str, Any]]:
-    plain: dict[str, Any] = {}
-    sharded = {"accumulate": "sharded"}
-    return [plain, sharded] if several else [plain]
-
-
 def with_smaller_options(bench: Bench, counted: Candidate, cap: float) -> Candidate | RefusedLayout:
-    """The layout with the next memory options that are guessed to fit, after some that were counted and do not."""
-    at = next(
-        (n for n, o in enumerate(MEMORY_OPTIONS) if _has(counted.cfg, o)), len(MEMORY_OPTIONS)
+    """The layout with the next memory options that fit by the estimate, after some that were counted and do not."""
+    matching = (n for n, options in enumerate(MEMORY_OPTIONS) if _has(counted.cfg, options))
+    following = cheapest_that_fits(
+        bench,
+        counted.cfg.parallel.engine,
+        counted.degrees,
+        cap,
+        first=next(matching, len(MEMORY_OPTIONS)) + 1,
     )
-    engine = counted.cfg.parallel.engine
-    following = cheapest_that_fits(bench, engine, counted.degrees, cap, at + 1)
     if isinstance(following, RefusedLayout):
         return too_large(counted.name, (counted.bytes - cap) / GIB)
     return following
@@ -315,7 +312,7 @@ def _has(cfg: Config, options: dict[str, Any]) -> bool:
 
 def with_memory(bench: Bench, candidate: Candidate) -> Candidate:
     """The candidate with the memory of its worst bucket counted."""
-    _, worst = guess_bytes(bench, candidate.cfg, candidate.degrees)
+    _, worst = estimate_bytes(bench, candidate.cfg, candidate.degrees)
     counted = memory_of(
         candidate.cfg, bench.cluster.gpus, worst.bucket, worst.clips, bench.cluster.device
     )
@@ -328,20 +325,19 @@ def _reasons(
     """One line for each kind of layout that is not among the best: the nearest of its kind."""
     if not best:
         return sorted(refused, key=lambda each: each.over)[:SHOWN]
-    found, chosen = [], {_kind(each.name) for each in best}
+    reasons, kinds = [], {_kind(each.name) for each in best}
     for each in candidates:
-        if _kind(each.name) not in chosen:
-            chosen.add(_kind(each.name))
+        if _kind(each.name) not in kinds:
+            kinds.add(_kind(each.name))
             slower = 100 * (each.step.seconds / best[0].step.seconds - 1)
             if slower >= 0:
-                found.append(
-                    RefusedLayout(f"{each.name} ({each.options})", f"slower by {slower:.1f} %")
-                )
-    for no in sorted(refused, key=lambda each: each.over):
-        if _kind(no.name) not in chosen:
-            chosen.add(_kind(no.name))
-            found.append(no)
-    return found[:8] + _undivided(bench)
+                name = f"{each.name} ({each.options})"
+                reasons.append(RefusedLayout(name, f"slower by {slower:.1f} %"))
+    for layout in sorted(refused, key=lambda each: each.over):
+        if _kind(layout.name) not in kinds:
+            kinds.add(_kind(layout.name))
+            reasons.append(layout)
+    return reasons[:8] + _undivided(bench)
 
 
 def _kind(name: str) -> str:
@@ -352,11 +348,11 @@ def _kind(name: str) -> str:
 
 def _undivided(bench: Bench) -> list[RefusedLayout]:
     cfg, per_node = bench.stage.cfg, bench.cluster.gpu.gpus_per_node
-    found = []
+    refused = []
     for ulysses in divisors(min(per_node, bench.cluster.gpus)):
         degrees = Degrees(1, max(1, bench.cluster.gpus // ulysses), ulysses, 1)
         try:
             check_degrees(cfg, degrees)
         except ConfigError as error:
-            found.append(RefusedLayout(f"ulysses {ulysses}", str(error).split(";")[0]))
-    return found
+            refused.append(RefusedLayout(f"ulysses {ulysses}", str(error).split(";")[0]))
+    return refused

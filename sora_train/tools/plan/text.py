@@ -1,11 +1,12 @@
 """The plan in the terminal: at most 100 columns, each table with a line that says how to read it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from sora_train.tools.plan.memory.plan import KINDS
 from sora_train.tools.plan.time.cluster import GIB
 
 Values = dict[str, Any]
@@ -37,7 +38,9 @@ def show(plan: Values, console: Console) -> None:
 def _stage(stage: Values, plan: Values, console: Console) -> None:
     step = stage["step"]
     console.rule(f"{stage['name']}: {stage['steps']:,} steps", align="left")
-    facts = _facts()
+    facts = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
     facts.add_row("layout", f"{stage['layout']}; memory options: {stage['options']}")
     facts.add_row(
         "a step",
@@ -45,25 +48,28 @@ def _stage(stage: Values, plan: Values, console: Console) -> None:
         f"{stage['micro_batches']} micro-batches ({stage['slots']} a rank), {step['clips']:,.0f} clips, "
         f"{step['tokens']:,.0f} tokens",
     )
-    facts.add_row("its time", ", ".join(f"{name} {percent(value / step['seconds'])}" for name, value in
-                                        sorted(step["parts"].items(), key=lambda p: -p[1])
-                                        if value / step["seconds"] >= 0.005))  # fmt: skip
-    facts.add_row("operations", f"{step['tflop']:,.0f} TFLOP of the model, attention counted; "
-                                f"{step['recomputed_tflop']:,.0f} more computed again")  # fmt: skip
+    shares = {name: value / step["seconds"] for name, value in step["parts"].items()}
+    largest = sorted(shares.items(), key=lambda part: -part[1])
+    time = [f"{name} {percent(share)}" for name, share in largest if share >= 0.005]
+    facts.add_row("its time", ", ".join(time))
+    facts.add_row(
+        "operations",
+        f"{step['tflop']:,.0f} TFLOP of the model, attention counted; {step['recomputed_tflop']:,.0f} more computed "
+        "again",
+    )
     facts.add_row("memory", _memory(stage["memory"]))
     facts.add_row("sent", _sent(stage["communication"]))
     facts.add_row("imbalance", f"{percent(step['imbalance'])} of a row of micro-batches is waiting")
     facts.add_row("saves", _saves(stage["saves"]))
-    facts.add_row(
-        "in all", f"{stage['hours']:,.1f} h, {stage['gpu_hours']:,.0f} GPU-hours, ${stage['cost']:,.0f}"
-    )  # fmt: skip
+    total = f"{stage['hours']:,.1f} h, {stage['gpu_hours']:,.0f} GPU-hours, ${stage['cost']:,.0f}"
+    facts.add_row("in all", total)
     console.print(facts)
     console.print(_bucket_table(stage))
     console.print(_candidate_table(stage, plan))
     if stage["refused"]:
         console.print("Not these:", style="bold")
-        for no in stage["refused"]:
-            console.print(f"  {no['name']}: {no['reason']}", highlight=False)
+        for layout in stage["refused"]:
+            console.print(f"  {layout['name']}: {layout['reason']}", highlight=False)
     console.print("To paste:", style="bold")
     for line in pasted(stage["overrides"]):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
@@ -84,29 +90,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
 
 
-def _facts() -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
-
-
 def _memory(memory: Values) -> str:
     """The peak of one rank and its parts."""
-    parts = [
-        (name, memory.get(name, 0)) for name in
-        ("weights", "gradients", "optimizer", "ema", "activations", "buffers", "encoders")
-    ]  # fmt: skip
-    told = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts if value)
-    return f"{memory['peak'] / GIB:.1f} GiB a rank ({memory['when']}){': ' if told else ''}{told}"
+    peak = f"{memory['peak'] / GIB:.1f} GiB a rank ({memory['when']})"
+    parts = [f"{kind} {memory[kind] / GIB:.1f}" for kind in KINDS if memory.get(kind)]
+    return f"{peak}: {', '.join(parts)}" if parts else peak
 
 
 def _sent(sent: Values) -> str:
     if not sent["gb"]:
         return "nothing"
-    told = ", ".join(f"{kind} {value:,.1f} GB" for kind, value in sent["gb"].items())
+    kinds = ", ".join(f"{kind} {value:,.1f} GB" for kind, value in sent["gb"].items())
     return (
-        f"by a rank in a step: {told}; weights and gradients take {sent['seconds']:.2f} s, "
+        f"by a rank in a step: {kinds}; weights and gradients take {sent['seconds']:.2f} s, "
         f"of which {sent['not_hidden']:.2f} s are not hidden by compute"
     )
 
@@ -120,21 +116,21 @@ def _saves(saves: Values) -> str:
     )
 
 
+def _titled(
+    title: str, words: Sequence[str], numbers: Sequence[str], no_wrap: bool = True
+) -> Table:
+    """An empty table with columns of words, then of numbers."""
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for name in words:
+        table.add_column(name, no_wrap=no_wrap)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=no_wrap)
+    return table
+
+
 def _bucket_table(stage: Values) -> Table:
-    table = Table(
-        title="Buckets: a micro-batch of each, on a rank", title_justify="left", pad_edge=False
-    )
-    for name in (
-        "bucket",
-        "tokens",
-        "clips",
-        "of clips",
-        "of micro-b.",
-        "TFLOP a clip",
-        "TFLOP",
-        "seconds",
-    ):
-        table.add_column(name, justify="left" if name == "bucket" else "right", no_wrap=True)
+    numbers = ("tokens", "clips", "of clips", "of micro-b.", "TFLOP a clip", "TFLOP", "seconds")
+    table = _titled("Buckets: a micro-batch of each, on a rank", ("bucket",), numbers)
     rows = sorted(stage["buckets"], key=lambda row: -row["tokens"])
     for row in rows[:12]:
         table.add_row(
@@ -148,14 +144,12 @@ def _bucket_table(stage: Values) -> Table:
 
 
 def _candidate_table(stage: Values, plan: Values) -> Table:
-    table = Table(
-        title=f"Best of {stage['tried']:,} layouts that fit {plan['cluster']['memory_gib']:g} GiB",
-        title_justify="left", pad_edge=False,
-    )  # fmt: skip
-    for name in ("layout", "memory options", "GiB", "s a step", "MFU", "slower"):
-        table.add_column(
-            name, justify="left" if "o" in name and " " in name or name == "layout" else "right"
-        )
+    table = _titled(
+        f"Best of {stage['tried']:,} layouts that fit {plan['cluster']['memory_gib']:g} GiB",
+        ("layout", "memory options"),
+        ("GiB", "s a step", "MFU", "slower"),
+        no_wrap=False,
+    )
     for row in stage["candidates"]:
         table.add_row(
             row["layout"], row["options"], _gib(row["memory"]), f"{row['seconds']:.2f}",
@@ -170,9 +164,8 @@ def _gib(memory: Values) -> str:
 
 
 def _total(plan: Values) -> Table:
-    table = Table(title="Stages", title_justify="left", pad_edge=False)
-    for name in ("stage", "steps", "s a step", "MFU", "goodput", "days", "GPU-hours", "cost"):
-        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    numbers = ("steps", "s a step", "MFU", "goodput", "days", "GPU-hours", "cost")
+    table = _titled("Stages", ("stage",), numbers)
     for row in total_rows(plan):
         table.add_row(*row)
     return table

@@ -46,12 +46,12 @@ class Held(TorchDispatchMode):
         self._resize = before
 
         def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-            found = before(storage, size)
+            resized = before(storage, size)
             entry = held._alive.get(storage._cdata)
             if entry is not None:
                 held._add(entry[1], size - entry[0])
                 entry[0] = size
-            return found
+            return resized
 
         torch.UntypedStorage.resize_ = resize
         super().__enter__()
@@ -67,11 +67,11 @@ class Held(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and is_fake(args[0]):
             # A number that nobody has computed: any that lets the step be taken.
             return False if args[0].dtype == torch.bool else 1.0
-        found = func(*args, **(kwargs or {}))
-        for made in tree_leaves(found):
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
             if isinstance(made, Tensor) and made.device.type != "meta":
                 self.count(made)
-        return found
+        return result
 
     def count(self, tensor: Tensor) -> None:
         """Count a tensor that was made elsewhere, unless it is counted."""

@@ -44,9 +44,9 @@ def sizes_of_vae(cfg: Config) -> dict[str, object]:
             f"vae.path={cfg.vae.path} is not on this machine, and no published VAE has model.in_channels="
             f"{cfg.model.in_channels}; fetch it first, or give vae.arch"
         )
-    found = load_yaml(find_configs() / "vae" / f"{name}.yaml")["arch"]
-    assert isinstance(found, dict)
-    return found
+    arch = load_yaml(find_configs() / "vae" / f"{name}.yaml")["arch"]
+    assert isinstance(arch, dict)
+    return arch
 
 
 def latent_shape(cfg: Config, bucket: Bucket) -> tuple[int, int, int, int]:

@@ -16,7 +16,6 @@ import select
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 from sora_train.config import Config
@@ -72,9 +71,9 @@ def memory_of(
     """
     if cfg.task != "text_to_video":
         raise ConfigError(f"task={cfg.task} is not planned; plan an experiment of text_to_video")
-    asked, world = smallest_alike(planned_for(cfg, device), world)
-    peaks = peaks_of(asked, world, bucket, clips)
-    frozen = ask(asked, 1, bucket, clips, "encoders")
+    cfg, world = smallest_alike(planned_for(cfg, device), world)
+    peaks = peaks_of(cfg, world, bucket, clips)
+    frozen = ask(cfg, 1, bucket, clips, "encoders")
     return plan_of(peaks, frozen["weights"], frozen["encode"], device)
 
 
@@ -130,8 +129,8 @@ def peaks_of(cfg: Config, world: int, bucket: Bucket, clips: int) -> Peaks:
 
 def at_depth(cfg: Config, layers: int, world: int, bucket: Bucket, clips: int) -> Peaks:
     model = cfg.model.model_copy(update={"num_layers": layers})
-    found = ask(cfg.model_copy(update={"model": model}), world, bucket, clips, "step")
-    return cast(Peaks, found["peaks"])
+    answer = ask(cfg.model_copy(update={"model": model}), world, bucket, clips, "step")
+    return cast(Peaks, answer["peaks"])
 
 
 def plan_of(peaks: Peaks, frozen: int, encode: int, device: str) -> MemoryPlan:
@@ -149,35 +148,25 @@ def plan_of(peaks: Peaks, frozen: int, encode: int, device: str) -> MemoryPlan:
 
 
 def ask(cfg: Config, world: int, bucket: Bucket, clips: int, part: str) -> dict[str, Any]:
-    """What the counting process says; what was asked before is remembered."""
+    """The answer of the counting process. Each answer is kept by what memory depends on."""
     sections = cfg.model_dump(mode="json", include=SECTIONS)
     if part == "encoders":
         sections = {name: sections[name] for name in ("model", "text", "vae")}
         sections["model"] = {"in_channels": cfg.model.in_channels}
-    question = (bucket.frames, bucket.height, bucket.width), world, clips, part
-    _ASKED[key := json.dumps([sections, question], sort_keys=True)] = (cfg, *question)
-    try:
-        return _remembered(key)
-    finally:
-        del _ASKED[key]
+    size = bucket.frames, bucket.height, bucket.width
+    question = {"bucket": size, "world": world, "clips": clips, "part": part}
+    key = json.dumps([sections, question], sort_keys=True)
+    if key not in _ANSWERS:
+        answer = Counter.shared().ask(json.dumps(question | {"config": cfg.model_dump_json()}))
+        if "error" in answer:
+            if answer.get("user"):
+                raise ConfigError(answer["error"])
+            raise Fault(f"memory could not be counted: {answer['error']}")
+        _ANSWERS[key] = answer
+    return _ANSWERS[key]
 
 
-_ASKED: dict[str, tuple[Config, tuple[int, int, int], int, int, str]] = {}
-
-
-@lru_cache(maxsize=4096)
-def _remembered(key: str) -> dict[str, Any]:
-    cfg, bucket, world, clips, part = _ASKED[key]
-    asked = {
-        "config": cfg.model_dump_json(), "bucket": bucket, "world": world, "clips": clips,
-        "part": part,
-    }  # fmt: skip
-    found = Counter.shared().ask(json.dumps(asked))
-    if "error" in found:
-        if found.get("user"):
-            raise ConfigError(found["error"])
-        raise Fault(f"memory could not be counted: {found['error']}")
-    return found
+_ANSWERS: dict[str, dict[str, Any]] = {}
 
 
 class Counter:
@@ -213,10 +202,9 @@ class Counter:
         if not answer:
             ended = process.poll() is not None
             self.close()
-            said = "ended" if ended else f"gave no answer within {SECONDS:.0f} s"
-            raise Fault(f"the process that counts memory {said}; plan again")
-        found: dict[str, Any] = json.loads(answer)
-        return found
+            failure = "ended" if ended else f"gave no answer within {SECONDS:.0f} s"
+            raise Fault(f"the process that counts memory {failure}; plan again")
+        return cast(dict[str, Any], json.loads(answer))
 
     def close(self) -> None:
         if self.process.poll() is None:

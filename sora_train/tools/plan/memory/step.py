@@ -59,14 +59,14 @@ def step_peaks(
                 for name in ("get_lst_from_rank0", "assert_lst_len_same_as_other_ranks"):
                     stack.enter_context(replaced(checks, name, lambda numbers: numbers))
             stack.enter_context(held)
-            stack.enter_context(kinds_told(held))
+            stack.enter_context(engine_kinds(held))
             run = FakeRun(cfg, world, layout, held)
             # ZeRO-3 keeps and fetches weights by the order that it has seen in the first step.
             for step in range(2 if cfg.parallel.engine == "zero3" else 1):
                 held.forget()
                 # One backward pass that keeps and one that reduces show all that accumulation holds.
                 run.step(step, min(2, batches), shape, clips, caption)
-            run.close()
+            run.engine.close()
         return held.peaks
     finally:
         dist.destroy_process_group()
@@ -89,7 +89,8 @@ class FakeRun:
             held.mark(self.model.frozen_encoder.parameters(), "host")
         with held.making("optimizer"):
             moments = self.engine.optimizer_state()
-        self.mark_moments(moments)
+        on_host = cfg.parallel.offload_optimizer or cfg.parallel.offload_params
+        held.mark(moments.values(), "host" if on_host else "optimizer")
         with held.making("ema"):
             self.ema = Ema(self.engine.weights, cfg.ema.decay, cfg.ema.more, cfg.ema.post_hoc)
         for parameter in self.model.parameters():
@@ -97,10 +98,6 @@ class FakeRun:
                 parameter.register_post_accumulate_grad_hook(
                     lambda p: held.mark([p.grad], "gradients")
                 )
-
-    def mark_moments(self, moments: dict[str, Tensor]) -> None:
-        on_host = self.cfg.parallel.offload_optimizer or self.cfg.parallel.offload_params
-        self.held.mark(moments.values(), "host" if on_host else "optimizer")
 
     def step(
         self, number: int, batches: int, shape: tuple[int, int, int, int], clips: int, caption: int
@@ -121,9 +118,6 @@ class FakeRun:
         self.engine.step(1e-4, norm)
         self.ema.update(self.engine.weights, number)
         held.during("")
-
-    def close(self) -> None:
-        self.engine.close()
 
 
 def made_empty(cfg: Config, world_size: int) -> bool:
@@ -213,10 +207,10 @@ def mesh_of_real_tensors() -> Iterator[None]:
 
 
 @contextmanager
-def kinds_told(held: Held) -> Iterator[None]:
+def engine_kinds(held: Held) -> Iterator[None]:
     """What FSDP2 gathers is buffers, what it reduces gradients, what is offloaded on the host."""
 
-    def told(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    def counted_as(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             with held.making(kind):
                 return function(*args, **kwargs)
@@ -232,5 +226,5 @@ def kinds_told(held: Held) -> Iterator[None]:
             (host_optimizer, "_on_host", "host"),
             (offload.Offloader, "_to_host", "host"),
         ):
-            stack.enter_context(replaced(owner, name, told(getattr(owner, name), kind)))
+            stack.enter_context(replaced(owner, name, counted_as(kind, getattr(owner, name))))
         yield

@@ -14,20 +14,20 @@ DEPTHS = (4, 6)
 """Depths that are run where the model is deeper: what equal blocks hold is affine in their number."""
 
 
-def answer(asked: dict[str, Any]) -> dict[str, Any]:
+def answer(question: dict[str, Any]) -> dict[str, Any]:
     from sora_train.config import Config
     from sora_train.data.sample import Bucket
     from sora_train.tools.plan.memory.encoders import frozen_text_bytes, latent_shape, vae_bytes
     from sora_train.tools.plan.memory.step import step_peaks
 
-    cfg = Config.model_validate_json(asked["config"])
-    bucket, clips = Bucket(*asked["bucket"]), asked["clips"]
-    if asked["part"] == "encoders":
+    cfg = Config.model_validate_json(question["config"])
+    bucket, clips = Bucket(*question["bucket"]), question["clips"]
+    if question["part"] == "encoders":
         text, caption = frozen_text_bytes(cfg.text)
         vae, clip = vae_bytes(cfg, bucket)
         return {"weights": text + vae, "encode": max(clip, caption * clips)}
     shape = latent_shape(cfg, bucket)
-    peaks = step_peaks(cfg, asked["world"], shape, clips, cfg.text.max_length)
+    peaks = step_peaks(cfg, question["world"], shape, clips, cfg.text.max_length)
     return {"peaks": peaks}
 
 
@@ -52,12 +52,12 @@ def main() -> None:
             out.flush()
 
 
-def explained(asked: dict[str, Any]) -> dict[str, Any]:
+def explained(question: dict[str, Any]) -> dict[str, Any]:
     """The answer, or what went wrong."""
     from sora_train.errors import UserError
 
     try:
-        return answer(asked)
+        return answer(question)
     except UserError as error:
         return {"error": str(error), "user": True}
     except Exception as error:

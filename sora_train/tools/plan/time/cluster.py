@@ -5,16 +5,17 @@ public clouds ask by the hour and GPU (rounded), which a contract changes: set `
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from sora_train.config.messages import validated
-from sora_train.config.schema import closest
+from sora_train.config.schema import closest, did_you_mean
 from sora_train.config.sections.base import Section
 from sora_train.config.yaml_files import load_yaml
 from sora_train.errors import ConfigError
 
+S = TypeVar("S", bound=Section)
 GB = 1e9
 GIB = 2**30
 
@@ -143,7 +144,8 @@ def parse_cluster(text: str, settings: dict[str, Any]) -> Cluster:
             f"cluster={text} is not NUMBERxNAME, such as cluster=8xH100; names are {', '.join(TABLE)}"
         )
     gpu, name = _gpu(name)
-    cluster = Cluster(name=name, gpus=int(count), gpu=_with(gpu, settings))
+    gpu = read_settings("cluster", Gpu, {**gpu.model_dump(), **settings})
+    cluster = Cluster(name=name, gpus=int(count), gpu=gpu)
     per_node = cluster.gpu.gpus_per_node
     if cluster.gpus > per_node and cluster.gpus % per_node:
         low = cluster.gpus // per_node * per_node
@@ -169,12 +171,14 @@ def _gpu(name: str) -> tuple[Gpu, str]:
     return TABLE[known], known
 
 
-def _with(gpu: Gpu, settings: dict[str, Any]) -> Gpu:
-    unknown = sorted(set(settings) - set(Gpu.model_fields))
+def read_settings(section: str, cls: type[S], values: dict[str, Any]) -> S:
+    """`cls` of the values that `section.key=value` sets. Raises ConfigError for a wrong one, named by that key."""
+    unknown = sorted(set(values) - set(cls.model_fields))
     if unknown:
-        near = closest(unknown[0], list(Gpu.model_fields))
-        remedy = f"did you mean cluster.{near}? " if near else ""
+        hint = did_you_mean(unknown[0], cls.model_fields, f"{section}.")
         raise ConfigError(
-            f"cluster.{unknown[0]} does not exist; {remedy}there are {', '.join(Gpu.model_fields)}"
+            f"{section}.{unknown[0]} does not exist; {hint}there are {', '.join(cls.model_fields)}"
         )
-    return validated(Gpu, {**gpu.model_dump(), **settings})
+    fields: dict[str, Any] = {section: (cls, ...)}
+    whole = validated(create_model("Settings", __base__=Section, **fields), {section: values})
+    return cast(S, getattr(whole, section))

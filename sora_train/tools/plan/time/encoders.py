@@ -14,9 +14,10 @@ def geometry_of(cfg: Config) -> tuple[Geometry, str]:
     """Shape of the VAE's latents, without its weights; and in words where its sizes are taken from, if from
     elsewhere."""
     geometry, path = Geometry.of(sizes_of_vae(cfg)), cfg.vae.path
-    here = not path or path.startswith("shipped:") or Path(path).exists()
-    said = f"{path} is not on this machine; its sizes are those of vae={BY_CHANNELS[geometry.channels]}"
-    return geometry, "" if here else said
+    if not path or path.startswith("shipped:") or Path(path).exists():
+        return geometry, ""
+    origin = f"vae={BY_CHANNELS[geometry.channels]}"
+    return geometry, f"{path} is not on this machine; its sizes are those of {origin}"
 
 
 def vae_flops(arch: dict[str, Any], pixels: int) -> float:
@@ -43,7 +44,6 @@ def vae_flops(arch: dict[str, Any], pixels: int) -> float:
 
 def caption_flops(cfg: TextConfig) -> float:
     """Operations of one caption's pass through the text encoder."""
-    tokens = cfg.max_length
     if cfg.kind in ("umt5", "t5") and cfg.d_model == UMT5_XXL["d_model"]:
-        return float(text_flops(cfg.model_copy(update=UMT5_XXL), tokens))
-    return float(text_flops(cfg, tokens))
+        cfg = cfg.model_copy(update=UMT5_XXL)
+    return float(text_flops(cfg, cfg.max_length))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sora_train.config import Config
-from sora_train.models.memory import ClipSize, block_bytes, transformer_parameters
+from sora_train.models.memory import ClipSize, block_bytes, compute_bytes, transformer_parameters
 from sora_train.parallel.checks.volume import Slot, context_volume, fsdp_volume, zero_volume
 from sora_train.parallel.degrees import Degrees
 from sora_train.tools.plan.assumptions import Assumptions
@@ -104,10 +104,7 @@ class Bench:
     @property
     def size(self) -> int:
         """Bytes of a number in which weights compute."""
-        wanted = self.stage.cfg.parallel.param_dtype
-        if wanted == "auto":
-            return 2 if self.cluster.device == "cuda" else 4
-        return {"bfloat16": 2, "float32": 4, "float64": 8}[wanted]
+        return compute_bytes(self.stage.cfg.parallel.param_dtype, self.cluster.device)
 
     @property
     def peak(self) -> float:
@@ -117,10 +114,11 @@ class Bench:
     def attention_shares(self) -> tuple[float, float]:
         """Shares of the peak that attention reaches, forward and backward."""
         gpu, assume = self.cluster.gpu, self.assume
-        found = (gpu.attention_forward, gpu.attention_backward)
+        forward, backward = gpu.attention_forward, gpu.attention_backward
         if gpu.tflops > HOPPER_TFLOPS:
-            found = FAST_KERNELS.get(self.stage.cfg.model.attention, found)
-        return assume.attention_forward or found[0], assume.attention_backward or found[1]
+            kernel = self.stage.cfg.model.attention
+            forward, backward = FAST_KERNELS.get(kernel, (forward, backward))
+        return assume.attention_forward or forward, assume.attention_backward or backward
 
 
 def again(cfg: Config) -> tuple[float, float, float]:
@@ -208,15 +206,15 @@ def step_volume(bench: Bench, cfg: Config, degrees: Degrees, slots: int) -> Coun
     """Bytes of one rank in a step of `slots` micro-batches as the mix has them."""
     size, wide = bench.size, max(4, bench.size)
     if cfg.parallel.engine == "fsdp":
-        found = fsdp_volume(cfg, degrees, bench.units, slots, size, wide)
+        volume = fsdp_volume(cfg, degrees, bench.units, slots, size, wide)
     elif degrees.shards == 1:
-        found = Counter()
+        volume = Counter()
     else:
-        found = zero_volume(cfg.parallel.engine, bench.units, slots, size, wide)
+        volume = zero_volume(cfg.parallel.engine, bench.units, slots, size, wide)
     for share, work in zip(bench.stage.micro_share, bench.stage.works, strict=True):
         for kind, value in context_volume(cfg, degrees, slot_of(work), size).items():
-            found[kind] += round(slots * share * value)
-    return found
+            volume[kind] += round(slots * share * value)
+    return volume
 
 
 def step_plan(bench: Bench, cfg: Config, degrees: Degrees) -> StepPlan:

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from sora_train.config import Config
-from sora_train.config.schema import closest
+from sora_train.config.schema import did_you_mean
 from sora_train.data.sample import Bucket
 from sora_train.data.tape.buckets import BucketSpec
 from sora_train.data.tape.micro_batches import micro_batch_sizes
@@ -89,7 +89,7 @@ def stage_work(cfg: Config, assume: Assumptions) -> StageWork:
             f"train.epochs={cfg.train.epochs:g} needs the clips to be counted; for a plan set "
             "train.steps=N train.epochs=0"
         )
-    geometry, said = geometry_of(cfg)
+    geometry, vae_note = geometry_of(cfg)
     arch = sizes_of_vae(cfg)
     patch = cfg.model.patch_size
     table = bucket_table(cfg, geometry, patch)
@@ -120,7 +120,7 @@ def stage_work(cfg: Config, assume: Assumptions) -> StageWork:
                 0.0 if stored or cfg.text.trainable else caption_flops(cfg.text),
             )
         )  # fmt: skip
-    notes = [said] if said else []
+    notes = [vae_note] if vae_note else []
     if cfg.data.cache != "none":
         notes.append("latents come from the cache: encoding all clips once is not counted")
     return StageWork(tuple(works), tuple(notes), cfg)
@@ -139,10 +139,9 @@ def shares_of(table: list[BucketSpec], mix: dict[str, float]) -> list[float]:
         known = {spec.bucket.name for spec in table} | set(sizes)
         for name, value in mix.items():
             if name not in known:
-                near = closest(name, known)
-                remedy = f"did you mean {near}? " if near else ""
+                hint = did_you_mean(name, known)
                 raise ConfigError(
-                    f"plan.mix names {name!r}; {remedy}buckets are {', '.join(sorted(known))}"
+                    f"plan.mix names {name!r}; {hint}buckets are {', '.join(sorted(known))}"
                 )
             if value < 0:
                 raise ConfigError(f"plan.mix.{name}={value:g} is no share; give 0 or more")
@@ -166,8 +165,7 @@ class Imbalance:
     def _make(self) -> Tape:
         cfg, works = self.stage.cfg, self.stage.works
         clips = 1 / sum(share / work.clips for share, work in zip(self._shares, works, strict=True))
-        wanted = int(4 * clips * cfg.train.micro_batches)
-        rows = min(TAPE_CLIPS, max(20_000, wanted))
+        rows = min(TAPE_CLIPS, max(20_000, int(4 * clips * cfg.train.micro_batches)))
         draws = np.random.default_rng(cfg.seed).choice(len(works), rows, p=self._shares)
         cost = cost_model(cfg)
         tokens = {work.bucket: work.tokens for work in works}
