@@ -1,4 +1,4 @@
-"""How a checkpoint becomes one: all files on disk, then the manifest with their digests, then one rename.
+"""Committing a checkpoint: all files on disk, then the manifest with their digests, then one rename.
 
 A folder under its final name is whole at every moment, and a step that is saved again is never without
 a whole checkpoint: the one before is moved aside, and is what counts until the new one has the name.
@@ -19,7 +19,7 @@ Files = dict[str, dict[str, int | str]]
 
 
 def begin(temporary: Path) -> None:
-    """An empty folder to write to; what a torn save has left in it is removed."""
+    """Make an empty folder to write to; files of a torn save are removed."""
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)

@@ -28,7 +28,7 @@ class Retention:
         kept |= {step for step in steps if self.every and step % self.every == 0}
         known = {step: loss for step, loss in losses.items() if loss is not None}
         sound = [step for step, loss in known.items() if math.isfinite(loss)]
-        # Of equals the newer one.
+        # Of equal losses the newer checkpoint is kept.
         return kept | set(sorted(sound, key=lambda step: (known[step], -step))[: self.best])
 
 

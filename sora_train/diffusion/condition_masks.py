@@ -3,7 +3,7 @@
 One generator of masks for training and sampling alike. A condition frame enters the model clean, with
 its own noise level `t_cond` (0, or a little noise), and is left out of the loss. So one model learns
 to make a clip from text alone, from images, and from pieces of clips; docs/objective.md draws every
-kind. What such a frame looks like, in latents and in pixels, is `sora_train.diffusion.condition_frames`'s.
+kind. `condition_frames` encodes such frames.
 
 Dimension key: B batch, T latent frames. A mask is 1 where a frame is a condition.
 """

@@ -27,7 +27,7 @@ def guide_both(
 
 
 def rescale(v_guided: Tensor, v: Tensor, share: float, free_BT: Tensor) -> Tensor:
-    """Guidance blown up the spread of the velocity; `share` of it is taken back (Lin et al. 2024,
+    """Guidance increases the spread of the velocity; `share` of the increase is taken back (Lin et al. 2024,
     arXiv:2305.08891, eq. 15 and 16).
 
     Args:

@@ -79,7 +79,7 @@ def sample_ode(
         z = stepped
         if on_step is not None:
             on_step(done)
-    # What is kept comes back to the last digit, whatever the steps have rounded.
+    # Kept frames come back to the last digit, whatever the steps have rounded.
     kept = (strength_T == 0)[:, None, None] | ~free
     return torch.where(kept, source, z)
 

@@ -110,7 +110,7 @@ def without_copies(files: list[File]) -> list[File]:
 
 
 def fetch(named: Named, files: list[File]) -> Path:
-    """Bring them into the cache; returns the model's folder there. Raises as `plain_errors`."""
+    """Download them into the cache; returns the model's folder there. Raises as `plain_errors`."""
     from huggingface_hub import snapshot_download
 
     names = [file.name for file in files]

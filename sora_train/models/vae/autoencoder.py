@@ -1,7 +1,7 @@
 """The video VAE: a class of diffusers behind the few calls that training and sampling need.
 
 Pixels are (B, 3, T, H, W) in [-1, 1]; latents are (B, C, t, h, w), standardised with what the VAE's
-own config says (a mean and a deviation per channel, or one factor), so that nobody can forget to.
+own config says (a mean and a deviation per channel, or one factor), so that no caller can forget it.
 
 AutoencoderKLWan, which is also the one that is trained, is causal: the first frame becomes a latent
 frame of its own, and the rest go through in chunks of four. The other published ones are rows of

@@ -1,7 +1,7 @@
 """Out of memory: what was being computed, in what layout, and what the memory held, in a file and one sentence.
 
-Running out is not skipped on one rank: the others would wait in a collective for it, and the step
-would be another one. The rank that ran out writes RUN/oom/rank-R.json and stops with a Fault, and
+No rank skips a micro-batch that does not fit: the others would wait for it in a collective, and the
+step would train on other clips. The rank that ran out writes RUN/oom/rank-R.json and stops with a Fault, and
 the run with it.
 """
 

@@ -1,4 +1,4 @@
-"""A small fixed batch whose loss is kept in every checkpoint, so that loading can be seen to be right.
+"""A small fixed batch whose loss is kept in every checkpoint, so that a wrong load is noticed.
 
 Digests say that the files are those that were written; the loss says that the weights, the VAE and the
 arithmetic are those that wrote them. Noise and noise level are fixed, nothing that is trained is touched.

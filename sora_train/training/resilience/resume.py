@@ -1,4 +1,4 @@
-"""Going on: from which checkpoint, what may have changed since it was written, and whether it is really the same.
+"""Resuming a run: which checkpoint is taken, which keys may have changed since, and whether the loss is the same.
 
 The newest complete checkpoint whose digests are right is taken; others are reported and passed
 over. Keys of the configuration that changed are refused or recorded by their class
@@ -45,7 +45,7 @@ Change = tuple[str, Any, Any]
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on: a checkpoint, what it says, and the run it was forked from, if it was."""
+    """Where a run resumes: a checkpoint, its facts, and the run it was forked from, or an empty string."""
 
     checkpoint: Checkpoint
     meta: CheckpointMeta

@@ -1,4 +1,4 @@
-"""Going back: load an earlier checkpoint in place and go on from it with other data.
+"""Rolling back: load an earlier checkpoint in place and go on from it with other data.
 
 Skipping leaves the weights as they are, so where step after step is bad the weights are to blame.
 The run then takes the newest checkpoint from before the first of those steps and reads on behind

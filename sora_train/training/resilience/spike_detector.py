@@ -12,8 +12,8 @@ proportion to their size: a loss in other units is judged alike. The least devia
 curve that hardly varies from being judged by its last digits.
 
 Skipping and going back are PaLM's remedy (arXiv:2204.02311, section 5.1): the same steps with other
-data do not spike again. The judge sees numbers that are the same on all ranks and draws nothing, so
-that all ranks come to one verdict, and its state is in the checkpoint.
+data do not spike again. The detector reads numbers that are the same on all ranks and draws nothing, so
+all ranks come to one verdict. Its state is in the checkpoint.
 """
 
 import math
@@ -33,7 +33,7 @@ Reason = Literal["", "non_finite", "loss_spike", "grad_norm_spike"]
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """What was seen of a step, what would have been too much (inf: not judged), and why it is bad, if it is."""
+    """The numbers of a step, their limits (inf: not judged), and why the step is bad, or an empty reason."""
 
     loss: float
     grad_norm: float
@@ -57,12 +57,12 @@ class StepVerdict:
 
 @dataclass
 class SpikeCounters:
-    """What was counted since step 0, steps that a roll-back took back included."""
+    """Counts since step 0, including steps that a roll-back took back."""
 
     skipped: int = 0
     """Steps skipped."""
     in_a_row: int = 0
-    """The last of them, without a good step in between."""
+    """Steps skipped since the last good one."""
     lost_clips: int = 0
     """Clips that were not trained because of a skip or a roll-back."""
     rollbacks: int = 0
