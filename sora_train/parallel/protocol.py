@@ -58,8 +58,8 @@ class Engine(Protocol):
         """Let go of what would outlive the engine."""
 
 
-def resolve_param_dtype(wanted: str, device: torch.device) -> torch.dtype:
+def resolve_param_dtype(setting: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on a GPU; on a CPU float32, since few CPUs multiply bfloat16 faster."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
+    if setting != "auto":
+        return getattr(torch, setting)
     return torch.bfloat16 if device.type == "cuda" else torch.float32

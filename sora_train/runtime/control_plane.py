@@ -50,25 +50,25 @@ class ControlPlane:
         if self.group is None:
             return [[float(value) for value in values]]
         mine = torch.tensor(list(values), dtype=torch.float64)
-        found = [torch.empty_like(mine) for _ in range(self.world.size)]
-        dist.all_gather(found, mine, group=self.group)
-        return [rank.tolist() for rank in found]
+        gathered = [torch.empty_like(mine) for _ in range(self.world.size)]
+        dist.all_gather(gathered, mine, group=self.group)
+        return [rank.tolist() for rank in gathered]
 
     def gather_objects(self, value: object) -> list[object]:
         """Each rank's value, in the order of the ranks; for rare and small things."""
         if self.group is None:
             return [value]
-        found: list[object] = [None] * self.world.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        gathered: list[object] = [None] * self.world.size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
     def gather_from_peers(self, value: object) -> list[Any]:
         """The values of the ranks that share this one's micro-batches, in the order of their `cp_rank`."""
         if self.peers is None:
             return [value]
-        found: list[Any] = [None] * self.world.cp
-        dist.all_gather_object(found, value, group=self.peers)
-        return found
+        gathered: list[Any] = [None] * self.world.cp
+        dist.all_gather_object(gathered, value, group=self.peers)
+        return gathered
 
     def broadcast(self, value: object) -> object:
         """The value rank 0 holds, on every rank."""

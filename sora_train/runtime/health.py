@@ -209,8 +209,8 @@ class Health:
         self.seconds = dict.fromkeys(TIMED, 0.0)
         columns = self.gauges.take() if self.gauges else []
         gathered = self.control.gather([*mine, *columns])
-        ranks = [found[: len(TIMED)] for found in gathered]
-        gauged = [found[len(TIMED) :] for found in gathered] if columns else []
+        ranks = [of_rank[: len(TIMED)] for of_rank in gathered]
+        gauged = [of_rank[len(TIMED) :] for of_rank in gathered] if columns else []
         own = [sum(times) - times[TIMED.index("exchange")] for times in ranks]
         mean = sum(own) / len(own)
         slowest = max(range(len(own)), key=own.__getitem__)

@@ -162,12 +162,12 @@ class Watchdog:
     def _follow_others(self, beat: Beat) -> None:
         if (self.folder / "late").exists() and beat.phase != "idle":
             self._expire(beat)
-        told = read_json(self._path("failed"))
-        if told is not None and told["rank"] != self.rank and beat.phase != "idle":
+        failure = read_json(self._path("failed"))
+        if failure is not None and failure["rank"] != self.rank and beat.phase != "idle":
             print(
-                f"error: rank {told['rank']} failed in phase `{told['phase']}` of step {told['step']}"
-                f"{in_mesh(self.place_of(told['rank']), ' (at {})')}: "
-                f"{told['error']}; rank {self.rank} stops with it",
+                f"error: rank {failure['rank']} failed in phase `{failure['phase']}` of step {failure['step']}"
+                f"{in_mesh(self.place_of(failure['rank']), ' (at {})')}: "
+                f"{failure['error']}; rank {self.rank} stops with it",
                 file=sys.stderr,
                 flush=True,
             )
@@ -213,15 +213,15 @@ class Watchdog:
             time.sleep(POLL_SECONDS / 2)
             answered = {r for r in range(self.size) if self._stacks_of(r)}
         beats = [read_json(self.folder / f"rank-{rank:05d}.json") for rank in range(self.size)]
-        said = verdict(beat, beats, answered, self.folder / "hang.txt", self.place_of)
-        lines = (line_of(rank, found, self.place_of(rank)) for rank, found in enumerate(beats))
-        parts = [said, "", *lines]
+        sentence = verdict(beat, beats, answered, self.folder / "hang.txt", self.place_of)
+        lines = (line_of(rank, other, self.place_of(rank)) for rank, other in enumerate(beats))
+        parts = [sentence, "", *lines]
         for rank in sorted(answered):
             parts += ["", f"--- stacks of rank {rank}", self._stacks_of(rank)]
         temporary = self.folder / "hang.tmp"
         temporary.write_text("\n".join(parts) + "\n")
         temporary.replace(self.folder / "hang.txt")
-        return said
+        return sentence
 
     def _stacks_of(self, rank: int) -> str:
         path = self.folder / f"stacks-{rank:05d}.txt"
@@ -246,7 +246,7 @@ def verdict(
 ) -> str:
     """Which rank the others wait for: one that does not answer, else the one that is furthest behind."""
     silent = [rank for rank in range(len(beats)) if rank not in answered]
-    known = [found for found in beats if found is not None]
+    known = [beat for beat in beats if beat is not None]
     if silent:
         rank, why = (
             silent[0],
@@ -255,17 +255,17 @@ def verdict(
         if len(silent) > 1:
             why += f", nor do {len(silent) - 1} others"
     else:
-        rank = min(known, key=lambda found: (found["step"], found["beats"]))["rank"]
-        same = len({(found["step"], found["beats"]) for found in known}) == 1
+        rank = min(known, key=lambda beat: (beat["step"], beat["beats"]))["rank"]
+        same = len({(beat["step"], beat["beats"]) for beat in known}) == 1
         why = "is where all ranks are" if same and len(known) > 1 else "is the furthest behind"
         why = "hangs" if len(beats) == 1 else why
-    found = beats[rank] or {}
+    beat = beats[rank] or {}
     place = (
-        f"phase `{found.get('phase', 'unknown')}` of step {found.get('step', 'unknown')} "
-        f"(host {found.get('host', 'unknown')}, process {found.get('pid', 'unknown')}"
+        f"phase `{beat.get('phase', 'unknown')}` of step {beat.get('step', 'unknown')} "
+        f"(host {beat.get('host', 'unknown')}, process {beat.get('pid', 'unknown')}"
         f"{in_mesh(place_of(rank))})"
     )
-    samples = found.get("samples") or []
+    samples = beat.get("samples") or []
     rows = f", at rows {', '.join(map(str, samples[:8]))}" if samples else ""
     return (
         f"no progress for {late.deadline:g} s in phase `{late.phase}` of step {late.step}: rank {rank} in {place} "
@@ -278,12 +278,12 @@ def in_mesh(place: str, form: str = ", {}") -> str:
     return form.format(place) if place else ""
 
 
-def line_of(rank: int, found: dict[str, Any] | None, place: str = "") -> str:
-    if found is None:
+def line_of(rank: int, beat: dict[str, Any] | None, place: str = "") -> str:
+    if beat is None:
         return f"rank {rank}: has never written a heartbeat{in_mesh(place)}"
     return (
-        f"rank {rank}: step {found['step']}, phase {found['phase']} for {found['time'] - found['since']:.0f} s, "
-        f"host {found['host']}, process {found['pid']}{in_mesh(place)}, rows {found['samples'][:8]}"
+        f"rank {rank}: step {beat['step']}, phase {beat['phase']} for {beat['time'] - beat['since']:.0f} s, "
+        f"host {beat['host']}, process {beat['pid']}{in_mesh(place)}, rows {beat['samples'][:8]}"
     )
 
 

@@ -53,11 +53,11 @@ class World:
         return self.size // self.cp
 
 
-def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
+def pick_device(setting: str, local_rank: int = 0) -> torch.device:
     """The torch device for `run.device`; asking for a GPU that is not there is an error."""
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if setting == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device=cuda, but torch sees no GPU here; set run.device=cpu or auto")
-    if wanted == "cpu" or not torch.cuda.is_available():
+    if setting == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
 
@@ -115,10 +115,10 @@ def _meet(backend: str, meeting: timedelta) -> None:
         ) from error
 
 
-def set_determinism(wanted: bool | str, device: torch.device) -> None:
+def set_determinism(setting: bool | str, device: torch.device) -> None:
     """Take kernels that give the same bits each time: always, never, or with `auto` on a CPU."""
     torch.use_deterministic_algorithms(
-        wanted is True or (wanted == "auto" and device.type == "cpu")
+        setting is True or (setting == "auto" and device.type == "cpu")
     )
     # Filling every fresh tensor with NaN is a hunt for bugs, not determinism, and costs a tenth of a small step.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -149,8 +149,8 @@ def stop(world: World) -> None:
 def lost_peer(error: BaseException) -> Fault | None:
     """What it means that a collective broke off, or None where `error` is something else."""
     text = " ".join(str(error).split())
-    told = ("gloo/transport", "NCCL", "Connection reset by peer", "Connection closed by peer")
-    if not isinstance(error, RuntimeError) or not any(word in text for word in told):
+    signs = ("gloo/transport", "NCCL", "Connection reset by peer", "Connection closed by peer")
+    if not isinstance(error, RuntimeError) or not any(word in text for word in signs):
         return None
     return Fault(
         f"the connection to another rank broke, so that rank failed or was killed ({text[:160]}); its own log says "

@@ -58,9 +58,9 @@ def run_table(
         "ranks at work": busy_ranks(run, data, state.data_step),
         **shared_clips(run.degrees),
         **{
-            f"clips{name}": f"{found['used']:,} used + {found['dropped']:,} dropped + {found['failed']:,} "
-            f"failed before = {found['total']:,}"
-            for name, found in accounts(data).items()
+            f"clips{name}": f"{account['used']:,} used + {account['dropped']:,} dropped + {account['failed']:,} "
+            f"failed before = {account['total']:,}"
+            for name, account in accounts(data).items()
         },
         **joining(data),
         "held-out clips": str(len(data.val_clips)),
@@ -78,23 +78,25 @@ def run_table(
 
 def memory_rows(run: RunContext) -> dict[str, str]:
     """The memory options that are on, and on a GPU the allocator's settings; docs/memory.md."""
-    wanted = run.cfg.parallel
-    kept = " and ".join(wanted.checkpoint_keep) or "nothing"
-    which = f"one block in {wanted.checkpoint_every}" if wanted.checkpoint_every > 1 else "blocks"
-    said = {
+    parallel = run.cfg.parallel
+    kept = " and ".join(parallel.checkpoint_keep) or "nothing"
+    which = (
+        f"one block in {parallel.checkpoint_every}" if parallel.checkpoint_every > 1 else "blocks"
+    )
+    recomputed = {
         "none": "",
         "full": f"{which} computed again in backward",
         "selective": f"{which} computed again in backward but for {kept}",
-    }[wanted.activation_checkpointing]
+    }[parallel.activation_checkpointing]
     options = [
-        said,
-        "activations on the host" if wanted.offload_activations else "",
-        f"MLPs in {wanted.mlp_chunks} parts" if wanted.mlp_chunks > 1 else "",
-        "moments on the host" if wanted.offload_optimizer else "",
-        "weights on the host" if wanted.offload_params else "",
+        recomputed,
+        "activations on the host" if parallel.offload_activations else "",
+        f"MLPs in {parallel.mlp_chunks} parts" if parallel.mlp_chunks > 1 else "",
+        "moments on the host" if parallel.offload_optimizer else "",
+        "weights on the host" if parallel.offload_params else "",
     ]
-    told = ", ".join(option for option in options if option)
-    rows = {"memory saved by": told} if told else {}
+    options_on = ", ".join(option for option in options if option)
+    rows = {"memory saved by": options_on} if options_on else {}
     if run.world.device.type == "cuda":
         rows["allocator"] = allocator()
     return rows
@@ -116,10 +118,10 @@ def model_rows(run: RunContext, engine: Engine, tokens: float, flops: float) -> 
     }
 
 
-def compiled(wanted: str, device: torch.device) -> str:
-    mode = resolve_compile(wanted, device)
-    said = "no" if mode == "off" else f"every block, {mode}"
-    return f"{said} (chosen by auto)" if wanted == "auto" else said
+def compiled(setting: str, device: torch.device) -> str:
+    mode = resolve_compile(setting, device)
+    text = "no" if mode == "off" else f"every block, {mode}"
+    return f"{text} (chosen by auto)" if setting == "auto" else text
 
 
 def shared_clips(degrees: Degrees) -> dict[str, str]:
@@ -133,10 +135,10 @@ def shared_clips(degrees: Degrees) -> dict[str, str]:
 
 def accounts(data: TrainingData) -> dict[str, dict[str, int]]:
     """The account of all clips, and where there are several sources that of each, by what is put behind "clips"."""
-    found = {"": data.account()}
+    rows = {"": data.account()}
     if len(data.sources.names) > 1:
-        found |= {f" of {name}": own for name, own in data.account_by_source().items()}
-    return found
+        rows |= {f" of {name}": own for name, own in data.account_by_source().items()}
+    return rows
 
 
 def joining(data: TrainingData) -> dict[str, str]:

@@ -122,11 +122,11 @@ def initial_weights(run: RunContext, parts: Components) -> checkpoints.Checkpoin
     if not run.cfg.init.run:
         return None
     # Another run may be writing there: what rank 0 sees holds for all.
-    found = run.control.broadcast(run.control.together(lambda: source_of(run.cfg)))
-    assert isinstance(found, checkpoints.Checkpoint)
+    checkpoint = run.control.broadcast(run.control.together(lambda: source_of(run.cfg)))
+    assert isinstance(checkpoint, checkpoints.Checkpoint)
     assert parts.model is not None
-    require_fitting(run.cfg, parts.model, parts.vae, found)
-    return found
+    require_fitting(run.cfg, parts.model, parts.vae, checkpoint)
+    return checkpoint
 
 
 def build_for_training(

@@ -21,11 +21,11 @@ PREFIX = {"ema": "ema.", "live": "model."}
 
 
 def require_fitting(
-    cfg: Config, model: nn.Module, vae: VideoVAE, found: checkpoints.Checkpoint
+    cfg: Config, model: nn.Module, vae: VideoVAE, checkpoint: checkpoints.Checkpoint
 ) -> None:
     """Raises UserError where `init.run` is no run, its model is another by name and shape, or it was trained on
     another VAE's latents."""
-    meta = read_meta(found)
+    meta = read_meta(checkpoint)
     if meta.task != cfg.task:
         raise UserError(f"init.run={cfg.init.run} trained a {meta.task}, this run a {cfg.task}")
     if meta.spec and meta.spec["vae_digest"] != vae.digest():
@@ -35,20 +35,22 @@ def require_fitting(
         )
     prefix = PREFIX[cfg.init.weights]
     tensors = {f"{prefix}{name}": value for name, value in model.named_parameters()}
-    checkpoints.require_part(found, tensors, prefix)
+    checkpoints.require_part(checkpoint, tensors, prefix)
 
 
-def take_weights(cfg: Config, found: checkpoints.Checkpoint, parameters: dict[str, Tensor]) -> None:
+def take_weights(
+    cfg: Config, checkpoint: checkpoints.Checkpoint, parameters: dict[str, Tensor]
+) -> None:
     """Fill parameters, by name and sharded as they lie, with those of `init.run`."""
     prefix = PREFIX[cfg.init.weights]
     tensors = {f"{prefix}{name}": value for name, value in parameters.items()}
-    checkpoints.load_part(found, tensors, prefix)
+    checkpoints.load_part(checkpoint, tensors, prefix)
 
 
-def take_moments(found: checkpoints.Checkpoint, moments: dict[str, Tensor]) -> None:
+def take_moments(checkpoint: checkpoints.Checkpoint, moments: dict[str, Tensor]) -> None:
     """Fill the optimizer's state, by parameter name, with that of `init.run`; as strict as the weights."""
     checkpoints.load_part(
-        found, {f"optim.{name}": value for name, value in moments.items()}, "optim."
+        checkpoint, {f"optim.{name}": value for name, value in moments.items()}, "optim."
     )
 
 

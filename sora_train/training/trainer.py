@@ -502,13 +502,13 @@ class Trainer:
         """
         self.commit()
         with self.health.phase("save"):
-            found, done = rollback.decide(
+            target, done = rollback.decide(
                 self.state, self.spikes, self.folder, self.control, self.cfg
             )
             rollback.record(done, self.folder, self.control)
-            checkpoints.load(found, self.parts.tensors(), self.control)
+            checkpoints.load(target, self.parts.tensors(), self.control)
             self.engine.weights_changed()
-            self.restore(read_meta(found).train)
+            self.restore(read_meta(target).train)
         # What that checkpoint still asked for was done when it was written.
         self.state.pending = []
         self.saved = (self.step, [])

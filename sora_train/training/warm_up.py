@@ -19,9 +19,9 @@ from sora_train.training.run import RunContext
 
 def warm_up(run: RunContext, parts: Components, data_step: int) -> None:
     """Run every size once; a collective. `data_step` is the step of the tape that is read next."""
-    wanted = sizes(run, parts.data, data_step)
-    with Progress(len(wanted), "compiling", enabled=run.is_main) as bar:
-        for done, (bucket, clips) in enumerate(wanted, 1):
+    to_compile = sizes(run, parts.data, data_step)
+    with Progress(len(to_compile), "compiling", enabled=run.is_main) as bar:
+        for done, (bucket, clips) in enumerate(to_compile, 1):
             with run.health.phase("compile"):
                 run_once(parts.engine, parts.objective, bucket, clips)
                 # Until the slowest rank is done, this is its phase too.
@@ -37,14 +37,14 @@ def sizes(run: RunContext, data: TrainingData, data_step: int) -> list[tuple[Buc
     full = data.part(data_step).sizes
     counts = data.assignment.clips_per_bucket(data.table)
     static = resolve_compile(run.cfg.model.compile, run.world.device) == "static"
-    wanted: list[tuple[Bucket, int]] = []
+    to_compile: list[tuple[Bucket, int]] = []
     for spec in data.table:
         if not counts.get(spec.bucket.name, 0):
             continue
         # A bucket with fewer clips than a micro-batch has its rests alone; a slot without any holds one clip.
         most = full.get(spec.bucket, counts[spec.bucket.name])
-        wanted += [(spec.bucket, n) for n in sorted({1, most if static else min(most, 2)})]
-    return wanted
+        to_compile += [(spec.bucket, n) for n in sorted({1, most if static else min(most, 2)})]
+    return to_compile
 
 
 def run_once(engine: Engine, objective: Objective, bucket: Bucket, clips: int) -> None:

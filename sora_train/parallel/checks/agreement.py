@@ -103,10 +103,10 @@ def circles(kind: str, size: int, cp: int, shards: int) -> list[list[int]]:
 
 def parted(digests: Sequence[int], ranks: Sequence[int]) -> list[list[int]]:
     """These ranks by what they hold, the larger parties first; one party where they agree."""
-    found: dict[int, list[int]] = {}
+    parties: dict[int, list[int]] = {}
     for rank in ranks:
-        found.setdefault(digests[rank], []).append(rank)
-    return sorted(found.values(), key=lambda party: (-len(party), party))
+        parties.setdefault(digests[rank], []).append(rank)
+    return sorted(parties.values(), key=lambda party: (-len(party), party))
 
 
 def first_difference(parties: Sequence[Party]) -> int:
@@ -122,18 +122,20 @@ def first_difference(parties: Sequence[Party]) -> int:
 def sentence(topic: Topic, parties: Sequence[Party], place_of: Callable[[int], str]) -> str:
     """What differs first, by whom and at which clips."""
     place = first_difference(parties)
-    said: dict[tuple[str, str], tuple[list[int], str]] = {}
+    differences: dict[tuple[str, str], tuple[list[int], str]] = {}
     for ranks, entries in parties:
         where, what, about = entries[place] if place < len(entries) else ("", "nothing more", "")
-        known, _ = said.setdefault((where, what), ([], about))
+        known, _ = differences.setdefault((where, what), ([], about))
         known += ranks
     longest = max((entries for _, entries in parties), key=len)
     last = f" after {longest[place - 1][1]}" if topic is TOPICS["calls"] and place else ""
-    told = []
-    for (where, what), (ranks, about) in said.items():
+    sentences = []
+    for (where, what), (ranks, about) in differences.items():
         at = f" in {where}" if where else ""
-        told.append(f"{named(sorted(ranks), place_of)}: {what}{at}{f' [{about}]' if about else ''}")
-    return f"{topic.opening}{last}: {'; '.join(told)}. {topic.remedy[0].upper()}{topic.remedy[1:]}"
+        sentences.append(
+            f"{named(sorted(ranks), place_of)}: {what}{at}{f' [{about}]' if about else ''}"
+        )
+    return f"{topic.opening}{last}: {'; '.join(sentences)}. {topic.remedy[0].upper()}{topic.remedy[1:]}"
 
 
 def named(ranks: Sequence[int], place_of: Callable[[int], str]) -> str:
@@ -147,16 +149,16 @@ def named(ranks: Sequence[int], place_of: Callable[[int], str]) -> str:
 
 def digest_of(value: Any) -> str:
     """16 hex digits for the bits of a tensor or an array, its shape and type, or for what a plain value reads as."""
-    found = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(digest_size=8)
     if isinstance(value, Tensor):
-        found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
         value = value.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
     elif isinstance(value, np.ndarray):
-        found.update(f"{value.dtype} {value.shape}".encode())
+        digest.update(f"{value.dtype} {value.shape}".encode())
     else:
         value = np.frombuffer(repr(value).encode(), np.uint8)
-    found.update(np.ascontiguousarray(value).data)
-    return found.hexdigest()
+    digest.update(np.ascontiguousarray(value).data)
+    return digest.hexdigest()
 
 
 class Agreement:
@@ -198,10 +200,10 @@ class Agreement:
             Fault: they differ; on every rank, with the same sentence.
         """
         mine = torch.tensor([journal.digest for journal in self.journals.values()])
-        found = [torch.empty_like(mine) for _ in range(self.world.size)]
+        gathered = [torch.empty_like(mine) for _ in range(self.world.size)]
         with self._absent_are_told():
-            dist.all_gather(found, mine, group=self._group)
-        ranks = [values.tolist() for values in found]
+            dist.all_gather(gathered, mine, group=self._group)
+        ranks = [values.tolist() for values in gathered]
         for number, name in enumerate(self.journals):
             for circle in self.circles[name]:
                 parties = parted([values[number] for values in ranks], circle)
@@ -217,9 +219,9 @@ class Agreement:
     def _told(self, topic: str, parties: list[list[int]]) -> str:
         is_first = any(self.world.rank == party[0] for party in parties)
         mine = self.journals[topic].entries if is_first else None
-        found: list[Any] = [None] * self.world.size
-        dist.all_gather_object(found, mine, group=self._group)
-        journals = [(party, found[party[0]]) for party in parties]
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, mine, group=self._group)
+        journals = [(party, gathered[party[0]]) for party in parties]
         return sentence(TOPICS[topic], journals, self.place_of)
 
     # -- who does not come ----------------------------------------------------------------------

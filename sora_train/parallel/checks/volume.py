@@ -105,11 +105,11 @@ class CountedVolume(TorchDispatchMode):
         self.bytes[kind] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _tensors(found: Any) -> Iterable[Tensor]:
-    if isinstance(found, Tensor):
-        yield found
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
     else:
-        for part in found:
+        for part in value:
             yield from _tensors(part)
 
 
@@ -149,12 +149,12 @@ def expected_volume(
     """
     size, wide = param_dtype.itemsize, max(4, param_dtype.itemsize)
     if cfg.parallel.engine == "fsdp":
-        found = fsdp_volume(cfg, degrees, units, len(slots), size, wide)
+        volume = fsdp_volume(cfg, degrees, units, len(slots), size, wide)
     else:
-        found = zero_volume(cfg.parallel.engine, units, len(slots), size, wide)
+        volume = zero_volume(cfg.parallel.engine, units, len(slots), size, wide)
     for slot in slots:
-        found += context_volume(cfg, degrees, slot, size)
-    return +found
+        volume += context_volume(cfg, degrees, slot, size)
+    return +volume
 
 
 def fsdp_volume(
@@ -167,14 +167,14 @@ def fsdp_volume(
 ) -> Counter[str]:
     parts = degrees.shards
     padded = sum(filled(shape, parts) for unit in units for shape in unit)
-    found: Counter[str] = Counter()
+    volume: Counter[str] = Counter()
     if parts > 1:
-        found["all_gather"] = 2 * slots * padded * size
+        volume["all_gather"] = 2 * slots * padded * size
         reductions = slots if cfg.parallel.accumulate == "sharded" else 1
-        found["reduce_scatter"] = reductions * padded * wide
+        volume["reduce_scatter"] = reductions * padded * wide
     if degrees.dp_replicate > 1:
-        found["all_reduce"] = padded // parts * wide
-    return found
+        volume["all_reduce"] = padded // parts * wide
+    return volume
 
 
 def filled(shape: torch.Size, parts: int) -> int:
@@ -185,10 +185,10 @@ def filled(shape: torch.Size, parts: int) -> int:
 
 def context_volume(cfg: Config, degrees: Degrees, slot: Slot, size: int) -> Counter[str]:
     """Of one micro-batch, whose tokens all ranks of a cp group share: a rank's equal part of the sum."""
-    found: Counter[str] = Counter()
+    volume: Counter[str] = Counter()
     cp, ring, wide = degrees.cp, degrees.ring, max(4, size)
     if cp == 1:
-        return found
+        return volume
     model, tokens = cfg.model, slot.all_tokens
     values, blocks = tokens * model.dim, model.num_layers
     total: Counter[str] = Counter()

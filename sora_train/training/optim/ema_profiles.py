@@ -80,7 +80,7 @@ def solve(
     target = mass(wanted, edges) * scale
     # Columns of equal norm, or narrow profiles would outweigh wide ones in what the cutoff leaves out.
     norms = np.linalg.norm(columns, axis=0)
-    found = np.linalg.lstsq(columns / norms, target, rcond=cutoff)[0] / norms
-    found = found / found.sum()
-    distance = np.linalg.norm(columns @ found - target) / np.linalg.norm(target)
-    return found, float(distance)
+    coefficients = np.linalg.lstsq(columns / norms, target, rcond=cutoff)[0] / norms
+    coefficients = coefficients / coefficients.sum()
+    distance = np.linalg.norm(columns @ coefficients - target) / np.linalg.norm(target)
+    return coefficients, float(distance)
