@@ -1,6 +1,10 @@
-"""Text files that are written whole, and JSON files read while another process may be writing them."""
+"""Files that are written whole, and JSON files read while another process may be writing them."""
 
+import contextlib
 import json
+import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,19 @@ def write_atomically(path: Path, text: str) -> None:
         raise Fault(
             f"cannot write {path}: {error.strerror}; free space or choose another run.dir"
         ) from error
+
+
+@contextlib.contextmanager
+def renamed_when_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, whose folder is made: renamed to it at the end, removed on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Ranks on two machines may write the same file at once; in containers even their process ids are equal.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -1,11 +1,11 @@
-"""Reads the clips of the tape ahead of time and delivers them in order, as a `ClipBatch` a micro-batch.
+"""Reads the clips of the tape ahead of time and delivers them in order, a `ClipBatch` for each micro-batch.
 
-One row goes this way: `_begin` chooses where it comes from. Pixels: `request` says which frames and which crop,
-a decode process answers, `_clip` adds the caption. Latents: `_read_stored` reads those of the shard,
-`_read_latents` those of the cache. `_collect` waits for the rows of a micro-batch.
+`_begin` chooses the source of a row. Pixels: `request` names frames and crop, a decode process answers,
+`_clip` adds the caption. Latents: `_read_stored` reads those in the shard, `_read_latents` those of the
+cache. `_collect` waits for the rows of a micro-batch.
 
-What is delivered depends on the tape and the quarantine alone. Workers and prefetch only decide when it is ready.
-A sample that fails is reported as a Failure, never replaced.
+The delivered clips depend on the tape and the quarantine alone. Workers and prefetch only decide when
+they are ready. A sample that fails is reported as a Failure, never replaced.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -48,25 +46,17 @@ _POLL_SECONDS = 1.0
 Chunk = tuple[Bucket, tuple[int, ...]]
 
 
-@dataclass
-class _Begun:
-    """A micro-batch on its way, and what it takes in memory once it is there."""
-
-    futures: list[Future]
-    bytes: int
-
-
 class Loader:
     """The clips of a rank's micro-batches, step by step. Close it, or use it as a context manager.
 
-    `tape` names what is trained, `micro_batches` are those of one step over all ranks. With a
-    `cache` the stored latents are delivered where they are, windows and crops are those of epoch 0
-    in every epoch, and `vae_digest` and `vae_dtype` say whose latents they are; `texts` are the caption
-    embeddings stored beside them. `reasons` are those of
-    `buckets.assign` (default: the manifest's); with `run_dir` failures are recorded there, those of
-    micro-batches that other ranks read as well only by the one with `is_cp_leader`. Raises UserError
-    where too many clips are unusable, the decoder cannot read them, a package is missing that reads
-    their storage, or no clip has a caption that is weighted.
+    `micro_batches` counts those of one step over all ranks. With a `cache` the stored latents are
+    delivered where there are any, windows and crops are those of epoch 0 in every epoch, and
+    `vae_digest` and `vae_dtype` name the VAE of the latents; `texts` are the caption embeddings stored
+    beside them. `reasons` are those of `buckets.assign` (default: the manifest's). Failures are recorded
+    in `run_dir`; of ranks that read the same micro-batches only the one with `is_cp_leader` does so.
+
+    Raises UserError where too many clips are unusable, the decoder cannot read them, a package for
+    their storage is missing, or no clip has a weighted caption.
     """
 
     def __init__(
@@ -110,8 +100,8 @@ class Loader:
             block_bytes=max(1, int(data_cfg.read_block_mb * 1e6)),
         )
         require(set(manifest.shard.tolist()), data_cfg.disk_cache_dir)
-        found = manifest.drop_reason if reasons is None else reasons
-        names, counts = np.unique(found[found != ""].astype(str), return_counts=True)
+        reasons = manifest.drop_reason if reasons is None else reasons
+        names, counts = np.unique(reasons[reasons != ""].astype(str), return_counts=True)
         self.quarantine = quarantine.Quarantine(
             Path(run_dir) / quarantine.FILE_NAME if run_dir is not None else None,
             total=len(manifest),
@@ -119,8 +109,9 @@ class Loader:
             dropped=dict(zip(names.tolist(), counts.tolist(), strict=True)),
         )
         self.wait_seconds = 0.0
-        """Time `step` and `chunks` made their callers wait, in all."""
-        self._pending: dict[int, _Begun] = {}
+        """Seconds that callers of `step` and `chunks` waited in all."""
+        # By micro-batch: the futures of its rows, and the bytes it takes once read.
+        self._pending: dict[int, tuple[list[Future], int]] = {}
         self._pool = DecodePool(
             data_cfg.num_workers, data_cfg.decode_timeout, module=worker_of(self._backend)
         )
@@ -129,78 +120,74 @@ class Loader:
     # -- training -----------------------------------------------------------------------------
 
     def step(self, step: int) -> list[ClipBatch]:
-        """This rank's micro-batches of a step, in the order of the tape; the next ones are begun.
+        """This rank's micro-batches of a step, in the order of the tape; reading of the next ones begins.
 
         Every rank gets the same number of slots. Raises Fault when storage fails or too many clips
         are lost.
         """
         began = time.monotonic()
-        entries = rows_for_rank(self.tape, step, self._micro_batches, self._rank, self._world_size)
+        entries = self._entries(step)
         self._prefetch(step, entries)
         batches = [
             self.idle(step)
             if entry is None
-            else self._collect(step, entry, self._pending.pop(entry.index).futures)
+            else self._collect(step, entry, self._pending.pop(entry.index)[0])
             for entry in entries
         ]
         self.wait_seconds += time.monotonic() - began
         return batches
 
+    def _entries(self, step: int) -> list[MicroBatch | None]:
+        return rows_for_rank(self.tape, step, self._micro_batches, self._rank, self._world_size)
+
     def _prefetch(self, step: int, entries: list[MicroBatch | None]) -> None:
-        """Begin the micro-batches of a step and those after it, as many as there is room for; forget others."""
-        wanted = {entry.index: (entry, self._bytes(entry)) for entry in entries if entry}
+        """Begin the micro-batches of a step and, as far as there is room, the next ones; cancel all others."""
+        needed = {entry.index: (entry, self._bytes(entry)) for entry in entries if entry}
         room = self._cfg.prefetch_mb * 1e6
         for entry in itertools.islice(self._after(step), self._cfg.prefetch):
             size = self._bytes(entry)
             room -= size
             if room < 0:
                 break
-            wanted[entry.index] = (entry, size)
-        for index in self._pending.keys() - wanted.keys():
-            for future in self._pending.pop(index).futures:
+            needed[entry.index] = (entry, size)
+        for index in self._pending.keys() - needed.keys():
+            for future in self._pending.pop(index)[0]:
                 future.cancel()
-        for index, (entry, size) in wanted.items():
+        for index, (entry, size) in needed.items():
             if index not in self._pending:
                 rows = zip(entry.rows, entry.epochs, strict=True)
-                self._pending[index] = _Begun(
-                    [self._begin(row, epoch, step) for row, epoch in rows], size
-                )
+                self._pending[index] = [self._begin(row, epoch, step) for row, epoch in rows], size
 
     def _after(self, step: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches after a step, in the order of the tape."""
         for ahead in itertools.count(step + 1):
-            entries = rows_for_rank(
-                self.tape, ahead, self._micro_batches, self._rank, self._world_size
-            )
+            entries = self._entries(ahead)
             if not any(entries):
                 return
             yield from filter(None, entries)
 
     def _bytes(self, entry: MicroBatch) -> int:
-        """What a micro-batch takes once it is read: stored latents as long as their files, else its pixels."""
+        """Bytes of a micro-batch once read: stored latents count as their files, other clips as pixels."""
         if entry.index in self._pending:
-            return self._pending[entry.index].bytes
-        return sum(self._clip_bytes(row) for row in entry.rows)
-
-    def _clip_bytes(self, row: int) -> int:
-        bucket = self.tape.bucket_of(row)
-        latent_bytes = None
-        if self._cache is not None:
-            latent_bytes = self._cache.size(self.latent_key(row), self.drawn)
-        pixel_bytes = 3 * bucket.frames * bucket.height * bucket.width
-        return pixel_bytes if latent_bytes is None else latent_bytes
+            return self._pending[entry.index][1]
+        total = 0
+        for row in entry.rows:
+            size = None
+            if self._cache is not None:
+                size = self._cache.size(self.latent_key(row), self.drawn)
+            total += _pixel_bytes(self.tape.bucket_of(row)) if size is None else size
+        return total
 
     def rows_at(self, step: int) -> list[int]:
         """The rows of this rank's micro-batches of a step."""
-        entries = rows_for_rank(self.tape, step, self._micro_batches, self._rank, self._world_size)
-        return [row for entry in entries if entry for row in entry.rows]
+        return [row for entry in self._entries(step) if entry for row in entry.rows]
 
     def stacks(self) -> str:
-        """What the decode processes are doing."""
+        """The stacks of the decode processes."""
         return self._pool.stacks()
 
     def idle(self, step: int) -> ClipBatch:
-        """A slot without work, in the shape of its neighbours so that it takes no longer than they do."""
+        """A slot without clips, in the bucket of the step's first micro-batch so that it takes no longer."""
         peer = self.tape[step * self._micro_batches]
         return ClipBatch(MicroBatch(-1, peer.bucket, peer.epoch, (), ()), [], [], 0.0)
 
@@ -212,12 +199,12 @@ class Loader:
     # -- stored latents -----------------------------------------------------------------------
 
     def cache_chunks(self, size: int, part: int = 0, parts: int = 1) -> list[Chunk]:
-        """What is to be encoded before latents can be trained from: chunks of `size` clips of a bucket.
+        """The rows to encode before training from latents: chunks of `size` clips of a bucket.
 
-        The chunks cover all trained rows in the manifest's order and are the same whatever is
-        stored already, so that latents do not depend on where an earlier run stopped. They are
-        dealt out over `parts` first; then those that are wholly stored, or can never be, are left
-        out. So parts that look at different times still share the same deal.
+        The chunks cover all trained rows in the manifest's order, stored or not, so that latents do
+        not depend on where an earlier run stopped. They are dealt out over `parts` first; then
+        chunks are left out whose clips are all stored or failed. So parts that call this at
+        different times share the same deal.
         """
         chunks: list[Chunk] = []
         of_row = self.tape.bucket_of_row[self.tape.rows]
@@ -227,34 +214,35 @@ class Loader:
             chunks += [
                 (bucket, tuple(rows[start : start + size])) for start in range(0, len(rows), size)
             ]
-        return [chunk for chunk in chunks[part::parts] if not all(map(self._is_settled, chunk[1]))]
 
-    def _is_settled(self, row: int) -> bool:
-        return self.is_cached(row) or self.quarantine.failure(row, 0) is not None
+        def is_done(row: int) -> bool:
+            return self.is_cached(row) or self.quarantine.failure(row, 0) is not None
+
+        return [chunk for chunk in chunks[part::parts] if not all(map(is_done, chunk[1]))]
 
     def chunks(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Bucket, list[Clip], list[Failure]]]:
-        """The pixels of chunks, one after the other, the next ones decoding meanwhile.
+        """The pixels of chunks in order, while the next ones are decoded.
 
-        Failures are recorded as of step 0: such a clip is never trained.
+        Failures are recorded as of step 0, so such a clip is never trained.
         """
         begun: list[list[Future]] = []
         for position, (bucket, rows) in enumerate(chunks):
             room = self._cfg.prefetch_mb * 1e6
             for at in range(position, min(len(chunks), position + 1 + self._cfg.prefetch)):
-                wanted, ahead = chunks[at]
+                bucket_ahead, rows_ahead = chunks[at]
                 if at > position:
-                    room -= 3 * wanted.frames * wanted.height * wanted.width * len(ahead)
+                    room -= _pixel_bytes(bucket_ahead) * len(rows_ahead)
                 if room < 0:
                     break
                 if at == position + len(begun):
-                    begun.append([self._decode(row, 0) for row in ahead])
+                    begun.append([self._decode(row, 0) for row in rows_ahead])
             began = time.monotonic()
             clips, failures = self._gather(rows, begun.pop(0), step=0)
             self.wait_seconds += time.monotonic() - began
             yield bucket, clips, failures
 
     def decode_rows(self, rows: Sequence[int]) -> tuple[list[Clip], list[Failure]]:
-        """Trained rows as epoch 0 shows them (for validation): pixels, or the latents that stand in the shards."""
+        """Trained rows as in epoch 0 (for validation): pixels, or the latents in the shards."""
         begun = [
             self._decode(row, 0)
             if self._stored_latents(row) is None
@@ -266,7 +254,7 @@ class Loader:
     def _gather(
         self, rows: Sequence[int], futures: Sequence[Future], step: int, *, on_disk: bool = True
     ) -> tuple[list[Clip], list[Failure]]:
-        """Wait for the clips of rows at a step; their failures are recorded."""
+        """Wait for the clips of rows at a step, and record their failures."""
         clips: list[Clip] = []
         failures: list[Failure] = []
         for row, future in zip(rows, futures, strict=True):
@@ -279,11 +267,10 @@ class Loader:
         return clips, failures
 
     def latent_key(self, row: int) -> str:
-        """Under what name a row's latents are stored."""
+        """The cache's key of a row's latents."""
         times, _, box = self._cut(row, 0)
-        digest = str(self.manifest.sample_digest[row])
         return latent_key(
-            digest,
+            str(self.manifest.sample_digest[row]),
             self.tape.bucket_of(row),
             times,
             box,
@@ -293,14 +280,14 @@ class Loader:
         )
 
     def latent_fps(self, row: int) -> float:
-        """The frame rate of what is stored for a row, 0 for a single frame."""
+        """The frame rate of a row's cached latents, 0 for a single frame."""
         return self._cut(row, 0)[1]
 
     def is_cached(self, row: int) -> bool:
         return self._cache is not None and self._cache.has(self.latent_key(row), self.drawn)
 
     def cached(self, row: int) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """A row's stored latents, and their log-variance where they are drawn from."""
+        """A row's latents in the cache, and their log-variance where `data.latents=sample`."""
         if self._cache is None:
             return None
         key = self.latent_key(row)
@@ -308,7 +295,7 @@ class Loader:
         return None if latents is None or (self.drawn and logvar is None) else (latents, logvar)
 
     def store(self, row: int, latents: np.ndarray, logvar: np.ndarray | None = None) -> None:
-        """Store a row's latents, float32 (C, T', H', W'), and their log-variance where they are drawn from."""
+        """Store a row's latents, float32 (C, T', H', W'), and their log-variance where `data.latents=sample`."""
         assert self._cache is not None, "the loader was built without a cache"
         self._cache.put(self.latent_key(row), latents, logvar)
 
@@ -318,23 +305,18 @@ class Loader:
         self, row: int, epoch: int
     ) -> tuple[tuple[float, ...], float, tuple[float, float, float, float]]:
         """Times, their rate, and crop of a sample: keyed by its epoch, or fixed where latents are stored."""
-        bucket = self.tape.bucket_of(row)
+        manifest, bucket = self.manifest, self.tape.bucket_of(row)
         epoch = 0 if self._cache is not None else epoch
-        manifest = self.manifest
         u = uniform(self._seed, "window", epoch, row)
-        times, fps = window(
-            int(manifest.frames[row]), float(manifest.fps[row]), bucket, self._fps, u
-        )
+        frames, rate = int(manifest.frames[row]), float(manifest.fps[row])
+        times, fps = window(frames, rate, bucket, self._fps, u)
         u_x, u_y = (uniform(self._seed, "crop", epoch, row, axis) for axis in "xy")
-        return (
-            times,
-            fps,
-            crop(int(manifest.height[row]), int(manifest.width[row]), bucket, u_x, u_y),
-        )
+        height, width = int(manifest.height[row]), int(manifest.width[row])
+        return times, fps, crop(height, width, bucket, u_x, u_y)
 
     def _begin(self, row: int, epoch: int, step: int) -> Future:
         if self.quarantine.failure(row, step):
-            return Future()  # never looked at: `_collect` asks the quarantine first
+            return Future()  # never awaited: `_collect` asks the quarantine first
         if self._stored_latents(row) is not None:
             return self._readers.submit(self._read_stored, row, epoch)
         if self._cache is not None:
@@ -342,7 +324,7 @@ class Loader:
         return self._decode(row, epoch)
 
     def _stored_latents(self, row: int) -> stored.StoredLatents | None:
-        """The latents that stand in the row's shard, where they are to be used: in the shape of its bucket."""
+        """The latents in the row's shard, where they have the shape of its bucket and are not ignored."""
         if self._cfg.stored_latents == "ignore":
             return None
         latents, _ = stored.stored_of(self.manifest.members[row])
@@ -352,24 +334,24 @@ class Loader:
         """The latents in the row's shard as a clip. Raises Fault where storage fails."""
         place = self._stored_latents(row)
         assert place is not None
-        found = self._member(row, place, stored.LATENTS)
-        if isinstance(found, Failure):
-            return found
-        latents, logvar = found
+        member = self._member(row, place, stored.LATENTS)
+        if isinstance(member, Failure):
+            return member
+        latents, logvar = member
         clip = self._clip(row, epoch, None, latents, place.fps)
         return self._with_text(dataclasses.replace(clip, logvar=logvar))
 
     def _with_text(self, clip: Clip) -> Clip | Failure:
-        """The clip with the stored embedding of its caption, where there is one: in its shard, or in the cache."""
+        """The clip with the embedding of its caption from its shard or the cache, where there is one."""
         place = self._stored_text(clip)
         if place is None:
             text = self._texts.get(clip.caption) if self._texts is not None else None
             return clip if text is None else dataclasses.replace(clip, text=text)
-        found = self._member(clip.row, place, stored.TEXT)
-        return found if isinstance(found, Failure) else dataclasses.replace(clip, text=found[0])
+        member = self._member(clip.row, place, stored.TEXT)
+        return member if isinstance(member, Failure) else dataclasses.replace(clip, text=member[0])
 
     def _stored_text(self, clip: Clip) -> stored.StoredText | None:
-        """Where the embedding of this very caption lies."""
+        """The place of the embedding of exactly this caption."""
         if self._cfg.stored_text == "ignore":
             return None
         _, text = stored.stored_of(self.manifest.members[clip.row])
@@ -391,15 +373,16 @@ class Loader:
             ) from error
 
     def _read_latents(self, row: int, epoch: int) -> Clip | Failure | Future:
-        """The stored latents as a clip; where they are lost, the pixels' future instead."""
-        found = self.cached(row)
-        if found is None:
+        """The cached latents as a clip; the future of its pixels where they are gone."""
+        cached = self.cached(row)
+        if cached is None:
             return self._decode(row, epoch)
-        clip = self._clip(row, epoch, None, found[0])
-        return self._with_text(dataclasses.replace(clip, logvar=found[1]))
+        latents, logvar = cached
+        clip = self._clip(row, epoch, None, latents)
+        return self._with_text(dataclasses.replace(clip, logvar=logvar))
 
     def request(self, row: int, epoch: int) -> DecodeRequest:
-        """What the decoder is asked for a trained row in an epoch."""
+        """The request to the decoder for a trained row in an epoch."""
         manifest, bucket = self.manifest, self.tape.bucket_of(row)
         times, _, box = self._cut(row, epoch)
         path = manifest.path(row)
@@ -426,21 +409,18 @@ class Loader:
 
     def _decode(self, row: int, epoch: int) -> Future:
         """A future of the sample's Clip or Failure."""
-        return self._pool.submit(
-            self.request(row, epoch),
-            # In the pool, not in a second future: the two would hold each other, and the clip with them.
-            convert=lambda found: (
-                found
-                if isinstance(found, Failure)
-                else self._text_read(self._clip(row, epoch, found, None))
-            ),
-        )
 
-    def _text_read(self, clip: Clip) -> Clip | Future:
-        """The clip, or its future where an embedding is to be read: not in the thread of the decoder."""
-        if self._texts is None and self._stored_text(clip) is None:
-            return clip
-        return self._readers.submit(self._with_text, clip)
+        def as_clip(pixels: np.ndarray | Failure) -> Clip | Failure | Future:
+            if isinstance(pixels, Failure):
+                return pixels
+            clip = self._clip(row, epoch, pixels, None)
+            if self._texts is None and self._stored_text(clip) is None:
+                return clip
+            # The thread of the decoder must not wait for an embedding.
+            return self._readers.submit(self._with_text, clip)
+
+        # In the pool, not in a second future: the two would hold each other, and the clip with them.
+        return self._pool.submit(self.request(row, epoch), convert=as_clip)
 
     def _clip(
         self,
@@ -450,17 +430,17 @@ class Loader:
         latents: np.ndarray | None,
         fps: float | None = None,
     ) -> Clip:
-        """`fps` is the rate of stored latents; that of decoded frames follows from their times."""
+        """`fps` is the rate of latents in a shard; that of others follows from their times."""
         manifest = self.manifest
         fps = self._cut(row, epoch)[1] if fps is None else fps
         caption = self._captions.prompt(manifest.caption[row], manifest.captions[row], epoch, row)
         return Clip(row, epoch, pixels, latents, fps, caption, manifest.sample_digest[row])
 
     def _wait(self, row: int, future: Future) -> Clip | Failure:
-        """A future's value. The pool's deadlines bound the wait; a pool that died is a Fault, not a hang."""
+        """A future's value. The pool's deadlines bound the wait. Raises Fault where the pool has ended."""
         while True:
             try:
-                found = future.result(timeout=_POLL_SECONDS)
+                result = future.result(timeout=_POLL_SECONDS)
             except TimeoutError:
                 if not self._pool.alive:
                     raise Fault(
@@ -471,18 +451,20 @@ class Loader:
                 raise Fault(
                     f"the loader was closed while the clip of row {row} was awaited"
                 ) from None
-            if not isinstance(found, Future):
-                return found
-            future = found
+            if not isinstance(result, Future):
+                return result
+            future = result
 
     def record(self, step: int, failure: Failure, *, on_disk: bool = True) -> None:
-        """From `step` on the clip is not trained. Raises Fault where too many are lost."""
-        where = {
-            "shard": str(self.manifest.shard[failure.row]),
-            "key": str(self.manifest.key[failure.row]),
-            "backend": self._backend,
-        }
-        self.quarantine.add(step, failure, on_disk=on_disk, **where)
+        """Exclude a clip from `step` on. Raises Fault where too many are lost."""
+        self.quarantine.add(
+            step,
+            failure,
+            on_disk=on_disk,
+            shard=str(self.manifest.shard[failure.row]),
+            key=str(self.manifest.key[failure.row]),
+            backend=self._backend,
+        )
 
     def close(self) -> None:
         """End the decode processes; nothing more can be read."""
@@ -493,32 +475,30 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
+def _pixel_bytes(bucket: Bucket) -> int:
+    return 3 * bucket.frames * bucket.height * bucket.width
+
+
 def backend_of(cfg: DataConfig) -> str:
-    """The decoder that a config asks for."""
+    """The decoder that a config names."""
     return "pyav" if cfg.decoder == "auto" else cfg.decoder
 
 
 def _backend(cfg: DataConfig, manifest: Manifest, tape: TapeLike) -> str:
-    """The decoder that will read the clips. Raises UserError where the one asked for cannot."""
-    if cfg.decoder == "torchcodec":
+    """The decoder that a config names. Raises UserError where it is missing or cannot read the clips."""
+    backend = backend_of(cfg)
+    if backend == "torchcodec":
         decode_torchcodec.require()
-        return "torchcodec"
-    if cfg.decoder != "decord":
-        return "pyav"
-    decode_decord.require()
-    codecs = manifest.codec[tape.rows]
-    for codec in decode_decord.UNREADABLE_CODECS & set(codecs.tolist()):
-        key = manifest.key[tape.rows[codecs == codec][0]]
-        raise UserError(
-            f"data.decoder=decord cannot read {codec}, the codec of {key!r}; set data.decoder=auto"
-        )
-    return "decord"
+    elif backend == "decord":
+        decode_decord.require()
+        codecs = manifest.codec[tape.rows]
+        for codec in decode_decord.UNREADABLE_CODECS & set(codecs.tolist()):
+            key = manifest.key[tape.rows[codecs == codec][0]]
+            raise UserError(
+                f"data.decoder=decord cannot read {codec}, the codec of {key!r}; set data.decoder=auto"
+            )
+    return backend

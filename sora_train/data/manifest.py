@@ -1,15 +1,13 @@
 """The manifest: one row a sample, what it is and where its bytes lie, or why it cannot be used.
 
 It is a Parquet file and, in memory, one numpy array a column, so that a plan over millions of rows
-stays vectorised. Nothing is left out silently: a sample that cannot be used keeps its row, with the
-reason.
+stays vectorised. A sample that cannot be used keeps its row, with the reason.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -19,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sora_train.base.files import renamed_when_whole
 from sora_train.errors import UserError
 
 FILE_NAME = "manifest.parquet"
@@ -55,14 +54,14 @@ COLUMNS: dict[str, type] = {
     "members": object,
     "scores": object,
 }
-# What older versions had no column for: nothing was known of it.
+# Columns that older versions do not have; they are filled with empty values.
 _ADDED = frozenset({"unverified", "captions", "members", "scores"})
-# Where a source is mounted, how a decoder words its complaint, how closely a clip was looked at and how
-# it was judged do not change what is trained.
+# Where a source is mounted, how a decoder words its error, how closely a clip was probed and its
+# scores do not change what is trained.
 _NOT_DIGESTED = frozenset({"source", "drop_detail", "unverified", "scores"})
 
 Stamp = tuple[int, str]
-"""What a shard was when it was indexed: bytes and fingerprint."""
+"""Bytes and fingerprint of a shard when it was indexed."""
 
 
 def text_digest(text: str) -> str:
@@ -71,7 +70,7 @@ def text_digest(text: str) -> str:
 
 
 def empty_row(**known: object) -> dict[str, object]:
-    """A row with every column, zero or empty where nothing is known; an unknown name is refused."""
+    """A row with every column, zero or empty where `known` has no value."""
     unknown = known.keys() - COLUMNS.keys()
     assert not unknown, f"no such column: {sorted(unknown)}"
     row: dict[str, object] = {
@@ -87,13 +86,13 @@ class Manifest:
     as displayed, `rotation` the degrees counter-clockwise that a stored frame still has to be
     turned, `start` the time of the first frame on the container's own clock, `sample_digest`
     that of the sample's bytes. A shard named by an address (`s3://...`) needs no root. `unverified`
-    marks what only a header says; the first decode finds out. `shards` holds the stamp of each shard,
-    where the index took one, and `revision` counts the times shards were added.
+    marks rows that rest on a header alone. `shards` holds the stamp of each shard that has one, and
+    `revision` counts the times shards were added.
 
-    Three columns hold JSON objects, or '' where there is nothing to say: `captions` names further
-    captions (`{"short": "...", "dense": "..."}`), `members` the byte ranges of what stands beside or
-    instead of the clip (`{"latents.safetensors": [offset, length]}`, see stored.py), `scores` how the sample was judged
-    (`{"aesthetic": 5.2}`).
+    Three columns hold JSON objects or '': `captions` the further captions by name
+    (`{"short": "...", "dense": "..."}`), `members` the byte ranges of latents and text beside or
+    instead of the clip (`{"latents.safetensors": [offset, length]}`, see latents/members.py), `scores`
+    numbers by name (`{"aesthetic": 5.2}`).
     """
 
     source: np.ndarray
@@ -166,7 +165,7 @@ class Manifest:
         return shard if "://" in shard else str(self.root / shard)
 
     def select(self, rows: np.ndarray) -> Manifest:
-        """The given rows (numbers or a mask), in their order, renumbered."""
+        """The rows of these numbers or this mask, in their order, renumbered."""
         columns = {name: column[rows] for name, column in self._columns.items()}
         return Manifest(columns, self.root, self.shards, self.revision)
 
@@ -218,7 +217,6 @@ class Manifest:
     def save(self, path: Path | str) -> None:
         """Write Parquet under a temporary name, then rename."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {_VERSION_KEY: VERSION.encode(), _REVISION_KEY: str(self.revision).encode()}
         if self.shards:
             metadata[_SHARDS_KEY] = json.dumps(self.shards).encode()
@@ -228,21 +226,16 @@ class Manifest:
             name: pa.array(column, pa.string() if COLUMNS[name] is object else None)
             for name, column in self._columns.items()
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            pq.write_table(
-                pa.table(arrays).replace_schema_metadata(metadata), partial, compression="zstd"
-            )
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        table = pa.table(arrays).replace_schema_metadata(metadata)
+        with renamed_when_whole(path) as partial:
+            pq.write_table(table, partial, compression="zstd")
 
     @classmethod
     def load(cls, path: Path | str, root: Path | str | None = None) -> Manifest:
-        """Read a manifest; raises UserError where the file is no manifest of this version."""
+        """Read a manifest. Raises UserError where the file is none, or of an unknown version."""
         path = Path(path)
         try:
-            # Of this one file: the table reader would take `key=value` folders on its way for columns.
+            # The table reader would read `key=value` folders of the path as columns.
             table = pq.ParquetFile(path).read()
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(
@@ -252,8 +245,8 @@ class Manifest:
         version = metadata.get(_VERSION_KEY, b"").decode()
         if version in READABLE_VERSIONS[:-1]:
             for name in sorted(_ADDED - set(table.column_names)):
-                nothing: object = "" if COLUMNS[name] is object else False
-                table = table.append_column(name, pa.array([nothing] * len(table)))
+                empty: object = "" if COLUMNS[name] is object else False
+                table = table.append_column(name, pa.array([empty] * len(table)))
         missing = COLUMNS.keys() - set(table.column_names)
         if missing or version not in READABLE_VERSIONS:
             raise UserError(

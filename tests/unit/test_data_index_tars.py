@@ -27,9 +27,9 @@ from sora_train.data.decode.frames import (
     decode_frames,
     probe_video,
 )
-from sora_train.data.index import shards as module
+from sora_train.data.index import folder as folder_module
 from sora_train.data.index.folder import open_source
-from sora_train.data.index.shards import HowToIndex, index_shards
+from sora_train.data.index.shards import PARTS_FOLDER, HowToIndex, index_shards
 from sora_train.data.index.tars import MemberKeys, caption_of, split_name
 from sora_train.data.manifest import COLUMNS, FILE_NAME, Manifest
 from sora_train.data.storage import remote
@@ -304,7 +304,7 @@ def test_a_clip_that_hangs_its_decoder_costs_that_clip_only(
     tmp_path: Path, clip: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SORA_TEST_DECODE", "spin=bad")
-    monkeypatch.setattr(module, "PROBE_SECONDS_PER_MIB", 0.0)
+    monkeypatch.setattr(folder_module, "PROBE_SECONDS_PER_MIB", 0.0)
     make_tar(tmp_path / "0.tar", [*plain("a", clip), *plain("bad", clip), *plain("c", clip)])
     manifest = indexed(tmp_path, tmp_path / "out", how=HowToIndex(probe="header", timeout=2.0))
     assert manifest.drop_reason.tolist() == ["", "decode_timeout", ""]
@@ -327,11 +327,11 @@ def test_what_was_found_is_not_looked_at_again(
     with pytest.raises(KeyboardInterrupt):
         indexed(folder, out, progress=stop_after)
     assert not (out / FILE_NAME).exists()
-    assert len(list((out / module.PARTS_FOLDER).iterdir())) == 2, "the whole shards are kept"
+    assert len(list((out / PARTS_FOLDER).iterdir())) == 2, "the whole shards are kept"
     seen: list[tuple[int, int]] = []
     manifest = indexed(folder, out, progress=lambda *count: seen.append(count))
     assert seen == [(1, 2), (2, 2)], "only the third shard was left"
-    assert not (out / module.PARTS_FOLDER).exists()
+    assert not (out / PARTS_FOLDER).exists()
     assert manifest.digest() == indexed(folder, tmp_path / "at_once").digest()
 
 

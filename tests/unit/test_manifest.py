@@ -194,7 +194,7 @@ def test_bad_sources(tmp_path: Path, clip: Path):
     folder.mkdir()
     refused("does not exist; give a folder", tmp_path / "nowhere")
     refused("holds no clips", folder)
-    refused("of no known form", clip)
+    refused("has no known form; give a folder", clip)
     shutil.copy(clip, folder / "a.mp4")
     refused(r"no clip .* has a caption: put .*captions\.jsonl", folder)
     write_captions(folder, {"a.mp4": "x", "gone.mp4": "y"})

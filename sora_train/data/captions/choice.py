@@ -2,8 +2,8 @@
 
 Models are trained on a mix of short, dense and structured captions, because users write short prompts
 and captioners long ones (HunyuanVideo, arXiv:2412.03603, section 3.2), and fields of structured ones
-are left out at random (SkyReels-V2, arXiv:2504.13074). What is drawn is keyed by the sample and its
-own epoch, so it is the same wherever and in whatever order clips are read.
+are left out at random (SkyReels-V2, arXiv:2504.13074). Draws are keyed by the sample and its own
+epoch, so they do not depend on where and in what order clips are read.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from sora_train.errors import UserError
 
 @dataclass(frozen=True)
 class CaptionChoice:
-    """Draws one of the captions a clip has, by weight. Without weights it is always the main one.
+    """Draws one of the captions of a clip by weight; without weights it is always the main one.
 
-    `field_dropout` is the probability with which each field of a structured caption is left out; one
-    is always kept.
+    Each field of a structured caption is left out with the probability `field_dropout`; one always stays.
     """
 
     seed: int
@@ -33,7 +32,7 @@ class CaptionChoice:
     field_dropout: float = 0.0
 
     def prompt(self, main: str, captions: str, epoch: int, row: int) -> str:
-        """What a sample is trained on in its own epoch; `captions` is the manifest's column.
+        """The prompt of a sample in its own epoch; `captions` is the manifest's column.
 
         A clip that has none of the weighted captions keeps its main one.
         """
@@ -52,11 +51,13 @@ class CaptionChoice:
             if edge < 0:
                 chosen = name
                 break
-        said = named[chosen]
-        return said if isinstance(said, str) else as_prompt(self._kept(said, chosen, epoch, row))
+        caption = named[chosen]
+        if isinstance(caption, str):
+            return caption
+        return as_prompt(self._kept(caption, chosen, epoch, row))
 
     def _kept(self, fields: Fields, caption: str, epoch: int, row: int) -> Fields:
-        """The fields that are not dropped, each by a draw of its own; where all would be, the last to go."""
+        """The fields that are not dropped, each by a draw of its own; at least that of the highest draw."""
         draws = {
             name: uniform(self.seed, "caption_field", epoch, row, caption, name) for name in fields
         }
@@ -66,40 +67,40 @@ class CaptionChoice:
 
 def caption_counts(manifest: Manifest) -> Counter[str]:
     """How many clips have a caption of each name, the main one first."""
-    found = Counter({MAIN: int(np.count_nonzero(manifest.caption))})
+    counts = Counter({MAIN: int(np.count_nonzero(manifest.caption))})
     for captions in filter(None, manifest.captions.tolist()):
-        found.update(named_captions(captions).keys())
-    return +found
+        counts.update(named_captions(captions).keys())
+    return +counts
 
 
 def captions_by_name(manifest: Manifest) -> dict[str, dict[int, str]]:
     """Every caption of a manifest as one text, by name and then by row; the main ones first."""
-    found = {MAIN: {row: text for row, text in enumerate(manifest.caption.tolist()) if text}}
+    by_name = {MAIN: {row: text for row, text in enumerate(manifest.caption.tolist()) if text}}
     for row, captions in enumerate(manifest.captions.tolist()):
-        for name, said in named_captions(captions).items():
-            found.setdefault(name, {})[row] = as_prompt(said)
-    return {name: texts for name, texts in found.items() if texts}
+        for name, caption in named_captions(captions).items():
+            by_name.setdefault(name, {})[row] = as_prompt(caption)
+    return {name: texts for name, texts in by_name.items() if texts}
 
 
 def require_captions(manifest: Manifest, weights: Mapping[str, float]) -> None:
     """Raises UserError where a caption is weighted that no clip of the source has."""
-    wanted = set(weights)
+    missing = set(weights)
     if manifest.caption.any():
-        wanted.discard(MAIN)
-    for captions in filter(None, manifest.captions.tolist() if wanted else ()):
-        wanted -= named_captions(captions).keys()
-        if not wanted:
+        missing.discard(MAIN)
+    for captions in filter(None, manifest.captions.tolist() if missing else ()):
+        missing -= named_captions(captions).keys()
+        if not missing:
             break
-    if wanted:
-        there = ", ".join(caption_counts(manifest)) or "none"
+    if missing:
+        names = ", ".join(caption_counts(manifest)) or "none"
         raise UserError(
-            f"data.caption_weights names {', '.join(sorted(wanted))}, which no clip of {manifest.root} has; "
-            f"the captions there are: {there} (`sora data index caption_keys=[NAME=PLACE]` names more)"
+            f"data.caption_weights names {', '.join(sorted(missing))}, which no clip of {manifest.root} has; "
+            f"its captions are: {names} (`sora data index caption_keys=[NAME=PLACE]` names more)"
         )
 
 
 def without_weighted(manifest: Manifest, weights: Mapping[str, float]) -> int:
-    """How many clips that can be used have none of the weighted captions, and so keep their main one."""
+    """The number of usable clips that have none of the weighted captions and so keep their main one."""
     drawn = {name for name, weight in weights.items() if weight > 0}
     if not drawn:
         return 0

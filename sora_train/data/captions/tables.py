@@ -1,4 +1,4 @@
-"""Tables that name clips and say what they show: CSV, JSONL or Parquet."""
+"""Tables of clips with their captions and scores: CSV, JSONL or Parquet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sora_train.data.captions.texts import (
-    Fields,
     Named,
     dumped,
     known_scores,
@@ -30,7 +29,7 @@ NAMED, SCORE = "caption_", "score_"
 
 @dataclass(frozen=True)
 class Texts:
-    """What a table says of a clip, as the manifest's columns of these names hold it; '' where it is silent."""
+    """The manifest's columns of these names for a clip of a table; '' where it has no value."""
 
     caption: str = ""
     captions: str = ""
@@ -41,9 +40,9 @@ def read_table(path: Path) -> dict[str, Texts]:
     """File name -> captions and scores, in the table's order.
 
     The columns are `file` (or path, video, file_name), `caption` (or text), `caption_NAME` for
-    further captions and `score_NAME` for numbers; the last two may also be one column `captions` and
-    `scores` with an object of them. Raises UserError naming the file and line of what cannot be
-    read, and a file that is named twice.
+    further captions and `score_NAME` for numbers. Columns `captions` and `scores` may hold an object
+    of these instead. Raises UserError with the file and line of a value that cannot be read, and of a
+    clip that is named twice.
     """
     suffix = path.suffix.lower()
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
@@ -55,27 +54,25 @@ def read_table(path: Path) -> dict[str, Texts]:
         raise UserError(f"{path} cannot be read as a {suffix[1:]} table: {error}") from error
     table: dict[str, Texts] = {}
     for number, row in enumerate(rows, start=1):
+        where = f"{path}, row {number}"
         name = next((row[column] for column in FILE_COLUMNS if row.get(column)), None)
         if not name:
             raise UserError(
-                f"{path}, row {number}: no column names the clip; one of {', '.join(FILE_COLUMNS)} is needed, "
-                f"found {', '.join(map(str, row)) or 'nothing'}"
+                f"{where}: no column names the clip; one of {', '.join(FILE_COLUMNS)} is needed, "
+                f"the columns are {', '.join(map(str, row)) or 'none'}"
             )
         if name in table:
-            raise UserError(
-                f"{path}, row {number}: {name!r} was named before; keep one row for each clip"
-            )
+            raise UserError(f"{where}: {name!r} was named before; keep one row for each clip")
         caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), "")
-        where = f"{path}, row {number}"
         main, captions = with_main(str(caption).strip(), _captions(row, where))
         table[str(name)] = Texts(main, captions, dumped(_scores(row, where)))
     return table
 
 
 def _entries(row: Mapping[str, object], whole: str, prefix: str, where: str) -> dict[str, object]:
-    """What the column `whole` and the columns that begin with `prefix` say, by name."""
-    found = row.get(whole) or {}
-    if not isinstance(found, Mapping):
+    """The values of the column `whole` and of the columns that begin with `prefix`, by name."""
+    entries = row.get(whole) or {}
+    if not isinstance(entries, Mapping):
         raise UserError(
             f'{where}: {whole} is no object like {{"NAME": ...}}; write columns {prefix}NAME instead'
         )
@@ -84,20 +81,20 @@ def _entries(row: Mapping[str, object], whole: str, prefix: str, where: str) -> 
         for column, value in row.items()
         if str(column).startswith(prefix) and column != prefix
     }
-    entries = {**found, **columns}
+    entries = {**entries, **columns}
     return {str(name): value for name, value in entries.items() if value not in (None, "")}
 
 
 def _captions(row: Mapping[str, object], where: str) -> Named:
     named: Named = {}
     for name, value in _entries(row, "captions", NAMED, where).items():
-        said: str | Fields | None = text_or_fields(value)
-        if said is None:
+        caption = text_or_fields(value)
+        if caption is None:
             raise UserError(
                 f"{where}: the caption {name!r} is neither a text nor an object of texts: {value!r}"
             )
-        if said:
-            named[name] = said
+        if caption:
+            named[name] = caption
     return named
 
 
@@ -105,16 +102,16 @@ def _scores(row: Mapping[str, object], where: str) -> dict[str, float]:
     scores: dict[str, float] = {}
     for name, value in _entries(row, "scores", SCORE, where).items():
         try:
-            found = known_scores({name: float(value) if isinstance(value, str) else value})
+            score = known_scores({name: float(value) if isinstance(value, str) else value})
         except ValueError:
-            found = {}
-        # Parquet has no other word for a score that is not known.
-        unknown = isinstance(value, float) and math.isnan(value)
-        if not found and not unknown:
+            score = {}
+        # Parquet writes NaN for a missing score.
+        is_missing = isinstance(value, float) and math.isnan(value)
+        if not score and not is_missing:
             raise UserError(
                 f"{where}: the score {name!r} is not a number: {value!r}; correct or empty it"
             )
-        scores |= found
+        scores |= score
     return scores
 
 

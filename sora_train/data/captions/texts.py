@@ -27,22 +27,22 @@ FIELD_ORDER = (
     "mood",
     "atmosphere",
 )
-"""Fields of a prompt come in this order, all others after them in that of their names."""
+"""The order of fields in a prompt; all others follow by name."""
 
 Fields = dict[str, str]
 Named = dict[str, str | Fields]
 
 
 def text_or_fields(value: object) -> str | Fields | None:
-    """A caption as it is kept: a text, or fields that say something. None for what is neither.
+    """A caption in the form of a manifest: a text, or its fields that are not empty; None for other values.
 
-    Texts within a field (a list of subjects, say) are joined by commas. What says nothing is ''.
+    Texts within a field (such as a list of subjects) are joined by commas. An empty caption is ''.
     """
     if isinstance(value, Mapping):
-        fields = {_clean(str(name)): _joined(said) for name, said in value.items()}
+        fields = {_clean(str(name)): _joined(texts) for name, texts in value.items()}
         if None in fields.values():
             return None
-        return {name: said for name, said in fields.items() if said} or ""
+        return {name: text for name, text in fields.items() if text} or ""
     return _clean(value) if isinstance(value, str) else None
 
 
@@ -57,59 +57,59 @@ def _joined(value: object) -> str | None:
 
 
 def _clean(text: str) -> str:
-    """Half of a surrogate pair, which JSON can hold, is no text that could be written or embedded."""
+    # JSON can hold half of a surrogate pair, which can be neither written nor embedded.
     return text.encode(errors="replace").decode().strip()
 
 
-def named_by(found: object) -> Named:
-    """The captions in an object of them, by name, in its order; what is neither text nor fields is left out."""
-    if not isinstance(found, Mapping):
+def named_by(captions: object) -> Named:
+    """The captions of an object by name, in its order, without values that are neither text nor fields."""
+    if not isinstance(captions, Mapping):
         return {}
-    texts = {_clean(str(name)): text_or_fields(said) for name, said in found.items()}
-    return {name: said for name, said in texts.items() if name and said}
+    named = {_clean(str(name)): text_or_fields(caption) for name, caption in captions.items()}
+    return {name: caption for name, caption in named.items() if name and caption}
 
 
 def with_main(main: str, named: Named) -> tuple[str, str]:
-    """A manifest's columns `caption` and `captions` of a clip with a main caption, or none, and others.
+    """A manifest's columns `caption` and `captions` of a clip with a main caption ('': none) and others.
 
-    Without a main caption the first of the others takes its place, beside keeping its own name: a
-    clip that says something is never one without a caption.
+    Without a main caption the first of the others is the main one too, so that a clip with any
+    caption has a main one.
     """
     others = dict(named)
     own = others.pop(MAIN, "")
-    main = main or as_prompt(own) or next((as_prompt(said) for said in others.values()), "")
+    main = main or as_prompt(own) or next(map(as_prompt, others.values()), "")
     return main, dumped(others)
 
 
-def dumped(known: Mapping[str, object]) -> str:
-    """A JSON object as it stands in a column: the same text for the same content, '' for an empty one."""
-    return json.dumps(known, sort_keys=True, ensure_ascii=False) if known else ""
+def dumped(value: Mapping[str, object]) -> str:
+    """A JSON object as text of a column: equal text for equal content, '' for an empty one."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False) if value else ""
 
 
 def named_captions(captions: str) -> Named:
-    """The captions that a manifest's column `captions` names."""
+    """The captions in a manifest's column `captions`."""
     return json.loads(captions) if captions else {}
 
 
-def known_scores(found: object) -> dict[str, float]:
-    """The scores of a sample: what is a number in an object of them, by name."""
-    if not isinstance(found, Mapping):
+def known_scores(scores: object) -> dict[str, float]:
+    """The scores of an object by name, without values that are no finite number."""
+    if not isinstance(scores, Mapping):
         return {}
     return {
         str(name): float(value)
-        for name, value in found.items()
+        for name, value in scores.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
 
 
-def as_prompt(said: str | Fields) -> str:
+def as_prompt(caption: str | Fields) -> str:
     """A caption as one text; fields in the order of FIELD_ORDER, each a sentence of its own."""
-    if isinstance(said, str):
-        return said
-    texts = [said[name] for name in sorted(said, key=_place)]
+    if isinstance(caption, str):
+        return caption
+
+    def place(name: str) -> tuple[int, str]:
+        plain = name.lower().replace(" ", "_").replace("-", "_")
+        return (FIELD_ORDER.index(plain) if plain in FIELD_ORDER else len(FIELD_ORDER)), name
+
+    texts = [caption[name] for name in sorted(caption, key=place)]
     return " ".join(text if text.endswith((".", "!", "?")) else f"{text}." for text in texts)
-
-
-def _place(name: str) -> tuple[int, str]:
-    plain = name.lower().replace(" ", "_").replace("-", "_")
-    return (FIELD_ORDER.index(plain) if plain in FIELD_ORDER else len(FIELD_ORDER)), name

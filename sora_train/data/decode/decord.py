@@ -12,6 +12,7 @@ from sora_train.data.decode.frames import (
     StorageFault,
     batches_of_frames,
     fit_frame,
+    too_few_frames,
 )
 from sora_train.errors import UserError
 
@@ -50,11 +51,7 @@ def decode_frames(request: DecodeRequest) -> np.ndarray:
         )
     starts, ends = shown_from - shown_from.min(), float(shown_to.max() - shown_from.min())
     if request.times[-1] >= ends + TIME_TOLERANCE:
-        raise BadClip(
-            "too_few_frames",
-            f"the last frame ends at {ends:.3f} s, but {request.times[-1]:.3f} s was planned; "
-            "the file changed since it was indexed",
-        )
+        raise too_few_frames(ends, request)
     order = np.argsort(starts, kind="stable")
     shown = (
         np.searchsorted(starts[order], np.asarray(request.times) + TIME_TOLERANCE, side="right") - 1

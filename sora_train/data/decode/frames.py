@@ -1,7 +1,7 @@
-"""From a clip's bytes to what the manifest says of it, and to frames of a bucket's size. Pure functions.
+"""Probes clips for the manifest and decodes their frames at a bucket's size. Pure functions.
 
 They run in child processes that can be killed, so nothing here may import torch or keep state.
-Frames are chosen by presentation time, never by index: containers lie about counts and rates.
+Frames are chosen by presentation time, never by index, because containers give wrong counts and rates.
 Times are seconds after the clip's first frame.
 """
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 av.logging.set_level(av.logging.PANIC)
 
-# Matroska rounds times to a millisecond, so a frame may stand up to half of one after its own time.
+# Matroska rounds times to a millisecond, so a frame may begin up to half of one late.
 TIME_TOLERANCE = 1e-3
 # A seek costs about as much as decoding a second of video from the start.
 SEEK_WORTH_SECONDS = 1.0
-# Decoders that hand out whole batches get no larger ones: a minute of 1080p would be 6 GB.
+# The largest batch of decoders that return whole batches: a minute of 1080p would be 6 GB.
 BATCH_BYTES = 1 << 28
 # Frame intervals that differ from the median by more than this share of it make a rate variable.
 VARIABLE_RATE = 0.2
@@ -45,7 +45,7 @@ class BadClip(Exception):
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """Asks what a byte range of a file holds; `count` is `decode`, `packets` or `header`."""
+    """Asks for the Probe of a byte range of a file; `count` is `decode`, `packets` or `header`."""
 
     row: int
     key: str
@@ -58,7 +58,7 @@ class ProbeRequest:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found: displayed height and width (after rotation), `start` the first frame's own time."""
+    """The manifest's figures of a clip: height and width as displayed, `start` the first frame's own time."""
 
     codec: str
     frames: int
@@ -95,19 +95,19 @@ class DecodeRequest:
     fps: float = 0.0
     backend: str = "pyav"
     reading: ReadPolicy | None = None
-    """How to read the bytes of a `path` that is an address; None where it is a local file."""
+    """The retries and cache for a `path` that is an address; None where it is a local file."""
     digest: str = ""
-    """What the index says of the bytes; remote ones are checked against it."""
+    """The digest of the bytes as indexed, which remote bytes must have."""
     data: bytes | None = None
-    """The bytes, where they were read already."""
+    """The bytes, where they are in memory already."""
     stamp: Stamp | None = None
-    """What the index says of the whole shard at an address, so that a cache can keep it block by block."""
+    """Size and fingerprint of a remote shard, so that a cache can keep it block by block."""
 
 
 def probe_video(request: ProbeRequest) -> Probe:
-    """Everything the manifest holds about a clip, its frames really decoded (or its packets counted).
+    """The manifest's figures of a clip, from its decoded frames or its packets.
 
-    With `header` the container's own figures and its first frame have to do. Raises BadClip
+    With `header` they come from the container's header and the first frame. Raises BadClip
     (`unreadable`) and StorageFault.
     """
     with ByteRange(request.path, request.offset, request.length) as file:
@@ -115,7 +115,7 @@ def probe_video(request: ProbeRequest) -> Probe:
 
 
 def probe_file(file: Any, request: ProbeRequest) -> Probe:
-    """`probe_video` of bytes that are open already, as a file that remembers in `fault` why it failed."""
+    """`probe_video` of an open file, whose `fault` names a failure of storage."""
     try:
         digest = _digest(file, request)
         file.seek(0)
@@ -127,14 +127,14 @@ def probe_file(file: Any, request: ProbeRequest) -> Probe:
 
 
 def _digest(file: Any, request: ProbeRequest) -> str:
-    """SHA-256 of the bytes; where only the header is read, of their number and their two ends."""
+    """SHA-256 of the bytes; of their number and their two ends where only the header is read."""
     if request.count != "header":
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
     return digest_of_ends(file, request.length)
 
 
 def _explain(error: Exception, file: Any) -> Exception:
-    """Storage at fault, or the clip."""
+    """StorageFault where reading the file failed, else BadClip."""
     if file.fault:
         return StorageFault(file.fault)
     return BadClip("unreadable", " ".join(str(error).split())[:200] or type(error).__name__)
@@ -153,7 +153,7 @@ def _probe_image(file: Any, digest: str) -> Probe:
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The first moving picture; a cover image is a video stream to libav, not to us."""
+    """The first video stream that is no cover image."""
     streams = [
         stream
         for stream in container.streams.video
@@ -162,7 +162,7 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not streams:
         raise BadClip("unreadable", "the file holds no video stream")
     stream = streams[0]
-    # Frame threads can deadlock when decoding stops before the end; one clip has one thread.
+    # Frame threads can deadlock when decoding stops before the end.
     stream.thread_type = "SLICE"
     stream.codec_context.thread_count = 1
     return stream
@@ -171,7 +171,7 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
 def _probe_stream(file: Any, count: str, digest: str) -> Probe:
     with av.open(cast(Any, file), mode="r") as container:
         stream = video_stream(container)
-        first, times, last_duration = _walk(container, stream, count)
+        first, times, last_duration = _frame_times(container, stream, count)
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         codec = stream.codec.canonical_name
         aspect = stream.sample_aspect_ratio or 1
@@ -187,10 +187,10 @@ def _probe_stream(file: Any, count: str, digest: str) -> Probe:
     return Probe(codec, len(times_s), fps, vfr, height, width, rotation, duration, start, digest)
 
 
-def _walk(
+def _frame_times(
     container: av.container.InputContainer, stream: av.VideoStream, count: str
 ) -> tuple[av.VideoFrame, list[float], float]:
-    """The first frame, the time of every frame, and how long the last one is shown (0: unknown)."""
+    """The first frame, the times of all frames, and the duration of the last one (0: unknown)."""
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     promised = _promised_frames(container, stream, rate) if count == "header" else 0
     if promised:
@@ -198,7 +198,7 @@ def _walk(
         begin = first.time or 0.0 if first is not None else 0.0
         times, last_duration = [begin + index / rate for index in range(promised)], 0.0
     elif count in ("packets", "header"):
-        # Those that an edit list hides are decoded for the sake of others, but not shown.
+        # Packets that an edit list hides are decoded for others that depend on them, but not shown.
         packets = [
             packet for packet in container.demux(stream) if packet.size and not packet.is_discard
         ]
@@ -223,16 +223,16 @@ def _walk(
 def _promised_frames(
     container: av.container.InputContainer, stream: av.VideoStream, rate: float
 ) -> int:
-    """How many frames the header says there are, 0 where it does not."""
-    lasts = 0
+    """The frame count of the header, 0 where it has none."""
+    by_duration = 0
     if stream.duration and stream.time_base:
-        lasts = round(float(stream.duration * stream.time_base) * rate)
+        by_duration = round(float(stream.duration * stream.time_base) * rate)
     if stream.frames:
-        # An edit list shortens what is shown, not what is stored.
-        return min(stream.frames, lasts or stream.frames)
-    if lasts:
-        return lasts
-    # Such containers count from 0, not from their first frame.
+        # An edit list shortens the duration, not the number of stored frames.
+        return min(stream.frames, by_duration or stream.frames)
+    if by_duration:
+        return by_duration
+    # The duration of such containers counts from 0, not from their first frame.
     ends = (container.duration or 0) - max(0, container.start_time or 0)
     return max(0, round(ends / av.time_base * rate))
 
@@ -245,26 +245,23 @@ def _shown_for(frame: av.VideoFrame) -> float:
 def _decoded(
     container: av.container.InputContainer, stream: av.VideoStream
 ) -> Iterator[av.VideoFrame]:
-    """Every frame in order; damage is an error that says how far decoding came."""
+    """Every frame in order. Raises BadClip with the number of frames decoded before the damage."""
     done = 0
+    total = stream.frames or "unknown"
     try:
         for frame in container.decode(stream):
             if frame.is_corrupt:
-                raise BadClip(
-                    "unreadable", f"frame {done} of {stream.frames or 'unknown'} is damaged"
-                )
+                raise BadClip("unreadable", f"frame {done} of {total} is damaged")
             yield frame
             done += 1
     except av.error.FFmpegError as error:
         text = error.strerror or type(error).__name__
-        raise BadClip(
-            "unreadable",
-            f"decoding fails after {done} of {stream.frames or 'unknown'} frames: {text}",
-        ) from error
+        message = f"decoding fails after {done} of {total} frames: {text}"
+        raise BadClip("unreadable", message) from error
 
 
 def _frame_rate(times_s: np.ndarray, nominal: float) -> tuple[float, bool]:
-    """Frames a second, the container's own figure where the times agree with it, and whether it varies."""
+    """Frames a second, the container's own figure where the times agree with it; and whether the rate varies."""
     if len(times_s) < 2 or times_s[-1] <= times_s[0]:
         return nominal or 0.0, False
     intervals = np.diff(times_s)
@@ -276,7 +273,7 @@ def _frame_rate(times_s: np.ndarray, nominal: float) -> tuple[float, bool]:
 
 
 def decode_frames(request: DecodeRequest) -> np.ndarray:
-    """The frames shown at the wanted times: uint8 (T, height, width, 3) RGB.
+    """The frames shown at the requested times: uint8 (T, height, width, 3) RGB.
 
     A frame is shown from its own time until the next one's. Raises BadClip (`unreadable`,
     `too_few_frames`) and StorageFault.
@@ -306,7 +303,7 @@ def _decode_stream(file: ByteRange, request: DecodeRequest) -> np.ndarray:
             clip = _pick(container, stream, request, sought=True)
             if clip is not None:
                 return clip
-            # The seek overshot, as it may without an index: the plain way is always right.
+            # A seek may overshoot where the container has no index; decoding from the start is always right.
             container.seek(0)
             stream.codec_context.flush_buffers()
         clip = _pick(container, stream, request, sought=False)
@@ -321,10 +318,10 @@ def _pick(
     *,
     sought: bool,
 ) -> np.ndarray | None:
-    """The wanted frames of what decodes from here on; None where a seek went beyond the first of them."""
+    """The requested frames, decoded from the current position; None where a seek overshot the first of them."""
     clip = np.empty((len(request.times), request.height, request.width, 3), np.uint8)
     rate = request.fps or 25.0
-    wanted = 0
+    filled = 0
     shown: av.VideoFrame | None = None
     for index, frame in enumerate(_decoded(container, stream)):
         if frame.time is None and sought:
@@ -332,13 +329,13 @@ def _pick(
         time = (frame.time if frame.time is not None else index / rate) - request.start
         if shown is None and sought and time > request.times[0] + TIME_TOLERANCE:
             return None
-        end = wanted
+        end = filled
         while end < len(request.times) and request.times[end] + TIME_TOLERANCE < time:
             end += 1
-        if end > wanted:
-            clip[wanted:end] = _fit(shown or frame, request)
-            wanted = end
-            if wanted == len(request.times):
+        if end > filled:
+            clip[filled:end] = _fit(shown or frame, request)
+            filled = end
+            if filled == len(request.times):
                 return clip
         shown, shown_at = frame, time
     if shown is None:
@@ -347,13 +344,18 @@ def _pick(
         raise BadClip("unreadable", "no frame can be decoded")
     lasts = _shown_for(shown) or 1 / rate
     if request.times[-1] >= shown_at + lasts + TIME_TOLERANCE:
-        raise BadClip(
-            "too_few_frames",
-            f"the last frame is shown at {shown_at:.3f} s, but {request.times[-1]:.3f} s was planned; "
-            "the file changed since it was indexed",
-        )
-    clip[wanted:] = _fit(shown, request)
+        raise too_few_frames(shown_at, request)
+    clip[filled:] = _fit(shown, request)
     return clip
+
+
+def too_few_frames(last: float, request: DecodeRequest) -> BadClip:
+    """The error of a clip whose last frame, at `last` seconds, comes before the last requested time."""
+    return BadClip(
+        "too_few_frames",
+        f"the last frame is at {last:.3f} s, but {request.times[-1]:.3f} s was planned; "
+        "the file changed since it was indexed",
+    )
 
 
 def _fit(frame: av.VideoFrame, request: DecodeRequest) -> np.ndarray:
@@ -362,14 +364,14 @@ def _fit(frame: av.VideoFrame, request: DecodeRequest) -> np.ndarray:
 
 
 def batches_of_frames(request: DecodeRequest) -> Iterator[slice]:
-    """The places in a clip of frames that may be held together at their full size."""
+    """The parts of a clip whose frames are held in memory together at their full size."""
     size = max(1, BATCH_BYTES // max(1, 3 * request.shown[0] * request.shown[1]))
     for start in range(0, len(request.times), size):
         yield slice(start, min(start + size, len(request.times)))
 
 
 def fit_frame(rgb: np.ndarray, request: DecodeRequest) -> np.ndarray:
-    """Crop and resize one displayed frame (H, W, 3), anti-aliased; one way for every decoder."""
+    """Crop and resize one displayed frame (H, W, 3), anti-aliased; every decoder uses this function."""
     height, width = rgb.shape[:2]
     scale_y, scale_x = height / request.shown[0], width / request.shown[1]
     top, left, crop_height, crop_width = request.crop

@@ -7,6 +7,7 @@ against native code that holds the interpreter lock; SIGKILL does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -28,14 +29,13 @@ from sora_train.errors import Fault
 START_SECONDS = 120.0
 EXIT_SECONDS = 5.0
 MAX_START_FAILURES = 3
-# What makes a decode process write its stack, and how long it is given to.
+# The signal on which a decode process writes its stack, and the time it gets for that.
 STACK_SIGNAL = signal.SIGUSR2
 STACK_SECONDS = 0.3
-_Item = tuple[Any, float, Future, Callable[[Any], Any] | None]
-# What a read may take beyond its own deadline before its process is taken for stuck.
+# A read that takes longer than its deadline and this counts as stuck.
 READ_GRACE = 10.0
 
-
+_Item = tuple[Any, float, Future, Callable[[Any], Any] | None]
 _WORKER = "sora_train.data.decode.worker"
 
 
@@ -51,7 +51,7 @@ class _Child:
         self._module = module
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: Any = None
-        self._said = 0
+        self._stack_begin = 0
         self.stopping = False
 
     def start(self) -> None:
@@ -71,13 +71,13 @@ class _Child:
                 pipe.receive(self._process.stdout.fileno(), START_SECONDS)  # type: ignore[union-attr]
                 return
             except (pipe.Closed, pipe.DeadlinePassed):
-                said = self.kill()
+                message = self.kill()
         raise Fault(
-            f"the process `{' '.join(command)}` does not start: {said or 'it says nothing'}"
+            f"the process `{' '.join(command)}` does not start: {message or 'it wrote no error'}"
         )
 
     def ask(self, timeout: float, request: Any) -> tuple[str, Any]:
-        """The child's answer, or what became of it: ('late', detail), ('died', detail).
+        """The child's answer, or its end: ('late', detail), ('died', detail).
 
         A death is blamed on the clip only where it repeats: the machine may have run out of memory.
         """
@@ -93,9 +93,10 @@ class _Child:
             pipe.send(self._process.stdin.fileno(), (timeout, request))
             reading = getattr(request, "reading", None)
             if reading is not None:
-                first = self._first(reading.deadline + READ_GRACE)
-                if first[0] != "fetched":
-                    return first
+                # The clip's own deadline begins when its bytes are there.
+                status, value = self._wait_for_bytes(reading.deadline + READ_GRACE)
+                if status != "fetched":
+                    return status, value
             return pipe.receive(self._process.stdout.fileno(), timeout)
         except pipe.DeadlinePassed:
             self.kill()
@@ -105,11 +106,11 @@ class _Child:
                 code: int | str = self._process.wait(timeout=EXIT_SECONDS)
             except subprocess.TimeoutExpired:
                 code = "unknown (it closed its pipe and went on)"
-            said = self.kill()
-            return "died", f"the decode process ended with code {code} {said}".strip()
+            message = self.kill()
+            return "died", f"the decode process ended with code {code} {message}".strip()
 
-    def _first(self, timeout: float) -> tuple[str, Any]:
-        """What comes of reading, before the clip's own deadline begins: lateness is not the clip's."""
+    def _wait_for_bytes(self, timeout: float) -> tuple[str, Any]:
+        """('fetched', None), or the answer where reading failed: its lateness is a fault of storage."""
         assert self._process is not None and self._process.stdout
         try:
             return pipe.receive(self._process.stdout.fileno(), timeout)
@@ -139,23 +140,23 @@ class _Child:
         if process is None or errors is None:
             return
         try:
-            self._said = os.fstat(errors.fileno()).st_size
+            self._stack_begin = os.fstat(errors.fileno()).st_size
             process.send_signal(STACK_SIGNAL)
         except (OSError, ValueError):
-            # It ended, or was replaced, in between: it has no stack.
-            self._said = 0
+            # The process ended or was replaced meanwhile.
+            self._stack_begin = 0
 
     def stack(self) -> str:
-        """What it has written since."""
+        """What the process has written since `ask_for_stack`."""
         process, errors = self._process, self._errors
         if process is None or errors is None:
             return ""
         try:
-            size = os.fstat(errors.fileno()).st_size
-            said = os.pread(errors.fileno(), min(1 << 16, size - self._said), self._said)
+            size = os.fstat(errors.fileno()).st_size - self._stack_begin
+            text = os.pread(errors.fileno(), min(1 << 16, size), self._stack_begin)
         except (OSError, ValueError):
             return ""
-        return f"decode process {process.pid}:\n{said.decode(errors='replace')}\n"
+        return f"decode process {process.pid}:\n{text.decode(errors='replace')}\n"
 
     @property
     def pid(self) -> int | None:
@@ -165,7 +166,7 @@ class _Child:
 class DecodePool:
     """`num_workers` decode processes behind `submit`. Close it, or use it as a context manager.
 
-    A future's result is what the request asked for, or a Failure (`unreadable`, `too_few_frames`,
+    A future's result is the answer to the request, or a Failure (`unreadable`, `too_few_frames`,
     `decode_timeout`, `decoder_crashed`). Storage errors raise Fault from `Future.result`.
     """
 
@@ -189,7 +190,7 @@ class DecodePool:
     ) -> Future:
         """Queue a request with its own deadline in seconds (default: the pool's), counted from its start.
 
-        The future's result is what `convert` makes of the answer.
+        `convert` turns the answer into the future's result.
         """
         if self._closed:
             raise Fault("the decode pool was used after it was closed")
@@ -199,11 +200,11 @@ class DecodePool:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are still being served."""
+        """Whether requests are still answered."""
         return not self._closed and all(thread.is_alive() for thread in self._threads)
 
     def stacks(self) -> str:
-        """What every process is doing, as its own fault handler writes it, even while it spins in native code."""
+        """The stack of every process from its own fault handler, which works even inside native code."""
         for child in self._children:
             child.ask_for_stack()
         time.sleep(STACK_SECONDS)
@@ -215,7 +216,7 @@ class DecodePool:
         return [child.pid for child in self._children if child.pid is not None]
 
     def close(self) -> None:
-        """End the processes at once; what was still queued is cancelled."""
+        """End the processes at once and cancel queued requests."""
         if self._closed:
             return
         self._closed = True
@@ -232,9 +233,11 @@ class DecodePool:
             child.stopping = True
         for thread, child in zip(self._threads, self._children, strict=True):
             while thread.is_alive():
-                # Again and again: a child may just have been started.
-                if child.pid is not None:
-                    _kill(child.pid)
+                # Repeated, as a child may just have been started.
+                pid = child.pid
+                if pid is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 thread.join(timeout=0.05)
 
     def __enter__(self) -> DecodePool:
@@ -249,7 +252,7 @@ class DecodePool:
         child.kill()
 
     def _serve_one(self, child: _Child) -> bool:
-        """Answer the next request, False where none will come. Its clip is forgotten on return."""
+        """Answer the next request; False where the pool is closed. The clip is freed on return."""
         item = self._queue.get()
         if item is None:
             return False
@@ -260,23 +263,16 @@ class DecodePool:
             status, value = child.ask(timeout, request)
             if self._closed:
                 raise Fault("the decode pool was closed while a clip was being decoded")
-            found = _interpret(request, status, value)
-            future.set_result(convert(found) if convert else found)
-        # The waiting side must learn of everything, else it waits for ever.
+            result = _interpret(request, status, value)
+            future.set_result(convert(result) if convert else result)
+        # Without a result the waiting side would wait for ever.
         except BaseException as error:
             future.set_exception(error)
         return True
 
 
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, 9)
-    except ProcessLookupError:
-        return
-
-
 def _interpret(request: Any, status: str, value: Any) -> Any:
-    """An answer as the caller sees it: the value, a Failure, or a Fault raised."""
+    """The value of an answer, or a Failure. Raises Fault where storage fails."""
     if status == "ok":
         return value
     if status == "storage":
@@ -285,7 +281,6 @@ def _interpret(request: Any, status: str, value: Any) -> Any:
             "or index the source again if its files changed"
         )
     if status == "bad":
-        reason, detail = value
-    else:
-        reason, detail = {"late": "decode_timeout", "died": "decoder_crashed"}[status], value
-    return Failure(request.row, reason, detail)
+        return Failure(request.row, *value)
+    reasons = {"late": "decode_timeout", "died": "decoder_crashed"}
+    return Failure(request.row, reasons[status], value)

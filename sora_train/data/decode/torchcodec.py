@@ -25,6 +25,7 @@ from sora_train.data.decode.frames import (
     DecodeRequest,
     batches_of_frames,
     fit_frame,
+    too_few_frames,
     video_stream,
 )
 from sora_train.data.storage.ranges import ByteRange, StorageFault
@@ -67,7 +68,7 @@ def load() -> None:
     # Its own message is a page; the linker and torch raise what they please.
     except Exception as error:
         sys.exit(
-            f"torchcodec does not load ({_said(error)}): it has to fit torch and an FFmpeg of 4 to 8; "
+            f"torchcodec does not load ({_cause(error)}): it has to fit torch and an FFmpeg of 4 to 8; "
             "see constraints.txt, or set data.decoder=pyav"
         )
     finally:
@@ -75,8 +76,8 @@ def load() -> None:
     torch.set_num_threads(1)
 
 
-def _said(error: Exception) -> str:
-    """The first cause among torchcodec's many, or what else was said."""
+def _cause(error: Exception) -> str:
+    """The first cause in torchcodec's long message, or the message."""
     causes = re.findall(r"^OSError: (.*)$", str(error), re.MULTILINE)
     return (causes[0] if causes else " ".join(str(error).split()))[:200]
 
@@ -113,19 +114,15 @@ def _decode(file: ByteRange, request: DecodeRequest) -> np.ndarray:
     times = np.asarray(request.times) + request.start + TIME_TOLERANCE
     ends = float(decoder.metadata.end_stream_seconds or 0.0)
     if times[-1] >= ends + 2 * TIME_TOLERANCE:
-        raise BadClip(
-            "too_few_frames",
-            f"the last frame ends at {ends - request.start:.3f} s, but {request.times[-1]:.3f} s was "
-            "planned; the file changed since it was indexed",
-        )
+        raise too_few_frames(ends - request.start, request)
     times = np.clip(times, decoder.metadata.begin_stream_seconds, np.nextafter(ends, 0))
     clip = np.empty((len(times), request.height, request.width, 3), np.uint8)
     for batch in batches_of_frames(request):
-        found = decoder.get_frames_played_at(times[batch].tolist())
-        if (found.pts_seconds.numpy() > times[batch]).any():
+        frames = decoder.get_frames_played_at(times[batch].tolist())
+        if (frames.pts_seconds.numpy() > times[batch]).any():
             raise BadClip(
                 "unreadable", "a seek goes beyond the frame it is for; use data.decoder=pyav"
             )
-        for place, frame in zip(range(batch.start, batch.stop), found.data.numpy(), strict=True):
+        for place, frame in zip(range(batch.start, batch.stop), frames.data.numpy(), strict=True):
             clip[place] = fit_frame(frame, request)
     return clip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tempfile
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +11,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
+from sora_train.base.files import renamed_when_whole
 from sora_train.errors import UserError
 
 # H.264 counts time in fractions; this holds 30000/1001 and the like exactly.
@@ -44,14 +44,8 @@ def encode_h264(
             _encode(frames, fps, file.name, crf)
             path.write(file.read())
         return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with renamed_when_whole(Path(path)) as partial:
         _encode(frames, fps, str(partial), crf)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _encode(frames: np.ndarray, fps: float, file: str, crf: int) -> None:

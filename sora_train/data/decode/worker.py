@@ -22,17 +22,17 @@ from sora_train.data.storage import cached_reads as reading  # noqa: E402 - the 
 from sora_train.data.storage.ranges import StorageFault  # noqa: E402 - the threads above must be set before numpy loads
 
 PARENT_DEATH_SIGNAL = 1
-# Of the parent's deadline; the alarm is for a parent that died while the child spun in native code.
+# Seconds beyond the parent's deadline: the alarm ends a child that spins in native code after its parent died.
 ALARM_GRACE = 30
 TEST_HOOK = "SORA_TEST_DECODE"
 
 
 def answer(request: decode.ProbeRequest | decode.DecodeRequest) -> tuple[str, object]:
     """('ok', Probe or frames), ('bad', (reason, detail)) or ('storage', detail)."""
-    return guarded(lambda: _found(request))
+    return guarded(lambda: _answer(request))
 
 
-def _found(request: decode.ProbeRequest | decode.DecodeRequest) -> object:
+def _answer(request: decode.ProbeRequest | decode.DecodeRequest) -> object:
     if isinstance(request, decode.ProbeRequest):
         return decode.probe_video(request)
     if request.backend == "decord" and request.kind == "video":
@@ -46,17 +46,17 @@ def _found(request: decode.ProbeRequest | decode.DecodeRequest) -> object:
     return decode.decode_frames(request)
 
 
-def guarded(find: Callable[[], object]) -> tuple[str, object]:
-    """`find()` as an answer: ('ok', found), or whose fault it is that nothing is."""
+def guarded(work: Callable[[], object]) -> tuple[str, object]:
+    """The answer ('ok', `work()`), or ('bad', ...) or ('storage', ...) where it fails."""
     try:
-        return "ok", find()
+        return "ok", work()
     except decode.BadClip as error:
         return "bad", (error.reason, error.detail)
     except StorageFault as error:
         return "storage", str(error)
     except MemoryError as error:
         return "storage", f"out of memory: {error}"
-    # Whatever else a damaged file provokes in a library is that file's fault, and is counted.
+    # Libraries raise any exception on a damaged file, so all others count as the file's fault.
     except Exception as error:
         return "bad", ("unreadable", f"{type(error).__name__}: {error}"[:200])
 
@@ -90,7 +90,7 @@ def leave_real_time() -> None:
 
 
 def fetch(request: Any) -> tuple[Any, tuple[str, object] | None]:
-    """The request with its bytes, and the answer already where storage fails."""
+    """The request with its bytes and None; or the request and the answer, where storage fails."""
     try:
         data = reading.read_range(
             request.path,
@@ -111,13 +111,13 @@ def serve(answer: Callable[[Any], tuple[str, object]]) -> None:
     """Answer requests (deadline in seconds, request with a `key`) until stdin closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave_real_time()
-    # The run leaves by its own road, and its decode processes with it.
+    # The run handles these signals and ends its decode processes itself.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2)
     die_with_parent()
     requests, answers = os.dup(0), os.dup(1)
-    # What a library prints must not get between the answers.
+    # Output of libraries must not mix with the answers.
     os.dup2(2, 1)
     pipe.send(answers, "ready")
     while True:

@@ -1,16 +1,16 @@
-"""Opens a source of clips in any of its forms, as a manifest: indexed in place, probed once, cached.
+"""Opens a source of clips in any of its forms as a manifest: indexed in place, probed once, cached.
 
 Forms: a folder with a manifest; a folder of .tar shards made elsewhere; a plain folder of clips; a
-CSV, JSONL or Parquet table. Listing is cheap and done here; probing decodes every clip, in child
-processes with a deadline, and is remembered under a hash of the listing.
+CSV, JSONL or Parquet table. Listing is cheap and happens here. Probing decodes every clip in child
+processes with a deadline; its rows are kept under a hash of the listing.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sora_train.data.captions.tables import TABLE_SUFFIXES, Texts, read_table
@@ -20,6 +20,8 @@ from sora_train.data.index.tars import (
     COMPRESSED_SUFFIXES,
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
+    TarSample,
+    compressed_error,
     list_tar,
     media_kind,
 )
@@ -33,7 +35,7 @@ from sora_train.errors import Fault, UserError
 INDEX_VERSION = "2"
 # Waiting for a disk or a server costs no core.
 CHECK_THREADS = 16
-# A long clip takes longer to decode whole than the few seconds training will ever want of it.
+# Probing decodes a clip whole, training only a few seconds of it.
 PROBE_SECONDS_PER_MIB = 5.0
 
 Progress = Callable[[int, int], None]
@@ -41,7 +43,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Member:
-    """One clip as listed, before anyone looked inside. `fault` is set where its bytes are incomplete.
+    """One clip as listed, before it is probed. `fault` is set where its bytes are incomplete.
 
     `members` is the manifest's column; `digest` that of latents which have no clip beside them.
     """
@@ -58,6 +60,23 @@ class Member:
     members: str = ""
     digest: str = ""
 
+    @classmethod
+    def of_sample(cls, shard: str, sample: TarSample) -> Member:
+        """The clip of a sample in a tar."""
+        return cls(
+            shard,
+            sample.key,
+            sample.kind,
+            sample.offset,
+            sample.length,
+            sample.caption,
+            sample.detail,
+            sample.captions,
+            sample.scores,
+            sample.members,
+            sample.digest,
+        )
+
 
 def open_source(
     source: str,
@@ -70,7 +89,7 @@ def open_source(
     allow_empty_captions: bool = False,
     timeout: float = 60.0,
 ) -> Manifest:
-    """The manifest of `source`; `work_dir` keeps it for the next time.
+    """The manifest of `source`; `work_dir` keeps it for later runs.
 
     `probe` is `decode` (count frames by decoding), `packets` or `header`; `progress(done, total)` is called
     as clips are probed; `timeout` is the least deadline of a clip in seconds. Raises UserError on a
@@ -111,19 +130,16 @@ def open_source(
     for row in rows:
         row["source"] = path.name
         if not row["caption"] and not allow_empty_captions and not row["drop_reason"]:
-            row["drop_reason"], row["drop_detail"] = (
-                "no_caption",
-                "no caption was found for the clip",
-            )
+            row["drop_reason"], row["drop_detail"] = "no_caption", "the clip has no caption"
     manifest = Manifest.from_rows(rows, root)
     manifest.save(cached)
     return manifest
 
 
 def checked(manifest: Manifest, file: Path) -> Manifest:
-    """The manifest, if its shards are what they were when it was made.
+    """The manifest, where its shards are unchanged since it was made.
 
-    Raises UserError naming the shard that is missing or changed.
+    Raises UserError naming the shard that is missing or changed, Fault where storage fails.
     """
     if len(manifest) == 0:
         raise UserError(f"the manifest of {manifest.root} lists no clips; prepare the data again")
@@ -137,12 +153,10 @@ def checked(manifest: Manifest, file: Path) -> Manifest:
         path = manifest.shard_path(shard)
         try:
             size = size_of(path)
+            if size < 0:
+                return f"the shard {path} is missing"
             if size < needed[shard]:
-                return (
-                    f"the shard {path} is missing"
-                    if size < 0
-                    else f"the shard {path} holds {size} bytes where {needed[shard]} are indexed"
-                )
+                return f"the shard {path} holds {size} bytes where {needed[shard]} are indexed"
             stamp = manifest.shards.get(shard)
             if stamp and stamp != (size, fingerprint(path, size)):
                 return f"the shard {path} changed since it was indexed ({stamp[0]} bytes then, {size} now)"
@@ -151,9 +165,8 @@ def checked(manifest: Manifest, file: Path) -> Manifest:
         return ""
 
     with ThreadPoolExecutor(CHECK_THREADS) as threads:
-        for found in threads.map(fault, needed):
-            if found:
-                raise UserError(f"{found}; restore it, or remove {file} to index again")
+        for message in filter(None, threads.map(fault, needed)):
+            raise UserError(f"{message}; restore it, or remove {file} to index again")
     return manifest
 
 
@@ -161,16 +174,15 @@ def _list_source(path: Path, captions: str) -> tuple[Path, list[Member]]:
     """The root of the shards' names, and every clip in a stable order."""
     if path.is_file():
         if path.name.lower().endswith(COMPRESSED_SUFFIXES):
-            raise _compressed(path)
+            raise compressed_error(path)
         if path.suffix.lower() not in TABLE_SUFFIXES:
             raise UserError(
-                f"data.source={path} is of no known form; give a folder of clips or .tar shards, or a "
+                f"data.source={path} has no known form; give a folder of clips or .tar shards, or a "
                 f"table ({', '.join(TABLE_SUFFIXES)})"
             )
         root, table = path.parent, read_table(path)
-        return root, [
-            _loose(root, name, texts) for name, texts in _existing(root, table, path).items()
-        ]
+        _check_table(root, table, path)
+        return root, [_loose(root, name, texts) for name, texts in table.items()]
     files = sorted(
         file
         for file in path.rglob("*")
@@ -178,7 +190,7 @@ def _list_source(path: Path, captions: str) -> tuple[Path, list[Member]]:
     )
     packed = [file for file in files if file.name.lower().endswith(COMPRESSED_SUFFIXES)]
     if packed:
-        raise _compressed(packed[0])
+        raise compressed_error(packed[0])
     tars = [file for file in files if file.suffix.lower() == ".tar"]
     clips = [file for file in files if media_kind(file.name)]
     if tars and clips:
@@ -196,14 +208,8 @@ def _list_source(path: Path, captions: str) -> tuple[Path, list[Member]]:
     return path, _list_folder(path, clips, captions)
 
 
-def _compressed(path: Path) -> UserError:
-    return UserError(
-        f"{path} is a compressed tar, in which no clip can be found without unpacking all before it; "
-        f"unpack it first (video does not shrink): `tar -xf {path.name}` for a folder, or `gunzip` for a .tar"
-    )
-
-
-def _existing(root: Path, table: dict[str, Texts], path: Path) -> dict[str, Texts]:
+def _check_table(root: Path, table: dict[str, Texts], path: Path) -> None:
+    """Raise UserError where a table at `path` names files that do not exist or are no clips."""
     missing = [name for name in table if not (root / name).is_file()]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -216,7 +222,6 @@ def _existing(root: Path, table: dict[str, Texts], path: Path) -> dict[str, Text
         raise UserError(
             f"{path} names {unknown[0]!r}, which is neither a video nor an image by its extension"
         )
-    return table
 
 
 def _loose(root: Path, name: str, texts: Texts) -> Member:
@@ -232,24 +237,22 @@ def _loose(root: Path, name: str, texts: Texts) -> Member:
     )
 
 
-def _caption_table(folder: Path, captions: str) -> tuple[Path, dict[str, Texts]] | None:
-    """The captions file given, else one in the folder."""
-    if captions:
-        path = Path(captions).expanduser()
-        if not path.exists():
-            raise UserError(
-                f"data.captions={captions} does not exist; give a .jsonl, .csv or .parquet file"
-            )
-        return path, read_table(path)
-    for suffix in TABLE_SUFFIXES:
-        if (folder / f"captions{suffix}").exists():
-            return folder / f"captions{suffix}", read_table(folder / f"captions{suffix}")
-    return None
+def _caption_table(folder: Path, captions: str) -> tuple[Path, dict[str, Texts]]:
+    """The captions file `captions`, else the one in the folder, and its table; an empty table where there is none."""
+    path = Path(captions).expanduser()
+    if captions and not path.exists():
+        raise UserError(
+            f"data.captions={captions} does not exist; give a .jsonl, .csv or .parquet file"
+        )
+    inside = [folder / f"captions{suffix}" for suffix in TABLE_SUFFIXES]
+    for file in [path] if captions else filter(Path.exists, inside):
+        return file, read_table(file)
+    return folder, {}
 
 
 def _list_folder(folder: Path, clips: list[Path], captions: str) -> list[Member]:
-    named = _caption_table(folder, captions)
-    table = _existing(folder, named[1], named[0]) if named else {}
+    path, table = _caption_table(folder, captions)
+    _check_table(folder, table, path)
     members = []
     for clip in clips:
         name = clip.relative_to(folder).as_posix()
@@ -263,34 +266,22 @@ def _list_folder(folder: Path, clips: list[Path], captions: str) -> list[Member]
 
 
 def _list_tars(folder: Path, tars: list[Path], captions: str) -> list[Member]:
-    named = _caption_table(folder, captions)
-    # A table may name the member (`a.mp4`) or its key (`a`).
-    table = dict(named[1]) if named else {}
+    _, table = _caption_table(folder, captions)
     members = []
     for tar in tars:
         shard = tar.relative_to(folder).as_posix()
         for sample in list_tar(tar):
-            inside = Texts(sample.caption, sample.captions, sample.scores)
-            own = next((table[name] for name in (sample.name, sample.key) if name in table), inside)
-            members.append(
-                Member(
-                    shard,
-                    sample.key,
-                    sample.kind,
-                    sample.offset,
-                    sample.length,
-                    own.caption,
-                    sample.detail,
-                    own.captions,
-                    own.scores or inside.scores,
-                    sample.members,
-                    sample.digest,
+            member = Member.of_sample(shard, sample)
+            # A table may name the member (`a.mp4`) or its key (`a`).
+            texts = table.get(sample.name) or table.get(sample.key)
+            if texts:
+                scores = texts.scores or member.scores
+                member = replace(
+                    member, caption=texts.caption, captions=texts.captions, scores=scores
                 )
-            )
+            members.append(member)
     if not members:
-        raise UserError(
-            f"the shards of {folder} hold no clip ({len(tars)} looked at, {tars[0].name} the first)"
-        )
+        raise UserError(f"the {len(tars)} shards of {folder} hold no clip, first {tars[0].name}")
     return members
 
 
@@ -315,60 +306,49 @@ def _probe_members(
 ) -> list[dict[str, object]]:
     rows = []
     with DecodePool(min(workers, len(members)), timeout) as pool:
-        futures = []
-        for number, member in enumerate(members):
-            request = ProbeRequest(
-                number,
-                member.key,
-                str(root / member.shard),
-                member.offset,
-                member.length,
-                member.kind,
-                probe,
-            )
-            deadline = timeout + PROBE_SECONDS_PER_MIB * member.length / 2**20
-            waits = not member.fault and member.kind != stored.KIND
-            futures.append(pool.submit(request, deadline) if waits else None)
-        for done, (member, future) in enumerate(zip(members, futures, strict=True), start=1):
-            found: Probe | Failure
-            if future is not None:
-                found = future.result()
-            elif member.fault:
-                found = Failure(done - 1, "unreadable", member.fault)
-            else:
-                found = stored.probe_of(member.members, member.digest)
-            rows.append(member_row(member, found, probe == "header"))
+        futures = [
+            begin_probe(pool, number, member, str(root / member.shard), probe, timeout)
+            for number, member in enumerate(members)
+        ]
+        for member, future in zip(members, futures, strict=True):
+            rows.append(member_row(member, future.result(), probe == "header"))
             if progress:
-                progress(done, len(members))
+                progress(len(rows), len(members))
     return rows
 
 
-def member_row(member: Member, found: Probe | Failure, unverified: bool) -> dict[str, object]:
-    """A member and what was found in it, as a row of the manifest."""
-    place = {
-        "shard": member.shard,
-        "key": member.key,
-        "kind": member.kind,
-        "offset": member.offset,
-        "length": member.length,
-        "caption": member.caption,
-        "captions": member.captions,
-        "scores": member.scores,
-        "members": member.members,
-    }
-    if isinstance(found, Failure):
-        return empty_row(**place, drop_reason=found.reason, drop_detail=found.detail)
-    return empty_row(
-        **place,
-        codec=found.codec,
-        frames=found.frames,
-        fps=found.fps,
-        vfr=found.vfr,
-        height=found.height,
-        width=found.width,
-        rotation=found.rotation,
-        duration=found.duration,
-        start=found.start,
-        sample_digest=found.digest,
-        unverified=unverified,
-    )
+def begin_probe(
+    pool: DecodePool,
+    number: int,
+    member: Member,
+    path: str,
+    probe: str,
+    timeout: float,
+    reason: str = "",
+) -> Future:
+    """The future Probe or Failure of a member of the file at `path`.
+
+    `timeout` is the least deadline in seconds. A member with a `reason` or a fault fails with it, unprobed.
+    """
+    known: Future = Future()
+    if reason or member.fault:
+        known.set_result(Failure(number, reason or "unreadable", member.fault))
+    elif member.kind == stored.KIND:
+        known.set_result(stored.probe_of(member.members, member.digest))
+    else:
+        request = ProbeRequest(
+            number, member.key, path, member.offset, member.length, member.kind, probe
+        )
+        return pool.submit(request, timeout + PROBE_SECONDS_PER_MIB * member.length / 2**20)
+    return known
+
+
+def member_row(member: Member, probed: Probe | Failure, unverified: bool) -> dict[str, object]:
+    """The row of the manifest of a member that was probed."""
+    row = asdict(member)
+    del row["fault"], row["digest"]
+    if isinstance(probed, Failure):
+        return empty_row(**row, drop_reason=probed.reason, drop_detail=probed.detail)
+    row |= asdict(probed)
+    row["sample_digest"] = row.pop("digest")
+    return empty_row(**row, unverified=unverified)

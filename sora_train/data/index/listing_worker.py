@@ -1,4 +1,4 @@
-"""A child process that lists shards and looks into their clips, local or remote, and can be killed.
+"""A child process that lists shards and probes their clips, local or remote, and can be killed.
 
 It serves `DecodePool(module="sora_train.data.index.listing_worker")`, and like every decode process never
 imports torch.
@@ -7,26 +7,25 @@ imports torch.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 
 from sora_train.data.decode import worker as decode_worker
 from sora_train.data.decode.frames import ProbeRequest, probe_file
 from sora_train.data.index.tars import Listing, ListRequest, compression, list_shard
-from sora_train.data.storage.ranges import ByteRange, StorageFault
+from sora_train.data.storage.ranges import ByteRange
 from sora_train.data.storage.remote import RemoteRange, is_remote, read_range
 
-# What is read whole comes in pieces, so that a pause in the network costs one of them.
+# A clip that is read whole comes in pieces, so that a pause in the network costs one of them.
 _PIECE_BYTES = 8 << 20
 
 
 class _Whole(io.BytesIO):
-    """Bytes that are here already; reading them cannot fail."""
+    """Bytes in memory, whose reading cannot fail."""
 
     fault = ""
 
 
 def list_remote(request: ListRequest) -> Listing:
-    """What a tar holds, wherever it lies. Raises StorageFault."""
+    """The samples of a local or remote tar. Raises StorageFault."""
     opener = RemoteRange if is_remote(request.path) else ByteRange
     with opener(request.path, 0, request.length) as file:
         packed = compression(file.read(8) or b"") if request.length else ""
@@ -38,21 +37,14 @@ def list_remote(request: ListRequest) -> Listing:
 def answer(request: ListRequest | ProbeRequest) -> tuple[str, object]:
     """('ok', Listing or Probe), ('bad', (reason, detail)) or ('storage', detail)."""
     if isinstance(request, ListRequest):
-        return _listed(lambda: list_remote(request))
+        return decode_worker.guarded(lambda: list_remote(request))
     if not is_remote(request.path):
         return decode_worker.answer(request)
     return decode_worker.guarded(lambda: probe_file(_remote(request), request))
 
 
-def _listed(read: Callable[[], Listing]) -> tuple[str, object]:
-    try:
-        return "ok", read()
-    except StorageFault as error:
-        return "storage", str(error)
-
-
 def _remote(request: ProbeRequest) -> RemoteRange | _Whole:
-    """The member as a file: block by block where its header is enough, else read whole."""
+    """The member as a file: read block by block where its header is enough, else whole."""
     if request.count == "header" and request.kind == "video":
         return RemoteRange(request.path, request.offset, request.length)
     end = request.offset + request.length

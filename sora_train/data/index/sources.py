@@ -1,7 +1,7 @@
-"""Opens the sources of a run as one manifest: rows keep their numbers for ever, also when shards join later.
+"""Opens the sources of a run as one manifest, whose rows keep their numbers when shards join later.
 
-A row's number names its sample in every keyed draw. So what a run began with comes first, source by
-source, and what joined later follows in the order of joining.
+A row's number is part of every keyed draw of its sample. So the rows that a run began with come first,
+source by source; rows that joined later follow in the order of joining.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,15 +21,12 @@ from sora_train.errors import Fault, UserError
 
 SHAPES = "shapes"
 ONLY = "all"
-"""The name of the source where there is but one."""
+"""The name of a single source."""
 
 
 @dataclass(frozen=True)
 class SourceSnapshot:
-    """What the sources held when a part of the tape began: `rows` and their digest, by source.
-
-    `first` is the first micro-batch that is drawn from it.
-    """
+    """Rows and digest of each source when a part of the tape began; `first` is its first micro-batch."""
 
     first: int
     rows: dict[str, int]
@@ -37,17 +34,16 @@ class SourceSnapshot:
 
     @classmethod
     def listed(cls, saved: Sequence[Mapping[str, Any]]) -> list["SourceSnapshot"]:
-        """The snapshots as a checkpoint holds them, in order."""
+        """The snapshots that a checkpoint holds, in order."""
         return [cls(**snapshot) for snapshot in saved]
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The training clips of all sources as one manifest, and those held out.
+    """The training clips of all sources as one manifest, and the held-out ones.
 
-    `source_of_row` indexes `names`. `blocks` counts the training rows of each snapshot, those of the
-    snapshots before it included; `snapshots` is what the run is drawn from; where the sources have `grown`,
-    the last one has not joined yet, and its `first` is to be decided.
+    `source_of_row` indexes `names`. `blocks` counts the training rows of each snapshot and all before it.
+    Where the sources have `grown`, the last snapshot has not joined yet, and its `first` is not final.
     """
 
     train: Manifest
@@ -60,7 +56,7 @@ class Sources:
 
     @classmethod
     def of(cls, train: Manifest) -> "Sources":
-        """One manifest, all of it training clips."""
+        """A single source without held-out clips."""
         return cls(
             train,
             train.select(np.zeros(0, int)),
@@ -70,13 +66,13 @@ class Sources:
         )
 
     def joined_at(self, first: int) -> "Sources":
-        """The same, its last snapshot joining at micro-batch `first`."""
+        """These sources, with the last snapshot joining at micro-batch `first`."""
         return replace(
             self, snapshots=(*self.snapshots[:-1], replace(self.snapshots[-1], first=first))
         )
 
     def require_following(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Raises Fault where these sources were not opened with a checkpoint's snapshots: rows may be renumbered."""
+        """Raises Fault where the sources were opened without a checkpoint's snapshots, so that rows are renumbered."""
         before = SourceSnapshot.listed(saved)
         if list(self.snapshots[: len(before)]) != before:
             raise Fault(
@@ -85,23 +81,23 @@ class Sources:
             )
 
     def digest(self) -> str:
-        """Names what is trained on now, wherever it is mounted."""
+        """The digest of the training clips, wherever they are mounted."""
         return text_digest(" ".join(self.snapshots[-1].digests.values()))
 
 
 def open_sources(cfg: Config, run_dir: Path, snapshots: Sequence[SourceSnapshot] = ()) -> Sources:
     """The manifests of the training clips and of the held-out ones.
 
-    `snapshots` is what a run that goes on was drawn from; rows that the sources have gained since then
-    follow. Raises UserError where a source is missing, or is not what it was.
+    `snapshots` are those of a resumed run; rows that joined the sources since then follow theirs.
+    Raises UserError where a source is missing or its known rows changed.
     """
     data, work_dir = cfg.data, run_dir / "data"
-    wanted = data.sources or (SourceConfig(name=ONLY, source=data.source, captions=data.captions),)
-    share = -(-data.val_clips // len(wanted))
+    sources = data.sources or (SourceConfig(name=ONLY, source=data.source, captions=data.captions),)
+    share = -(-data.val_clips // len(sources))
     kept: dict[str, np.ndarray] = {}
     opened: dict[str, Manifest] = {}
     held_out: dict[str, Manifest] = {}
-    for source in wanted:
+    for source in sources:
         manifest, split = _open(source, "train", data.shapes_clips, cfg, work_dir)
         opened[source.name] = manifest
         began_with = snapshots[0].rows.get(source.name, 0) if snapshots else len(manifest)
@@ -126,10 +122,9 @@ def _snapshots_now(
 ) -> tuple[SourceSnapshot, ...]:
     """The snapshots so far, and one more where the sources have grown. Raises UserError where they changed."""
     rows = {name: len(manifest) for name, manifest in opened.items()}
+    digests = {name: manifest.digest() for name, manifest in opened.items()}
     if not snapshots:
-        return (
-            SourceSnapshot(0, rows, {name: manifest.digest() for name, manifest in opened.items()}),
-        )
+        return (SourceSnapshot(0, rows, digests),)
     last = snapshots[-1]
     # Rows are numbered source by source, so the order counts.
     if list(last.rows) != list(opened):
@@ -139,8 +134,9 @@ def _snapshots_now(
         )
     for name, manifest in opened.items():
         known = last.rows[name]
-        before = manifest.select(np.arange(known)) if known < len(manifest) else manifest
-        if len(manifest) < known or before.digest() != last.digests[name]:
+        has_grown = known < len(manifest)
+        digest = manifest.select(np.arange(known)).digest() if has_grown else digests[name]
+        if len(manifest) < known or digest != last.digests[name]:
             where = "data.source" if name == ONLY else f"the source {name!r}"
             raise UserError(
                 f"{where} is not what this run was trained on so far (its manifest changed); restore it, or "
@@ -148,7 +144,6 @@ def _snapshots_now(
             )
     if rows == last.rows:
         return tuple(snapshots)
-    digests = {name: manifest.digest() for name, manifest in opened.items()}
     return (*snapshots, SourceSnapshot(last.first, rows, digests))
 
 
@@ -159,7 +154,7 @@ def _in_order(
     snapshots: tuple[SourceSnapshot, ...],
     grown: bool,
 ) -> Sources:
-    """The rows of every snapshot, source by source, then what the next snapshot added."""
+    """The rows of the first snapshot, source by source, then those that each later one added."""
     names = tuple(opened)
     parts: list[Manifest] = []
     numbers: list[np.ndarray] = []
@@ -190,7 +185,7 @@ def _together(parts: Sequence[Manifest]) -> Manifest:
 
 
 def _placed(part: Manifest, name: str) -> Manifest:
-    """The rows with whole paths, since sources lie in different places, under their source's name."""
+    """The rows with absolute paths, as sources lie in different folders, and the name of their source."""
     shards, places = np.unique(part.shard.astype(str), return_inverse=True)
     paths = np.array([_whole(part.shard_path(shard)) for shard in shards.tolist()] or [""], object)
     shard = paths[places] if len(part) else part.shard

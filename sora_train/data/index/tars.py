@@ -1,7 +1,7 @@
 """Lists a webdataset tar without reading the clips in it: where each begins, and its caption.
 
-What cannot be used is listed too, with the reason: a key without a clip, a member of no bytes, a
-member twice, a tar that is cut off. A fault of the shard itself is a sample of the empty key.
+Samples that cannot be used are listed too, with the reason: a key without a clip, an empty member, a
+member that occurs twice, a tar that is cut off. A fault of the shard itself is a sample of the empty key.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,20 @@ VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mkv", "webm", "mov", "avi"})
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# A caption is text; whatever is larger under such a name is something else.
+# A larger member is no caption, whatever its name.
 MAX_CAPTION_BYTES = 1 << 20
-# Webdataset's own expression: what it does not match (`noext`, `._copy.mp4`) is no member of a sample.
+# Webdataset's own expression. A name that does not match (`noext`, `._copy.mp4`) belongs to no sample.
 _NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
 _BLOCK = 512
 
 
 @dataclass(frozen=True)
 class MemberKeys:
-    """Which members are the clip and its caption, by extension.
+    """The extensions of the clip and of its captions.
 
-    `video`: extensions, empty for any known one; `captions`: an extension (`txt`, `short.txt`) or
-    `json:caption.long` for a field of a JSON member, the first that is there counts. `short=txt` is a
-    caption of that name, beside the main one.
+    `video`: extensions of clips, empty for any known one. `captions`: extensions (`txt`, `short.txt`) or
+    fields of a JSON member (`json:caption.long`); the first that occurs counts. `short=txt` names a
+    further caption beside the main one.
     """
 
     video: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class MemberKeys:
 
 @dataclass
 class TarSample:
-    """The members of one key: the clip's byte range, its caption's sources, and why it cannot be used."""
+    """The members of one key: the clip's byte range, the texts of its captions, and why it cannot be used."""
 
     key: str
     name: str = ""
@@ -69,14 +69,14 @@ class TarSample:
     captions: str = ""
     scores: str = ""
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
-    said: dict[str, dict[str, Any]] = field(default_factory=dict)
+    descriptions: dict[str, dict[str, Any]] = field(default_factory=dict)
     damage: str = ""
     digest: str = ""
 
     @property
     def members(self) -> str:
         """The manifest's column of that name: byte ranges and descriptions of latents and text."""
-        return stored.as_members(self.places, self.said)
+        return stored.as_members(self.places, self.descriptions)
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def media_kind(name: str) -> str:
 
 def split_name(name: str) -> tuple[str, str]:
     """Webdataset's key and extension: the file's name is split at its first dot; ('', '') where it has none."""
-    found = _NAME.fullmatch(name)
-    return (found[1], found[2].lower()) if found else ("", "")
+    match = _NAME.fullmatch(name)
+    return (match[1], match[2].lower()) if match else ("", "")
 
 
 def caption_name(key: str) -> tuple[str, str]:
@@ -118,12 +118,13 @@ def caption_name(key: str) -> tuple[str, str]:
 
 
 def caption_of(texts: dict[str, str], keys: Sequence[str]) -> str:
-    """The first text that `keys` find among a sample's text members, '' where there is none."""
-    return next((said for key in keys for said in _found(texts, key) if isinstance(said, str)), "")
+    """The first text that `keys` name among a sample's text members, '' where there is none."""
+    captions = (caption for key in keys for caption in _captions_at(texts, key))
+    return next((caption for caption in captions if isinstance(caption, str)), "")
 
 
 def captions_of(texts: dict[str, str], keys: Sequence[str]) -> tuple[str, str]:
-    """The manifest's columns `caption` and `captions`: what `keys` find among a sample's text members.
+    """The manifest's columns `caption` and `captions`: what `keys` name among a sample's text members.
 
     A plain `json` also takes every caption of the `captions` object that the member holds.
     """
@@ -132,42 +133,42 @@ def captions_of(texts: dict[str, str], keys: Sequence[str]) -> tuple[str, str]:
     for name, place in map(caption_name, keys):
         if name == MAIN:
             main.append(place)
-        elif found := _found(texts, place):
-            named.setdefault(name, found[0])
+        elif captions := _captions_at(texts, place):
+            named.setdefault(name, captions[0])
     if "json" in (place.lower() for place in main):
-        inside = named_by(_loaded(texts.get("json", "")).get("captions"))
-        named |= {name: said for name, said in inside.items() if name not in named}
+        named = {**named_by(_json_member(texts).get("captions")), **named}
     return with_main(caption_of(texts, main), named)
 
 
 def scores_of(texts: dict[str, str]) -> str:
     """The manifest's column `scores`: the numbers of the `scores` object of the JSON member."""
-    return dumped(known_scores(_loaded(texts.get("json", "")).get("scores")))
+    return dumped(known_scores(_json_member(texts).get("scores")))
 
 
-def _found(texts: dict[str, str], place: str) -> list[str | Fields]:
-    """The captions, texts or fields, that stand at a place."""
+def _captions_at(texts: dict[str, str], place: str) -> list[str | Fields]:
+    """The captions, texts or fields, at a place such as `txt` or `json:caption.long`."""
     extension, _, path = place.partition(":")
-    text = texts.get(extension.lower(), "")
-    if extension.lower().rsplit(".", 1)[-1] != "json":
-        return [text.strip()] if text.strip() else []
-    found: list[str | Fields] = []
+    extension = extension.lower()
+    if extension.rsplit(".", 1)[-1] != "json":
+        text = texts.get(extension, "").strip()
+        return [text] if text else []
+    captions: list[str | Fields] = []
     for steps in [path] if path else ["caption", "text"]:
-        value: Any = _loaded(text)
+        value: Any = _json_member(texts, extension)
         for step in steps.split("."):
             value = value.get(step) if isinstance(value, dict) else None
-        if said := text_or_fields(value):
-            found.append(said)
-    return found
+        if caption := text_or_fields(value):
+            captions.append(caption)
+    return captions
 
 
-def _loaded(text: str) -> dict[str, Any]:
+def _json_member(texts: dict[str, str], extension: str = "json") -> dict[str, Any]:
     """The object that a JSON member holds, an empty one where it holds none."""
     try:
-        known = json.loads(text or "{}")
+        value = json.loads(texts.get(extension) or "{}")
     except json.JSONDecodeError:
         return {}
-    return known if isinstance(known, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def compression(head: bytes) -> str:
@@ -175,19 +176,30 @@ def compression(head: bytes) -> str:
     return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), "")
 
 
-def list_tar(path: Path) -> list[TarSample]:
-    """The samples of a local tar in its order, keys without a clip left out.
+def compressed_error(path: object, packed: str = "") -> UserError:
+    """The error about a compressed tar; `packed` is the compression of one that is named as a plain tar."""
+    kind = (
+        f"is compressed ({packed}) under the name of a plain tar"
+        if packed
+        else "is a compressed tar"
+    )
+    return UserError(
+        f"{path} {kind}, in which no clip can be found without unpacking all before it; unpack it first "
+        "(`gunzip`, `zstd -d`: video does not shrink) and use the .tar file"
+    )
 
-    A clip cut off by the end of the file is listed with its reason. Raises UserError on a
-    compressed tar, on what is no tar, and on two clips of one key.
+
+def list_tar(path: Path) -> list[TarSample]:
+    """The samples of a local tar in its order; keys without a clip are left out.
+
+    A clip that the end of the file cuts off is listed with its reason. Raises UserError on a
+    compressed tar, on a file that is no tar, and on two clips of one key.
     """
     size = path.stat().st_size
     with ByteRange(str(path), 0, size) as file:
         packed = compression(file.read(8) or b"")
         if packed:
-            raise UserError(
-                f"{path} is compressed ({packed}) under the name of a plain tar; decompress it first"
-            )
+            raise compressed_error(path, packed)
         samples = list_shard(file, size, path.name, MemberKeys())
     for sample in samples:
         if sample.reason in ("not_a_tar", "empty_shard"):
@@ -204,7 +216,7 @@ def list_tar(path: Path) -> list[TarSample]:
 def list_shard(file: Any, size: int, name: str, keys: MemberKeys) -> list[TarSample]:
     """Every sample of a tar open as `file` (a ByteRange or RemoteRange of `size` bytes), usable or not.
 
-    `name` is what the shard is called in details. Raises StorageFault.
+    Details of failures call the shard `name`. Raises StorageFault.
     """
     if size == 0:
         return [TarSample("", reason="empty_shard", detail=f"the shard {name} holds no byte")]
@@ -233,7 +245,7 @@ def list_shard(file: Any, size: int, name: str, keys: MemberKeys) -> list[TarSam
 
 
 def _bad_end(file: Any, offset: int) -> tuple[str, str]:
-    """Reason and detail of what is wrong where the tar's members end; '' where its end mark stands."""
+    """Reason and detail where the tar's members end without an end mark, else two ''."""
     file.seek(offset)
     block = file.read(_BLOCK) or b""
     if len(block) < _BLOCK:
@@ -262,19 +274,18 @@ def _add(
     kind = media_kind(member.name) if not keys.video else ""
     if extension in keys.video:
         kind = media_kind(member.name) or "video"
-    found = TarSample(key, member.name, kind, member.offset_data, member.size)
-    if not whole:
-        found.reason = "shard_cut"
-    elif member.size == 0:
-        found.reason = "empty_member"
+    reason = "shard_cut" if not whole else "empty_member" if member.size == 0 else ""
+    place: dict[str, Any] = {
+        "name": member.name,
+        "kind": kind,
+        "offset": member.offset_data,
+        "length": member.size,
+    }
     if kind and extension in sample.extensions:
-        found.reason, found.detail = "duplicate_key", f"{member.name} is in the shard before"
-        again.append(found)
+        detail = f"{member.name} is in the shard before"
+        again.append(TarSample(key, **place, reason="duplicate_key", detail=detail))
     elif kind and (not sample.kind or (kind == "video" and sample.kind == "image")):
-        found.extensions, found.texts = sample.extensions, sample.texts
-        found.places, found.said = sample.places, sample.said
-        found.damage, found.digest = sample.damage, sample.digest
-        samples[key] = found
+        samples[key] = replace(sample, **place, reason=reason, detail="")
     elif kind and kind == sample.kind:
         sample.reason = "ambiguous_clip"
         sample.detail = f"{sample.name}, {member.name}: choose one with video_key="
@@ -290,7 +301,7 @@ def _add(
 def _add_stored(
     tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, sample: TarSample, whole: bool
 ) -> None:
-    """Where latents or an embedding lie, and what their header says; what is wrong with them in `damage`."""
+    """Add the place of latents or an embedding and what their header says, or their damage."""
     if extension in sample.places:
         sample.damage = f"{member.name} is in the shard before"
     elif not whole:
@@ -304,7 +315,7 @@ def _add_stored(
             return data.read(count)
 
         try:
-            sample.said[extension] = stored.describe(read, member.size, extension)
+            sample.descriptions[extension] = stored.describe(read, member.size, extension)
             sample.places[extension] = (member.offset_data, member.size)
         except stored.DamagedMember as error:
             sample.damage = f"{member.name}: {error}"
@@ -318,7 +329,7 @@ def _text_extensions(keys: MemberKeys) -> set[str]:
 
 
 def _judged(sample: TarSample, keys: MemberKeys, shard: str) -> TarSample:
-    """The sample with its captions and scores, and the reason and detail of what is wrong with it."""
+    """The sample with its captions and scores, and the reason and detail where it cannot be used."""
     sample.caption, sample.captions = captions_of(sample.texts, keys.captions)
     sample.scores = scores_of(sample.texts)
     sample.texts = {}

@@ -1,7 +1,6 @@
-"""Stored latents and caption embeddings, found by what they were made from: the same clip, cut and VAE, the same key.
+"""Stored latents and caption embeddings under keys that name everything they were made from.
 
-Entries appear whole or not at all: each is written under a temporary name and then renamed. Any number
-of processes may share a folder.
+Each entry is written under a temporary name and renamed, so any number of processes may share a folder.
 """
 
 from __future__ import annotations
@@ -9,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import uuid
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from sora_train.base.files import renamed_when_whole
 from sora_train.data.latents.members import TEXT, DamagedMember, pack_text, unpack
 from sora_train.data.manifest import text_digest
 from sora_train.data.sample import Bucket
@@ -37,8 +36,8 @@ def latent_key(
     transform: int = TRANSFORM_VERSION,
     version: int = VERSION,
 ) -> str:
-    """Content address of a clip's latents: sample bytes, moments, crop, size, the VAE and its precision, and what
-    turned the bytes into pixels."""
+    """Content address of a clip's latents: sample bytes, times, crop, bucket, the VAE and its precision,
+    decoder and transform."""
     parts = (
         version,
         digest,
@@ -56,7 +55,7 @@ def latent_key(
 class LatentCache:
     """A folder of .npy files two levels deep: `KEY.npy` the latents, `KEY.logvar.npy` their log-variance.
 
-    What is stored for a mode is thus a part of what is stored for samples.
+    So latents stored for `data.latents=sample` serve `mode` as well.
     """
 
     def __init__(self, folder: Path | str):
@@ -69,14 +68,14 @@ class LatentCache:
         return self.folder / key[:2] / key[2:4] / name
 
     def has(self, key: str, logvar: bool = False) -> bool:
-        """Whether latents are stored, with `logvar` their log-variance too."""
+        """Whether latents are stored, and with `logvar` their log-variance."""
         return self.path(key).exists() and (not logvar or self.path(key, True).exists())
 
     def __contains__(self, key: str) -> bool:
         return self.has(key)
 
     def size(self, key: str, logvar: bool = False) -> int | None:
-        """Bytes of what is stored, None where nothing is."""
+        """Bytes of the stored files, None where they do not exist."""
         try:
             size = self.path(key).stat().st_size
             return size + self.path(key, True).stat().st_size if logvar else size
@@ -97,27 +96,19 @@ class LatentCache:
             return None
 
     def put(self, key: str, latents: np.ndarray, logvar: np.ndarray | None = None) -> None:
-        """Store latents, and their log-variance before them where there is one."""
-        if logvar is not None:
-            self._put(self.path(key, True), logvar)
-        self._put(self.path(key), latents)
-
-    def _put(self, path: Path, array: np.ndarray) -> None:
-        partial = _partial(path)
-        try:
-            with partial.open("wb") as file:
-                np.save(file, array, allow_pickle=False)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        """Store latents and their log-variance."""
+        # The latents come last: where they are, their log-variance is too.
+        for array, path in ((logvar, self.path(key, True)), (latents, self.path(key))):
+            if array is not None:
+                with renamed_when_whole(path) as partial, partial.open("wb") as file:
+                    np.save(file, array, allow_pickle=False)
 
 
 class TextCache:
     """The embeddings of captions by one frozen text encoder, in the folder of the latents.
 
-    `max_bytes` bounds the folder without anybody counting it as a whole: names are hashes, so each of
-    its 256 folders may hold its share, which is counted once, when this process first writes there.
-    What finds no room is not stored.
+    `max_bytes` bounds the folder. Names are hashes, so each of its 256 folders gets an equal share, which
+    is counted when this process first writes there. An embedding without room is not stored.
     """
 
     def __init__(self, folder: Path | str, encoder_digest: str, max_bytes: float = float("inf")):
@@ -148,19 +139,15 @@ class TextCache:
             return None
 
     def put(self, caption: str, embedding: np.ndarray, dtype: str = "float32") -> bool:
-        """Store an embedding (L, D) where there is room; whether there was."""
+        """Store an embedding (L, D); False where there is no room."""
         data = pack_text(
             embedding, encoder_digest=self.encoder_digest, caption=caption, dtype=dtype
         )
         path = self.path(caption)
         if not self._has_room(path.parent, len(data)):
             return False
-        partial = _partial(path)
-        try:
+        with renamed_when_whole(path) as partial:
             partial.write_bytes(data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         return True
 
     def _has_room(self, folder: Path, size: int) -> bool:
@@ -174,12 +161,3 @@ class TextCache:
                 return False
             self._held[folder.name] += size
         return True
-
-
-def _partial(path: Path) -> Path:
-    """A temporary name of this call's own beside a path, whose folder is made.
-
-    Ranks on two machines may write the same entry at once; in containers even their process ids are alike.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

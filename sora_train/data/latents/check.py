@@ -1,7 +1,7 @@
-"""Before step 1: are the latents and embeddings in the shards those that this run would make?
+"""Checks before step 1 that the latents and embeddings in the shards are those that this run would make.
 
-What the manifest's column `members` says differs from row to row in byte ranges and captions alone.
-So one row of each distinct description is looked at, and a million rows take seconds, not minutes.
+Rows of the manifest's column `members` mostly differ in byte ranges and captions alone. So one row of
+each distinct description is checked, which takes seconds for a million rows.
 """
 
 from __future__ import annotations
@@ -20,19 +20,14 @@ _CAPTION_END = len(_CAPTION) + 32
 
 
 def first_of_each(members: np.ndarray, rows: Sequence[int]) -> list[int]:
-    """Of the rows that hold something, the first one of each distinct description."""
+    """The first row of each distinct description among `rows` that have one."""
     first: dict[str, int] = {}
     for row, text in zip(rows, members[np.asarray(rows, int)].tolist(), strict=True):
         if text:
-            # Byte ranges come first and are lists, what is said of the members follows in braces.
+            # Byte ranges come first and are lists; the descriptions follow in braces.
             begin, caption = max(0, text.find("{", 1)), text.rfind(_CAPTION)
-            said = (
-                text[begin:]
-                if caption < 0
-                else text[begin:caption] + text[caption + _CAPTION_END :]
-            )
-            if said not in first:
-                first[said] = row
+            end = len(text) if caption < 0 else caption
+            first.setdefault(text[begin:end] + text[end + _CAPTION_END :], row)
     return list(first.values())
 
 
@@ -67,10 +62,10 @@ def require_latents(
                 "the clips again with `sora data encode data.latents=sample`"
             )
         pixels = latents.pixels
-        wanted = latent_shape(pixels.frames, pixels.height, pixels.width)
-        if latents.shape != wanted:
+        shape = latent_shape(pixels.frames, pixels.height, pixels.width)
+        if latents.shape != shape:
             raise UserError(
-                f"{where} have the shape {list(latents.shape)} where this VAE gives {list(wanted)} for {pixels.name}; "
+                f"{where} have the shape {list(latents.shape)} where this VAE gives {list(shape)} for {pixels.name}; "
                 "encode the clips again with `sora data encode`"
             )
 
@@ -96,7 +91,7 @@ def require_text(
     *,
     now: Mapping[str, Section] | None = None,
 ) -> None:
-    """Raise UserError where stored embeddings of these rows cannot stand for the run's own."""
+    """Raise UserError where stored embeddings of these rows cannot replace the run's own."""
     for row in rows:
         _, text = stored_of(manifest.members[row])
         if text is None:
@@ -121,12 +116,12 @@ def require_text(
             )
 
 
-def _table(path: str, section: str, said: Section, now: Mapping[str, Section] | None) -> str:
-    """What differs between a shard and this run, by its folder's own words and by its members'."""
+def _table(path: str, section: str, stored: Section, now: Mapping[str, Section] | None) -> str:
+    """The parts in which a shard differs from this run, by its `cache.json` and the members' metadata."""
     if now is None or section not in now:
         return ""
-    there: Made = {section: {**shard_made_with(path).get(section, {}), **said}}
-    # Shards from elsewhere say little of themselves; what they leave open does not differ.
+    there: Made = {section: {**shard_made_with(path).get(section, {}), **stored}}
+    # Shards made elsewhere name few parts; those they leave open do not differ.
     known = {section: {part: now[section][part] for part in now[section] if part in there[section]}}
-    found = differences(there, known)
-    return f"\n{found}" if found else ""
+    table = differences(there, known)
+    return f"\n{table}" if table else ""

@@ -1,10 +1,10 @@
-"""Latents and caption embeddings that stand in shards beside or instead of the clips.
+"""Latents and caption embeddings that lie in shards beside or instead of the clips.
 
 They are members of a sample: `KEY.latents.safetensors` holds the tensor `latents` (C, T', H', W') as
-the VAE gives it (the mean of its posterior) and, if it is to be drawn from, `logvar` of the same shape;
+the VAE gives it (the mean of its posterior) and, for draws, `logvar` of the same shape;
 `KEY.text.safetensors` the tensor `embedding` (L, D) of the caption's own tokens; float32, float16 or
-bfloat16. Their metadata say which network made them and for what, and the
-manifest's column `members` repeats that beside their byte ranges:
+bfloat16. Their metadata name the network that made them and the clip or caption. The manifest's
+column `members` repeats the metadata beside the byte ranges:
 
     {"latents.safetensors": [offset, length], "text.safetensors": [offset, length],
      "latents": {"vae_digest": ..., "fps": 8.0, "frames": 9, "height": 48, "width": 48, "shape": [...],
@@ -44,23 +44,20 @@ LOGVAR = "logvar"
 _AXES = {LATENTS: 4, TEXT: 2}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# A header names one tensor; a longer one is something else.
+# A longer header is not that of one or two tensors.
 MAX_HEADER_BYTES = 1 << 20
 
 Read = Callable[[int, int], bytes]
-"""Bytes from an offset of the member on, so many."""
+"""(offset in the member, number of bytes) -> the bytes."""
 
 
 class DamagedMember(Exception):
-    """A member is not what its name promises."""
+    """A member is cut off, or is not what its name says."""
 
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """Where a sample's latents lie, and what they stand for: `pixels` at `fps` (0 for an image).
-
-    `logvar` tells whether their log-variance stands beside them.
-    """
+    """Where a sample's latents lie, and the clip they encode: `pixels` at `fps` (0 for an image)."""
 
     offset: int
     length: int
@@ -73,7 +70,7 @@ class StoredLatents:
 
 @dataclass(frozen=True)
 class StoredText:
-    """Where the embedding of a sample's caption lies, and of which caption it is."""
+    """Where the embedding of a sample's caption lies, and the digest of that caption."""
 
     offset: int
     length: int
@@ -95,7 +92,7 @@ def pack_latents(
     dtype: str = "float32",
     logvar: np.ndarray | None = None,
 ) -> bytes:
-    """The member of float32 latents (C, T', H', W'), and their log-variance; they stand for `pixels` at `fps`."""
+    """The member of float32 latents (C, T', H', W') and their log-variance, which encode `pixels` at `fps`."""
     metadata = {
         "vae_digest": vae_digest,
         "fps": repr(float(fps)),
@@ -117,12 +114,12 @@ def pack_text(
 
 
 def _pack(arrays: Mapping[str, np.ndarray], metadata: dict[str, str], dtype: str) -> bytes:
-    # By hand: safetensors knows bfloat16 with torch alone, and its bare writer changed between releases.
+    # By hand: safetensors writes bfloat16 only with torch, and its bare writer changed between releases.
     tensors: dict[str, dict[str, Any]] = {}
     values: list[bytes] = []
     begin = 0
-    for name, given in arrays.items():
-        array = np.ascontiguousarray(given, np.float32)
+    for name, values_of in arrays.items():
+        array = np.ascontiguousarray(values_of, np.float32)
         data = (_to_bfloat16(array) if dtype == "bfloat16" else array.astype(dtype)).tobytes()
         tensors[name] = {
             "dtype": _DTYPES[dtype],
@@ -139,9 +136,8 @@ def _pack(arrays: Mapping[str, np.ndarray], metadata: dict[str, str], dtype: str
 def _to_bfloat16(array: np.ndarray) -> np.ndarray:
     """The upper halves of finite float32 values, rounded to the nearest, ties to even."""
     bits = array.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> 16).astype(
-        np.uint16
-    )
+    is_odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return ((bits + np.uint32(0x7FFF) + is_odd) >> 16).astype(np.uint16)
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -149,7 +145,7 @@ def _to_bfloat16(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Header:
-    """What a member says of its tensors: type and shape, where the values of each begin, and its metadata."""
+    """Type and shape of a member's tensors, where the values of each begin, and its metadata."""
 
     kind: str
     shape: tuple[int, ...]
@@ -197,15 +193,15 @@ def _header(read: Read, size: int, extension: str) -> _Header:
     if kind not in _BYTES or len(shape) != _AXES[extension] or min(shape) < 1 or not alike:
         raise DamagedMember(f"{extension} holds {kind} values of shape {list(shape)}")
     bytes_each = math.prod(shape) * _BYTES[kind]
-    wanted = [(number * bytes_each, (number + 1) * bytes_each) for number in range(len(names))]
-    if sorted(ranges.values()) != wanted or 8 + length + wanted[-1][1] != size:
+    expected = [(number * bytes_each, (number + 1) * bytes_each) for number in range(len(names))]
+    if sorted(ranges.values()) != expected or 8 + length + expected[-1][1] != size:
         raise DamagedMember(f"{extension} has {size} bytes, its header promises another number")
     begins = {name: 8 + length + place[0] for name, place in ranges.items()}
     return _Header(kind, shape, begins, metadata)
 
 
 def describe(read: Read, size: int, extension: str) -> dict[str, Any]:
-    """What the column `members` says of a member, from its header alone. Raises DamagedMember."""
+    """The description of a member in the column `members`, from its header alone. Raises DamagedMember."""
     header = _header(read, size, extension)
     shape, metadata = header.shape, header.metadata
     try:
@@ -227,12 +223,12 @@ def describe(read: Read, size: int, extension: str) -> dict[str, Any]:
 
 
 def describe_bytes(data: bytes, extension: str) -> dict[str, Any]:
-    """`describe` of a member that is at hand."""
+    """`describe` of a member in memory."""
     return describe(lambda offset, count: data[offset : offset + count], len(data), extension)
 
 
 def digest(read: Read, size: int) -> str:
-    """Names latents by their length and both ends, so that indexing need not read what lies between."""
+    """The digest of latents by their length and both ends, so that indexing need not read them whole."""
     state = hashlib.sha256(str(size).encode())
     state.update(read(0, min(size, DIGEST_END_BYTES)))
     state.update(read(max(0, size - DIGEST_END_BYTES), min(size, DIGEST_END_BYTES)))
@@ -242,42 +238,37 @@ def digest(read: Read, size: int) -> str:
 # -- the manifest's column ------------------------------------------------------------------------
 
 
-def as_members(places: Mapping[str, tuple[int, int]], said: Mapping[str, dict[str, Any]]) -> str:
+def as_members(
+    places: Mapping[str, tuple[int, int]], descriptions: Mapping[str, dict[str, Any]]
+) -> str:
     """The column `members` from byte ranges and descriptions by extension; '' where there are none."""
-    known = {name: list(place) for name, place in places.items()}
-    parts = {_PART[name]: about for name, about in said.items()}
-    return json.dumps({**known, **parts}) if known else ""
+    parts = {_PART[name]: description for name, description in descriptions.items()}
+    return json.dumps({**places, **parts}) if places else ""
 
 
 @lru_cache(maxsize=4096)
 def stored_of(members: str) -> tuple[StoredLatents | None, StoredText | None]:
-    """What the column `members` of a row says of latents and text. Raises UserError."""
+    """The latents and the text that the column `members` of a row describes. Raises UserError."""
     if not members:
         return None, None
     latents, text = None, None
     try:
         known = json.loads(members)
         if LATENTS in known:
-            said, (offset, length) = known["latents"], known[LATENTS]
-            pixels = Bucket(int(said["frames"]), int(said["height"]), int(said["width"]))
+            about, (offset, length) = known["latents"], known[LATENTS]
             latents = StoredLatents(
                 int(offset),
                 int(length),
-                str(said["vae_digest"]),
-                float(said["fps"]),
-                pixels,
-                tuple(said["shape"]),
-                bool(said.get(LOGVAR, False)),
+                str(about["vae_digest"]),
+                float(about["fps"]),
+                Bucket(*(int(about[side]) for side in ("frames", "height", "width"))),
+                tuple(about["shape"]),
+                bool(about.get(LOGVAR, False)),
             )
         if TEXT in known:
-            said, (offset, length) = known["text"], known[TEXT]
-            text = StoredText(
-                int(offset),
-                int(length),
-                str(said["text_digest"]),
-                str(said["caption_digest"]),
-                tuple(said["shape"]),
-            )
+            about, (offset, length) = known["text"], known[TEXT]
+            digests = str(about["text_digest"]), str(about["caption_digest"])
+            text = StoredText(int(offset), int(length), *digests, tuple(about["shape"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the manifest's column members holds {members[:120]!r}, which cannot be read ({error!r}); "
@@ -287,7 +278,7 @@ def stored_of(members: str) -> tuple[StoredLatents | None, StoredText | None]:
 
 
 def probe_of(members: str, digest_: str) -> Probe:
-    """What the index says of a sample that has latents and no clip."""
+    """The manifest's figures of a sample that has latents and no clip."""
     latents, _ = stored_of(members)
     assert latents is not None, "a sample of this kind has latents"
     pixels, fps = latents.pixels, latents.fps
@@ -306,9 +297,8 @@ def read_member(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """A member's tensor, and the log-variance of latents that have one, float32.
 
-    `stamp` is that of the shard, without which nothing of it is kept on the local disk, as what a
-    member held when it was indexed is not known. Raises DamagedMember, and StorageFault where it
-    cannot be read.
+    `stamp` is that of the shard; a remote member without one is not kept on the local disk, as a
+    change of it would go unnoticed. Raises DamagedMember, and StorageFault where it cannot be read.
     """
     if is_remote(path):
         policy = policy if stamp is not None else replace(policy, cache_dir="")

@@ -1,18 +1,18 @@
 """What stored latents and embeddings were made with, kept as `cache.json` beside them, and compared.
 
-The keys of single entries name everything already, so that nothing wrong is ever used; but a folder
-filled by days of work, of which a changed setting leaves nothing to be found, is to be told of and
-not filled a second time.
+Keys of entries name all of it already, so a wrong entry is never used. The comparison is for a folder
+that took days to fill: after a changed setting none of its entries would be used, and the user must
+know before it is filled a second time.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from sora_train.base.files import renamed_when_whole
 from sora_train.data.storage.remote import is_remote
 from sora_train.data.transforms import TRANSFORM_VERSION
 from sora_train.errors import UserError
@@ -21,11 +21,11 @@ FILE_NAME = "cache.json"
 
 Section = dict[str, str]
 Made = dict[str, Section]
-"""By section (`latents`, `text`, ...) what each of its parts was."""
+"""The value of each part, by section (`latents`, `text`, ...)."""
 
 
 def decoder_name(backend: str) -> str:
-    """A decoder and those of its versions that its pixels depend on."""
+    """A decoder and the versions that its pixels depend on."""
     if backend != "pyav":
         try:
             return f"{backend} {importlib.metadata.version(backend)}"
@@ -57,13 +57,13 @@ def text_made_with(text_digest: str, padding: str, longest: int) -> Section:
 
 
 def read_made_with(folder: Path | str) -> Made:
-    """What a folder says of itself; {} where it says nothing. Raises UserError where it cannot be read."""
+    """The `cache.json` of a folder; {} where it has none. Raises UserError where it cannot be read."""
     file = Path(folder) / FILE_NAME
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        sections = json.loads(file.read_text(encoding="utf-8"))
         return {
             str(name): {str(part): str(value) for part, value in section.items()}
-            for name, section in found.items()
+            for name, section in sections.items()
         }
     except FileNotFoundError:
         return {}
@@ -75,18 +75,15 @@ def read_made_with(folder: Path | str) -> Made:
 
 
 def shard_made_with(path: str) -> Made:
-    """What the folder of a local shard says of itself."""
+    """The `cache.json` beside a local shard; {} for a remote one."""
     return {} if is_remote(path) else read_made_with(Path(path).parent)
 
 
 def write_made_with(folder: Path | str, made: Mapping[str, Section]) -> None:
-    """Write `cache.json`, sections that are there and not given kept."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    known = {**read_made_with(folder), **made}
-    partial = folder / f".{FILE_NAME}.{os.getpid()}.tmp"
-    partial.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, folder / FILE_NAME)
+    """Write sections of `cache.json`; its other sections stay."""
+    sections = {**read_made_with(folder), **made}
+    with renamed_when_whole(Path(folder) / FILE_NAME) as partial:
+        partial.write_text(json.dumps(sections, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def differences(there: Mapping[str, Section], now: Mapping[str, Section]) -> str:
@@ -109,9 +106,9 @@ def differences(there: Mapping[str, Section], now: Mapping[str, Section]) -> str
 
 def require_same(folder: Path | str, now: Mapping[str, Section], key: str) -> None:
     """Raise UserError with both values of every part in which a folder that `key` names differs."""
-    found = differences(read_made_with(folder), now)
-    if found:
+    table = differences(read_made_with(folder), now)
+    if table:
         raise UserError(
             f"{key}={folder} was filled with other settings than these, so nothing in it could be used; name another "
-            f"folder, or restore what differs:\n{found}"
+            f"folder, or restore what differs:\n{table}"
         )

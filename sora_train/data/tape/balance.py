@@ -113,15 +113,18 @@ def _cut_class(
             if pieces[bucket] == counts[bucket]:
                 break
             pieces[bucket] += 1
-    found = []
+    pieces_of_class = []
     for bucket in members:
         if even and bucket in shared:
             least, larger = divmod(counts[bucket], pieces[bucket])
-            found += [(bucket, least + 1, larger), (bucket, least, pieces[bucket] - larger)]
+            pieces_of_class += [
+                (bucket, least + 1, larger),
+                (bucket, least, pieces[bucket] - larger),
+            ]
         else:
             full, short = divmod(counts[bucket], sizes[bucket])
-            found += [(bucket, sizes[bucket], full), (bucket, short, int(short > 0))]
-    return [piece for piece in found if piece[2] > 0]
+            pieces_of_class += [(bucket, sizes[bucket], full), (bucket, short, int(short > 0))]
+    return [piece for piece in pieces_of_class if piece[2] > 0]
 
 
 def _fill(
@@ -138,9 +141,9 @@ def _fill(
     of a class of `fillers` (dearest first) is enough for a row of its own.
     """
     filled: list[Cut] = []
-    for _, level, wanted, dearest in sorted(_open_rows(cuts, costs, group)):
+    for _, level, open_slots, dearest in sorted(_open_rows(cuts, costs, group)):
         taken: list[Cut] = []
-        missing = wanted
+        missing = open_slots
         for members in fillers:
             spare = sum(left[b] for b in members)
             spare -= group * min(FINE, max(sizes[b] for b in members))
@@ -165,14 +168,14 @@ def _open_rows(
     cuts: list[Cut], costs: Sequence[float], group: int
 ) -> list[tuple[float, int, int, float]]:
     """(cost missing, level, micro-batches missing, dearest micro-batch) of levels that fill no whole rows."""
-    found = []
+    rows = []
     for level in sorted({cut.level for cut in cuts}):
         of_level = [cut for cut in cuts if cut.level == level]
         missing = -sum(cut.count for cut in of_level) % group
         dearest = max(cut.size * costs[cut.bucket] for cut in of_level)
         if missing:
-            found.append((missing * dearest, level, missing, dearest))
-    return found
+            rows.append((missing * dearest, level, missing, dearest))
+    return rows
 
 
 def _level_for(cost: float, cuts: list[Cut], costs: Sequence[float], group: int) -> int:

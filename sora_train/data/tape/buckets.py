@@ -183,14 +183,14 @@ def assign(
 
 
 def _exactly(manifest: Manifest, table: Sequence[BucketSpec]) -> np.ndarray:
-    """Index of the bucket that has just the frames, height and width of each row, NO_BUCKET where none has."""
-    found = np.full(len(manifest), NO_BUCKET, np.int64)
+    """Index of the bucket with exactly the frames, height and width of each row, else NO_BUCKET."""
+    bucket_of_row = np.full(len(manifest), NO_BUCKET, np.int64)
+    sizes = np.stack([manifest.frames, manifest.height, manifest.width], axis=1)
     for index, spec in enumerate(table):
-        frames, height, width = spec.bucket.frames, spec.bucket.height, spec.bucket.width
-        found[
-            (manifest.frames == frames) & (manifest.height == height) & (manifest.width == width)
-        ] = index
-    return found
+        bucket = spec.bucket
+        equal = sizes == (bucket.frames, bucket.height, bucket.width)
+        bucket_of_row[equal.all(axis=1)] = index
+    return bucket_of_row
 
 
 def _fit_class(

@@ -62,14 +62,14 @@ def micro_batch_sizes(
     if memory is not None:
         _require_one_clip(memory, list(used))
     if micro_batch == "auto":
-        wanted = _equal_cost(list(used), tokens_of, cost, micro_batch_tokens, memory)
+        clips = _equal_cost(list(used), tokens_of, cost, micro_batch_tokens, memory)
     elif micro_batch == "table":
-        wanted = _from_table(buckets, list(used), table or {})
+        clips = _from_table(buckets, list(used), table or {})
     else:
         if micro_batch < 1:
             raise ConfigError(f"data.micro_batch={micro_batch} must be 1 or more, auto or table")
-        wanted = dict.fromkeys(used, micro_batch)
-    sizes = {bucket: min(wanted[bucket], int(count)) for bucket, count in used.items()}
+        clips = dict.fromkeys(used, micro_batch)
+    sizes = {bucket: min(clips[bucket], int(count)) for bucket, count in used.items()}
     if memory is not None:
         _require_fit(memory, sizes, f"data.micro_batch={micro_batch}")
     return sizes

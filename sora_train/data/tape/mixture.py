@@ -1,7 +1,7 @@
-"""Tapes that follow each other: the mix of sources changes at a step, or new shards join at an end of an epoch.
+"""Tapes in sequence: the mix of sources changes at a step, or new shards join at the end of an epoch.
 
-Each part is a tape of its own, begun where the part before it ends. Passes over a source go on
-counting, so that no draw is ever made twice for the same sample.
+Each part is a tape of its own that begins where the part before it ends. Passes over a source are
+counted across parts, so that no draw is made twice for the same sample.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Change:
 
 
 MakeTape = Callable[[Change, Sequence[SourceRepeats], int], Tape]
-"""(what is trained, how often each source was met and will be, epochs before) -> its tape."""
+"""(change, repeats and earlier passes of each source, epochs before) -> the tape of that part."""
 
 
 class TapeSequence:
@@ -40,7 +40,7 @@ class TapeSequence:
                 before = self.parts[-1]
                 assert change.first > before.first, "parts of a tape follow each other"
                 done = -(-(change.first - before.first) // before.per_epoch)
-                passes = [walk.passes_begun(done) for walk in before.walks]
+                passes = [source.passes_begun(done) for source in before.passes]
                 epochs = before.first_epoch + done
             source_repeats = [
                 SourceRepeats(often, begun)
@@ -73,13 +73,13 @@ class TapeSequence:
 
     def costs(self, first: int, count: int) -> np.ndarray:
         """Predicted costs of `count` micro-batches from index `first` on."""
-        found = [np.zeros(0)]
+        costs = [np.zeros(0)]
         while count > 0:
             part, end = self.at(first), self.end_of(first)
             taken = count if end is None else min(count, end - first)
-            found.append(part.costs(first, taken))
+            costs.append(part.costs(first, taken))
             first, count = first + taken, count - taken
-        return np.concatenate(found)
+        return np.concatenate(costs)
 
     def end_of(self, index: int) -> int | None:
         """The first micro-batch after the part that `index` belongs to; None where it is the last."""
@@ -109,9 +109,9 @@ class TapeSequence:
 
 
 def repeats_of(weights: Sequence[float], clips: Sequence[int]) -> tuple[float, ...]:
-    """How often an epoch meets each source, so that its clips are met in the ratio of `weights`.
+    """Passes over each source in an epoch, so that its clips are used in the ratio of `weights`.
 
-    The epoch is the shortest one that meets every clip of each source of a weight at least once.
+    The epoch is the shortest one that uses every clip of each weighted source at least once.
     """
     lengths = [n / weight for n, weight in zip(clips, weights, strict=True) if weight > 0]
     length = max(lengths, default=0.0)

@@ -1,9 +1,9 @@
-"""The endless order in which one source's samples are met: pass after pass, each in an order of its own. Pure.
+"""The endless order of one source's samples: pass after pass, each in an order of its own. Pure.
 
-A pass walks the source in windows of shards: shards are shuffled, and samples inside each window. An
-epoch of the tape takes the next few samples of each bucket: all of them where the source is met once
-an epoch, a share of them or several passes of them where it is weighted otherwise. So wherever the
-walk is stopped, the samples of a bucket have been met equally often, give or take one.
+A pass goes through the source in windows of shards: shards are shuffled, and samples inside each window.
+An epoch of the tape takes the next samples of each bucket: all of them for a source with one pass an
+epoch, a part of them or several passes otherwise. So after any number of epochs the samples of a bucket
+were used equally often, give or take one.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from sora_train.data.tape import keyed
 
 
 def samples_per_epoch(count: np.ndarray, repeats: float) -> np.ndarray:
-    """Samples of each bucket that an epoch takes of a source that has `count` and is met `repeats` times.
+    """Samples of each bucket that an epoch takes of a source with `count` samples and `repeats` passes an epoch.
 
-    A bucket that has any gives at least one, unless the source rests (`repeats` 0).
+    A bucket with samples gives at least one, unless `repeats` is 0.
     """
     taken = np.rint(count * repeats).astype(np.int64)
     return np.maximum(taken, 1) * (count > 0) if repeats > 0 else taken
 
 
 class ShuffledPasses:
-    """The walk over the samples of one source, epoch by epoch of the tape.
+    """The passes over the samples of one source, epoch by epoch of the tape.
 
-    `bucket` and `shard` say where each of the source's samples belongs, `repeats` how often an epoch
-    meets it, `first_pass` how many passes were begun before epoch 0. `number` tells sources apart.
+    `bucket` and `shard` belong to the source's samples, `repeats` is the number of passes an epoch,
+    `first_pass` that of passes begun before epoch 0, `number` that of the source.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ShuffledPasses:
         self.per_epoch = samples_per_epoch(self.count, repeats)
 
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The samples that an epoch meets, in order, and the pass that each meeting belongs to."""
+        """The samples of an epoch in order, and the pass that each belongs to."""
         begin, end = number * self.per_epoch, (number + 1) * self.per_epoch
         used = self.per_epoch > 0
         first = begin[used] // self.count[used]
@@ -63,28 +63,28 @@ class ShuffledPasses:
         turns = {
             turn for low, high in zip(first, last, strict=True) for turn in range(low, high + 1)
         }
-        met = [np.zeros(0, np.int64)]
+        samples = [np.zeros(0, np.int64)]
         passes = [np.zeros(0, np.int32)]
         for turn in sorted(turns):
             done = turn * self.count
-            met.append(self._part(turn, begin - done, end - done))
-            passes.append(np.full(len(met[-1]), self._first_pass + turn, np.int32))
-        return np.concatenate(met), np.concatenate(passes)
+            samples.append(self._part(turn, begin - done, end - done))
+            passes.append(np.full(len(samples[-1]), self._first_pass + turn, np.int32))
+        return np.concatenate(samples), np.concatenate(passes)
 
     def passes_begun(self, epochs: int) -> int:
-        """How many passes have been begun after so many epochs, those before epoch 0 included."""
+        """The number of passes begun in so many epochs and before epoch 0."""
         used = self.per_epoch > 0
         turns = -(-epochs * self.per_epoch[used] // self.count[used])
         return self._first_pass + int(turns.max(initial=0))
 
     def _part(self, turn: int, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """What a pass meets as a bucket's begin-th sample up to its end-th, of every bucket."""
-        wanted = (begin < self.count) & (end > 0)
-        if wanted[self.count > 0].all():
+        """Of every bucket the begin-th sample of a pass up to its end-th."""
+        used = (begin < self.count) & (end > 0)
+        if used[self.count > 0].all():
             order = self._order(turn, np.arange(len(self._bucket)))
         else:
-            order = self._order(turn, np.flatnonzero(wanted[self._bucket]))
-        if ((begin <= 0) & (end >= self.count))[wanted].all():
+            order = self._order(turn, np.flatnonzero(used[self._bucket]))
+        if ((begin <= 0) & (end >= self.count))[used].all():
             return order
         bucket = self._bucket[order]
         by_bucket = np.argsort(bucket, kind="stable")
@@ -94,9 +94,9 @@ class ShuffledPasses:
         return order[(rank >= begin[bucket]) & (rank < end[bucket])]
 
     def _order(self, turn: int, samples: np.ndarray) -> np.ndarray:
-        """The samples as a pass meets them: window of shuffled shards by window, shuffled inside each.
+        """The samples in the order of a pass: window by window of shuffled shards, shuffled inside each.
 
-        A sample's place depends on (seed, source, pass, sample) alone, whatever other samples are asked for.
+        A sample's place depends on (seed, source, pass, sample) alone, not on the other samples.
         """
         what = (turn + self._first_pass, self._number)
         rng = np.random.Generator(np.random.Philox(key_seed(self._seed, "tape_shards", *what)))

@@ -1,10 +1,10 @@
 """The tape: an endless, world-size-free sequence of micro-batches. Pure functions of numpy arrays.
 
-What a step consumes depends on the manifest, the buckets, the seed and the step alone. An epoch
-walks the sources (walk.py); samples fill the micro-batch of their bucket as they are met, and
+The micro-batches of a step depend on the manifest, the buckets, the seed and the step alone. An epoch
+makes passes over the sources (shuffle.py). Samples fill the micro-batch of their bucket in that order, and
 micro-batches leave in groups of nearly equal cost, so that ranks that work side by side finish
-together (balance.py says how they are cut). Since a sample's bucket does not depend on the epoch,
-every epoch has the same counts, and a step maps to (epoch, offset) by division.
+together (balance.py cuts them). A sample's bucket does not depend on the epoch, so every epoch has
+the same counts, and a step maps to (epoch, offset) by division.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EPOCHS_KEPT = 2
 
 @dataclass(frozen=True)
 class SourceRepeats:
-    """How often an epoch meets the samples of a source, and how many passes over it were begun before."""
+    """Passes over a source in an epoch, and passes begun before."""
 
     repeats: float = 1.0
     first_pass: int = 0
@@ -49,7 +49,7 @@ class Epoch:
 
 
 class TapeLike(Protocol):
-    """What reads a tape needs of it: `Tape` and `TapeSequence` are such."""
+    """The interface of `Tape` and `TapeSequence` for their readers."""
 
     rows: np.ndarray
     bucket_of_row: np.ndarray
@@ -67,8 +67,8 @@ class Tape:
 
     `bucket_of_row` indexes `buckets` (-1: the row is not trained), `shards` names each row's shard
     (strings or numbers), `sizes` gives the most clips a micro-batch holds, `cost` the predicted
-    cost of a clip of a bucket. Of several sources `source_of_row` indexes `mix`; they are met evenly
-    spread over an epoch. A tape that goes on from another begins with micro-batch `first` and
+    cost of a clip of a bucket. Of several sources `source_of_row` indexes `mix`; they are spread
+    evenly over an epoch. A tape that continues another begins with micro-batch `first` and
     epoch `first_epoch`. Raises UserError where no row has a bucket.
     """
 
@@ -102,7 +102,7 @@ class Tape:
         )
         bucket, shard = self.bucket_of_row[self.rows], np.asarray(shards)[self.rows]
         self._of_source = [np.flatnonzero(source == number) for number in range(len(mix))]
-        self.walks = [
+        self.passes = [
             ShuffledPasses(
                 bucket[own],
                 shard[own],
@@ -110,16 +110,16 @@ class Tape:
                 seed=seed,
                 number=number,
                 window_shards=window_shards,
-                repeats=passes.repeats,
-                first_pass=passes.first_pass,
+                repeats=source_repeats.repeats,
+                first_pass=source_repeats.first_pass,
             )
-            for number, (passes, own) in enumerate(zip(mix, self._of_source, strict=True))
+            for number, (source_repeats, own) in enumerate(zip(mix, self._of_source, strict=True))
         ]
         self._bucket = compact(bucket, len(self.buckets))
         self._cost = np.array(
             [float(cost(b) if cost else b.frames * b.height * b.width) for b in self.buckets]
         )
-        count = np.sum([walk.per_epoch for walk in self.walks], axis=0)
+        count = np.sum([passes.per_epoch for passes in self.passes], axis=0)
         self.clips_per_epoch = int(count.sum())
         most = [sizes.get(bucket, 1) for bucket in self.buckets]
         self._cuts = _MicroBatches.of(
@@ -154,7 +154,7 @@ class Tape:
         )
 
     def epoch(self, number: int) -> Epoch:
-        """The plan of an epoch, the first of this tape being 0; the last two asked for are kept."""
+        """The plan of an epoch (0: the first of this tape); the last two are kept."""
         with self._lock:
             if number not in self._epochs:
                 self._epochs[number] = self._plan(number)
@@ -165,48 +165,49 @@ class Tape:
 
     def costs(self, first: int, count: int) -> np.ndarray:
         """Predicted costs of `count` micro-batches from index `first` on."""
-        found = []
+        costs = []
         while count > 0:
             number, offset = divmod(first - self.first, self.per_epoch)
             epoch = self.epoch(number)
             part = slice(offset, min(self.per_epoch, offset + count))
             sizes = epoch.starts[part.start + 1 : part.stop + 1] - epoch.starts[part]
-            found.append(self._cost[epoch.bucket[part]] * sizes)
+            costs.append(self._cost[epoch.bucket[part]] * sizes)
             first, count = first + len(sizes), count - len(sizes)
-        return np.concatenate(found) if found else np.zeros(0)
+        return np.concatenate(costs) if costs else np.zeros(0)
 
     def _plan(self, number: int) -> Epoch:
         cuts = self._cuts
-        met, passes = self._walk(number)
-        # Stable: each bucket's samples stay in the order of the walk.
-        by_bucket = np.argsort(self._bucket[met], kind="stable")
+        samples, passes = self._mixed_passes(number)
+        # Stable: each bucket's samples stay in the order of the passes.
+        by_bucket = np.argsort(self._bucket[samples], kind="stable")
         order = self._order(done=by_bucket[cuts.begin + cuts.size - 1], number=number)
         begin, size = cuts.begin[order], cuts.size[order]
         starts = np.concatenate([[0], np.cumsum(size)])
         source = np.repeat(begin - starts[:-1], size)
         source += np.arange(starts[-1])
         taken = by_bucket[source]
-        return Epoch(self.rows[met[taken]], passes[taken], starts, cuts.bucket[order])
+        return Epoch(self.rows[samples[taken]], passes[taken], starts, cuts.bucket[order])
 
-    def _walk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The trained rows that an epoch meets and their passes: the sources' walks, evenly mixed."""
-        walks = [walk.epoch(number) for walk in self.walks]
-        if len(walks) == 1:
-            return walks[0]
-        met = np.concatenate(
-            [own[samples] for own, (samples, _) in zip(self._of_source, walks, strict=True)]
+    def _mixed_passes(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The trained rows of an epoch and their passes, the sources evenly mixed."""
+        of_source = [passes.epoch(number) for passes in self.passes]
+        if len(of_source) == 1:
+            return of_source[0]
+        rows = np.concatenate(
+            [own[samples] for own, (samples, _) in zip(self._of_source, of_source, strict=True)]
         )
-        passes = np.concatenate([passes for _, passes in walks])
-        place = np.concatenate([(np.arange(len(own)) + 0.5) / max(len(own), 1) for own, _ in walks])
+        passes = np.concatenate([passes for _, passes in of_source])
+        counts = [len(samples) for samples, _ in of_source]
+        place = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
         order = np.argsort(place, kind="stable")
-        return met[order], passes[order]
+        return rows[order], passes[order]
 
     def _order(self, done: np.ndarray, number: int) -> np.ndarray:
         """The order in which micro-batches leave: groups of equal cost as they fill, the rest by cost.
 
-        `done` is where in the walk each micro-batch got its last sample. Groups begin at multiples
-        of `group` on the endless tape: where an epoch before left one open, the dearest of what
-        this epoch leaves over close it, since the dearest opened it.
+        `done` is the place in the passes where each micro-batch got its last sample. Groups begin at
+        multiples of `group` on the endless tape. Where the epoch before left a group open, the dearest
+        of this epoch's rest close it, since the dearest opened it.
         """
         cuts = self._cuts
         queue = np.lexsort((done, cuts.level))
@@ -227,7 +228,7 @@ class Tape:
 
 @dataclass(frozen=True)
 class _MicroBatches:
-    """What every epoch is cut into, bucket by bucket: `begin` counts samples, bucket after bucket."""
+    """The micro-batches of every epoch, bucket by bucket; `begin` counts samples across buckets."""
 
     bucket: np.ndarray
     begin: np.ndarray
@@ -238,7 +239,7 @@ class _MicroBatches:
     @classmethod
     def of(cls, cuts: Sequence[Cut], costs: np.ndarray) -> _MicroBatches:
         number = np.repeat(np.arange(len(cuts)), [cut.count for cut in cuts])
-        # Different sizes of a bucket alternate evenly, so that all of them are met along the walk.
+        # Different sizes of a bucket alternate evenly over the epoch.
         place = np.concatenate([(np.arange(cut.count) + 0.5) / cut.count for cut in cuts])
         bucket = np.array([cut.bucket for cut in cuts])[number]
         order = np.lexsort((place, bucket))
@@ -290,10 +291,10 @@ def slot_efficiency(micro_batches: int, world_size: int) -> float:
 
 def require_efficiency(micro_batches: int, world_size: int, least: float) -> None:
     """Raises UserError, naming the world sizes nearby, where too many slots would idle."""
-    found = slot_efficiency(micro_batches, world_size)
-    if found < least - 1e-9:
+    efficiency = slot_efficiency(micro_batches, world_size)
+    if efficiency < least - 1e-9:
         raise UserError(
-            f"train.micro_batches={micro_batches} keep {found:.0%} of {world_size} ranks busy, less than "
+            f"train.micro_batches={micro_batches} keep {efficiency:.0%} of {world_size} ranks busy, less than "
             f"elastic.min_efficiency={least:g}; nearby: {nearby_efficiencies(micro_batches, world_size)}; start on "
             "one of those, choose train.micro_batches as a multiple of the ranks (it changes the run), or lower "
             "elastic.min_efficiency"
@@ -301,7 +302,7 @@ def require_efficiency(micro_batches: int, world_size: int, least: float) -> Non
 
 
 def nearby_efficiencies(micro_batches: int, world_size: int) -> str:
-    """The slot efficiency of the next world sizes below and above, and of the nearest full ones, in words."""
+    """The slot efficiency of the next world sizes and of the nearest full ones, as text."""
     full = [size for size in range(1, micro_batches + 1) if micro_batches % size == 0]
     below = max((size for size in full if size < world_size), default=None)
     above = min((size for size in full if size > world_size), default=None)

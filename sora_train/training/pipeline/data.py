@@ -1,4 +1,4 @@
-"""Assembles what a run trains on: sources, buckets, the tape, stored latents and held-out clips."""
+"""Assembles the data of a run: sources, buckets, the tape, stored latents and held-out clips."""
 
 import hashlib
 import math
@@ -47,7 +47,7 @@ from sora_train.training.run import RunContext
 
 @dataclass
 class TrainingData:
-    """Everything the loop asks about data. `step()` is the only call on its hot path."""
+    """The data of a run. `step()` is the only call on the hot path of the loop."""
 
     manifest: Manifest
     table: list[BucketSpec]
@@ -61,9 +61,9 @@ class TrainingData:
     val_clips: list[Clip]
     micro_batches: int
     filler: CacheFiller | None = None
-    """Encodes what the cache lacks, where there is one."""
+    """Encodes clips that are not in the cache; None without a cache."""
     control: ControlPlane | None = None
-    """Through which ranks that read the same micro-batches agree; None where there are none."""
+    """For the agreement of ranks that read the same micro-batches; None where there are none."""
     _waited: float = field(default=0.0, repr=False)
 
     @classmethod
@@ -74,15 +74,15 @@ class TrainingData:
         model: nn.Module | None,
         resumed: CheckpointMeta | None = None,
     ) -> "TrainingData":
-        """Open the sources, plan the tape, encode what is to be cached.
+        """Open the sources, plan the tape, fill the cache.
 
-        `resumed` is that of the checkpoint the run goes on from: rows keep their numbers, and what the
-        sources have gained since then joins at the end of the epoch. Without a model nothing can be
-        trained on what is built, only looked at.
+        `resumed` belongs to the checkpoint of a resumed run: rows keep their numbers, and rows that the
+        sources have gained since then join at the end of the epoch. Without a model the data can be
+        inspected, not trained on.
 
         Raises:
-            UserError: no such source, no caption, no clip that fits a bucket, too many dropped, or
-                a world size that would leave too many ranks idle.
+            UserError: a source or its captions are missing, no clip fits a bucket, too many are dropped,
+                or the world size leaves too many ranks idle.
         """
         cfg, world, control = run.cfg, run.world, run.control
         require_efficiency(cfg.train.micro_batches, world.dp_size, cfg.elastic.min_efficiency)
@@ -149,11 +149,11 @@ class TrainingData:
         return self.loader.rows_at(step)
 
     def idle(self, step: int) -> ClipBatch:
-        """A micro-batch without clips, as a rank holds that has nothing to do in a step."""
+        """The micro-batch without clips of a rank that has no work in a step."""
         return self.loader.idle(step)
 
     def take_wait_seconds(self) -> float:
-        """Seconds waited for data since this was last asked."""
+        """Seconds waited for data since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 
@@ -162,11 +162,11 @@ class TrainingData:
         return self.tape.at(step * self.micro_batches)
 
     def epoch_at(self, step: int) -> float:
-        """Epochs begun and done before a step."""
+        """Epochs trained before a step."""
         return self.tape.epochs_before(step * self.micro_batches)
 
     def plan_digest(self, index: int) -> str:
-        """Names the plan of the epoch that micro-batch `index` belongs to: which rows, in which micro-batches."""
+        """The digest of the rows and micro-batches of the epoch that micro-batch `index` belongs to."""
         part = self.tape.at(index)
         epoch = part.epoch((index - part.first) // part.per_epoch)
         digest = hashlib.blake2b(digest_size=16)
@@ -193,19 +193,19 @@ class TrainingData:
     def account_by_source(self) -> dict[str, dict[str, int]]:
         """`account` of each source."""
         self.loader.quarantine.refresh()
-        found = {}
+        accounts = {}
         failed_rows = np.array(self.loader.quarantine.rows(), int)
         for number, name in enumerate(self.sources.names):
             own = self.sources.source_of_row == number
             total, failed = int(own.sum()), int(own[failed_rows].sum())
             dropped = int((self.assignment.reasons[own] != "").sum())
-            found[name] = {
+            accounts[name] = {
                 "used": total - dropped - failed,
                 "dropped": dropped,
                 "failed": failed,
                 "total": total,
             }
-        return found
+        return accounts
 
     def close(self) -> None:
         self.loader.close()

@@ -1,4 +1,4 @@
-"""Fills the cache with what frozen networks make of clips and captions: before step 1, or as they are trained.
+"""Fills the cache with the outputs of frozen networks: before step 1, or as clips are trained.
 
 Before step 1 clips are encoded in chunks that are cut from the manifest, so that stored latents depend
 on neither the world size nor on where a run was cut off. In training they are encoded one by one, as
@@ -45,8 +45,8 @@ def open_caches(
 ) -> Caches:
     """The caches of a run that wants some, in `data.cache_dir` or a folder of its own.
 
-    A run may change its mind about its own folder: what was stored by other settings is not found
-    any more. Raises UserError where a folder that is named was filled with other settings.
+    Entries of other settings in the run's own folder are ignored. Raises UserError where the folder
+    `data.cache_dir` was filled with other settings.
     """
     if cfg.data.cache == "none" or cfg.task != "text_to_video":
         return Caches()
@@ -56,7 +56,7 @@ def open_caches(
     folder = Path(cfg.data.cache_dir).expanduser() if cfg.data.cache_dir else own_folder
     if cfg.data.cache_dir:
         require_same(folder, made, "data.cache_dir")
-    # A dry run looks and leaves no trace.
+    # A dry run writes nothing.
     if world.is_main and not cfg.dry_run:
         write_made_with(folder, made)
     if frozen is None:
@@ -66,7 +66,7 @@ def open_caches(
 
 
 class CacheFiller:
-    """Encodes what the cache lacks, on this rank's device, and stores it.
+    """Encodes clips and captions that are not in the cache on this rank's device, and stores them.
 
     Latents are stored by the loader, with their log-variance where `data.latents=sample`; embeddings
     in `texts`, made by `text`, the frozen encoder, as far as there is room.
@@ -119,15 +119,16 @@ class CacheFiller:
     def embed(self, caption: str) -> np.ndarray:
         """A caption's embedding (L, D), float32: the stored one, or made now and stored."""
         assert self.texts is not None and self.text is not None
-        found = self.texts.get(caption)
-        if found is None:
-            embedding = self.text.to(self.device).embedding(caption)
-            found = _array(embedding)
-            self.texts.put(caption, found, _stored_as(embedding.dtype))
-        return found
+        stored = self.texts.get(caption)
+        if stored is not None:
+            return stored
+        embedding = self.text.to(self.device).embedding(caption)
+        values = _array(embedding)
+        self.texts.put(caption, values, _stored_as(embedding.dtype))
+        return values
 
     def lacks(self, clip: Clip) -> bool:
-        """Whether anything is to be encoded of a clip, or looked for anew."""
+        """Whether a clip is without latents or an embedding that the cache may hold."""
         return clip.latents is None or (self.texts is not None and clip.text is None)
 
     def filled(self, batch: ClipBatch) -> ClipBatch:
@@ -139,10 +140,10 @@ class CacheFiller:
         """A clip with its latents; what was decoded ahead may have been stored since then."""
         if clip.latents is not None:
             return clip
-        found = self.loader.cached(clip.row)
-        if found is None:
+        cached = self.loader.cached(clip.row)
+        if cached is None:
             return self.store([clip])[0]
-        return replace(clip, pixels=None, latents=found[0], logvar=found[1])
+        return replace(clip, pixels=None, latents=cached[0], logvar=cached[1])
 
     def with_text(self, clip: Clip) -> Clip:
         """A clip with the embedding of its caption, where embeddings are stored."""
@@ -154,7 +155,7 @@ class CacheFiller:
 def open_filler(
     cfg: Config, loader: Loader, vae: VideoVAE, device: torch.device, caches: Caches
 ) -> CacheFiller | None:
-    """What fills a run's caches, where it has some."""
+    """The filler of a run's caches; None without caches and in a dry run."""
     if caches.latents is None or cfg.dry_run:
         return None
     return CacheFiller(loader, vae, device, caches.texts, caches.encoder)
@@ -177,7 +178,7 @@ def fill_cache(
 
 
 def distinct(captions: Sequence[str]) -> list[str]:
-    """The captions, each once, in an order that tells nothing of where they come from."""
+    """The captions, each once, in an order that does not depend on theirs."""
     return sorted(set(captions), key=text_digest)
 
 

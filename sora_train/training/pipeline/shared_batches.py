@@ -23,22 +23,22 @@ def read_together(
     filler: CacheFiller | None,
     control: ControlPlane,
 ) -> list[ClipBatch]:
-    """`read()` without the clips that any of the ranks failed on, with all that the cache is to hold of the others:
-    each clip encoded by one rank for all. The same batches on all of them.
+    """The same batches on all ranks: those of `read()` without the clips that any rank failed on, and with the
+    latents and embeddings that the cache stores, each encoded by one rank for all.
 
     `record` is called with each failure that only other ranks had.
 
     Raises:
-        Exception: what was met on this rank.
-        Fault: it was met on another one.
+        Exception: the error of `read` on this rank.
+        Fault: another rank failed.
     """
     batches: list[ClipBatch] = []
 
-    def look() -> list[tuple[list[Failure], set[int]]]:
+    def read_here() -> list[tuple[list[Failure], set[int]]]:
         batches.extend(read())
         return [(batch.failures, lacking(batch, filler)) for batch in batches]
 
-    of_ranks = together(look, control)
+    of_ranks = together(read_here, control)
     shared: list[ClipBatch] = []
     lost: dict[int, Failure] = {}
     for number, batch in enumerate(batches):
@@ -57,14 +57,14 @@ def read_together(
     if not any(lacked):
         complete()
         return shared
-    found = {
+    fields = {
         place: made for of_rank in together(complete, control) for place, made in of_rank.items()
     }
     return [
         replace(
             batch,
             clips=[
-                replace(clip, **found.get((number, i), {})) for i, clip in enumerate(batch.clips)
+                replace(clip, **fields.get((number, i), {})) for i, clip in enumerate(batch.clips)
             ],
         )
         for number, batch in enumerate(shared)
@@ -72,27 +72,27 @@ def read_together(
 
 
 def together(work: Callable[[], T], control: ControlPlane) -> list[T]:
-    """What `work()` gives on each of the ranks; it fails on all of them or on none."""
+    """The results of `work()` on all ranks; it fails on all of them or on none."""
     mine: list[T] = []
     error: Exception | None = None
     try:
         mine.append(work())
     except Exception as failure:
         error = failure
-    found = control.gather_from_peers(mine)
+    of_ranks = control.gather_from_peers(mine)
     if error is not None:
         raise error
-    if not all(found):
+    if not all(of_ranks):
         first = control.world.dp_rank * control.world.cp
-        failed = [first + number for number, value in enumerate(found) if not value]
+        failed = [first + number for number, value in enumerate(of_ranks) if not value]
         raise Fault(
             f"rank {failed[0]}, which shares its clips with this one, failed; its own log says why"
         )
-    return [value[0] for value in found]
+    return [value[0] for value in of_ranks]
 
 
 def lacking(batch: ClipBatch, filler: CacheFiller | None) -> set[int]:
-    """Rows of which something is to be encoded."""
+    """Rows that are to be encoded."""
     return {clip.row for clip in batch.clips if filler is not None and filler.lacks(clip)}
 
 
@@ -109,7 +109,7 @@ def encoded(
     filler: CacheFiller,
     control: ControlPlane,
 ) -> dict[tuple[int, int], dict[str, Any]]:
-    """This rank's part of what is lacked, by number of the batch and of the clip: the fields to replace."""
+    """This rank's part of the lacking clips: the fields to replace, by number of the batch and of the clip."""
     places = [
         (number, i, clip)
         for number, batch in enumerate(batches)

@@ -32,9 +32,9 @@ def _without_failed(
     """
     mine = {failure.row: f"{failure.reason}, {failure.detail}" for failure in failures}
     failed: dict[int, str] = {}
-    for found in control.gather_objects(mine):
-        assert isinstance(found, dict)
-        failed |= found
+    for of_rank in control.gather_objects(mine):
+        assert isinstance(of_rank, dict)
+        failed |= of_rank
     if not failed:
         return clips
     named = "; ".join(f"{manifest.key[row]}: {why}" for row, why in list(failed.items())[:3])
