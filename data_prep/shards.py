@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sora_train.data.index.folder import open_source
-from sora_train.data.index.shard_writer import ShardWriter, read_bytes
+from sora_train.data.index.shard_writer import ShardWriter
 from sora_train.data.latents.members import KIND, LATENTS
 from sora_train.data.manifest import FILE_NAME, Manifest
-from sora_train.data.storage.ranges import StorageFault
+from sora_train.data.storage.ranges import StorageFault, read_bytes
 from sora_train.errors import Fault, UserError
 
 
@@ -71,9 +71,7 @@ def _copy(source: Manifest, row: int, keys: set[str], writer: ShardWriter) -> No
         return
     stem, extension = _split(name, known)
     try:
-        data = read_bytes(
-            source.root, str(known["shard"]), int(source.offset[row]), int(source.length[row])
-        )
+        data = read_bytes(source.path(row), int(source.offset[row]), int(source.length[row]))
     except StorageFault as error:
         raise Fault(f"the clip {name!r} cannot be read: {error}") from error
     writer.write(_shard_key(stem, keys), data, extension, str(caption), known)

@@ -4,13 +4,14 @@ Clips are scaled by whole factors without smoothing, so that what is seen is wha
 clips too large for a row are shrunk.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from sora_train.base.files import renamed_when_whole
 
 MARGIN = 24
 GAP = 6
@@ -57,9 +58,7 @@ def contact_sheet(
     font, small = _font(FONT_SIZE), _font(FONT_SIZE - 4)
     rows = [
         _Row(
-            _frames(clip, frames_per_clip),
-            _lines(label, font),
-            _lines(note or _note(clip), small),
+            _frames(clip, frames_per_clip), _lines(label, font), _lines(note or _note(clip), small)
         )
         for clip, label, note in zip(clips, labels, notes or [""] * len(clips), strict=True)
     ]
@@ -89,7 +88,9 @@ def contact_sheet(
         if index < len(rows) - 1:
             draw.line([(MARGIN, top), (width - MARGIN, top)], fill=RULE)
         top += ROW_GAP
-    return _save(sheet, path)
+    with renamed_when_whole(path) as partial:
+        sheet.save(partial, format="PNG", optimize=True)
+    return path
 
 
 def filmstrip(clip: np.ndarray, frames_per_clip: int = 5) -> Image.Image:
@@ -150,12 +151,3 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
                 lines.append("")
             lines[-1] += character
     return lines
-
-
-def _save(image: Image.Image, path: Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG", optimize=True)
-    os.replace(temporary, path)
-    return path

@@ -1,4 +1,4 @@
-"""The account of samples that are not trained: by reason, on disk from the step they failed, with a limit."""
+"""Samples that are not trained: by reason, on disk from the step they failed, with a limit."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def table_of_reasons(dropped: Mapping[str, int], total: int) -> str:
 class Quarantine:
     """Samples that failed to decode, kept in an append-only file that all ranks of a run share.
 
-    An entry applies from its step on, so that a run resumed from an earlier step meets the same
-    failures. Its lines are part of a checkpoint too (`lines`, `restore`), so that a checkpoint that
-    is carried elsewhere takes them along. `dropped` are the samples known to be unusable before the
-    run. Raises UserError at once, and Fault in `add`, where more than `limit` of `total` are lost.
+    An entry applies from its step on, so that a run resumed from an earlier step gets the same
+    failures. Checkpoints hold the lines too (`lines`, `restore`), so that they can be moved to another
+    folder. `dropped` counts the samples that were unusable before the run. Raises UserError at once,
+    and Fault in `add`, where more than `limit` of `total` are lost.
     """
 
     def __init__(self, path: Path | None, *, total: int, limit: float, dropped: Mapping[str, int]):
@@ -64,8 +64,7 @@ class Quarantine:
         return Failure(row, str(line["reason"]), str(line["detail"]))
 
     def add(self, step: int, failure: Failure, *, on_disk: bool = True, **where: object) -> None:
-        """Record a failure, with what helps to find the clip (shard, key, backend); of processes that read the same
-        clip, one does so `on_disk`."""
+        """Record a failure with its shard, key and backend; `on_disk` by one of the processes that read the clip."""
         self.refresh()
         if self.failure(failure.row, step):
             return
@@ -82,16 +81,16 @@ class Quarantine:
         self._check()
 
     def detach(self) -> None:
-        """Record nothing more on disk and set no limit: for one who looks at a run and is no part of it."""
+        """Record nothing more on disk and drop the limit, for readers that are no part of the run."""
         self.path, self.limit = None, 1.0
 
     def lines(self) -> list[dict[str, Any]]:
-        """What a checkpoint keeps: a line for each sample, in the order of rows."""
+        """The lines for a checkpoint: one for each failed sample, in the order of rows."""
         self.refresh()
         return [self._entries[row] for row in sorted(self._entries)]
 
     def restore(self, lines: Iterable[dict[str, Any]], *, record: bool) -> None:
-        """Take a checkpoint's lines that are not known yet; with `record` (one rank) into the file too."""
+        """Add the unknown lines of a checkpoint; with `record` (one rank) to the file too."""
         self.refresh()
         missing = [line for line in lines if not self.failure(line["row"], line["step"])]
         self._entries.update({line["row"]: line for line in missing})
@@ -112,13 +111,13 @@ class Quarantine:
                 os.close(descriptor)
 
     def refresh(self) -> None:
-        """Learn what other ranks and earlier runs recorded."""
+        """Read the lines that other ranks and earlier runs recorded."""
         if self.path is None or not self.path.exists() or self.path.stat().st_size == self._read:
             return
         with self.path.open("rb") as file:
             file.seek(self._read)
             data = file.read()
-        # A line that is still being written is left for the next time.
+        # A line that is still being written is read by the next call.
         whole = data[: data.rfind(b"\n") + 1]
         self._read += len(whole)
         for line in whole.splitlines():
@@ -140,5 +139,5 @@ class Quarantine:
         if sum(lost.values()) > self.limit * self.total:
             raise Fault(
                 f"{table_of_reasons(lost, self.total)} are lost, more than data.max_drop_fraction={self.limit:g} "
-                f"allows; see {self.path or 'the reasons'}, mend the clips or raise it"
+                f"allows; see {self.path or 'the reasons'}, repair the clips or raise it"
             )

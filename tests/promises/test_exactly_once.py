@@ -16,10 +16,10 @@ from sentences import refuses
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
 from sora_train.data.index.folder import open_source
 from sora_train.data.index.shapes_source import prepare_shapes
-from sora_train.data.index.shard_writer import read_bytes
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.sample import Bucket
+from sora_train.data.storage.ranges import read_bytes
 from sora_train.data.tape.buckets import assign, build_buckets
 from sora_train.data.tape.micro_batches import micro_batch_sizes
 from sora_train.data.tape.tape import Tape, rows_for_rank
@@ -46,7 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = work / "loose"
     folder.mkdir()
     for row in range(len(made)):
-        data = read_bytes(made.root, made.shard[row], made.offset[row], made.length[row])
+        data = read_bytes(made.path(row), made.offset[row], made.length[row])
         file = folder / f"{made.key[row]}.{'mp4' if made.kind[row] == 'video' else 'png'}"
         file.write_bytes(data if row not in (7, 20) else data[: len(data) // 3])
         if row != 30:

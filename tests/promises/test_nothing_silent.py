@@ -17,7 +17,7 @@ from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.config.messages import validated
 from sora_train.config.yaml_files import load_yaml
-from sora_train.data.index.shard_writer import read_bytes
+from sora_train.data.storage.ranges import read_bytes
 from sora_train.errors import ConfigError, Fault, UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.training.trainer import Trainer
@@ -37,7 +37,7 @@ def source(finished_run: Path, tmp_path: Path) -> Path:
     folder.mkdir()
     videos = np.flatnonzero(made.kind == "video")[:9].tolist()
     for number, row in enumerate(videos):
-        data = read_bytes(made.root, made.shard[row], made.offset[row], made.length[row])
+        data = read_bytes(made.path(row), made.offset[row], made.length[row])
         path = folder / f"{number}.mp4"
         path.write_bytes(data if number != 1 else data[: len(data) // 2])
         if number != 2:

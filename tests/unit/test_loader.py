@@ -397,8 +397,8 @@ def delivered(loader: Loader, steps: int, bound: float) -> list[list[tuple]]:
         batches = loader.step(step)
         ahead = [
             future.result().pixels.nbytes
-            for begun in loader._pending.values()
-            for future in begun.futures
+            for futures, _ in loader._pending.values()
+            for future in futures
         ]
         assert sum(ahead) <= bound
         found.append([(clip.row, clip.epoch, clip.fps) for b in batches for clip in b.clips])
@@ -444,7 +444,7 @@ def test_stored_latents_count_with_their_own_bytes(manifest: Manifest, tmp_path:
             loader.store(row, latents)
         for step in range(4):
             loader.step(step)
-            ahead = sum(len(begun.futures) for begun in loader._pending.values())
+            ahead = sum(len(futures) for futures, _ in loader._pending.values())
             assert 3 <= ahead <= 4, "room for four clips; a micro-batch holds two, or one left over"
 
 

@@ -9,7 +9,7 @@ from sentences import refuses
 
 from data_prep.shards import write_shards
 from sora_train.data.index.folder import open_source
-from sora_train.data.index.shard_writer import read_bytes
+from sora_train.data.storage.ranges import read_bytes
 from sora_train.errors import UserError
 
 
@@ -30,9 +30,7 @@ def test_used_and_dropped_are_all(tmp_path: Path):
     for row, key in enumerate(manifest.key):
         if not manifest.drop_reason[row]:
             name = manifest.caption[row].removeprefix("caption of ")
-            data = read_bytes(
-                manifest.root, manifest.shard[row], manifest.offset[row], manifest.length[row]
-            )
+            data = read_bytes(manifest.path(row), manifest.offset[row], manifest.length[row])
             assert data == (source / name).read_bytes(), key
     again = open_source(str(tmp_path / "out"), work_dir=tmp_path)
     assert again.digest() == manifest.digest()

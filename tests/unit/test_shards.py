@@ -11,9 +11,9 @@ from sentences import refuses
 
 from sora_train.data.index.folder import open_source
 from sora_train.data.index.shapes_source import prepare_shapes
-from sora_train.data.index.shard_writer import ShardWriter, read_bytes
+from sora_train.data.index.shard_writer import ShardWriter
 from sora_train.data.manifest import COLUMNS, Manifest
-from sora_train.data.storage.ranges import StorageFault
+from sora_train.data.storage.ranges import StorageFault, read_bytes
 from sora_train.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -35,10 +35,7 @@ def test_every_range_holds_its_sample(tmp_path: Path):
     assert len(set(manifest.shard)) > 3
     for row, (key, data, _, caption) in enumerate(SAMPLES):
         assert (manifest.key[row], manifest.caption[row], manifest.frames[row]) == (key, caption, 3)
-        found = read_bytes(
-            tmp_path, manifest.shard[row], manifest.offset[row], manifest.length[row]
-        )
-        assert found == data
+        assert data == read_bytes(manifest.path(row), manifest.offset[row], manifest.length[row])
 
 
 def test_webdataset_reads_them(tmp_path: Path):
@@ -85,12 +82,12 @@ def test_missing_and_short_shards_are_storage_faults(tmp_path: Path):
     end = int(manifest.offset[-1])
     os.truncate(tmp_path / manifest.shard[-1], end)
     with refuses(StorageFault, "before the index"):
-        read_bytes(tmp_path, manifest.shard[-1], end, 10)
+        read_bytes(manifest.path(-1), end, 10)
     with refuses(UserError, "bytes", "indexed"):
         open_source(str(tmp_path), work_dir=tmp_path)
     os.unlink(tmp_path / manifest.shard[-1])
     with pytest.raises(StorageFault, match="No such file"):
-        read_bytes(tmp_path, manifest.shard[-1], end, 10)
+        read_bytes(manifest.path(-1), end, 10)
     with refuses(UserError, "missing", "restore"):
         open_source(str(tmp_path), work_dir=tmp_path)
 

@@ -12,13 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sora_train.data.captions.texts import (
-    Named,
-    dumped,
-    known_scores,
-    text_or_fields,
-    with_main,
-)
+from sora_train.data.captions.texts import Named, dumped, known_scores, text_or_fields, with_main
 from sora_train.errors import UserError
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")

@@ -281,15 +281,11 @@ def decode_frames(request: DecodeRequest) -> np.ndarray:
     with ByteRange(request.path, request.offset, request.length, request.data) as file:
         try:
             if request.kind == "image":
-                return _decode_image(file, request)
+                image = ImageOps.exif_transpose(Image.open(cast(Any, file))).convert("RGB")
+                return np.stack([fit_frame(np.asarray(image), request)] * len(request.times))
             return _decode_stream(file, request)
         except (OSError, ValueError, SyntaxError) as error:
             raise _explain(error, file) from error
-
-
-def _decode_image(file: ByteRange, request: DecodeRequest) -> np.ndarray:
-    image = ImageOps.exif_transpose(Image.open(cast(Any, file))).convert("RGB")
-    return np.stack([fit_frame(np.asarray(image), request)] * len(request.times))
 
 
 def _decode_stream(file: ByteRange, request: DecodeRequest) -> np.ndarray:

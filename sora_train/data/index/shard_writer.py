@@ -1,8 +1,8 @@
-"""Tar shards in webdataset's layout: one writer for everyone's data, and byte ranges to read them.
+"""Writes tar shards in webdataset's layout with their manifest.
 
 A sample is the members `key.mp4` (or another extension), `key.txt` (its caption) and `key.json`
-(what else is known, its other captions and its scores among it). Everything is written under temporary
-names; `close` renames the shards and writes the manifest last, so a folder with a manifest is whole.
+(its figures, further captions and scores). Everything is written under temporary names; `close`
+renames the shards and writes the manifest last, so a folder with a manifest is whole.
 """
 
 from __future__ import annotations
@@ -15,20 +15,10 @@ from typing import Any
 
 from sora_train.data.latents.members import LATENTS, TEXT, as_members, describe_bytes
 from sora_train.data.manifest import FILE_NAME, Manifest, empty_row
-from sora_train.data.storage.ranges import ByteRange, StorageFault
 from sora_train.errors import UserError
 
 BLOCK = 512
 _TEMPORARY = ".tmp"
-
-
-def read_bytes(root: Path | str, shard: str, offset: int, length: int) -> bytes:
-    """One member of a shard. Raises StorageFault where the file is missing or too short."""
-    with ByteRange(str(Path(root) / shard), offset, length) as file:
-        try:
-            return file.readall() or b""
-        except OSError as error:
-            raise StorageFault(file.fault) from error
 
 
 class ShardWriter:
@@ -119,7 +109,7 @@ class ShardWriter:
         )
 
     def add_dropped(self, row: dict[str, object]) -> None:
-        """Keep account of a sample that is not written; `row` has its key and `drop_reason`."""
+        """Add the row of a sample that is not written, with its key and `drop_reason`."""
         self._rows.append(
             empty_row(**{**row, "source": self.source, "shard": "", "offset": 0, "length": 0})
         )
@@ -149,7 +139,7 @@ class ShardWriter:
             self.abort()
 
     def _next_shard(self) -> None:
-        # webdataset loads torch, which whoever only reads must not.
+        # webdataset imports torch, which readers of shards must not.
         from webdataset.writer import TarWriter
 
         self._end_shard()

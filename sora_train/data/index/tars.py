@@ -51,6 +51,10 @@ class MemberKeys:
     video: tuple[str, ...] = ()
     captions: tuple[str, ...] = ("txt", "json")
 
+    @property
+    def text_extensions(self) -> set[str]:
+        return {"json", *(caption_name(key)[1].partition(":")[0].lower() for key in self.captions)}
+
 
 @dataclass
 class TarSample:
@@ -253,7 +257,7 @@ def _bad_end(file: Any, offset: int) -> tuple[str, str]:
     if block.strip(b"\0"):
         return (
             "shard_damaged",
-            f"the header at byte {offset} is damaged, what follows cannot be found",
+            f"the header at byte {offset} is damaged, so the members after it cannot be read",
         )
     return "", ""
 
@@ -291,7 +295,7 @@ def _add(
         sample.detail = f"{sample.name}, {member.name}: choose one with video_key="
     elif extension in (stored.LATENTS, stored.TEXT):
         _add_stored(tar, member, extension, sample, whole)
-    elif whole and extension in _text_extensions(keys) and member.size <= MAX_CAPTION_BYTES:
+    elif whole and extension in keys.text_extensions and member.size <= MAX_CAPTION_BYTES:
         data = tar.extractfile(member)
         assert data is not None, "a regular member can be read"
         sample.texts.setdefault(extension, data.read().decode(errors="replace"))
@@ -322,10 +326,6 @@ def _add_stored(
             return
         if extension == stored.LATENTS:
             sample.digest = stored.digest(read, member.size)
-
-
-def _text_extensions(keys: MemberKeys) -> set[str]:
-    return {"json", *(caption_name(key)[1].partition(":")[0].lower() for key in keys.captions)}
 
 
 def _judged(sample: TarSample, keys: MemberKeys, shard: str) -> TarSample:

@@ -30,7 +30,7 @@ from sora_train.data.decode.frames import Probe
 from sora_train.data.manifest import Stamp, text_digest
 from sora_train.data.sample import Bucket
 from sora_train.data.storage.cached_reads import read_range
-from sora_train.data.storage.ranges import DIGEST_END_BYTES, ByteRange
+from sora_train.data.storage.ranges import DIGEST_END_BYTES, read_bytes
 from sora_train.data.storage.remote import is_remote
 from sora_train.data.storage.retry import ReadPolicy
 from sora_train.errors import UserError
@@ -304,8 +304,7 @@ def read_member(
         policy = policy if stamp is not None else replace(policy, cache_dir="")
         data = read_range(path, place.offset, place.length, policy, stamp=stamp)
     else:
-        with ByteRange(path, place.offset, place.length) as file:
-            data = file.readall() or b""
+        data = read_bytes(path, place.offset, place.length)
     array = unpack(data, extension)
     if array.shape != place.shape:
         raise DamagedMember(

@@ -49,11 +49,7 @@ def latents_made_with(vae_digest: str, vae_dtype: str, decoder: str) -> Section:
 
 def text_made_with(text_digest: str, padding: str, longest: int) -> Section:
     """The section `text`."""
-    return {
-        "text encoder": text_digest,
-        "text.padding": padding,
-        "text.max_length": str(longest),
-    }
+    return {"text encoder": text_digest, "text.padding": padding, "text.max_length": str(longest)}
 
 
 def read_made_with(folder: Path | str) -> Made:

@@ -1,8 +1,8 @@
-"""How a scene is put into words: a few short phrasings from a small vocabulary.
+"""Captions of scenes: a few short phrasings from a small vocabulary.
 
-The parts always come in the order subject, action, setting, camera, lighting, style. Which of the
-optional parts are said is a bit field, so a caption is a pure function of its scene. Captions stay
-short because a byte-level text encoder has to learn to read them from scratch.
+The parts always come in the order subject, action, setting, camera, lighting, style. A bit field names
+the optional parts, so a caption is a pure function of its scene. Captions are short because a
+byte-level text encoder has to learn to read them from scratch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CAMERAS: dict[str, str] = {
 RELATIONS: dict[str, str] = {"left_of": "left of", "above": "above"}
 
 
-# What is left out first where a caption would grow too long.
+# The parts that are left out where a caption would be too long, in this order.
 DISPENSABLE = (STYLE, LIGHTING, CAMERA, ARTICLE, SETTING)
 
 
@@ -49,8 +49,8 @@ def subject(thing: Thing, phrasing: int, *, size: bool) -> str:
 def describe(scene: Scene, phrasing: int) -> str:
     """The caption of `scene` under `phrasing`, a bit field of the constants above.
 
-    What decides the picture's movement is always said (the action, a camera that pans); an image
-    has no action and no camera. A growing thing has no one size, so none is named.
+    It always names the action and a camera that pans; an image has no action and no camera. A growing
+    thing has no fixed size, so none is named.
     """
     if scene.relation is None:
         sentence = subject(scene.things[0], phrasing, size=scene.motion != "grow")

@@ -86,21 +86,21 @@ def read(clip: np.ndarray) -> list[Reading]:
         raise UserError(f"clip is {clip.dtype} {clip.shape}: give uint8 (frames, height, width, 3)")
     pixels = clip.astype(np.float32)
     hue_THW, is_thing_THW = _hues(pixels)
-    found = []
+    seeds = []
     for index, colour in enumerate(COLOURS):
         seed_THW = is_thing_THW & (hue_THW == index)
         counts_T = seed_THW.sum(axis=(1, 2))
         area = float(counts_T.mean() / seed_THW[0].size)
         if area >= MIN_AREA and counts_T.mean() >= MIN_PIXELS:
-            found.append((area, colour, seed_THW))
-    found.sort(key=lambda item: -item[0])
-    found = [item for item in found if item[0] >= MIN_SHARE * found[0][0]]
-    if not found:
+            seeds.append((area, colour, seed_THW))
+    seeds.sort(key=lambda seed: -seed[0])
+    seeds = [seed for seed in seeds if seed[0] >= MIN_SHARE * seeds[0][0]]
+    if not seeds:
         return []
     free_THW = ~_grown(is_thing_THW, 2)
     pan = _background_shift(pixels @ np.full(3, 1 / 3, np.float32), free_THW)
     readings = []
-    for _, colour, seed_THW in found:
+    for _, colour, seed_THW in seeds:
         others_THW = is_thing_THW & ~seed_THW
         mask_THW = _soft_mask(pixels, seed_THW, others_THW, free_THW)
         reading = _read_thing(mask_THW, colour, pan)

@@ -244,7 +244,7 @@ def eval_prompts(n: int, *, held_out: bool, seed: int = 0) -> list[Prompt]:
 
 
 def _draw_phrasing(draws: _Draws, scene: Scene) -> int:
-    """Which optional parts a caption has; what strays from the usual is said more often."""
+    """The optional parts of a caption; unusual settings are named more often."""
     odds = {
         captions.ARTICLE: 0.75,
         captions.SIZE: 0.5,

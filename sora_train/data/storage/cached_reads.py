@@ -1,8 +1,8 @@
 """Byte ranges of remote shards: retried, within a deadline, checked, and kept in a bounded cache on a local disk.
 
-What a server does wrong is a fault of storage, never of the clip: it is tried again, with pauses
-that grow, and then stops the run. `http(s)://` needs no further package; other schemes go through
-fsspec. With a cache a shard is read in aligned blocks, so that many small clips are few requests.
+A failure of the server is a fault of storage, never of the clip: it is retried with growing pauses and
+then stops the run. `http(s)://` needs no further package; other schemes go through fsspec. With a cache
+a shard is read in aligned blocks, so that many small clips are few requests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _HTTP = ("http://", "https://")
 PIECE_BYTES = 1 << 20
-# Below 500, what a server may answer that another attempt can mend.
+# Status codes below 500 after which another attempt may succeed.
 RETRIED_STATUS = frozenset({408, 425, 429})
 
 
@@ -71,7 +71,7 @@ def read_range(
     if not length:
         return b""
     cached = _Cached(url, policy, stamp, digest) if policy.cache_dir else None
-    # What was kept may be of an older file, and what came may be damaged: once more, and afresh.
+    # The cache may hold an older file, and the answer may be damaged: try once more without the cache.
     for _ in range(2):
         data = cached.read(offset, length) if cached else fetch(url, offset, length, policy)
         if not digest or is_digest_of(digest, data):
@@ -92,7 +92,7 @@ def shown(url: str) -> str:
 def fetch(
     url: str, offset: int, length: int, policy: ReadPolicy, ends: float = float("inf")
 ) -> bytes:
-    """Bytes from the server itself, `ends` the latest moment for another attempt. Raises StorageFault."""
+    """Bytes from the server, `ends` the latest time for another attempt. Raises StorageFault."""
     read = _read_http if url.startswith(_HTTP) else remote.read_once
     return retried(
         lambda: read(url, offset, length, policy.timeout),
@@ -105,7 +105,7 @@ def fetch(
 
 
 class _Cached:
-    """A file's bytes by way of the cache: in aligned blocks where its stamp is known, else range by range."""
+    """A file's bytes through the cache: in aligned blocks where its stamp is known, else range by range."""
 
     def __init__(self, url: str, policy: ReadPolicy, stamp: Stamp | None, digest: str):
         self._url, self._policy = url, policy
@@ -129,7 +129,7 @@ class _Cached:
         return hashlib.sha256(repr((self._url, start, count, self._name)).encode()).hexdigest()[:40]
 
     def _pieces(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """What is kept as one each, (start, bytes): the blocks that a range touches, or the range itself."""
+        """The entries of the cache, (start, bytes): the blocks that a range touches, or the range itself."""
         size, block = self._size, self._policy.block_bytes
         if not size or offset + length > size:
             return [(offset, length)]
@@ -137,24 +137,24 @@ class _Cached:
         return [(start, min(block, size - start)) for start in range(begin, offset + length, block)]
 
     def _read(self, offset: int, length: int) -> bytes:
-        # One process asks for a piece, the others wait for it; then all attempts have their time.
+        # One process fetches a piece while others wait; the time for its own attempts begins after the wait.
         waits = time.monotonic() + self._policy.timeout
         pieces = self._pieces(offset, length)
-        found = {piece: self._part(piece, offset, length) for piece in pieces}
-        missing = [piece for piece in pieces if found[piece] is None]
+        parts = {piece: self._part(piece, offset, length) for piece in pieces}
+        missing = [piece for piece in pieces if parts[piece] is None]
         if missing:
             with self._cache.fetching([self._key(*piece) for piece in missing], waits):
                 for piece in missing:
-                    found[piece] = self._part(piece, offset, length)
-                missing = [piece for piece in missing if found[piece] is None]
+                    parts[piece] = self._part(piece, offset, length)
+                missing = [piece for piece in missing if parts[piece] is None]
                 ends = time.monotonic() + self._policy.attempts_seconds
                 for run in _adjacent(missing):
                     for piece, data in self._fetched(run, ends):
-                        found[piece] = data[_inside(piece, offset, length)]
-        return b"".join(found[piece] or b"" for piece in pieces)
+                        parts[piece] = data[_inside(piece, offset, length)]
+        return b"".join(parts[piece] or b"" for piece in pieces)
 
     def _part(self, piece: tuple[int, int], offset: int, length: int) -> bytes | None:
-        """What the cache holds of a range in one piece, None where it holds none or too little."""
+        """The part of a range in one piece from the cache, None where it is missing or too short."""
         inside = _inside(piece, offset, length)
         data = self._cache.get(self._key(*piece), inside.start, inside.stop)
         return data if data is not None and len(data) == inside.stop - inside.start else None
@@ -162,7 +162,7 @@ class _Cached:
     def _fetched(
         self, run: list[tuple[int, int]], ends: float
     ) -> list[tuple[tuple[int, int], bytes]]:
-        """Pieces that follow each other, in one request, and kept."""
+        """Adjacent pieces, fetched in one request and stored."""
         begin = run[0][0]
         data = fetch(self._url, begin, sum(count for _, count in run), self._policy, ends)
         parts = [(piece, data[piece[0] - begin : sum(piece) - begin]) for piece in run]
@@ -221,7 +221,7 @@ def _read_http(url: str, offset: int, length: int, timeout: float) -> bytes:
 
 
 def _check_range(answer: http.client.HTTPResponse, offset: int, length: int) -> None:
-    """Whether these are the bytes asked for; a server may send the whole file or what there is of it."""
+    """Raises NotRetryable or OSError where the answer holds other bytes than the request."""
     if answer.status == 200 and offset == 0 and answer.headers["Content-Length"] == str(length):
         return
     if answer.status != 206:

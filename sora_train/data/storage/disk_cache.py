@@ -1,4 +1,4 @@
-"""A bounded folder on a local disk that keeps what was read from far away, shared by the machine's processes."""
+"""A bounded folder on a local disk that keeps remote bytes, shared by the machine's processes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TRIMMED_SHARE = 0.9
 STALE_SECONDS = 3600.0
 _POLL_SECONDS = 0.02
 _CHECKSUM_BYTES = 4
-# Inode and time of writing of the files that this process has found whole.
+# Inode and time of writing of the files whose checksum this process has checked.
 _CHECKED: dict[Path, tuple[int, int]] = {}
 _MOST_REMEMBERED = 100_000
 
 
 class DiskCache:
-    """A folder of byte strings, in all at most `max_bytes`: those not used for longest go first.
+    """A folder of byte strings, in all at most `max_bytes`: the least recently used go first.
 
     Any number of processes of a machine may share it. Contents carry a checksum, so that a damaged
     file is a miss. Errors of the disk are raised as OSError.
@@ -38,15 +38,15 @@ class DiskCache:
         return self.folder / key[:2] / f"{key}.bytes"
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes | None:
-        """The bytes stored under a key, or a part of them, which are then the last used; None where there are none.
+        """The bytes stored under a key, or a part of them; None where there are none. They count as used now.
 
-        A process reads a file whole, and checks it, only once; what is read of it later is not checked.
+        A process reads and checks a file whole only once; later reads of parts are not checked.
         """
         path = self.path(key)
         try:
             with path.open("rb") as file:
                 stat = os.fstat(file.fileno())
-                # The time of its use is that of access, so that the other still tells when it was written.
+                # Only the time of access is set; that of modification still tells when the file was written.
                 os.utime(file.fileno(), ns=(time.time_ns(), stat.st_mtime_ns))
                 written = (stat.st_ino, stat.st_mtime_ns)
                 if end is not None and _CHECKED.get(path) == written:
@@ -70,10 +70,10 @@ class DiskCache:
 
     @contextlib.contextmanager
     def fetching(self, keys: Iterable[str], ends: float) -> Iterator[None]:
-        """Held by the one process that fetches these keys; others wait until `ends` (of `time.monotonic`).
+        """A lock of the process that fetches these keys; others wait until `ends` (of `time.monotonic`).
 
-        The lock goes with its process. One that lives on but is stuck is waited for until `ends` and
-        then passed by: what is fetched twice is only slower.
+        The lock ends with its process. A process that is stuck delays the others until `ends` only;
+        fetching twice is harmless.
         """
         folder = self.folder / "locks"
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ class DiskCache:
             yield
 
     def put(self, key: str, data: bytes) -> None:
-        """Store bytes, where they fit at all, after making room for them."""
+        """Store bytes after making room for them; more than `max_bytes` are not stored."""
         size = len(data) + _CHECKSUM_BYTES
         if size > self.max_bytes:
             return
@@ -106,13 +106,13 @@ class DiskCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[IO[str]]:
-        """The file that holds the sum of all sizes, for one process at a time."""
+        """The file with the sum of all sizes, locked for this process."""
         with (self.folder / "bytes.txt").open("a+") as account:
             fcntl.flock(account, fcntl.LOCK_EX)
             yield account
 
     def _make_room(self, account: IO[str], size: int) -> None:
-        """Book `size` bytes more; beforehand, so that a process killed in between books too many."""
+        """Add `size` to the sum before the file is there, so that a process killed in between counts too much."""
         account.seek(0)
         booked = account.read()
         total = int(booked) if booked.isdecimal() else None
@@ -122,7 +122,7 @@ class DiskCache:
         account.write(str(total + size))
 
     def _trim(self, size: int) -> int:
-        """Count what is there, and remove the least recently used where `size` more would not fit."""
+        """The sum of all sizes, after removing the least recently used files where `size` more would not fit."""
         files: list[tuple[int, int, Path]] = []
         for path in self.folder.glob("??/*"):
             with contextlib.suppress(FileNotFoundError):

@@ -60,17 +60,15 @@ class ByteRange(PartOfFile):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        wanted = min(len(view), max(0, self._length - self._position))
+        length = min(len(view), max(0, self._length - self._position))
         done = 0
         try:
             self._file.seek(self._offset + self._position)
-            while done < wanted:
-                count = self._file.readinto(view[done:wanted])
+            while done < length:
+                count = self._file.readinto(view[done:length])
                 if not count:
-                    raise OSError(
-                        0,
-                        f"ends {self._length - self._position - done} bytes before the index says",
-                    )
+                    missing = self._length - self._position - done
+                    raise OSError(0, f"ends {missing} bytes before the index says")
                 done += count
         except OSError as error:
             self.fault = f"{self.name}: {error.strerror}"
@@ -82,6 +80,15 @@ class ByteRange(PartOfFile):
         if not self.closed:
             self._file.close()
         super().close()
+
+
+def read_bytes(path: str, offset: int, length: int) -> bytes:
+    """A part of a local file. Raises StorageFault where the file is missing or too short."""
+    with ByteRange(path, offset, length) as file:
+        try:
+            return file.readall() or b""
+        except OSError as error:
+            raise StorageFault(file.fault) from error
 
 
 def digest_of_ends(file: Any, length: int) -> str:

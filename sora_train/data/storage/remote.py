@@ -1,7 +1,7 @@
-"""Shards wherever they lie: names that stand for many, sizes and fingerprints, and byte ranges of remote ones.
+"""Names, sizes, fingerprints and byte ranges of local and remote shards.
 
-`https://`, `s3://`, `gs://` and what else fsspec knows go through it; a plain path is a local file. A
-remote read is retried with growing pauses, and what still fails is a fault of storage, never of a clip.
+Addresses (`https://`, `s3://`, `gs://` and others) are read through fsspec; a plain path is a local file.
+A remote read is retried with growing pauses; a lasting failure is a fault of storage, never of a clip.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 0.5
 STALLED_SECONDS = 20.0
 BLOCK_BYTES = 1 << 18
-# A fingerprint reads this much at each of so many places: cheap before every run, and different for another shard.
+# A fingerprint reads so many bytes at so many places: cheap before every run, and different for another shard.
 _FINGERPRINT_BYTES, _FINGERPRINT_PLACES = 1024, 8
-# Scheme -> the package that fsspec needs for it, and our extra that brings it.
+# Scheme -> the package that fsspec needs for it, and the extra that installs it.
 _PACKAGES = {
     "http": ("aiohttp", "http"),
     "https": ("aiohttp", "http"),
@@ -51,14 +51,10 @@ def expand(pattern: str) -> list[str]:
 
     Raises UserError on braces that cannot be read, and on a `*` that matches nothing.
     """
-    return [found for name in _expand_braces(pattern) for found in _expand_wildcards(name, pattern)]
-
-
-def _expand_braces(pattern: str) -> Iterator[str]:
     parts = _BRACES.split(pattern)
     choices = [[part] if at % 2 == 0 else _choices(part, pattern) for at, part in enumerate(parts)]
-    for chosen in itertools.product(*choices):
-        yield "".join(chosen)
+    names = map("".join, itertools.product(*choices))
+    return [path for name in names for path in _expand_wildcards(name, pattern)]
 
 
 def _choices(inside: str, pattern: str) -> list[str]:
@@ -85,12 +81,12 @@ def _expand_wildcards(name: str, pattern: str) -> list[str]:
         return [name]
     if is_remote(name):
         system = filesystem(name)
-        found = [system.unstrip_protocol(path) for path in system.glob(name)]
+        paths = [system.unstrip_protocol(path) for path in system.glob(name)]
     else:
-        found = glob.glob(os.path.expanduser(name), recursive=True)
-    if not found:
+        paths = glob.glob(os.path.expanduser(name), recursive=True)
+    if not paths:
         raise UserError(f"source={pattern} matches no file; check the pattern")
-    return sorted(found)
+    return sorted(paths)
 
 
 @lru_cache
@@ -140,7 +136,7 @@ def size_of(name: str) -> int:
     size = _again(name, lambda: _asked(lambda: _size(name)))
     if size is None:
         raise StorageFault(
-            f"{name}: the server does not tell the size, as one with byte ranges would"
+            f"{name}: the server does not report the size, as one with byte ranges would"
         )
     return int(size)
 
@@ -171,14 +167,14 @@ def read_once(name: str, start: int, length: int, _timeout: float = math.inf) ->
 
 
 def _again(name: str, read: Callable[[], T]) -> T:
-    """`read()`, tried again where the network or the server failed; the client knows when one stalls."""
-    filesystem(name)  # a package that is missing is the user's to install
+    """`read()`, retried where the network or the server failed; the client itself times out stalled reads."""
+    filesystem(name)  # a missing package is not retried
     policy = ReadPolicy(ATTEMPTS - 1, math.inf, first_pause=FIRST_PAUSE_SECONDS)
     return retried(read, policy, name.partition("?")[0], name)
 
 
 def _asked(ask: Callable[[], T]) -> T:
-    """What fsspec answers; its failures in two kinds, NotRetryable and OSError."""
+    """The answer of fsspec; its failures are raised as NotRetryable or OSError."""
     try:
         return ask()
     except UserError as error:
@@ -187,7 +183,7 @@ def _asked(ask: Callable[[], T]) -> T:
         raise NotRetryable("it does not exist (any more)") from error
     except PermissionError as error:
         raise NotRetryable(f"access is denied ({error})") from error
-    # Each protocol's client has failures of its own kind, and all of them may pass.
+    # Each protocol's client raises its own exceptions, and all of them may be temporary.
     except Exception as error:
         message = " ".join(str(error).split())
         raise OSError(
@@ -204,17 +200,17 @@ class RemoteRange(PartOfFile):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        wanted = min(len(view), max(0, self._length - self._position))
+        length = min(len(view), max(0, self._length - self._position))
         inside = self._position - self._block_start
-        if wanted and not 0 <= inside <= len(self._block) - wanted:
-            self._fetch(wanted)
+        if length and not 0 <= inside <= len(self._block) - length:
+            self._fetch(length)
             inside = 0
-        view[:wanted] = self._block[inside : inside + wanted]
-        self._position += wanted
-        return wanted
+        view[:length] = self._block[inside : inside + length]
+        self._position += length
+        return length
 
-    def _fetch(self, wanted: int) -> None:
-        end = min(self._length, self._position + max(wanted, BLOCK_BYTES))
+    def _fetch(self, length: int) -> None:
+        end = min(self._length, self._position + max(length, BLOCK_BYTES))
         try:
             self._block = read_range(self.name, self._offset + self._position, self._offset + end)
         except StorageFault as error:
@@ -224,7 +220,7 @@ class RemoteRange(PartOfFile):
 
 
 def fingerprint(name: str, size: int) -> str:
-    """Names a shard's content by its size and a few places of it: finds another shard, not every flipped bit."""
+    """A digest of a shard's size and of a few places in it: detects another shard, not every flipped bit."""
     state = hashlib.sha256(str(size).encode())
     last = max(0, size - _FINGERPRINT_BYTES)
     places = sorted({last * at // (_FINGERPRINT_PLACES - 1) for at in range(_FINGERPRINT_PLACES)})

@@ -1,4 +1,4 @@
-"""Reads that may fail and pass: tried again with pauses that grow, within a deadline, then a fault of storage."""
+"""Reads that are retried with growing pauses, within a deadline; a lasting failure is a fault of storage."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class NotRetryable(Exception):
 class ReadPolicy:
     """How remote bytes are read: `retries` after the first attempt, each at most `timeout` seconds.
 
-    With `cache_dir` what was read is kept there, in all at most `cache_bytes`, in blocks of
-    `block_bytes` where the shard is known well enough to. `first_pause` is the mean pause in seconds
-    before the first retry; it doubles with each.
+    `cache_dir` keeps at most `cache_bytes` of them, in blocks of `block_bytes` for shards with a known
+    size and fingerprint. `first_pause` is the mean pause in seconds before the first retry; it doubles
+    with each.
     """
 
     retries: int = 5
@@ -40,7 +40,7 @@ class ReadPolicy:
     block_bytes: int = 8 << 20
 
     def pause(self, attempt: int, *what: str | int) -> float:
-        """Seconds to wait after a failed attempt (0 the first): keyed, and apart for different reads."""
+        """Seconds to wait after a failed attempt (0: the first): keyed, and different for each read."""
         mean = min(LONGEST_PAUSE_SECONDS, self.first_pause * 2**attempt)
         return mean * (0.5 + key_seed(0, "read_pause", *what, attempt) / 2**63)
 
@@ -60,13 +60,9 @@ class ReadPolicy:
 
 
 def retried(
-    read: Callable[[], T],
-    policy: ReadPolicy,
-    what: str,
-    *key: str | int,
-    ends: float = math.inf,
+    read: Callable[[], T], policy: ReadPolicy, what: str, *key: str | int, ends: float = math.inf
 ) -> T:
-    """`read()`, tried again as the policy says, at the latest until `ends` (of `time.monotonic`).
+    """`read()`, retried by the policy, at the latest until `ends` (of `time.monotonic`).
 
     Raises StorageFault, which begins with `what`. The pauses are keyed by `key`.
     """
@@ -79,7 +75,7 @@ def retried(
             message, final = str(error), True
         except TimeoutError:
             message, final = f"no whole answer within data.read_timeout={policy.timeout:g} s", False
-        # Each protocol's client has failures of its own kind, and all of them may pass.
+        # Each protocol's client raises its own exceptions, and all of them may be temporary.
         except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
             message, final = " ".join(str(error).split())[:200] or type(error).__name__, False
         attempt += 1
@@ -92,7 +88,7 @@ def retried(
 
 
 def _within(seconds: float, read: Callable[[], T]) -> T:
-    """`read()`, given up after `seconds`: a name server or a trickle of bytes knows no deadline of its own."""
+    """`read()`, given up after `seconds`: a name server or a slow trickle of bytes has no deadline of its own."""
     if seconds == math.inf:
         return read()
     done: Future[T] = Future()
@@ -100,7 +96,7 @@ def _within(seconds: float, read: Callable[[], T]) -> T:
     def run() -> None:
         try:
             done.set_result(read())
-        # The waiting side must learn of everything.
+        # Without a result the waiting side would wait for ever.
         except BaseException as error:
             done.set_exception(error)
 

@@ -19,7 +19,7 @@ import numpy as np
 from sora_train.base.progress import Progress
 from sora_train.config import Config
 from sora_train.config.sections.settings import EncodeSettings
-from sora_train.data.index.shard_writer import ShardWriter, read_bytes
+from sora_train.data.index.shard_writer import ShardWriter
 from sora_train.data.index.sources import Sources
 from sora_train.data.latents.cache import LatentCache, TextCache
 from sora_train.data.latents.members import KIND, LATENTS, TEXT, digest, pack_latents, pack_text
@@ -28,7 +28,7 @@ from sora_train.data.loader import Loader
 from sora_train.data.manifest import FILE_NAME, Manifest
 from sora_train.data.sample import Failure
 from sora_train.data.storage.cached_reads import read_range
-from sora_train.data.storage.ranges import StorageFault
+from sora_train.data.storage.ranges import StorageFault, read_bytes
 from sora_train.data.storage.remote import is_remote
 from sora_train.data.storage.retry import ReadPolicy
 from sora_train.data.tape.buckets import Assignment
@@ -381,7 +381,7 @@ class _Split:
                 data = self.work.cfg.data
                 policy = ReadPolicy(data.read_retries, data.read_timeout)
                 return read_range(path, offset, length, policy)
-            return read_bytes(manifest.root, str(manifest.shard[row]), offset, length)
+            return read_bytes(path, offset, length)
         except StorageFault as error:
             raise Fault(f"the clip {manifest.key[row]!r} cannot be read: {error}") from error
 

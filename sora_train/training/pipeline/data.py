@@ -127,22 +127,21 @@ class TrainingData:
 
     def step(self, step: int) -> list[ClipBatch]:
         """This rank's micro-batches of optimizer step `step` (0-based)."""
-        before = self.loader.wait_seconds
-        batches = self._read(step)
-        self._waited += self.loader.wait_seconds - before
-        return batches
-
-    def _read(self, step: int) -> list[ClipBatch]:
         loader, filler = self.loader, self.filler
+        before = loader.wait_seconds
         if self.control is not None:
-            return read_together(
+            batches = read_together(
                 lambda: loader.step(step),
                 lambda failure: loader.record(step, failure, on_disk=loader.is_cp_leader),
                 filler,
                 self.control,
             )
-        batches = loader.step(step)
-        return batches if filler is None else [filler.filled(batch) for batch in batches]
+        else:
+            batches = loader.step(step)
+            if filler is not None:
+                batches = [filler.filled(batch) for batch in batches]
+        self._waited += loader.wait_seconds - before
+        return batches
 
     def rows_at(self, step: int) -> list[int]:
         """The rows that this rank reads in a step."""
@@ -212,10 +211,7 @@ class TrainingData:
 
 
 def open_together(
-    cfg: Config,
-    control: ControlPlane,
-    run_dir: Path,
-    snapshots: Sequence[SourceSnapshot] = (),
+    cfg: Config, control: ControlPlane, run_dir: Path, snapshots: Sequence[SourceSnapshot] = ()
 ) -> Sources:
     """`open_sources` on every rank: rank 0 probes or renders, the others read the manifests it has written."""
     opened: Sources | None = None

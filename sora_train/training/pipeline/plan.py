@@ -1,4 +1,4 @@
-"""What a run will train on, before any clip is read: buckets, costs, micro-batch sizes and the tape."""
+"""The plan of a run, made before any clip is read: buckets, costs, micro-batch sizes and the tape."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -109,7 +109,7 @@ def require_stored(
     vae_digest: str,
     model: nn.Module | None,
 ) -> None:
-    """Raises UserError where latents or embeddings of the shards are not those of this run's networks."""
+    """Raises UserError where latents or embeddings in the shards come from other networks than this run's."""
     data = data_as_read(cfg)
     if not manifest.members.any():
         return
@@ -134,7 +134,7 @@ def require_stored(
 
 
 def made_with(cfg: Config, vae_digest: str, text_digest: str = "") -> Made:
-    """What latents, and the embeddings of a frozen text encoder with that digest, are made with by this config."""
+    """The settings that latents, and embeddings of a frozen text encoder with that digest, depend on."""
     decoder = decoder_name(backend_of(cfg.data))
     made = {"latents": latents_made_with(vae_digest, cfg.vae.dtype, decoder)}
     if text_digest and not cfg.text.trainable:
@@ -152,10 +152,11 @@ def plan(
     memory: MemoryCap | None = None,
     step: int = 0,
 ) -> tuple[Sources, TapeSequence, Assignment]:
-    """The bucket of every clip and the tape over them, for a run that stands at `step`.
+    """The bucket of every clip and the tape over them, for a run at `step`.
 
-    Where the sources have grown the new clips join at the end of the epoch, which the sources
-    returned say. Raises UserError where no clip fits a bucket, or a micro-batch does not fit the memory.
+    Where the sources have grown, the new clips join at the end of the current epoch, and the last
+    snapshot of the returned sources holds that micro-batch. Raises UserError where no clip fits a
+    bucket, or a micro-batch does not fit the memory.
     """
     assignment = assigned(cfg, sources.train, table)
     if not (assignment.bucket_of_row >= 0).any():
@@ -166,13 +167,13 @@ def plan(
         bucket_of_row = assignment.bucket_of_row.copy()
         bucket_of_row[change.rows :] = NO_BUCKET
         counts = _counts(sources, bucket_of_row, len(table))
-        met = [
+        clips = [
             samples_per_epoch(count, source.repeats)
             for count, source in zip(counts, source_repeats, strict=True)
         ]
         sizes = micro_batch_sizes(
             buckets,
-            np.sum(met, axis=0).tolist(),
+            np.sum(clips, axis=0).tolist(),
             tokens_of,
             cost,
             cfg.data.micro_batch,
@@ -206,7 +207,7 @@ def plan(
 def _changes(
     cfg: Config, sources: Sources, assignment: Assignment, num_buckets: int, joined: int
 ) -> list[Change]:
-    """What the tape is made of, part by part: the mixes of `data.mix`, and the first snapshots that joined."""
+    """The parts of the tape: one for each mix of `data.mix` and each of the first `joined` snapshots."""
     mixes = [(mix.from_step * cfg.train.micro_batches, mix) for mix in cfg.data.mix]
     snapshots = list(zip(sources.snapshots, sources.blocks, strict=True))[:joined]
     changes = []
@@ -242,7 +243,7 @@ def cost_model(cfg: Config, model: nn.Module | None = None) -> Callable[[int], f
     `data.cost_a` and `data.cost_b`, where given, are a and b. Else they are floating-point
     operations: those of `model`, or without one of the model that `cfg` describes.
 
-    These numbers are part of the tape: whoever changes them changes which clips a run sees together. So captions
+    These numbers are part of the tape: a change of them changes which clips a run trains on together. So captions
     count at half of `text.max_length` and a clip as one latent frame, whatever `training_flops` counts.
     """
     a, b = cfg.data.cost_a, cfg.data.cost_b
