@@ -6,8 +6,6 @@ imports torch.
 
 from __future__ import annotations
 
-import io
-
 from sora_train.data.decode import worker as decode_worker
 from sora_train.data.decode.frames import ProbeRequest, probe_file
 from sora_train.data.index.tars import Listing, ListRequest, compression, list_shard
@@ -16,12 +14,6 @@ from sora_train.data.storage.remote import RemoteRange, is_remote, read_range
 
 # A clip that is read whole comes in pieces, so that a pause in the network costs one of them.
 _PIECE_BYTES = 8 << 20
-
-
-class _Whole(io.BytesIO):
-    """Bytes in memory, whose reading cannot fail."""
-
-    fault = ""
 
 
 def list_remote(request: ListRequest) -> Listing:
@@ -43,17 +35,16 @@ def answer(request: ListRequest | ProbeRequest) -> tuple[str, object]:
     return decode_worker.guarded(lambda: probe_file(_remote(request), request))
 
 
-def _remote(request: ProbeRequest) -> RemoteRange | _Whole:
+def _remote(request: ProbeRequest) -> RemoteRange | ByteRange:
     """The member as a file: read block by block where its header is enough, else whole."""
     if request.count == "header" and request.kind == "video":
         return RemoteRange(request.path, request.offset, request.length)
     end = request.offset + request.length
     starts = range(request.offset, end, _PIECE_BYTES)
-    return _Whole(
-        b"".join(
-            read_range(request.path, start, min(end, start + _PIECE_BYTES)) for start in starts
-        )
+    data = b"".join(
+        read_range(request.path, start, min(end, start + _PIECE_BYTES)) for start in starts
     )
+    return ByteRange(request.path, request.offset, request.length, data)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The shapes world as a source like any other: rendered, encoded, and written by everyone's shard writer."""
+"""The shapes world as a source like any other: rendered, encoded, and written by `ShardWriter`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,13 @@ def prepare_shapes(
     partial = folder.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         _write(partial, split, num_clips, seed, image_share, workers, progress)
-        _publish(partial, folder)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            # Another process made the same folder meanwhile, or an older attempt left it without a manifest.
+            if not (folder / FILE_NAME).exists():
+                shutil.rmtree(folder)
+                os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Manifest.load(folder / FILE_NAME, root=folder)
@@ -61,7 +67,6 @@ def _write(
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    starts = range(0, num_clips, _SCENES_A_REQUEST)
     with (
         DecodePool(workers, _REQUEST_SECONDS, module="sora_train.data.index.shapes_worker") as pool,
         ShardWriter(folder, _SHARD_BYTES, prefix="shapes", source=f"shapes/{split}") as writer,
@@ -78,7 +83,7 @@ def _write(
                     image_share,
                 )
             )
-            for first in starts
+            for first in range(0, num_clips, _SCENES_A_REQUEST)
         ]
         done = 0
         for future in futures:
@@ -90,14 +95,3 @@ def _write(
             done += len(scenes)
             if progress:
                 progress(done, num_clips)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    try:
-        os.rename(partial, folder)
-    except OSError:
-        # Another process made the same folder meanwhile, or an older attempt left it without a manifest.
-        if (folder / FILE_NAME).exists():
-            return
-        shutil.rmtree(folder)
-        os.rename(partial, folder)

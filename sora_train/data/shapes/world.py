@@ -189,10 +189,9 @@ def sample_scene(
     scene = _stage(draws, colour, shape, motion, num_frames, fps, height, width, is_panned)
     if is_pair:
         scene = _pair(draws, scene, choices)
-    return _named(
-        replace(scene, key=f"shapes-{split}-{seed}-{index:06d}", held_out=held_out),
-        _draw_phrasing(draws, scene),
-    )
+    scene = replace(scene, key=f"shapes-{split}-{seed}-{index:06d}", held_out=held_out)
+    phrasing = captions.shortened(scene, _draw_phrasing(draws, scene))
+    return replace(scene, phrasing=phrasing, caption=captions.describe(scene, phrasing))
 
 
 def scene_of(
@@ -255,11 +254,6 @@ def _draw_phrasing(draws: _Draws, scene: Scene) -> int:
         captions.STYLE: 0.04 if scene.style == "flat" else 0.8,
     }
     return sum(bit for bit, probability in odds.items() if draws.chance(probability))
-
-
-def _named(scene: Scene, phrasing: int) -> Scene:
-    phrasing = captions.shortened(scene, phrasing)
-    return replace(scene, phrasing=phrasing, caption=captions.describe(scene, phrasing))
 
 
 def _stage(
