@@ -6,8 +6,6 @@ it has no moments.
 """
 
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
@@ -19,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from sora_train import checkpoint as checkpoints
-from sora_train.base.files import write_atomically
+from sora_train.base.files import folder_when_whole, write_atomically
 from sora_train.base.progress import Progress
 from sora_train.checkpoint import Checkpoint
 from sora_train.checkpoint.layout import prefix_of, tag_of
@@ -113,7 +111,7 @@ def average_post_hoc(run: Path, step: int | None, sigma_rel: float, out: Path) -
     lines = [
         f"sigma_rel {sigma_rel:g} as of step {newest.step}, from {len(held)} averages of sigma_rel "
         f"{', '.join(f'{width:g}' for width in profiles.values())}",
-        f"the profile made is {distance:.2%} from the wanted one; coefficients are up to "
+        f"the profile made is {distance:.2%} from the requested one; coefficients are up to "
         f"{max(map(abs, coefficients)):.3g}",
     ]
     write_run(newest, {LIVE: live, EMA: averaged}, out, {"averaged": lines})
@@ -181,11 +179,7 @@ def write_run(
         for name in sources[0][1].names(sources[0][2])
     }
     meta = replace(read_meta(like), quarantine=[], imported_from=str(like.path), notes=notes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
+    with folder_when_whole(out) as partial:
         config = load_yaml(like.path.parent.parent / "config.yaml")
         config["run"] = config.get("run", {}) | {"dir": str(out)}
         config["ema"] = config.get("ema", {}) | {"more": [], "post_hoc": []}
@@ -195,11 +189,6 @@ def write_run(
             checkpoints.save_streamed(
                 partial / "checkpoints", like.step, shapes, read, meta.to_dict()
             )
-        if out.exists():
-            out.rmdir()
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _summing(

@@ -5,8 +5,6 @@ sides. A weight is in memory while it is written, and one file is open at a time
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from sora_train import checkpoint as checkpoints
-from sora_train.base.files import write_atomically
+from sora_train.base.files import folder_when_whole, write_atomically
 from sora_train.checkpoint.meta import CheckpointMeta, TrainState
 from sora_train.config import Config
 from sora_train.config.compose import compose
@@ -71,10 +69,7 @@ def import_pipeline(
             "imported is a text-to-video pipeline"
         )
     spec = spec_of(cfg, vae, build_text_encoder(cfg.text).digest())
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with folder_when_whole(out) as partial:
         values = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
         write_atomically(partial / "config.yaml", values)
         meta = CheckpointMeta(
@@ -87,11 +82,6 @@ def import_pipeline(
             imported_from=str(transformer if base else source),
         )
         _save(partial / "checkpoints", stored, shapes, meta.to_dict())
-        if out.exists():
-            out.rmdir()
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return "\n".join([*report, f"wrote {out}", f'next: sora sample --ckpt {out} --prompt "..."'])
 
 
@@ -199,13 +189,13 @@ def _check(folder: Path, stored: StoredWeights, cfg: Config) -> tuple[Shapes, li
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     extras = [name for name in ("mask_proj.weight", "fps_proj.weight") if name in expected]
     added = [name for name in extras if name not in stored.shapes]
-    found = {**stored.shapes, **{name: expected[name] for name in added}}
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
+    shapes = {**stored.shapes, **{name: expected[name] for name in added}}
+    missing = sorted(expected.keys() - shapes.keys())
+    unexpected = sorted(shapes.keys() - expected.keys())
     differ = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
+        f"{name} {list(shapes[name])} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in shapes and shapes[name] != shape
     ]
     faults = [
         *(f"{name} is missing" for name in missing),
@@ -220,7 +210,7 @@ def _check(folder: Path, stored: StoredWeights, cfg: Config) -> tuple[Shapes, li
         )
     report = [f"matched {len(expected) - len(added)} weights, missing 0, unexpected 0"]
     report += [f"added {name} at zero" for name in added]
-    return found, report
+    return shapes, report
 
 
 def _save(folder: Path, stored: StoredWeights, shapes: Shapes, state: dict[str, Any]) -> None:

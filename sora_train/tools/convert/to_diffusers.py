@@ -7,8 +7,6 @@ is exact, and otherwise refused by name.
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sora_train import checkpoint as checkpoints
+from sora_train.base.files import folder_when_whole
 from sora_train.base.progress import Progress
 from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.errors import Fault, UserError
@@ -56,11 +55,7 @@ def export_pipeline(
         raise UserError(f"--out {out} is not empty; name a new folder or empty it")
     vae = _vae(info, run)
     checkpoints.verify(info.checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
+    with folder_when_whole(out) as partial:
         notes = _write_transformer(info, weights, fps, partial / "transformer", max_shard_bytes)
         vae.save(partial / "vae")
         _write_text_encoder(info, weights, partial)
@@ -70,11 +65,6 @@ def export_pipeline(
         (partial / "README.md").write_text(
             _card(info, run, weights, fps, scheduler, _departures(info, scheduler))
         )
-        if out.exists():
-            out.rmdir()
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return "\n".join([*notes, f"wrote {out}", f'next: WanPipeline.from_pretrained("{out}")'])
 
 
@@ -112,10 +102,10 @@ def _require(info: CheckpointInfo, fps: float | None) -> None:
         raise UserError("model.qk_norm=false cannot be exported: diffusers' class always has it")
     if spec.conditioning and not dict(spec.conditioning).get("t2v"):
         kinds = ", ".join(kind for kind, share in spec.conditioning if share)
-        told = " through mask_proj" if cfg.model.mask_channel else ""
+        through = " through mask_proj" if cfg.model.mask_channel else ""
         raise UserError(
             f"objective.conditioning has trained no text to video, which is all that WanPipeline does, but {kinds}"
-            f"{told}; sample with `sora sample --op`, or train on with shares of less than 1 in sum and export that"
+            f"{through}; sample with `sora sample --op`, or train on with shares of less than 1 in sum and export that"
         )
 
 
@@ -145,14 +135,14 @@ def _write_transformer(
     stored = StoredTensors(info.checkpoint)
     prefix = stored.prefix(weights) + "transformer."
     shapes = {name: torch.Size(stored.shapes[f"{prefix}{name}"]) for name in stored.names(prefix)}
-    wanted = {name: shape for name, shape in shapes.items() if name not in EXTRAS}
-    _require_same(wanted, _expected(info))
+    kept = {name: shape for name, shape in shapes.items() if name not in EXTRAS}
+    _require_same(kept, _expected(info))
     folder.mkdir()
     arguments = {"_class_name": CLASS_NAME, **wan_arguments(info.cfg.model)}
     (folder / "config.json").write_text(json.dumps(arguments, indent=2) + "\n")
-    shards = _shards(wanted, max_shard_bytes)
+    shards = _shards(kept, max_shard_bytes)
     index: dict[str, str] = {}
-    with Progress(len(wanted), "writing the transformer") as progress:
+    with Progress(len(kept), "writing the transformer") as progress:
         for number, names in enumerate(shards, start=1):
             tensors = _read(stored, prefix, names)
             if fps is not None and TIME_BIAS in tensors:
@@ -168,11 +158,11 @@ def _write_transformer(
             index |= dict.fromkeys(names, file)
             progress.update(len(index))
     if len(shards) > 1:
-        total = sum(4 * math.prod(shape) for shape in wanted.values())
+        total = sum(4 * math.prod(shape) for shape in kept.values())
         (folder / f"{WEIGHTS}.safetensors.index.json").write_text(
             json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n"
         )
-    notes = [f"transformer: {len(wanted)} weights in {len(shards)} file(s)"]
+    notes = [f"transformer: {len(kept)} weights in {len(shards)} file(s)"]
     if "mask_proj.weight" in shapes:
         notes.append("left out mask_proj: text to video gives no frame, so it adds zero")
         kinds = [kind for kind, share in info.spec.conditioning if kind != "t2v" and share]
@@ -225,8 +215,8 @@ def _shards(shapes: Mapping[str, torch.Size], most: int) -> list[list[str]]:
 
 
 def _read(stored: StoredTensors, prefix: str, names: list[str]) -> dict[str, Tensor]:
-    found = stored.read(*(f"{prefix}{name}" for name in names))
-    return {key.removeprefix(prefix): value for key, value in found.items()}
+    tensors = stored.read(*(f"{prefix}{name}" for name in names))
+    return {key.removeprefix(prefix): value for key, value in tensors.items()}
 
 
 # -- what stands beside it ------------------------------------------------------------------------

@@ -168,9 +168,9 @@ class _Work:
         manifests = {"train": self.sources.train, "val": self.sources.val}
         table = bucket_table(self.cfg, self.vae, self.cfg.model.patch_size)
         for name in reversed(SPLITS):
-            found = assigned(self.cfg, manifests[name], table).bucket_of_row >= 0
+            has_bucket = assigned(self.cfg, manifests[name], table).bucket_of_row >= 0
             # Nothing is validated where no held-out clip fits, but there is no training without a clip.
-            needed = name == "train" or bool(found.any())
+            needed = name == "train" or bool(has_bucket.any())
             if needed and not (self.settings.folder / name).exists():
                 yield _Split(self, name, manifests[name])
 

@@ -75,8 +75,8 @@ class DataPlan:
     @cached_property
     def sampled(self) -> np.ndarray:
         """Frames of each row at the sampling rate."""
-        found = sampled_frames(self.manifest.frames, self.manifest.fps, self.cfg.buckets.fps)
-        return np.where(self.manifest.kind == "image", 1, found)
+        frames = sampled_frames(self.manifest.frames, self.manifest.fps, self.cfg.buckets.fps)
+        return np.where(self.manifest.kind == "image", 1, frames)
 
     def bucket(self, row: int) -> Bucket | None:
         number = int(self.assignment.bucket_of_row[row])
@@ -143,7 +143,7 @@ def read_thumbnails(plan: DataPlan) -> list[Thumbnail]:
         dict.fromkeys(buckets, 1),
         seed=plan.cfg.seed,
     )
-    found = []
+    thumbnails = []
     with (
         Loader(
             plan.manifest, tape, plan.cfg.buckets, cfg, seed=plan.cfg.seed, micro_batches=1
@@ -170,8 +170,8 @@ def read_thumbnails(plan: DataPlan) -> list[Thumbnail]:
         for done, (row, future) in enumerate(zip(rows, futures, strict=True), start=1):
             value = future.result()
             failed = isinstance(value, Failure)
-            found.append(
+            thumbnails.append(
                 Thumbnail(row, None if failed else value, str(value.detail) if failed else "")
             )
             progress.update(done)
-    return found
+    return thumbnails

@@ -65,11 +65,11 @@ def render(job: Job) -> str:
             "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": job_spec}}],
         },
     }
-    told = (
+    comment = (
         f"# Exit code {EXIT_REQUEUE} (told to leave) and faults start all pods anew, from the last checkpoint on, "
         f"{RESTARTS} times.\n# Exit code {EXIT_USER} (a mistake in the configuration) ends the set.\n"
     )
-    return told + yaml.safe_dump(manifest, sort_keys=False)
+    return comment + yaml.safe_dump(manifest, sort_keys=False)
 
 
 def require_cluster(job: Job) -> None:

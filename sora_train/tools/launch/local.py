@@ -3,12 +3,12 @@
 import os
 import shlex
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 from sora_train.config.sections.launch import LaunchConfig
 from sora_train.errors import ConfigError
 from sora_train.tools.launch.job import Job, exports
+from sora_train.tools.sweep.local import visible_gpus
 
 
 def render(job: Job) -> str:
@@ -47,7 +47,4 @@ def ranks_here(cfg: LaunchConfig) -> int:
     """`launch.ranks`, or the GPUs of this machine; found without torch, whose import takes seconds."""
     if cfg.ranks:
         return cfg.ranks
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return max(1, len([part for part in visible.split(",") if part.strip()]))
-    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+    return max(1, len(visible_gpus()))

@@ -81,13 +81,15 @@ def require_meeting_place(argv: Sequence[str]) -> None:
     known, _ = parser.parse_known_args(list(argv))
     if not known.address:
         return
-    found = resolved(known.address, NAMED_SECONDS if "KUBERNETES_SERVICE_HOST" in os.environ else 0)
+    family = resolved(
+        known.address, NAMED_SECONDS if "KUBERNETES_SERVICE_HOST" in os.environ else 0
+    )
     if known.rank != "0" or not known.port.isdigit():
         return
-    with socket.socket(found, socket.SOCK_STREAM) as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            tried.bind(("", int(known.port)))
+            probe.bind(("", int(known.port)))
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise

@@ -163,15 +163,15 @@ def sbatch(script: str, option: str) -> "subprocess.CompletedProcess[str]":
         ) from None
 
 
-def refused(told: str) -> ConfigError:
+def refused(output: str) -> ConfigError:
     """In SLURM's own words, with what helps."""
     words = re.sub(
-        r"^(sbatch: )?(error: |allocation failure: )?", "", told.strip(), flags=re.MULTILINE
+        r"^(sbatch: )?(error: |allocation failure: )?", "", output.strip(), flags=re.MULTILINE
     )
     return ConfigError(f"SLURM refuses the job: {' '.join(words.split())}{remedy(words)}")
 
 
-def remedy(told: str) -> str:
+def remedy(message: str) -> str:
     """What helps against the refusals that are met most."""
     for word, advice in (
         ("partition", "; `sinfo -s` lists the partitions for launch.partition"),
@@ -187,6 +187,6 @@ def remedy(told: str) -> str:
             "; lower launch.nodes, launch.gpus, launch.cpus or launch.memory, or choose another launch.partition",
         ),
     ):
-        if word in told.lower():
+        if word in message.lower():
             return advice
     return ""

@@ -177,8 +177,8 @@ def look(request: ReplayRequest, config_cls: type[Config] = Config) -> Plan:
         raise UserError(f"{run} has no config.yaml; give the folder of a run")
     metrics = run / "metrics.jsonl"
     rows = {int(row["step"]): row for row in read_metrics(metrics)} if metrics.exists() else {}
-    found = checkpoints.list_checkpoints(run / "checkpoints")
-    reached = max([*rows, *(checkpoint.step for checkpoint in found)], default=0)
+    saved = checkpoints.list_checkpoints(run / "checkpoints")
+    reached = max([*rows, *(checkpoint.step for checkpoint in saved)], default=0)
     if not 1 <= step <= reached:
         raise UserError(
             f"--step {step}: {run} has trained the steps 1 to {reached}; give one of them"
@@ -209,8 +209,8 @@ def look(request: ReplayRequest, config_cls: type[Config] = Config) -> Plan:
         _tape_step(step, rows),
         ranks or cp,
         cp,
-        _weights(request, cfg, found) if request.loss else None,
-        found[-1] if found else None,
+        _weights(request, cfg, saved) if request.loss else None,
+        saved[-1] if saved else None,
     )
 
 
@@ -237,19 +237,19 @@ def _tape_step(step: int, rows: dict[int, dict[str, float]]) -> int:
     return step - 1 + (leads.pop() if leads else 0)
 
 
-def _weights(request: ReplayRequest, cfg: Config, found: Sequence[Checkpoint]) -> Checkpoint | None:
+def _weights(request: ReplayRequest, cfg: Config, saved: Sequence[Checkpoint]) -> Checkpoint | None:
     """The checkpoint that was asked for, or the newest before the step; None: the weights the run began with."""
     if request.checkpoint == 0:
         return None
     if request.checkpoint is not None:
         return checkpoints.find(request.run, request.checkpoint)
-    before = [checkpoint for checkpoint in found if checkpoint.step < request.step]
+    before = [checkpoint for checkpoint in saved if checkpoint.step < request.step]
     if before:
         return before[-1]
-    if found and (request.step > 1 and found[0].step > cfg.checkpoint.every > 0):
+    if saved and (request.step > 1 and saved[0].step > cfg.checkpoint.every > 0):
         raise UserError(
             f"--step {request.step}: the checkpoints before it were removed (checkpoint.keep_last="
-            f"{cfg.checkpoint.keep_last}), the oldest left is {found[0].step}; add --checkpoint {found[0].step} to "
+            f"{cfg.checkpoint.keep_last}), the oldest left is {saved[0].step}; add --checkpoint {saved[0].step} to "
             "take these later weights, --checkpoint 0 for those the run began with, or --no-loss"
         )
     return None
@@ -318,10 +318,10 @@ def _fill(model: nn.Module, plan: Plan, vae: VideoVAE) -> None:
         tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
         checkpoints.load_part(plan.weights, tensors, "model.")
     elif plan.cfg.init.run:
-        found = source_of(plan.cfg)
-        require_fitting(plan.cfg, model, vae, found)
+        origin = source_of(plan.cfg)
+        require_fitting(plan.cfg, model, vae, origin)
         take_weights(
-            plan.cfg, found, {name: value.detach() for name, value in model.named_parameters()}
+            plan.cfg, origin, {name: value.detach() for name, value in model.named_parameters()}
         )
 
 
