@@ -18,7 +18,6 @@ PREFIXES = (
 )
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 SECRETS = ("TOKEN", "KEY", "PASSWORD", "SECRET")
-PER_RANK = ("CUDA_VISIBLE_DEVICES",)
 
 WRONG: tuple[tuple[str, tuple[str, ...], Verdict, str], ...] = (
     ("NCCL_DEBUG", ("INFO", "TRACE"), WARN, "NCCL writes a log of every rank; unset it once the question is answered"),
@@ -57,10 +56,10 @@ def judge(
         if environ.get(name, "").lower() in [value.lower() for value in values]
     ]
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-        asked = environ.get(name, "")
-        if asked and not any(interface_named(asked, interface) for interface in interfaces):
+        pattern = environ.get(name, "")
+        if pattern and not any(interface_named(pattern, interface) for interface in interfaces):
             remedy = f"this node has {', '.join(interfaces)}: name one of them, or unset it (launch.interface)"
-            findings.append(Finding(name, asked, FAIL, remedy))
+            findings.append(Finding(name, pattern, FAIL, remedy))
     threads = environ.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) * ranks > cores and ranks * cores > 1:
         remedy = f"set it to {max(1, cores // ranks)}: {ranks} rank(s) share {cores} cores"
@@ -71,11 +70,11 @@ def judge(
     return [*findings, info("environment", plain or "nothing that changes how ranks run")]
 
 
-def interface_named(asked: str, interface: str) -> bool:
+def interface_named(pattern: str, interface: str) -> bool:
     """Whether NCCL's pattern (`eth`, `=eth0`, `^lo`, by comma) takes this interface."""
-    refuses = asked.startswith("^")
-    names = [part for part in asked.lstrip("^").split(",") if part]
-    exact = asked.lstrip("^").startswith("=")
+    refuses = pattern.startswith("^")
+    names = [part for part in pattern.lstrip("^").split(",") if part]
+    exact = pattern.lstrip("^").startswith("=")
     taken = any(
         interface == part.lstrip("=") if exact else interface.startswith(part.lstrip("="))
         for part in names
@@ -94,17 +93,13 @@ def judge_job(environ: Mapping[str, str], *, owns_master: bool | None) -> list[F
     tasks, nodes = environ.get("SLURM_NTASKS", ""), environ.get("SLURM_NNODES", "")
     if "WORLD_SIZE" not in environ and (tasks or "1") != "1" and "SLURM_STEP_ID" in environ:
         remedy = "let srun start one torchrun a node, with --nnodes and --node-rank; see sora launch slurm --print"
-        findings.append(
-            Finding("job", f"{tasks} SLURM tasks, each a world of its own", FAIL, remedy)
-        )
+        value = f"{tasks} SLURM tasks, each a world of its own"
+        findings.append(Finding("job", value, FAIL, remedy))
     local = int(environ.get("LOCAL_WORLD_SIZE", "1"))
     if size > 1 and nodes.isdigit() and int(nodes) * local != size:
         remedy = "give torchrun --nnodes $SLURM_NNODES, and the same --nproc-per-node everywhere"
-        findings.append(
-            Finding(
-                "job", f"{nodes} SLURM nodes x {local} ranks, and a world of {size}", WARN, remedy
-            )
-        )
+        value = f"{nodes} SLURM nodes x {local} ranks, and a world of {size}"
+        findings.append(Finding("job", value, WARN, remedy))
     slurm = environ.get("SLURM_NODEID", "")
     if node and slurm and size > local and node != slurm:
         remedy = "$SLURM_NODEID was expanded before srun: put the command in single quotes (bash -c '...')"

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sora_train.tools.doctor.findings import FAIL, INFO, WARN, Finding, info, judged
@@ -45,15 +46,15 @@ def read(_argument: object = None) -> dict[str, Any]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return {"query": "", "links": "", "kernel": ""}
-    asked = subprocess.run([program, "-q", "-x"], capture_output=True, text=True, check=False)
-    links = subprocess.run([program, "nvlink", "-s"], capture_output=True, text=True, check=False)
-    kernel = ""
-    if shutil.which("dmesg"):
-        lines = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
-        kernel = "\n".join(line for line in lines.splitlines() if "NVRM: Xid" in line)
-    failed = (asked.stdout + asked.stderr).strip()[:300] if asked.returncode else ""
-    query = "" if asked.returncode else asked.stdout
-    return {"query": query, "links": links.stdout, "kernel": kernel, "failed": failed}
+    run = partial(subprocess.run, capture_output=True, text=True, check=False)
+    query = run([program, "-q", "-x"])
+    links = run([program, "nvlink", "-s"]).stdout
+    messages = run(["dmesg"]).stdout if shutil.which("dmesg") else ""
+    kernel = "\n".join(line for line in messages.splitlines() if "NVRM: Xid" in line)
+    if query.returncode:
+        failed = (query.stdout + query.stderr).strip()[:300]
+        return {"query": "", "links": links, "kernel": kernel, "failed": failed}
+    return {"query": query.stdout, "links": links, "kernel": kernel, "failed": ""}
 
 
 def parsed(xml: str) -> tuple[str, list[GpuState]]:
@@ -69,7 +70,11 @@ def _gpu(gpu: ET.Element) -> GpuState:
         for kind in ("clocks_event_reasons", "clocks_throttle_reasons")
         for entry in gpu.findall(f"{kind}/*")
     ]
-    active = [_reason(entry.tag) for entry in reasons if (entry.text or "").strip() == "Active"]
+    active = [
+        entry.tag.removeprefix("clocks_event_reason_").removeprefix("clocks_throttle_reason_")
+        for entry in reasons
+        if (entry.text or "").strip() == "Active"
+    ]
     # Newer drivers have sram_uncorrectable_parity and others; all of them lie below ecc_errors/volatile.
     wrong = [
         _number(entry.text) or 0
@@ -95,12 +100,6 @@ def _gpu(gpu: ET.Element) -> GpuState:
         mode=gpu.findtext("compute_mode", ""),
         pcie=_pcie(gpu),
     )
-
-
-def _reason(tag: str) -> str:
-    for prefix in ("clocks_event_reason_", "clocks_throttle_reason_"):
-        tag = tag.removeprefix(prefix)
-    return tag
 
 
 def _pcie(gpu: ET.Element) -> str:
@@ -136,21 +135,11 @@ def judge(
         remedy = "the driver does not answer as it should: nvidia-smi by hand, dmesg, then a reboot of the node"
         return [Finding("GPUs", output["failed"], FAIL, remedy)]
     if not output["query"]:
-        lost = "nvidia-smi is missing though the kernel has NVIDIA devices: install the driver's tools, or start the "
-        lost += "container with --gpus all"
-        return [
-            judged(
-                "GPUs",
-                "none",
-                (
-                    required,
-                    FAIL,
-                    "run.device=cuda needs one: ask for GPUs (launch.gpus), or set run.device=cpu",
-                ),
-                (kernel_files, WARN, lost),
-                good=INFO,
-            )
-        ]
+        needed = "run.device=cuda needs one: ask for GPUs (launch.gpus), or set run.device=cpu"
+        missing = "the kernel has NVIDIA devices, but nvidia-smi is missing: install the driver's tools, or start the "
+        missing += "container with --gpus all"
+        steps = (required, FAIL, needed), (kernel_files, WARN, missing)
+        return [judged("GPUs", "none", *steps, good=INFO)]
     driver, gpus = parsed(output["query"])
     names = ", ".join(
         dict.fromkeys(f"{gpu.name} {(gpu.memory or 0) / 1024:.0f} GiB" for gpu in gpus)
@@ -189,10 +178,8 @@ def judge_gpu(number: int, gpu: GpuState) -> list[Finding]:
     findings = [
         Finding(name, value, verdict, remedy) for holds, value, verdict, remedy in wrong if holds
     ]
-    well = f"{degrees} degrees, {(gpu.used or 0):,} MiB used, no errors" + (
-        f", {gpu.pcie}" if gpu.pcie else ""
-    )
-    return findings or [Finding(name, well)]
+    healthy = f"{degrees} degrees, {(gpu.used or 0):,} MiB used, no errors"
+    return findings or [Finding(name, ", ".join(filter(None, [healthy, gpu.pcie])))]
 
 
 def links_of(text: str, gpus: list[GpuState]) -> str:
@@ -203,7 +190,6 @@ def links_of(text: str, gpus: list[GpuState]) -> str:
         if "GB/s" in part and ":" in part
     ]
     if not speeds:
-        return "no NVLink; " + (
-            ", ".join(dict.fromkeys(gpu.pcie for gpu in gpus if gpu.pcie)) or "PCIe"
-        )
+        pcie = dict.fromkeys(gpu.pcie for gpu in gpus if gpu.pcie)
+        return f"no NVLink; {', '.join(pcie) or 'PCIe'}"
     return f"{len(speeds) // max(1, len(gpus))} NVLinks a GPU at {', '.join(dict.fromkeys(speeds))}"

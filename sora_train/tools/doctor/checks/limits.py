@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sora_train.tools.doctor.findings import FAIL, INFO, OK, WARN, Finding, info, judged
+from sora_train.tools.doctor.findings import FAIL, INFO, OK, WARN, Finding, judged
 
 MIB, GIB = 2**20, 2**30
 ENOUGH_FILES, ENOUGH_PROCESSES = 4096, 4096
@@ -112,41 +112,28 @@ def judge(limits: Limits, *, ranks: int, workers: int, infiniband: bool) -> list
     return [
         *_counts(limits, infiniband),
         *_spaces(limits),
-        *_cores(limits, ranks, workers),
+        _cores(limits, ranks, workers),
         *_memory(limits),
     ]
 
 
 def _counts(limits: Limits, infiniband: bool) -> list[Finding]:
     few_files = limits.open_files is not None and limits.open_files < ENOUGH_FILES
+    few_processes = limits.processes is not None and limits.processes < ENOUGH_PROCESSES
+    little_locked = limits.locked is not None and limits.locked < LOCKED
     hard = limits.open_files_hard
-    can = hard is None or hard >= ENOUGH_FILES
-    remedy = (
-        "ulimit -n 65536 before the ranks start (launch.setup)"
-        if can
-        else f"the hard limit is {hard}: raise nofile in /etc/security/limits.conf or LimitNOFILE of slurmd"
-    )
-    few = limits.processes is not None and limits.processes < ENOUGH_PROCESSES
-    pinned = limits.locked is not None and limits.locked < LOCKED
+    files = "ulimit -n 65536 before the ranks start (launch.setup)"
+    if hard is not None and hard < ENOUGH_FILES:
+        files = f"the hard limit is {hard}: raise nofile in /etc/security/limits.conf or LimitNOFILE of slurmd"
+    processes = "ulimit -u 65536, or nproc in /etc/security/limits.conf; threads count too"
+    locked = "InfiniBand pins its buffers: ulimit -l unlimited, LimitMEMLOCK=infinity of slurmd or dockerd"
     return [
-        judged("open files", shown(limits.open_files), (few_files, WARN, remedy)),
-        judged(
-            "processes",
-            shown(limits.processes),
-            (
-                few,
-                WARN,
-                "ulimit -u 65536, or nproc in /etc/security/limits.conf; threads count too",
-            ),
-        ),
+        judged("open files", shown(limits.open_files), (few_files, WARN, files)),
+        judged("processes", shown(limits.processes), (few_processes, WARN, processes)),
         judged(
             "locked memory",
             "no limit" if limits.locked is None else size(limits.locked),
-            (
-                pinned and infiniband,
-                FAIL,
-                "InfiniBand pins its buffers: ulimit -l unlimited, LimitMEMLOCK=infinity of slurmd or dockerd",
-            ),
+            (little_locked and infiniband, FAIL, locked),
             good=OK if infiniband else INFO,
         ),
     ]
@@ -155,80 +142,51 @@ def _counts(limits: Limits, infiniband: bool) -> list[Finding]:
 def _spaces(limits: Limits) -> list[Finding]:
     shm = f"{size(limits.shm_total)}, {size(limits.shm_free)} free"
     larger = "give the container more: docker run --shm-size=16g, --ipc=host, or a Memory emptyDir in Kubernetes"
+    full = f"NCCL and loaders die there with a bus error; {larger}"
+    free = "free it, or set TMPDIR to a local disk with room"
     return [
         judged(
             "/dev/shm",
             shm if limits.shm_total else "none",
-            (
-                limits.shm_free < 32 * MIB,
-                FAIL,
-                f"NCCL and loaders die there with a bus error; {larger}",
-            ),
+            (limits.shm_free < 32 * MIB, FAIL, full),
             (limits.shm_total < GIB, WARN, larger),
         ),
         judged(
             "temporary folder",
             f"{limits.tmp}, {size(limits.tmp_free)} free",
-            (limits.tmp_free < 100 * MIB, FAIL, "free it, or set TMPDIR to a local disk with room"),
-            (limits.tmp_free < GIB, WARN, "free it, or set TMPDIR to a local disk with room"),
+            (limits.tmp_free < 100 * MIB, FAIL, free),
+            (limits.tmp_free < GIB, WARN, free),
         ),
     ]
 
 
-def _cores(limits: Limits, ranks: int, workers: int) -> list[Finding]:
+def _cores(limits: Limits, ranks: int, workers: int) -> Finding:
     usable = min(limits.usable_cores, limits.quota_cores or limits.usable_cores)
     needed = ranks * (1 + workers)
     value = f"{usable:g} of {limits.cores} usable, {ranks} rank(s)"
     value += f" with {workers} loader worker(s) each" if workers else ""
-    return [
-        judged(
-            "CPU cores",
-            value,
-            (
-                usable < ranks,
-                FAIL,
-                "ranks share cores and wait for each other: --cpus-per-task or launch.cpus, and no binding to one core",
-            ),
-            (
-                usable == 1 < limits.cores,
-                WARN,
-                "the scheduler bound this process to one core: --cpus-per-task or launch.cpus, or srun --cpu-bind=none",
-            ),
-            (
-                usable < needed,
-                WARN,
-                f"{needed} processes share {usable:g} cores: ask for more (launch.cpus) or lower data.num_workers",
-            ),
-        )
-    ]
+    shared = "ranks share cores and wait for each other: --cpus-per-task or launch.cpus, and no binding to one core"
+    bound = "the scheduler bound this process to one core: --cpus-per-task or launch.cpus, or srun --cpu-bind=none"
+    few = f"{needed} processes share {usable:g} cores: ask for more (launch.cpus) or lower data.num_workers"
+    return judged(
+        "CPU cores",
+        value,
+        (usable < ranks, FAIL, shared),
+        (usable == 1 < limits.cores, WARN, bound),
+        (usable < needed, WARN, few),
+    )
 
 
 def _memory(limits: Limits) -> list[Finding]:
     total = min(limits.memory, limits.memory_limit or limits.memory)
     value = f"{size(total)}, {size(limits.memory_free)} free on the machine"
     value += " (limit of the control group)" if total < limits.memory else ""
+    used = "another job uses this node: see `ps aux --sort -rss`, or ask for the node alone (--exclusive)"
+    swapping = "swapping ranks hold up all others: free memory, then swapoff -a"
+    swapped = size(limits.swap_used) if limits.swap_used else "none"
     return [
-        judged(
-            "memory",
-            value,
-            (
-                limits.memory_free < 0.1 * limits.memory,
-                WARN,
-                "somebody else uses this node: look with `ps aux --sort -rss`, or ask for the node alone (--exclusive)",
-            ),
-        ),
-        judged(
-            "swap in use",
-            size(limits.swap_used),
-            (
-                limits.swap_used > GIB,
-                WARN,
-                "swapping ranks hold up all others: free memory, then swapoff -a",
-            ),
-            good=INFO,
-        )
-        if limits.swap_used
-        else info("swap in use", "none"),
+        judged("memory", value, (limits.memory_free < 0.1 * limits.memory, WARN, used)),
+        judged("swap in use", swapped, (limits.swap_used > GIB, WARN, swapping), good=INFO),
     ]
 
 

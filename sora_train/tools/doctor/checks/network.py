@@ -1,5 +1,6 @@
 """Names, addresses and interfaces of a node, and the port at which ranks meet."""
 
+import contextlib
 import errno
 import fcntl
 import ipaddress
@@ -132,14 +133,10 @@ def _text(path: Path) -> str:
 
 
 def _ipv4(name: str) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        try:
-            answer = fcntl.ioctl(
-                asked.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15])
-            )
-        except OSError:
-            return ""
-    return socket.inet_ntoa(answer[20:24])
+    request = struct.pack("256s", name.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24])
+    return ""
 
 
 def ipv6_addresses(table: Path = Path("/proc/net/if_inet6")) -> frozenset[str]:
@@ -149,21 +146,15 @@ def ipv6_addresses(table: Path = Path("/proc/net/if_inet6")) -> frozenset[str]:
 
 def address_towards(host: str) -> str:
     """Which of our addresses the kernel takes for packets to `host`; nothing is sent."""
-    for family, _, _, _, address in _infos(host):
-        with socket.socket(family, socket.SOCK_DGRAM) as asked:
-            try:
-                asked.connect(address)
-            except OSError:
-                continue
-            return str(asked.getsockname()[0])
-    return ""
-
-
-def _infos(host: str) -> list:
     try:
-        return socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+        entries = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
     except OSError:
-        return []
+        return ""
+    for family, _, _, _, address in entries:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    return ""
 
 
 def loopback(address: str) -> bool:
@@ -183,42 +174,27 @@ def _names(network: Network, nodes: int, interface_named: bool) -> list[Finding]
     grave: Verdict = FAIL if nodes > 1 else WARN
     own = ", ".join(network.resolved) or "does not resolve"
     local = bool(network.resolved) and all(loopback(one) for one in network.resolved)
-    findings = [
-        judged(
-            "hostname",
-            f"{network.hostname}: {own}",
-            (
-                not network.resolved and not interface_named,
-                grave,
-                "gloo cannot bind to it: add it to /etc/hosts",
-            ),
-            (
-                local and nodes > 1 and not interface_named,
-                WARN,
-                "gloo tells others a loopback address: set GLOO_SOCKET_IFNAME (launch.interface), or mend /etc/hosts",
-            ),
-        )
-    ]
-    if network.master:
-        meant = ", ".join(network.master_resolved) or "does not resolve"
-        unreal = nodes > 1 and all(loopback(one) for one in network.master_resolved)
-        findings.append(
-            judged(
-                "MASTER_ADDR",
-                f"{network.master}: {meant}",
-                (
-                    not network.master_resolved,
-                    FAIL,
-                    "give an address or name that this node resolves",
-                ),
-                (
-                    unreal,
-                    WARN,
-                    "a loopback address reaches this machine alone; give the first node's own",
-                ),
-            )
-        )
-    return findings
+    unbound = "gloo cannot bind to it: add it to /etc/hosts"
+    unreachable = "gloo gives others a loopback address: set GLOO_SOCKET_IFNAME (launch.interface), or mend /etc/hosts"
+    hostname = judged(
+        "hostname",
+        f"{network.hostname}: {own}",
+        (not network.resolved and not interface_named, grave, unbound),
+        (local and nodes > 1 and not interface_named, WARN, unreachable),
+    )
+    if not network.master:
+        return [hostname]
+    addresses = ", ".join(network.master_resolved) or "does not resolve"
+    all_loopback = nodes > 1 and all(loopback(one) for one in network.master_resolved)
+    unknown = "give an address or name that this node resolves"
+    own_machine = "a loopback address reaches this machine alone; give the first node's own"
+    master = judged(
+        "MASTER_ADDR",
+        f"{network.master}: {addresses}",
+        (not network.master_resolved, FAIL, unknown),
+        (all_loopback, WARN, own_machine),
+    )
+    return [hostname, master]
 
 
 def _interfaces(network: Network, nodes: int) -> list[Finding]:
@@ -232,20 +208,14 @@ def _interfaces(network: Network, nodes: int) -> list[Finding]:
     if chosen is None:
         return findings
     slow = chosen.mbits is not None and chosen.mbits < SLOW_MBITS and not network.infiniband
+    down = "it is down: name another one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+    faster = "ranks exchange gigabytes each step: name a faster interface in NCCL_SOCKET_IFNAME (launch.interface)"
     findings.append(
         judged(
             "chosen interface",
             chosen.row(),
-            (
-                not chosen.up,
-                FAIL,
-                "it is down: name another one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
-            ),
-            (
-                slow and nodes > 1,
-                WARN,
-                "ranks exchange gigabytes each step: name a faster interface in NCCL_SOCKET_IFNAME (launch.interface)",
-            ),
+            (not chosen.up, FAIL, down),
+            (slow and nodes > 1, WARN, faster),
         )
     )
     return findings
@@ -274,10 +244,10 @@ def meeting_port(address: str, port: int, *, under_launcher: bool, seconds: floa
         except OSError as error:
             remedy = "the first node's firewall or address: open the port, or give another --master-port (launch.port)"
             return [Finding(name, f"{address}:{port}: {error.strerror or error}", FAIL, remedy)]
-    with socket.socket() as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            tried.bind(("", port))
+            probe.bind(("", port))
         except OSError as error:
             used = error.errno == errno.EADDRINUSE
             remedy = f"a job that meets there cannot start: ss -ltnp 'sport = :{port}', or give --master-port"

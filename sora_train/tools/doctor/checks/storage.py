@@ -25,8 +25,8 @@ TORN = "torn"
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
     """Kind, space and speed of the file system of `folder`, or of the nearest folder above it that is there."""
-    asked = Path(argument["folder"]).absolute()
-    place = next(path for path in (asked, *asked.parents) if path.is_dir())
+    folder = Path(argument["folder"]).absolute()
+    place = next(path for path in (folder, *folder.parents) if path.is_dir())
     usage = shutil.disk_usage(place)
     facts: dict[str, Any] = {"place": str(place), "kind": kind_of(place), "free": usage.free}
     if argument.get("write"):
@@ -79,23 +79,20 @@ def judge_folder(
     """`facts` by `measure`; `needed` bytes of checkpoints lie there by the end of a run; `lasting`: what is written
     there is to be kept."""
     kind, place = facts["kind"], facts["place"]
-    gone = "it is lost with the machine or container: set run.dir on storage that lasts"
+    lost = "it is lost with the machine or container: set run.dir on storage that lasts"
     space = f"{size(facts['free'])} free" + (f", checkpoints take {size(needed)}" if needed else "")
+    too_small = "lower checkpoint.keep_last, free space or set run.dir on a larger disk"
     lines = [
         judged(
             name,
             f"{place} ({kind})",
-            (lasting and kind in MEMORY, WARN, f"this is memory: {gone}"),
-            (lasting and kind in LAYERED, WARN, f"this is a container's own layer: {gone}"),
+            (lasting and kind in MEMORY, WARN, f"this is memory: {lost}"),
+            (lasting and kind in LAYERED, WARN, f"this is a container's own layer: {lost}"),
         ),
         judged(
             f"{name}: space",
             space,
-            (
-                facts["free"] < needed,
-                FAIL,
-                "lower checkpoint.keep_last, free space or set run.dir on a larger disk",
-            ),
+            (facts["free"] < needed, FAIL, too_small),
             (facts["free"] < GIB, WARN, "free space, or take another folder"),
         ),
     ]
@@ -199,21 +196,17 @@ def judge_shared(
         return [Finding(name, value, FAIL, remedy)]
     lag = max(first["waited"], last["waited"])
     stale = last["seen"] < 1
+    state = (
+        "old content is still seen here" if stale else f"node 0's file is seen after {lag:.1f} s"
+    )
     cache = "it shows old content: mount with a shorter attribute cache (NFS: actimeo=3, lookupcache=positive)"
-    lines = [
-        judged(
-            name,
-            "old content is still seen here"
-            if stale
-            else f"node 0's file is seen after {lag:.1f} s",
-            (stale or lag > 5, WARN, cache),
-        )
-    ]
     torn = first[TORN] + last[TORN]
-    half = "a rename is not atomic on this file system: take another for run.dir, a reader may meet half a file"
     value = f"{torn} times half a file" if torn else "no half file seen"
-    lines.append(judged(f"{name}: renaming", value, (torn > 0, FAIL, half)))
-    return lines
+    half = "a rename is not atomic on this file system: take another for run.dir, a reader may meet half a file"
+    return [
+        judged(name, state, (stale or lag > 5, WARN, cache)),
+        judged(f"{name}: renaming", value, (torn > 0, FAIL, half)),
+    ]
 
 
 def judge_caches(environ: dict[str, str]) -> list[Finding]:

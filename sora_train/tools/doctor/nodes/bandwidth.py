@@ -65,12 +65,10 @@ class Measuring:
             measured |= message
             if measured["error"]:
                 return measured
-        last = measured["rows"][-1] if measured["rows"] else None
-        where = (
-            f" after {last['kind']} of {last['bytes'] // MIB} MiB"
-            if last
-            else ", ranks did not meet"
-        )
+        where = ", ranks did not meet"
+        if measured["rows"]:
+            last = measured["rows"][-1]
+            where = f" after {last['kind']} of {last['bytes'] // MIB} MiB"
         return measured | {"error": f"no answer within {seconds:g} s{where}"}
 
     def end(self) -> None:
@@ -167,18 +165,15 @@ def timed(work: Callable[[], None], device: Any) -> float:
 def judge(measured: dict[int, dict[str, Any]], names: dict[int, str]) -> list[Finding]:
     """`measured` by rank, and the name of each rank's node."""
     ranks = len(names)
-    failed = {
-        rank: result["error"] for rank in names if (result := measured.get(rank, _SILENT))["error"]
-    }
+    errors = {rank: measured[rank]["error"] if rank in measured else "no answer" for rank in names}
+    remedy = (
+        "the collective of this rank broke or hung: look at what fails above for its node, then NCCL_DEBUG=INFO "
+        "(GLOO: TORCH_CPP_LOG_LEVEL=INFO) in a run of `sora doctor` alone"
+    )
+    failed = [(rank, error) for rank, error in errors.items() if error]
     lines = [
-        Finding(
-            f"bandwidth: rank {rank} on {names[rank]}",
-            error,
-            FAIL,
-            "the collective of this rank broke or hung: look at what fails above for its node, then NCCL_DEBUG=INFO "
-            "(GLOO: TORCH_CPP_LOG_LEVEL=INFO) in a run of `sora doctor` alone",
-        )
-        for rank, error in list(failed.items())[:8]
+        Finding(f"bandwidth: rank {rank} on {names[rank]}", error, FAIL, remedy)
+        for rank, error in failed[:8]
     ]
     whole = {rank: result["rows"] for rank, result in measured.items() if result["rows"]}
     if len(whole) < ranks:
@@ -197,9 +192,6 @@ def judge(measured: dict[int, dict[str, Any]], names: dict[int, str]) -> list[Fi
     if all(last):
         lines += _slow([row[0]["bytes"] / row[0]["seconds"] for row in last], names)
     return lines
-
-
-_SILENT: dict[str, Any] = {"rows": [], "backend": "", "error": "no answer"}
 
 
 def _row(rows: list[dict[str, Any]], ranks: int) -> Finding:
@@ -233,15 +225,8 @@ def _slow(received: list[float], names: dict[int, str]) -> list[Finding]:
     least = f"least {received[low] / 1e9:.2f} from {previous} to {low}"
     value = f"{median / 1e9:.2f} GB/s from the rank before (median), {least}"
     remedy = "all ranks wait for it: look at its node's GPUs, PCIe and network, or leave it out (launch.exclude)"
+    slower = "its links are less than half as fast as others'"
     return [
         info(NEIGHBOURS, value),
-        *(
-            Finding(
-                f"rank {rank} on {names[rank]}",
-                "its links are less than half as fast as others'",
-                WARN,
-                remedy,
-            )
-            for rank in slow
-        ),
+        *(Finding(f"rank {rank} on {names[rank]}", slower, WARN, remedy) for rank in slow),
     ]

@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sora_train.config import Config
 from sora_train.config.job import digest
@@ -13,6 +12,7 @@ from sora_train.tools.doctor.checks import environment, gpus, limits, network, s
 from sora_train.tools.doctor.findings import FAIL, Finding, info
 from sora_train.tools.doctor.nodes.deadline import LateError, all_checked, apart, within
 
+CHECKS = "sora_train.tools.doctor.checks"
 PORT = 29500
 SHAPES = "shapes"
 """The built-in source of clips, which is rendered."""
@@ -34,9 +34,9 @@ class RankPlace:
 
     @classmethod
     def read(cls, name: str) -> "RankPlace":
-        value = partial(_whole, os.environ)
-        ranks = value("LOCAL_WORLD_SIZE", 1)
-        return cls(value("RANK", 0), value("WORLD_SIZE", 1), value("LOCAL_RANK", 0), ranks, name)
+        rank, size = int_variable("RANK", 0), int_variable("WORLD_SIZE", 1)
+        local_rank, ranks = int_variable("LOCAL_RANK", 0), int_variable("LOCAL_WORLD_SIZE", 1)
+        return cls(rank, size, local_rank, ranks, name)
 
     @property
     def nodes(self) -> int:
@@ -52,8 +52,8 @@ class RankPlace:
         return self.local_rank == 0
 
 
-def _whole(environ: Any, name: str, usual: int) -> int:
-    return int(environ.get(name, usual))
+def int_variable(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,8 @@ def _job(place: RankPlace, run: PlannedRun, net: network.Network) -> list[Findin
         remedy = "mend the command line or the files it names, on every node"
         return [*findings, Finding("configuration", run.error, FAIL, remedy)]
     if run.cfg is None:
-        return [
-            *findings,
-            info("configuration", "no run is named: sora doctor experiment=... sees more"),
-        ]
+        hint = "no run is named: sora doctor experiment=... sees more"
+        return [*findings, info("configuration", hint)]
     from sora_train.parallel.degrees import check_degrees, resolve_degrees
 
     world = place.size if place.size > 1 else max(1, run.cfg.launch.ranks) * run.cfg.launch.nodes
@@ -140,13 +138,13 @@ def _job(place: RankPlace, run: PlannedRun, net: network.Network) -> list[Findin
 
 def _port(place: RankPlace, run: PlannedRun) -> list[Finding]:
     configured = run.cfg.launch.port if run.cfg else 0
-    port = _whole(os.environ, "MASTER_PORT", configured or PORT)
+    port = int_variable("MASTER_PORT", configured or PORT)
     address = os.environ.get("MASTER_ADDR", "")
     return network.meeting_port(address, port, under_launcher=place.size > 1, seconds=5)
 
 
 def _versions(run: PlannedRun, held: dict[str, str]) -> list[Finding]:
-    values = apart("sora_train.tools.doctor.checks.versions:read", None, FILES - 1)
+    values = apart(f"{CHECKS}.versions:read", None, FILES - 1)
     values |= versions.of_torch()
     if run.digest:
         values |= {"config": run.digest, "run.dir": str(run.folder)}
@@ -155,7 +153,7 @@ def _versions(run: PlannedRun, held: dict[str, str]) -> list[Finding]:
 
 
 def _gpus(place: RankPlace, run: PlannedRun, held: dict[str, str]) -> list[Finding]:
-    output = apart("sora_train.tools.doctor.checks.gpus:read", None, 2 * gpus.SECONDS)
+    output = apart(f"{CHECKS}.gpus:read", None, 2 * gpus.SECONDS)
     required = run.cfg is not None and run.cfg.run.device == "cuda"
     held.update(gpus.compared(output))
     kernel_files = any(Path("/dev").glob("nvidia[0-9]*"))
@@ -177,11 +175,8 @@ def _environment(place: RankPlace, net: network.Network, cores: int) -> list[Fin
 
 def _folder(run: PlannedRun) -> list[Finding]:
     name = "run.dir" if run.cfg else "working folder"
-    facts = apart(
-        "sora_train.tools.doctor.checks.storage:measure",
-        {"folder": str(run.folder), "write": True},
-        FILES - 1,
-    )
+    argument = {"folder": str(run.folder), "write": True}
+    facts = apart(f"{CHECKS}.storage:measure", argument, FILES - 1)
     return storage.judge_folder(name, facts, needed=checkpoint_bytes(run.cfg) if run.cfg else 0.0)
 
 
@@ -201,7 +196,5 @@ def _data(run: PlannedRun) -> list[Finding]:
     sources = run.sources
     if not sources:
         return findings
-    why = apart(
-        "sora_train.tools.doctor.checks.storage:source_reached", {"sources": sources}, FILES - 1
-    )
-    return [*findings, *storage.judge_sources(sources, why)]
+    problems = apart(f"{CHECKS}.storage:source_reached", {"sources": sources}, FILES - 1)
+    return [*findings, *storage.judge_sources(sources, problems)]
