@@ -11,11 +11,12 @@ import torch
 from sentences import refuses
 
 from sora_train import checkpoint as checkpoints
+from sora_train.checkpoint.meta import read_meta
 from sora_train.config import Config, resumption
 from sora_train.config.compose import compose
 from sora_train.config.schema import keys
 from sora_train.data.sample import Failure
-from sora_train.errors import ConfigError, Fault, UserError
+from sora_train.errors import ConfigError, Fault, Preempted, UserError
 from sora_train.monitoring.metrics import is_clocked, read_metrics
 from sora_train.parallel.shards import full
 from sora_train.runtime.control_plane import ControlPlane
@@ -96,6 +97,49 @@ def test_resumed_run_is_the_straight_run(
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+class LeavingTrainer(Trainer):
+    """One that has to leave while it does what a step asked for."""
+
+    leaves_in: str
+
+    def leave(self, action: str) -> None:
+        if self.step == 3 and self.leaves_in == action:
+            self.leaves_in = ""
+            raise Preempted("SIGTERM")
+
+    def validate(self) -> dict[str, float]:
+        self.leave("validate")
+        return super().validate()
+
+    def log(self) -> None:
+        self.leave("log")
+        super().log()
+
+    def save(self) -> None:
+        self.leave("save")
+        super().save()
+
+
+@pytest.mark.parametrize(
+    ("action", "pending"),
+    [("validate", ["validate", "log"]), ("log", ["log"]), ("save", [])],
+)
+def test_what_a_step_still_asks_for_is_done_after_a_resume(
+    straight, parity_config: Callable, action: str, pending: list[str]
+) -> None:
+    """Step 3 asks for a validation, its row and a checkpoint; the run leaves before each of them is done."""
+    broken = parity_config(*ADAMW, name="left")
+    LeavingTrainer.leaves_in = action
+    with pytest.raises(Preempted):
+        LeavingTrainer(broken).train()
+    found = checkpoints.find(Path(broken.run.dir))
+    assert found.step == 3 and read_meta(found).train.pending == pending
+    Trainer(broken).train()
+    expected_rows, expected = straight
+    assert rows(Path(broken.run.dir)) == expected_rows
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(broken).items())
 
 
 def test_everything_that_trains_is_in_the_checkpoint(parity_config: Callable) -> None:
