@@ -365,6 +365,10 @@ def test_a_killed_child_is_replaced_alone_and_none_inherits_a_file(tmp_path: Pat
         os.kill(killed, signal.SIGKILL)
         for future in [pool.submit(request(good, (1.0,))) for _ in range(12)]:
             assert number_of(future.result(timeout=240)[0]) == 8
+        # The other child may have answered them all before anyone asked the killed one.
+        deadline = time.monotonic() + 60
+        while killed in pool.pids and time.monotonic() < deadline:
+            assert number_of(pool.submit(request(good, (1.0,))).result(timeout=240)[0]) == 8
         assert other in pool.pids and killed not in pool.pids
         for pid in pool.pids:
             assert str(good) not in files_held(pid), "a clip is open only while it is decoded"
