@@ -124,6 +124,7 @@ def test_parts_share_the_work_and_a_merge_writes(
     assert_same_shards(tmp_path / "out", encoded)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_ranks_share_the_work(encoded: Path, clips: tuple[str, str], tmp_path: Path):
     with socket.socket() as free:

@@ -28,6 +28,7 @@ def within(rows: list, allowed: float = 0.05) -> None:
     assert all(abs(error) <= allowed for error in off.values()), off
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_what_was_planned(tmp_path: Path) -> None:
     bench = script()
     wanted = {("fsdp x2", "none"), ("zero2 x2", "full")}

@@ -164,6 +164,7 @@ def sora(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_the_benchmarks_of_the_checkout_run_from_any_folder(tmp_path: Path):
     # A package of the same name in the folder where the command is given is not taken.
     (tmp_path / "benchmarks").mkdir()

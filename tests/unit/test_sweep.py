@@ -170,6 +170,7 @@ def test_gpus_are_shared_out_among_runs_side_by_side(monkeypatch: pytest.MonkeyP
 # --- runs ---
 
 
+@pytest.mark.slow
 def test_a_killed_run_stops_no_other_and_only_it_is_run_again(project: Path):
     (project / "die").touch()
     done = sweep(project, "seed=1,0", "optim.lr=0.1", "run.dir=out")
