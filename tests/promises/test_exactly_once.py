@@ -5,6 +5,7 @@ The whole data plane is run on real H.264 files of the shapes world, some of the
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from sora_train.data.tape.buckets import assign, build_buckets
 from sora_train.data.tape.micro_batches import micro_batch_sizes
 from sora_train.data.tape.tape import Tape, rows_for_rank
 from sora_train.errors import Fault
+from sora_train.training.trainer import Trainer
 
 BUCKETS = BucketsConfig(
     fps=8,
@@ -259,3 +261,21 @@ def test_fewer_clips_than_a_micro_batch_are_all_seen_equally_often(
     seen = Counter(row for *_, rows in entries for row in rows)
     times = [seen[row] for row in range(len(bucket_of_row))]
     assert max(times) - min(times) <= 1
+
+
+def test_the_trainer_meets_every_clip_once_an_epoch(parity_config: Callable) -> None:
+    """What the steps of two epochs read, counted: 24 clips, each twice."""
+    met: list[tuple[int, int]] = []
+
+    class Counting(Trainer):
+        def read(self):
+            batches, weights, error = super().read()
+            met.extend((clip.epoch, clip.row) for batch in batches for clip in batch.clips)
+            return batches, weights, error
+
+    cfg = parity_config(
+        "train.steps=0", "train.epochs=2", "validation.every=0", "checkpoint.every=0"
+    )
+    Counting(cfg).train()
+    for epoch in (0, 1):
+        assert sorted(row for at, row in met if at == epoch) == list(range(24))
