@@ -14,8 +14,10 @@ from sora_train.errors import UserError
 
 
 def folder_of_clips(folder: Path) -> Path:
-    (folder / "deep").mkdir(parents=True)
-    for name in ("a.mp4", "deep/a.mp4", "deep-a.mp4", "b.v2.mp4"):
+    far = f"{'stock footage ' * 4}/{'golden-retriever-' * 5}кот"
+    (folder / far).parent.mkdir(parents=True)
+    (folder / "deep").mkdir()
+    for name in ("a.mp4", "deep/a.mp4", "deep-a.mp4", "b.v2.mp4", f"{far}.mp4"):
         write_clip(folder / name)
         (folder / name).with_suffix(".txt").write_text(f"caption of {name}")
     (folder / "bad.mp4").write_bytes(b"x" * 999)
@@ -25,8 +27,8 @@ def folder_of_clips(folder: Path) -> Path:
 def test_used_and_dropped_are_all(tmp_path: Path):
     source = folder_of_clips(tmp_path / "in")
     manifest = write_shards(str(source), str(tmp_path / "out"), max_shard_bytes=1)
-    assert len(manifest) == 5 and manifest.dropped() == {"unreadable": 1}
-    assert len(set(manifest.key)) == 5 and len(set(manifest.shard)) == 5
+    assert len(manifest) == 6 and manifest.dropped() == {"unreadable": 1}
+    assert len(set(manifest.key)) == 6 and len(set(manifest.shard)) == 6
     for row, key in enumerate(manifest.key):
         if not manifest.drop_reason[row]:
             name = manifest.caption[row].removeprefix("caption of ")

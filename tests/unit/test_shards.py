@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clip_files import write_clip
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from sentences import refuses
 
 from sora_train.data.index.folder import open_source
 from sora_train.data.index.shapes_source import prepare_shapes
 from sora_train.data.index.shard_writer import ShardWriter
+from sora_train.data.index.tars import list_tar
 from sora_train.data.manifest import COLUMNS, Manifest
 from sora_train.data.storage.ranges import StorageFault, read_bytes
-from sora_train.errors import UserError
+from sora_train.errors import Fault, UserError
 
 RNG = np.random.default_rng(0)
 SAMPLES = [
@@ -36,6 +39,63 @@ def test_every_range_holds_its_sample(tmp_path: Path):
     for row, (key, data, _, caption) in enumerate(SAMPLES):
         assert (manifest.key[row], manifest.caption[row], manifest.frames[row]) == (key, caption, 3)
         assert data == read_bytes(manifest.path(row), manifest.offset[row], manifest.length[row])
+
+
+# Keys as people's folders give them: any script, deep paths; no dot, at which a key ends.
+KEYS = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="./"), min_size=1, max_size=60
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(KEYS, min_size=1, max_size=8).map("/".join), unique=True, max_size=4))
+@example(["k" * 92, "k" * 96, "k" * 100, "k" * 101, "k" * 300])
+@example(["日本/クリップ", "красный квадрат", "d" * 155 + "/" + "e" * 90])
+def test_every_range_holds_its_member_whatever_the_name(
+    tmp_path_factory: pytest.TempPathFactory, keys: list[str]
+):
+    folder = tmp_path_factory.mktemp("shards")
+    with ShardWriter(folder / "out", max_bytes=6000) as writer:
+        for number, key in enumerate(keys):
+            writer.write(
+                key, bytes([number]) * (600 * number + 1), "mp4", f"of {key}", {"frames": 1}
+            )
+    manifest = Manifest.load(folder / "out" / "manifest.parquet")
+    assert manifest.key.tolist() == keys
+    for row, key in enumerate(keys):
+        data = read_bytes(manifest.path(row), int(manifest.offset[row]), int(manifest.length[row]))
+        with tarfile.open(manifest.path(row)) as tar:
+            member = tar.extractfile(f"{key}.mp4")
+            assert member is not None and data == member.read()
+    found = open_listing(folder / "out") if keys else {}
+    assert found == {
+        key: (int(manifest.offset[row]), int(manifest.length[row]), manifest.caption[row].strip())
+        for row, key in enumerate(keys)
+    }
+
+
+def open_listing(folder: Path) -> dict[str, tuple[int, int, str]]:
+    """What indexing finds in the shards of a folder."""
+    samples = [sample for tar in sorted(folder.glob("*.tar")) for sample in list_tar(tar)]
+    return {sample.key: (sample.offset, sample.length, sample.caption) for sample in samples}
+
+
+def test_a_shard_that_holds_other_bytes_than_were_written_gets_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def shifted(fd: int) -> None:
+        """Storage that moves what was written by a block."""
+        path = tmp_path / "out" / "shard-000000.tar.tmp"
+        path.write_bytes(path.read_bytes()[512 * 2 :])
+
+    with (
+        refuses(Fault, "shard-000000.tar", "key1.mp4", "offset"),
+        ShardWriter(tmp_path / "out") as writer,
+    ):
+        writer.write(*SAMPLES[1], {})
+        writer.write(*SAMPLES[2], {})
+        monkeypatch.setattr(os, "fsync", shifted)
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_webdataset_reads_them(tmp_path: Path):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sora_train.data.latents.members import LATENTS, TEXT, as_members, describe_bytes
 from sora_train.data.manifest import FILE_NAME, Manifest, empty_row
-from sora_train.errors import UserError
+from sora_train.errors import Fault, UserError
 
 BLOCK = 512
 _TEMPORARY = ".tmp"
@@ -50,6 +51,8 @@ class ShardWriter:
         self._shards: list[str] = []
         self._file: Any = None
         self._tar: Any = None
+        self._written: dict[str, tuple[int, int]] = {}
+        """The byte range of each sample of the open shard, by its member's name."""
 
     def write(
         self,
@@ -81,14 +84,13 @@ class ShardWriter:
         members = {**(beside or {}), ext: video_bytes, "json": json.dumps(known).encode()}
         if caption:
             members["txt"] = caption.encode()
-        begin = self._tar.tarstream.offset
-        self._tar.write({"__key__": key, **members})
-        # TarWriter writes members in the order of their extensions, each a header and padded data.
-        offset = begin + BLOCK
+        # One by one, as only the tar knows how many blocks the header of a name takes.
         places: dict[str, tuple[int, int]] = {}
         for name in sorted(members):
-            places[name] = (offset, len(members[name]))
-            offset += BLOCK + -(-len(members[name]) // BLOCK) * BLOCK
+            self._tar.write({"__key__": key, name: members[name]})
+            length = len(members[name])
+            places[name] = (self._tar.tarstream.offset - -(-length // BLOCK) * BLOCK, length)
+        self._written[f"{key}.{ext}"] = places[ext]
         stored = [name for name in (LATENTS, TEXT) if name in members]
         self._rows.append(
             empty_row(
@@ -115,8 +117,9 @@ class ShardWriter:
         )
 
     def close(self) -> Manifest:
-        """Give the shards their names and write the manifest."""
+        """Give the shards their names and write the manifest. Raises Fault where a sample is not at its place."""
         self._end_shard()
+        self._require_places()
         for shard in self._shards:
             os.replace(self.root / f"{shard}{_TEMPORARY}", self.root / shard)
         manifest = Manifest.from_rows(self._rows, self.root)
@@ -133,9 +136,13 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        except Fault:
+            self.abort()
+            raise
+        if kind is not None:
             self.abort()
 
     def _next_shard(self) -> None:
@@ -143,6 +150,7 @@ class ShardWriter:
         from webdataset.writer import TarWriter
 
         self._end_shard()
+        self._require_places()
         self._shards.append(f"{self.prefix}-{len(self._shards):06d}.tar")
         self._file = open(self.root / f"{self._shards[-1]}{_TEMPORARY}", "wb")  # noqa: SIM115 - see _end_shard
         # A fixed time makes equal samples equal shards.
@@ -155,3 +163,18 @@ class ShardWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             self._tar = self._file = None
+
+    def _require_places(self) -> None:
+        """Raise Fault where a reader of the last shard finds a sample elsewhere than its manifest would say."""
+        if not self._written:
+            return
+        path = self.root / f"{self._shards[-1]}{_TEMPORARY}"
+        with tarfile.open(path, "r:") as tar:
+            found = {member.name: (member.offset_data, member.size) for member in tar}
+        wrong = [name for name, place in self._written.items() if found.get(name) != place]
+        if wrong:
+            raise Fault(
+                f"{path} holds {wrong[0]!r} at {found.get(wrong[0])} where {self._written[wrong[0]]} was "
+                "counted (offset, bytes); the storage returns other bytes than were written, check it"
+            )
+        self._written = {}
