@@ -35,22 +35,17 @@ def sample_losses(
     """Squared velocity error of each sample, averaged over what counts, in at least float32.
 
     Args:
-        frame_weight_BT: weight of each latent frame; 0 leaves a frame (a condition) out. None
-            counts all alike.
+        frame_weight_BT: weight of each latent frame; 0 leaves a frame (a condition) out, whatever its
+            values are. None counts all alike.
 
     Returns:
         (losses, weights), both (B,): weight 1, or 0 for a sample of which no frame counts (its loss
         is then 0).
     """
-    dtype = torch.promote_types(v_pred.dtype, torch.float32)
-    error = v_pred.to(dtype) - velocity_target(x.to(dtype), noise.to(dtype))
-    if frame_weight_BT is None:
-        return error.square().mean(dim=(1, 2, 3, 4)), error.new_ones(len(x))
-    error_BT = error.square().mean(dim=(1, 3, 4))
-    weight_BT = frame_weight_BT.to(dtype)
+    error_BT, weight_BT = _frame_errors(v_pred, x, noise, frame_weight_BT)
     total_B = weight_BT.sum(dim=1)
-    losses = (error_BT * weight_BT).sum(dim=1) / total_B.clamp_min(torch.finfo(dtype).tiny)
-    return losses, (total_B > 0).to(dtype)
+    losses = (error_BT * weight_BT).sum(dim=1) / total_B.clamp_min(torch.finfo(total_B.dtype).tiny)
+    return losses, (total_B > 0).to(total_B)
 
 
 def velocity_losses(
@@ -67,14 +62,17 @@ def velocity_losses(
         sample_weight_B: 0 for a sample that failed to load (whatever its values are), else 1.
         time_weight_B: factor on each loss, by its noise level; it is no part of the weight.
     """
+    if sample_weight_B is not None:
+        weight_BT = (
+            v_pred.new_ones(len(x), x.shape[2]) if frame_weight_BT is None else frame_weight_BT
+        )
+        frame_weight_BT = weight_BT * (sample_weight_B > 0)[:, None].to(weight_BT)
     losses_B, weights_B = sample_losses(v_pred, x, noise, frame_weight_BT)
-    if time_weight_B is not None:
-        losses_B = losses_B * time_weight_B.to(losses_B)
     if sample_weight_B is not None:
         weights_B = weights_B * sample_weight_B.to(weights_B)
-    # Not a product: a failed sample may hold NaN, and 0 * NaN is NaN.
-    counted_B = torch.where(weights_B > 0, losses_B * weights_B, torch.zeros_like(losses_B))
-    return counted_B, weights_B
+    if time_weight_B is not None:
+        losses_B = losses_B * _where_counted(weights_B, time_weight_B)
+    return losses_B * weights_B, weights_B
 
 
 def frame_losses(
@@ -92,10 +90,27 @@ def frame_losses(
         frame_weight_BT: 1 for latent frames that count, 0 for those left out (condition frames).
         time_weight_B: factor on each clip's losses, by its noise level.
     """
+    error_BT, weight_BT = _frame_errors(v_pred, x, noise, frame_weight_BT)
+    if time_weight_B is not None:
+        error_BT = error_BT * _where_counted(weight_BT.amax(dim=1), time_weight_B)[:, None]
+    return error_BT * weight_BT
+
+
+def _frame_errors(
+    v_pred: Tensor, x: Tensor, noise: Tensor, frame_weight_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mean squared velocity error of each latent frame, 0 where it is left out, and the weights, both (B, T)."""
     dtype = torch.promote_types(v_pred.dtype, torch.float32)
     error = v_pred.to(dtype) - velocity_target(x.to(dtype), noise.to(dtype))
-    error_BT = error.square().mean(dim=(1, 3, 4))
-    if time_weight_B is not None:
-        error_BT = error_BT * time_weight_B.to(error_BT)[:, None]
-    # Not a product: a frame left out may hold anything, and 0 * NaN is NaN.
-    return torch.where(frame_weight_BT > 0, error_BT * frame_weight_BT.to(dtype), 0.0)
+    if frame_weight_BT is None:
+        return error.square().mean(dim=(1, 3, 4)), error.new_ones(len(x), x.shape[2])
+    weight_BT = frame_weight_BT.to(dtype)
+    # Chosen before the square and not multiplied: what is left out may hold anything, 0 * NaN is NaN, and so is the
+    # gradient of a square at NaN, whatever is multiplied behind it.
+    counted = (weight_BT > 0)[:, None, :, None, None]
+    return torch.where(counted, error, 0.0).square().mean(dim=(1, 3, 4)), weight_BT
+
+
+def _where_counted(weight_B: Tensor, factor_B: Tensor) -> Tensor:
+    """The factors (B,) of clips that count, 0 for the others: of these a factor may be infinite."""
+    return torch.where(weight_B > 0, factor_B.to(weight_B), 0.0)

@@ -133,17 +133,58 @@ def test_loss_adds_up_over_micro_batches():
         torch.testing.assert_close(sum(part[k] for part in parts), whole[k])
 
 
-def test_given_frames_and_failed_samples_neither_count_nor_get_gradients():
+def test_given_frames_get_no_gradient():
     x, noise, v = clips()
-    x[2] = float("nan")
     v.requires_grad_(True)
     frames = torch.ones(3, 5)
     frames[0, 0] = 0
-    loss, weight = velocity_loss(v, x, noise, frames, torch.tensor([1.0, 1.0, 0.0]))
-    loss.backward()
-    assert weight.item() == 2
-    assert torch.isfinite(loss)
+    velocity_loss(v, x, noise, frames)[0].backward()
     assert v.grad[0, :, 0].abs().max() == 0 < v.grad[0, :, 1].abs().min()
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_what_is_left_out_may_hold_anything(data):
+    """Loss and gradient of a batch with broken clips and frames of weight 0 are those of the whole ones alone."""
+    x, noise, v = clips()
+    broken = st.sampled_from([math.nan, math.inf, -math.inf])
+    samples = torch.tensor([1.0, data.draw(st.sampled_from([0.0, 1.0])), 0.0])
+    frames = torch.tensor(data.draw(st.lists(st.booleans(), min_size=15, max_size=15))).float()
+    frames = frames.view(3, 5)
+    factor = torch.tensor([0.5, 2.0, 3.0])
+    out = (frames * samples[:, None]) == 0
+    for part in (x, noise, v):
+        part.transpose(1, 2)[out] = data.draw(broken)
+    factor[out.all(dim=1)] = data.draw(broken)
+
+    def graded(loss_of, rows, frames):
+        given = v[rows].clone().requires_grad_(True)
+        loss = loss_of(given, x[rows], noise[rows], frames[rows])
+        loss.backward()
+        return loss.detach(), given.grad
+
+    whole = [row for row in range(3) if samples[row] > 0]
+    losses = {
+        "samples": (
+            lambda v, x, noise, frames: velocity_loss(v, x, noise, frames, samples, factor)[0],
+            lambda v, x, noise, frames: velocity_loss(
+                v, x, noise, frames, time_weight_B=factor[whole]
+            )[0],
+        ),
+        "tokens": (
+            lambda v, x, noise, frames: token_loss(v, x, noise, frames * samples[:, None], factor)[
+                0
+            ],
+            lambda v, x, noise, frames: token_loss(v, x, noise, frames, factor[whole])[0],
+        ),
+    }
+    for name, (of_all, of_whole) in losses.items():
+        loss, grad = graded(of_all, [0, 1, 2], frames)
+        expected, expected_grad = graded(of_whole, whole, frames)
+        assert torch.isfinite(grad).all(), name
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(grad[whole], expected_grad, rtol=1e-12, atol=0.0)
+        assert not grad.transpose(1, 2)[out].any(), name
 
 
 def test_loss_is_exact_in_float32_for_bfloat16_predictions():
