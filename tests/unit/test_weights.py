@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentences import refuses, says
 
@@ -23,7 +24,12 @@ from sora_train.errors import UserError
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.sampling.api import Model, load
-from sora_train.sampling.pipeline import ClipShape, sample_latents
+from sora_train.sampling.pipeline import (
+    ClipShape,
+    ConditionFrames,
+    encode_conditions,
+    sample_latents,
+)
 from sora_train.tools.convert import stored_weights
 from sora_train.tools.convert import to_diffusers as weights_out
 from sora_train.tools.convert.from_diffusers import import_pipeline
@@ -229,6 +235,40 @@ def test_clips_are_that_video_in_whole_steps_of_colour(both_sampled):
     assert np.abs(mine / 255 - pixels).max() <= 0.5 / 255 + 1e-4
 
 
+def test_an_image_to_video_model_stays_one_in_diffusers(tmp_path: Path):
+    """Wan 2.2's TI2V layout: `WanImageToVideoPipeline` on the export, and on the export of its import, is ours."""
+    pytest.importorskip("accelerate")
+    from diffusers import WanImageToVideoPipeline
+
+    run = trained(tmp_path / "run", "model.mask_channel=false")
+    says(export_pipeline(run, tmp_path / "out"), "expand_timesteps", "WanImageToVideoPipeline")
+    import_pipeline(tmp_path / "out", tmp_path / "back", SHAPE)
+    export_pipeline(tmp_path / "back", tmp_path / "twice")
+    ours = load(run)
+    image = np.random.default_rng(0).integers(0, 256, (SHAPE.height, SHAPE.width, 3), np.uint8)
+    mask_T = torch.tensor([1.0, 0.0])
+    pixels = np.repeat(image[None], SHAPE.frames, axis=0)
+    conditions = encode_conditions(ConditionFrames(pixels, "i2v", mask_T), ours.vae, ours.spec)
+    noise = draw_noise(5, "sample", [(0, 0)], ours.vae.latent_shape(5, 32, 32))
+    spec = ours.spec.replace(num_steps=STEPS, guidance_scale=GUIDANCE)
+    mine = sample_latents(ours.model, spec, [PROMPT], noise, 8.0, conditions=conditions)
+    without = sample_latents(ours.model, spec, [PROMPT], noise, 8.0)
+    assert (mine - without)[:, :, 1:].abs().max() > 1e-2
+    # Its own reading of prompts needs ftfy; test_diffusers_samples_the_same_video compares that.
+    told = ours.model.text_encoder.encode([PROMPT, ""])[0].detach()
+    for folder in ("out", "twice"):
+        index = json.loads((tmp_path / folder / "model_index.json").read_text())
+        assert index["expand_timesteps"] is True
+        wan = WanImageToVideoPipeline.from_pretrained(tmp_path / folder, torch_dtype=torch.float32)
+        wan.set_progress_bar_config(disable=True)
+        theirs = wan(
+            image=Image.fromarray(image), prompt_embeds=told[:1], negative_prompt_embeds=told[1:],
+            height=SHAPE.height, width=SHAPE.width, num_frames=SHAPE.frames, latents=noise,
+            num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent",
+        ).frames  # fmt: skip
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
 def test_a_rate_is_folded_exactly():
     cfg = compose([*TINY, "model.fps_embed=true", "model.mask_channel=false"]).config.model
     told = VideoDiT(cfg).double()
@@ -331,6 +371,10 @@ def test_other_conditioning_is_said_to_stay_here(source: Path, tmp_path: Path):
     said = export_pipeline(source, tmp_path / "out")
     says(said, "left out", "mask_proj")
     says(said, "i2v", "sora sample --op")
+    # mask_proj tells this model of its condition frames, and diffusers has no such weight.
+    assert (
+        json.loads((tmp_path / "out" / "model_index.json").read_text())["expand_timesteps"] is False
+    )
 
 
 def test_a_model_that_is_told_the_frame_rate_needs_one(pipeline: Path, tmp_path: Path):

@@ -136,6 +136,7 @@ def _config(transformer: Path, source: Path, out: Path, extras: Mapping[str, boo
         raise UserError(
             f"{source}/text_encoder is a {text.get('model_type')}; what can be imported is a umt5, as Wan's"
         )
+    pipeline = _json(source / "model_index.json")
     scheduler = _json(source / "scheduler" / "scheduler_config.json")
     name = scheduler.get("_class_name")
     if name not in SCHEDULERS:
@@ -162,6 +163,8 @@ def _config(transformer: Path, source: Path, out: Path, extras: Mapping[str, boo
         "objective.shift_rule": "constant",
         "objective.num_steps": 50,
         "objective.guidance_scale": 5.0,
+        # Wan 2.2's TI2V is trained on both; half each, as the shares are not published.
+        "objective.conditioning.i2v": 0.5 if pipeline.get("expand_timesteps") else 0.0,
         "name": out.name,
         "run.dir": str(out),
     }

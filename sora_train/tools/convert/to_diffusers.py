@@ -31,6 +31,8 @@ from sora_train.sampling.api import CheckpointInfo, checkpoint_info
 WEIGHTS = "diffusion_pytorch_model"
 EXTRAS = ("mask_proj.weight", "fps_proj.weight")
 TIME_BIAS = "condition_embedder.time_embedder.linear_2.bias"
+EXPANDED_PATCH = (1, 2, 2)
+"""The patches of diffusers' `expand_timesteps`, which takes every second row and column of the noise levels."""
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -57,11 +59,13 @@ def export_pipeline(
     checkpoints.verify(info.checkpoint)
     with folder_when_whole(out) as partial:
         notes = _write_transformer(info, weights, fps, partial / "transformer", max_shard_bytes)
+        images = _takes_images(info, weights)
+        notes += _about_images(info, images)
         vae.save(partial / "vae")
         _write_text_encoder(info, weights, partial)
         scheduler = _write_scheduler(info, vae, partial / "scheduler")
         notes += _departures(info, scheduler)
-        _write_index(info, scheduler, partial)
+        _write_index(scheduler, partial, expand_timesteps=images)
         (partial / "README.md").write_text(
             _card(info, run, weights, fps, scheduler, _departures(info, scheduler))
         )
@@ -165,13 +169,36 @@ def _write_transformer(
     notes = [f"transformer: {len(kept)} weights in {len(shards)} file(s)"]
     if "mask_proj.weight" in shapes:
         notes.append("left out mask_proj: text to video gives no frame, so it adds zero")
-        kinds = [kind for kind, share in info.spec.conditioning if kind != "t2v" and share]
-        if kinds:
-            notes.append(
-                f"WanPipeline does text to video alone; {', '.join(kinds)} stay with `sora sample --op`"
-            )
     if fps is not None:
         notes.append(f"folded fps_proj at {fps:g} frames a second into {TIME_BIAS}")
+    return notes
+
+
+def _takes_images(info: CheckpointInfo, weights: str) -> bool:
+    """Whether the model makes a video of an image as Wan 2.2's TI2V does, whose pipeline has `expand_timesteps`: the
+    image's tokens are told noise level 0, and nothing else tells of it."""
+    cfg, stored = info.cfg.model, StoredTensors(info.checkpoint)
+    if not dict(info.spec.conditioning).get("i2v") or tuple(cfg.patch_size) != EXPANDED_PATCH:
+        return False
+    if not cfg.mask_channel:
+        return True
+    name = f"{stored.prefix(weights)}transformer.mask_proj.weight"
+    return not bool(stored.read(name)[name].any())
+
+
+def _about_images(info: CheckpointInfo, images: bool) -> list[str]:
+    """Which kinds of conditioning the pipeline has, and which it lacks."""
+    kinds = [kind for kind, share in info.spec.conditioning if kind != "t2v" and share]
+    notes = []
+    if images:
+        kinds.remove("i2v")
+        notes.append(
+            "expand_timesteps: WanImageToVideoPipeline makes videos of images from the same folder"
+        )
+    if kinds:
+        notes.append(
+            f"WanPipeline does text to video alone; {', '.join(kinds)} stay with `sora sample --op`"
+        )
     return notes
 
 
@@ -256,11 +283,11 @@ def _write_scheduler(info: CheckpointInfo, vae: VideoVAE, folder: Path) -> dict[
     return {"class": "FlowMatchEulerDiscreteScheduler", "shift": shift, "grid": "flow_match_euler"}
 
 
-def _write_index(info: CheckpointInfo, scheduler: Mapping[str, Any], folder: Path) -> None:
+def _write_index(scheduler: Mapping[str, Any], folder: Path, *, expand_timesteps: bool) -> None:
     import diffusers
 
     tokenizer = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
-    parts = {
+    parts: dict[str, Any] = {
         "_class_name": "WanPipeline",
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", scheduler["class"]],
@@ -268,9 +295,14 @@ def _write_index(info: CheckpointInfo, scheduler: Mapping[str, Any], folder: Pat
         "tokenizer": ["transformers", tokenizer.get("tokenizer_class", "ByT5Tokenizer")],
         "transformer": ["diffusers", CLASS_NAME],
         "vae": ["diffusers", WAN],
+        "expand_timesteps": expand_timesteps,
     }
     (folder / "model_index.json").write_text(json.dumps(parts, indent=2) + "\n")
-    missing = [name for name in parts if not name.startswith("_") and not (folder / name).is_dir()]
+    missing = [
+        name
+        for name, part in parts.items()
+        if isinstance(part, list) and not (folder / name).is_dir()
+    ]
     if missing:
         raise Fault(f"the pipeline's folder lacks {', '.join(missing)}")
 
