@@ -208,6 +208,39 @@ def test_storage_is_told_from_damage(tmp_path: Path):
         decode.probe_video(ProbeRequest(0, "a", str(path), 0, size, "video"))
 
 
+def test_a_header_that_asks_for_too_much_memory_costs_its_clip_only(tmp_path: Path):
+    """libav's ENOMEM is an error of memory as the operating system's is, and no storage failed."""
+    good, greedy = write_clip(tmp_path / "good.mp4"), write_clip(tmp_path / "greedy.mp4")
+    data = bytearray(greedy.read_bytes())
+    size = data.index(b"stsd") + 12
+    data[size : size + 4] = (0x7F000000).to_bytes(4, "big")
+    greedy.write_bytes(data)
+    with pytest.raises(BadClip) as caught:
+        probe(greedy)
+    assert isinstance(caught.value.__cause__, MemoryError)
+    with DecodePool(1, timeout=240) as pool:
+        lost = pool.submit(request(greedy, (0.0,))).result(timeout=240)
+        assert isinstance(lost, Failure) and lost.reason == "unreadable"
+        assert len(pool.submit(request(good, (0.0,))).result(timeout=240)) == 1
+
+
+def test_errors_show_no_objects(tmp_path: Path):
+    path = tmp_path / "b.png"
+    path.write_bytes(b"no picture at all\n" * 50)
+    with pytest.raises(BadClip) as caught:
+        probe(path)
+    assert "picture" in caught.value.detail and "0x" not in caught.value.detail
+    assert (
+        decode.in_words(ValueError(f"cannot read {object()} twice")) == "cannot read the file twice"
+    )
+
+
+def test_a_title_in_another_encoding_costs_no_clip(tmp_path: Path):
+    path = write_clip(tmp_path / "a.mp4")
+    path.write_bytes(path.read_bytes().replace(b"Lavf", b"L\xe4\xf6f"))
+    assert probe(path).frames == 9
+
+
 # -- real clips -------------------------------------------------------------------------------
 
 

@@ -9,8 +9,8 @@ from sora_train.data.decode.frames import (
     BadClip,
     ByteRange,
     DecodeRequest,
-    StorageFault,
     batches_of_frames,
+    blaming_the_clip,
     fit_frame,
     too_few_frames,
 )
@@ -33,16 +33,16 @@ def require() -> None:
 
 def decode_frames(request: DecodeRequest) -> np.ndarray:
     """As `sora_train.data.decode.frames.decode_frames`; images are not decord's business."""
+    file = ByteRange(request.path, request.offset, request.length, request.data)
+    with file, blaming_the_clip(file):
+        return _decode(file, request)
+
+
+def _decode(file: ByteRange, request: DecodeRequest) -> np.ndarray:
     import decord
 
-    with ByteRange(request.path, request.offset, request.length, request.data) as file:
-        try:
-            reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
-            shown_from, shown_to = reader.get_frame_timestamp(range(len(reader))).T.astype(float)
-        except (decord.DECORDError, RuntimeError, OSError) as error:
-            if file.fault:
-                raise StorageFault(file.fault) from error
-            raise BadClip("unreadable", " ".join(str(error).split())[-200:]) from error
+    reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
+    shown_from, shown_to = reader.get_frame_timestamp(range(len(reader))).T.astype(float)
     # It counts frames that an edit list hides where it seeks, and leaves them out where it does not.
     if shown_from.min() < -TIME_TOLERANCE:
         raise BadClip(
@@ -59,10 +59,7 @@ def decode_frames(request: DecodeRequest) -> np.ndarray:
     indices = order[np.clip(shown, 0, None)]
     clip = np.empty((len(indices), request.height, request.width, 3), np.uint8)
     for batch in batches_of_frames(request):
-        try:
-            frames = reader.get_batch(indices[batch].tolist()).asnumpy()
-        except (decord.DECORDError, RuntimeError) as error:
-            raise BadClip("unreadable", " ".join(str(error).split())[-200:]) from error
+        frames = reader.get_batch(indices[batch].tolist()).asnumpy()
         if frames.shape[1:3] != request.shown:
             raise BadClip(
                 "unreadable",

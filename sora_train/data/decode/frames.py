@@ -8,13 +8,15 @@ Times are seconds after the clip's first frame.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sora_train.data.storage.ranges import ByteRange, StorageFault, digest_of_ends
 
@@ -32,6 +34,8 @@ SEEK_WORTH_SECONDS = 1.0
 BATCH_BYTES = 1 << 28
 # Frame intervals that differ from the median by more than this share of it make a rate variable.
 VARIABLE_RATE = 0.2
+LONGEST_DETAIL = 200
+_OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 
 
 class BadClip(Exception):
@@ -41,6 +45,36 @@ class BadClip(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+@contextmanager
+def blaming_the_clip(file: Any) -> Iterator[None]:
+    """Turns every error into BadClip, but where reading the bytes of `file` failed into StorageFault.
+
+    Which one it is cannot be told from the error: a damaged header makes libav ask for more memory
+    than there is, and its errors are of the kinds that a disk's are.
+    """
+    try:
+        yield
+    except StorageFault:
+        raise
+    except Exception as error:
+        if file.fault:
+            raise StorageFault(file.fault) from error
+        if isinstance(error, BadClip):
+            raise
+        raise BadClip("unreadable", in_words(error)) from error
+
+
+def in_words(error: Exception) -> str:
+    """A library's error as the end of a sentence, without the objects it names."""
+    if isinstance(error, UnidentifiedImageError):
+        return "the file holds no picture of a known form"
+    if isinstance(error, MemoryError):
+        return "decoding it asks for more memory than there is"
+    text = error.strerror if isinstance(error, av.error.FFmpegError) else str(error)
+    text = " ".join(_OBJECT.sub("the file", text or "").split())
+    return text[:LONGEST_DETAIL] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -116,14 +150,12 @@ def probe_video(request: ProbeRequest) -> Probe:
 
 def probe_file(file: Any, request: ProbeRequest) -> Probe:
     """`probe_video` of an open file, whose `fault` names a failure of storage."""
-    try:
+    with blaming_the_clip(file):
         digest = _digest(file, request)
         file.seek(0)
         if request.kind == "image":
             return _probe_image(file, digest)
         return _probe_stream(file, request.count, digest)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise _explain(error, file) from error
 
 
 def _digest(file: Any, request: ProbeRequest) -> str:
@@ -131,13 +163,6 @@ def _digest(file: Any, request: ProbeRequest) -> str:
     if request.count != "header":
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
     return digest_of_ends(file, request.length)
-
-
-def _explain(error: Exception, file: Any) -> Exception:
-    """StorageFault where reading the file failed, else BadClip."""
-    if file.fault:
-        return StorageFault(file.fault)
-    return BadClip("unreadable", " ".join(str(error).split())[:200] or type(error).__name__)
 
 
 def _probe_image(file: Any, digest: str) -> Probe:
@@ -150,6 +175,11 @@ def _probe_image(file: Any, digest: str) -> Probe:
     image.load()
     width, height = ImageOps.exif_transpose(image).size
     return Probe(codec, 1, 0.0, False, height, width, 0, 0.0, 0.0, digest)
+
+
+def open_container(file: Any) -> av.container.InputContainer:
+    """The container in an open file; its titles and tags may be in any encoding."""
+    return av.open(cast(Any, file), mode="r", metadata_errors="replace")
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
@@ -169,7 +199,7 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def _probe_stream(file: Any, count: str, digest: str) -> Probe:
-    with av.open(cast(Any, file), mode="r") as container:
+    with open_container(file) as container:
         stream = video_stream(container)
         first, times, last_duration = _frame_times(container, stream, count)
         rate = float(stream.average_rate or stream.guessed_rate or 0)
@@ -255,8 +285,7 @@ def _decoded(
             yield frame
             done += 1
     except av.error.FFmpegError as error:
-        text = error.strerror or type(error).__name__
-        message = f"decoding fails after {done} of {total} frames: {text}"
+        message = f"decoding fails after {done} of {total} frames: {in_words(error)}"
         raise BadClip("unreadable", message) from error
 
 
@@ -278,18 +307,16 @@ def decode_frames(request: DecodeRequest) -> np.ndarray:
     A frame is shown from its own time until the next one's. Raises BadClip (`unreadable`,
     `too_few_frames`) and StorageFault.
     """
-    with ByteRange(request.path, request.offset, request.length, request.data) as file:
-        try:
-            if request.kind == "image":
-                image = ImageOps.exif_transpose(Image.open(cast(Any, file))).convert("RGB")
-                return np.stack([fit_frame(np.asarray(image), request)] * len(request.times))
-            return _decode_stream(file, request)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise _explain(error, file) from error
+    file = ByteRange(request.path, request.offset, request.length, request.data)
+    with file, blaming_the_clip(file):
+        if request.kind == "image":
+            image = ImageOps.exif_transpose(Image.open(cast(Any, file))).convert("RGB")
+            return np.stack([fit_frame(np.asarray(image), request)] * len(request.times))
+        return _decode_stream(file, request)
 
 
 def _decode_stream(file: ByteRange, request: DecodeRequest) -> np.ndarray:
-    with av.open(cast(Any, file), mode="r") as container:
+    with open_container(file) as container:
         stream = video_stream(container)
         if request.times[0] > SEEK_WORTH_SECONDS:
             tick = float(stream.time_base or 1)

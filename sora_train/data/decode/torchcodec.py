@@ -24,11 +24,13 @@ from sora_train.data.decode.frames import (
     BadClip,
     DecodeRequest,
     batches_of_frames,
+    blaming_the_clip,
     fit_frame,
+    open_container,
     too_few_frames,
     video_stream,
 )
-from sora_train.data.storage.ranges import ByteRange, StorageFault
+from sora_train.data.storage.ranges import ByteRange
 from sora_train.errors import UserError
 
 LINKS = "SORA_FFMPEG_LINKS"
@@ -84,21 +86,16 @@ def _cause(error: Exception) -> str:
 
 def decode_frames(request: DecodeRequest) -> np.ndarray:
     """As `sora_train.data.decode.frames.decode_frames`; images are not torchcodec's business."""
-    with ByteRange(request.path, request.offset, request.length, request.data) as file:
-        try:
-            return _decode(file, request)
-        # Python's errors of reading come back through C++ as RuntimeError.
-        except (OSError, RuntimeError, ValueError, IndexError) as error:
-            if file.fault:
-                raise StorageFault(file.fault) from error
-            raise BadClip("unreadable", " ".join(str(error).split())[:200]) from error
+    file = ByteRange(request.path, request.offset, request.length, request.data)
+    with file, blaming_the_clip(file):
+        return _decode(file, request)
 
 
 def _decode(file: ByteRange, request: DecodeRequest) -> np.ndarray:
     from torchcodec.decoders import VideoDecoder
 
     # Of several streams torchcodec would take the largest, and the index holds the first.
-    with av.open(cast(Any, file), mode="r") as container:
+    with open_container(file) as container:
         stream = video_stream(container).index
     file.seek(0)
     decoder = VideoDecoder(

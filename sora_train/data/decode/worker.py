@@ -54,11 +54,9 @@ def guarded(work: Callable[[], object]) -> tuple[str, object]:
         return "bad", (error.reason, error.detail)
     except StorageFault as error:
         return "storage", str(error)
-    except MemoryError as error:
-        return "storage", f"out of memory: {error}"
     # Libraries raise any exception on a damaged file, so all others count as the file's fault.
     except Exception as error:
-        return "bad", ("unreadable", f"{type(error).__name__}: {error}"[:200])
+        return "bad", ("unreadable", f"{type(error).__name__}: {decode.in_words(error)}")
 
 
 def misbehave(key: str) -> None:
