@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from sora_train.checkpoint.commit import Files, begin, commit, digests, written_by
 from sora_train.checkpoint.layout import TEMPORARY, Checkpoint, name_of
 from sora_train.checkpoint.points import reach
+from sora_train.diffusion.draws import DRAWS
 from sora_train.errors import Fault
 from sora_train.parallel.shards import piece
 from sora_train.runtime.control_plane import ControlPlane
@@ -185,4 +186,5 @@ def canonical(
 
 
 def state_versions() -> dict[str, str]:
-    return {"torch": torch.__version__}
+    """What numbers depend on beside the code: the version of torch, and the generator of all draws."""
+    return {"torch": torch.__version__, "draws": DRAWS}

@@ -10,6 +10,7 @@ Dimension key: B batch, T latent frames. A mask is 1 where a frame is a conditio
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,10 +133,9 @@ def _gap(num_frames: int, u: float) -> Tensor:
 def _random(num_frames: int, u: float) -> Tensor:
     """1 <= k < T frames, wherever they lie."""
     # A single u has not digits enough for the subsets of a long clip, so it seeds what draws them.
-    generator = torch.Generator().manual_seed(key_seed(0, "random frames", repr(u)))
-    k = int(torch.randint(1, num_frames, (), generator=generator))
+    generator = np.random.Generator(np.random.PCG64(key_seed(0, "random frames", repr(u))))
     mask = torch.zeros(num_frames)
-    mask[torch.randperm(num_frames, generator=generator)[:k]] = 1.0
+    mask[generator.permutation(num_frames)[: generator.integers(1, num_frames)]] = 1.0
     return mask
 
 

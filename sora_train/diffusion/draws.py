@@ -8,6 +8,7 @@ on the CPU at the full sample's shape; the caller casts and slices. Streams in u
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +18,15 @@ SampleKey = tuple[int, int | str]
 """(epoch, sample id)."""
 
 
-def generator(seed: int, stream: str, sample: SampleKey) -> torch.Generator:
-    """A fresh CPU generator that depends on its arguments alone."""
-    return torch.Generator().manual_seed(key_seed(seed, stream, *sample))
+DRAWS = "pcg64"
+"""The generator behind all draws, by name; every checkpoint says by which one it was trained."""
+OLDEST_DRAWS = "mt19937"
+"""That of checkpoints that do not say: torch's on the CPU, which takes 32 bits of a key."""
+
+
+def generator(seed: int, stream: str, sample: SampleKey) -> np.random.Generator:
+    """A fresh generator that depends on its arguments alone, and on all 63 bits of their key."""
+    return np.random.Generator(np.random.PCG64(key_seed(seed, stream, *sample)))
 
 
 def draw_noise(
@@ -31,13 +38,13 @@ def draw_noise(
     """
     noise = torch.empty(len(samples), *shape)
     for row, sample in zip(noise, samples, strict=True):
-        row.normal_(generator=generator(seed, stream, sample))
+        generator(seed, stream, sample).standard_normal(dtype=np.float32, out=row.numpy())
     return noise
 
 
 def draw_uniform(seed: int, stream: str, samples: Sequence[SampleKey]) -> Tensor:
     """One value in [0, 1) a sample, (B,), float32 on the CPU."""
-    uniform = torch.empty(len(samples))
-    for b, sample in enumerate(samples):
-        uniform[b : b + 1].uniform_(generator=generator(seed, stream, sample))
-    return uniform
+    return torch.tensor(
+        [generator(seed, stream, sample).random(dtype=np.float32) for sample in samples],
+        dtype=torch.float32,
+    )

@@ -155,7 +155,7 @@ class Trainer:
         self.totals = RunTotals(self.run, self.data.loader.quarantine, self.saver)
         self.debug = start_debug(self.run, self.parts)
         if start:
-            self.go_on(start, changes)
+            self.go_on(start, [*changes, *resume.changed_draws(start.meta)])
 
     # --- what a project of one's own may replace ---
 

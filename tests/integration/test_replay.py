@@ -1,5 +1,6 @@
 """`sora replay`: any step of a run again, number for number, and in a sentence where that cannot be."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -242,6 +243,23 @@ def test_a_run_that_lacks_something_is_told_of(run: Path, tmp_path: Path):
     (bare / "run.json").write_text("{")
     with refuses(UserError, "run.json", "damaged"):
         replay(ReplayRequest(bare, 4))
+
+
+def test_a_step_of_other_draws_is_not_replayed(run: Path, tmp_path: Path):
+    """Its noise cannot be made again: torch's generator drew it for checkpoints that do not say."""
+    shutil.copytree(run, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step-000003"
+    state = json.loads((folder / "state.json").read_text())
+    del state["versions"]["draws"]
+    text = json.dumps(state).encode()
+    (folder / "state.json").write_bytes(text)
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    digest = hashlib.sha256(text).hexdigest()
+    manifest["files"]["state.json"] = {"size": len(text), "sha256": digest}
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    with refuses(UserError, "--step 3", "mt19937", "pcg64", "the sora_train that trained it"):
+        look(ReplayRequest(tmp_path / "run", 3))
+    assert look(ReplayRequest(tmp_path / "run", 4)).weights is not None
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sentences import refuses
+from sentences import refuses, says
 
 from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint.meta import read_meta
@@ -245,6 +245,23 @@ def test_what_changed_since_takes_effect_and_is_written_down(
         (2, "train.steps", 3), (2, "optim.lr", 0.5)
     }  # fmt: skip
     assert read_metrics(run_dir / "metrics.jsonl")[-1]["train/lr"] == 0.5
+
+
+def test_draws_of_an_earlier_generator_are_told_of(
+    again: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints that do not say which one they were trained by had torch's; the probe's noise was its own too."""
+    cfg = again("train.steps=3")
+    found = checkpoints.find(Path(cfg.run.dir))
+    state = found.state()
+    assert state["versions"].pop("draws") == "pcg64"
+    state["probe"]["loss"] *= 2
+    rewritten(found.path, "state.json", json.dumps(state).encode())
+    Trainer(cfg).train()
+    says(capsys.readouterr().out, "changed from step 2 on", "draws", "mt19937", "pcg64")
+    lines = (Path(cfg.run.dir) / "changes.jsonl").read_text().splitlines()
+    assert {"step": 2, "key": "draws", "was": "mt19937", "is": "pcg64"} in map(json.loads, lines)
+    assert checkpoints.find(Path(cfg.run.dir)).state()["versions"]["draws"] == "pcg64"
 
 
 def test_every_key_has_a_class_of_its_own() -> None:

@@ -193,7 +193,10 @@ def modulate(x_BTPD: Tensor, shift_BT1D: Tensor, scale_BT1D: Tensor) -> Tensor:
 
 def keyed_generator(seed: int, name: str) -> torch.Generator:
     """The generator of one parameter's first values: the same wherever and in whatever order it is
-    asked for."""
+    asked for.
+
+    torch takes 32 bits of the key, enough for some thousand names; with other values the random networks that
+    earlier checkpoints were trained beside, frozen, could not be made again."""
     return torch.Generator().manual_seed(key_seed(seed, "init", name))
 
 

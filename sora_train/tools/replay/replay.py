@@ -23,6 +23,7 @@ from sora_train.data.manifest import Manifest
 from sora_train.data.sample import ClipBatch
 from sora_train.data.storage.ranges import is_digest_of
 from sora_train.data.storage.remote import is_remote
+from sora_train.diffusion.draws import DRAWS, OLDEST_DRAWS
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import Fault, UserError
 from sora_train.models.vae.autoencoder import VideoVAE
@@ -197,6 +198,7 @@ def look(request: ReplayRequest, config_cls: type[Config] = Config) -> Plan:
             f"--rank {request.rank}: step {step} was trained on {ranks} rank(s), 0 to {ranks - 1}; give one of them, "
             "or --of RANKS to deal it out otherwise"
         )
+    _require_same_draws(request, saved)
     cp = cfg.parallel.ulysses * cfg.parallel.ring
     if (ranks or cp) % cp:
         raise UserError(
@@ -212,6 +214,24 @@ def look(request: ReplayRequest, config_cls: type[Config] = Config) -> Plan:
         _weights(request, cfg, saved) if request.loss else None,
         saved[-1] if saved else None,
     )
+
+
+def _require_same_draws(request: ReplayRequest, saved: Sequence[Checkpoint]) -> None:
+    """Raises UserError where the step's noise was drawn by a generator of an earlier version.
+
+    The oldest checkpoint that holds the step was written by who trained it; without one, so was the newest."""
+    if not saved:
+        return
+    later = [checkpoint for checkpoint in saved if checkpoint.step >= request.step]
+    meta = read_meta((later or saved[-1:])[0])
+    drawn_by = meta.versions.get("draws", OLDEST_DRAWS)
+    if drawn_by != DRAWS:
+        version = " ".join(f"{name} {value}" for name, value in meta.code.items())
+        raise UserError(
+            f"--step {request.step}: {request.run} was trained with draws of {drawn_by}, and this version draws by "
+            f"{DRAWS}, so its noise cannot be made again; replay it with the sora_train that trained it"
+            f"{f' ({version})' if version else ''}"
+        )
 
 
 def _part_of(run: Path, step: int) -> Part | None:

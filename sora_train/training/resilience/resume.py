@@ -25,6 +25,7 @@ from sora_train.checkpoint.meta import CheckpointMeta, read_meta
 from sora_train.config import Config
 from sora_train.config.resumption import changes, resume_class
 from sora_train.config.schema import overlaid
+from sora_train.diffusion.draws import DRAWS, OLDEST_DRAWS
 from sora_train.errors import ConfigError, Fault, UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.run_folder import CHANGES, RunFolder
@@ -191,6 +192,13 @@ def allowed_changes(cfg: Config, saved: dict[str, Any]) -> list[Change]:
     return differing
 
 
+def changed_draws(meta: CheckpointMeta) -> list[Change]:
+    """Whether a checkpoint was trained with draws of another generator: from here on noise, noise levels, conditions
+    and dropped captions are others than that version would have drawn, of the same laws."""
+    before = meta.versions.get("draws", OLDEST_DRAWS)
+    return [] if before == DRAWS else [("draws", before, DRAWS)]
+
+
 def _with_defaults(saved: dict[str, Any], cfg: Config) -> dict[str, Any]:
     """A key that came after the checkpoint was written had its default's meaning."""
     return overlaid(type(cfg)().model_dump(mode="json"), saved)
@@ -254,8 +262,10 @@ def load_parts(run: RunContext, parts: Components, start: Start) -> None:
 def require_same_loss(
     run: RunContext, parts: Components, start: Start, changed: list[Change]
 ) -> None:
-    """Raises Fault where the probe's loss is another than when the checkpoint was written."""
-    if run.cfg.resume.allow_missing or start.meta.probe is None:
+    """Raises Fault where the probe's loss is another than when the checkpoint was written.
+
+    Nothing is compared where the checkpoint's probe had noise of other draws."""
+    if run.cfg.resume.allow_missing or start.meta.probe is None or changed_draws(start.meta):
         return
     inexact = ("model.", "vae.", "text.", "parallel.", "run.")
     exactly = not any(key.startswith(inexact) for key, _, _ in changed)
