@@ -36,7 +36,7 @@ from sora_train.training.outputs.samples import write_samples
 from sora_train.training.recipe import Recipe
 from sora_train.training.trainer import Trainer
 
-STEPS = 4
+STEPS, LEFT_AFTER = 4, 2
 SETTINGS = [
     "seed=3", "parallel.param_dtype=float64", "model.fps_embed=true",
     "data.shapes_image_share=0.3", "train.micro_batches=3", f"train.steps={STEPS + 3}",
@@ -82,12 +82,13 @@ class Step:
 
 
 class Run:
-    """The Trainer's steps and those by hand, from the same weights and clips."""
+    """The Trainer's steps and those by hand, from the same weights and clips. After two steps the run is left, and
+    another Trainer goes on with it; what is done by hand knows nothing of that."""
 
     def __init__(self, folder: str):
         overrides = ["experiment=parity_tiny", f"run.dir={folder}", *SETTINGS]
         self.cfg = compose(overrides).config
-        self.trainer = Trainer(self.cfg, Recipe(model=away_from_zero))
+        self.trainer = self.begin()
         self.vae = self.trainer.vae.autoencoder
         self.batches = [self.trainer.data.step(number) for number in range(STEPS)]
         self.model = Model(self.cfg)
@@ -97,7 +98,15 @@ class Run:
             tag: {name: value.copy() for name, value in self.weights.items()}
             for tag in self.trainer.ema.shadows
         }
-        self.steps = [self.step(number) for number in range(1, STEPS + 1)]
+        self.steps = [self.step(number) for number in range(1, LEFT_AFTER + 1)]
+        self.trainer.save()
+        self.trainer.commit()
+        self.trainer.close()
+        self.trainer = self.begin()
+        self.steps += [self.step(number) for number in range(LEFT_AFTER + 1, STEPS + 1)]
+
+    def begin(self) -> Trainer:
+        return Trainer(self.cfg, Recipe(model=away_from_zero))
 
     def step(self, number: int) -> Step:
         step = Step()

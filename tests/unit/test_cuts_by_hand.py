@@ -3,7 +3,6 @@ out here, and against frames that say their own number."""
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
