@@ -9,13 +9,15 @@ PIP_FLAGS ?=
 PYTHON ?=
 export PIP_FLAGS PYTHON
 PYTEST_FLAGS ?=
+# For example MUTANTS_FLAGS="--only draws,data".
+MUTANTS_FLAGS ?=
 # Files of tests go to this many processes side by side; tests of several ranks start processes of their own.
 PYTEST_WORKERS ?= 2
 # One that dies ends the session with the name of its test: what it had left is given to nobody.
 PYTEST_APART = -n $(PYTEST_WORKERS) --dist loadfile --max-worker-restart=0
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-all test-slurm lint format docs house tiny_vae clean
+.PHONY: help env quickstart test test-all test-slurm mutants lint format docs house tiny_vae clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## */\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -42,6 +44,9 @@ test-all: $(STAMP)  ## the long tests too
 
 test-slurm: $(STAMP)  ## the tests on a real SLURM of two nodes, started here (docker/install.sh slurm brings it)
 	$(BIN)/python -m pytest -s $(PYTEST_FLAGS) tests/integration/slurm
+
+mutants: $(STAMP)  ## small breaks of the code, each tried against the tests nearest to it (about 20 minutes on 2 cores)
+	$(BIN)/python tests/mutants/mutate.py $(MUTANTS_FLAGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

@@ -22,7 +22,9 @@ from sora_train.training.trainer import Trainer
 
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 SGD = ["optim=sgd", "optim.lr=0.05", "optim.grad_clip=0"]
-ADAMW = ["optim=adamw", "optim.lr=0.001", "optim.grad_clip=0.1"]
+ADAMW = [
+    "optim=adamw", "optim.lr=0.001", "optim.grad_clip=0.1", "optim.text_lr_scale=0.5", "optim.weight_decay=0.1",
+]  # fmt: skip
 KINDS = {
     f"{name} x {count} micro-batches": [*kind, f"train.micro_batches={count}"]
     for name, kind in (("sgd", SGD), ("adamw", ADAMW))

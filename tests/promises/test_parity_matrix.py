@@ -1,12 +1,8 @@
 """Promise 1: the same losses, norms and weights in every layout, and as many bytes as the formula says.
 
-Broken on purpose (parity_breaks.py), and seen: gradients averaged once too often; noise that is not keyed; ranks
-of one clip with different noise; a parameter before the cut whose gradient lacks the other ranks' part; a norm
-counted over replicas; gradients of keys and values that are passed round in the wrong order; the sign of the
-log-sum-exp in the merge; a slot without clips whose loss leaks in. `test_each_break_is_seen` runs all of them.
+What was broken on purpose, and is seen: tests/mutants/areas/layouts.yaml.
 """
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +12,12 @@ from sora_train.errors import UserError
 from sora_train.tools.doctor.parity.layouts import LAYOUTS, Cell, chosen, matrix, with_references
 from sora_train.tools.doctor.parity.parity import (
     MatrixSelection,
-    cell_plan,
     compare,
     compare_chain,
+    document,
     launches,
     run,
+    sections_after,
     weights_apart,
 )
 
@@ -45,16 +42,6 @@ TRIMMED = [
     cell("ring 2", 2, "sgd"),
     SHARDED,
 ]  # fmt: skip
-BREAKS = {
-    "averaged_once_too_often": cell("fsdp x2", 1, "sgd"),
-    "noise_not_keyed": cell("fsdp x2", 1, "sgd"),
-    "cp_ranks_with_different_noise": cell("ulysses 2", 2, "sgd"),
-    "reduce_missing_on_a_replicated_parameter": cell("ulysses 2", 2, "sgd"),
-    "norm_counted_over_replicas": cell("ddp x2", 1, "sgd"),
-    "ring_step_order_wrong": cell("ring 2", 2, "sgd"),
-    "merge_sign_wrong": cell("ring 2", 2, "sgd"),
-    "zero_weight_slot_leaks": cell("fsdp x2", 2, "sgd", idle=1),
-}
 
 
 def require(folder: Path, cells: list[Cell]) -> None:
@@ -87,22 +74,6 @@ def test_every_cell_is_one_process(tmp_path: Path) -> None:
     assert compare_chain(tmp_path).agrees
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_each_break_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = str(Path(__file__).parent)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
-    references = [one for one in with_references(list(BREAKS.values())) if one.layout.world == 1]
-    starts = launches(references, chain=False)
-    for name, one in BREAKS.items():
-        starts.append({
-            "world": 2, "breaks": f"parity_breaks:{name}", "cells": [cell_plan(name, one.overrides, 5)],
-        })  # fmt: skip
-    run(tmp_path, starts, progress=False)
-    seen = {name: compare(tmp_path, one, name) for name, one in BREAKS.items()}
-    assert not {name: result for name, result in seen.items() if result.agrees}
-
-
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
@@ -116,3 +87,11 @@ def test_each_break_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_there_is_not_is_told(wanted: MatrixSelection, said: str) -> None:
     with pytest.raises(UserError, match=said):
         wanted.cells()
+
+
+def test_the_table_is_written_anew_and_the_sections_after_it_stay(tmp_path: Path) -> None:
+    page = tmp_path / "parity.md"
+    assert sections_after(page) == ""
+    table, section = document([], "sora doctor parity"), "\n## Small breaks\n\ntext\n\n## More\n"
+    page.write_text(table + section)
+    assert sections_after(page) == section and sections_after(page) not in table

@@ -16,6 +16,8 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
         "optim.grad_clip=0.1",
         "optim.warmup_steps=2",
         "optim.eps=1e-4",
+        "optim.text_lr_scale=0.5",
+        "optim.weight_decay=0.1",
     ),
 }
 """Plain SGD without clipping, since AdamW and clipping both hide a wrong gradient scale; and both with it."""

@@ -113,8 +113,6 @@ def cell_plan(
 def run(folder: Path, starts: list[dict[str, Any]], *, progress: bool = True) -> None:
     """Train everything in one process whose forks are the ranks.
 
-    A start's `breaks`, `module:function`, is called in its ranks first: for tests that want to see a difference.
-
     Raises:
         Fault: a rank failed, or the deadline is over; nothing is left running.
     """
@@ -272,7 +270,7 @@ def parity(selection: MatrixSelection, out: Path | None = None, command: str = "
     if out is not None:
         from sora_train.base.files import write_atomically
 
-        write_atomically(out, document(results, command))
+        write_atomically(out, document(results, command) + sections_after(out))
     return all(result.agrees and result.volume_agrees for result in results)
 
 
@@ -317,6 +315,12 @@ def table(results: Sequence[CellResult]) -> Table:
     for result in results:
         drawn.add_row(*cells_of(result))
     return drawn
+
+
+def sections_after(page: Path) -> str:
+    """The sections of a page that follow the table, which others write; none where there is no page yet."""
+    _, heading, rest = page.read_text().partition("\n## ") if page.exists() else ("", "", "")
+    return heading + rest
 
 
 def document(results: Sequence[CellResult], command: str) -> str:

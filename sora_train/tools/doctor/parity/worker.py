@@ -6,7 +6,6 @@ Every rank of every world size is a fork of this process, so that torch is impor
 losses, norms and bytes in FOLDER/result.json and its weights in FOLDER/weights.pt.
 """
 
-import importlib
 import json
 import os
 import shutil
@@ -124,9 +123,6 @@ def run_rank(rank: int, launch: int, plan: dict[str, Any]) -> None:
     with (folder / f"log-{launch}.{rank}").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    if plan["launches"][launch].get("breaks"):
-        module, _, function = plan["launches"][launch]["breaks"].partition(":")
-        getattr(importlib.import_module(module), function)()
     if size > 1:
         store = dist.FileStore(str(folder / f"store-{launch}"), size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
