@@ -1,7 +1,8 @@
 """What a checkpoint says beside its tensors: the state of training, and what the training was of.
 
 `state.json` is one flat object. It is written here and read here, strictly: an unknown or a missing key is an error.
-Checkpoints of format 1 (before `format` was written) are brought to today's names by `_from_format_1`.
+Checkpoints of format 1 (before `format` was written) are brought to today's names by `_from_format_1`; those of format
+2 do not say which frame rates were trained.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from sora_train.checkpoint.layout import STATE, Checkpoint
 from sora_train.config.renamed import with_new_names
 from sora_train.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 RENAMED = {"judge": "spikes", "owed": "pending", "stocks": "snapshots"}
 """Keys of format 1 and their names in format 2."""
 
@@ -61,6 +62,8 @@ class CheckpointMeta:
     """Frozen weights that the loss was made with, by name: `Objective.facts`."""
     sample_shape: dict[str, Any] = field(default_factory=dict)
     """Frames, height, width and fps of a usual clip."""
+    frame_rates: list[float] = field(default_factory=list)
+    """The lowest and the highest frame rate trained; empty for images alone, and where it is not known."""
     manifest_digest: str = ""
     snapshots: list[dict[str, Any]] = field(default_factory=list)
     """What the sources held whenever a part of the tape began."""
@@ -100,7 +103,7 @@ class CheckpointMeta:
     def from_dict(
         cls, values: Mapping[str, Any], where: str = "the checkpoint"
     ) -> "CheckpointMeta":
-        """Read a state.json of this format or the one before.
+        """Read a state.json of this format or one before.
 
         Raises:
             UserError: the format is newer, or keys are missing or unknown; it names `where` and the keys.
@@ -115,6 +118,8 @@ class CheckpointMeta:
             known["config"] = with_new_names(known["config"])
         if version == 1:
             known = _from_format_1(known)
+        if version < 3:
+            known.setdefault("frame_rates", [])
         names = {one.name for one in fields(TrainState)}
         train = TrainState.from_dict(
             {key: value for key, value in known.items() if key in names}, where

@@ -29,6 +29,8 @@ from sora_train.sampling.files import save_clips, save_stills
 from sora_train.sampling.operations import Prepared, SampleRequest, prepare
 from sora_train.sampling.pipeline import ClipShape, sample_clips
 
+RATE_TOLERANCE = 0.01
+"""By so much a rate may lie outside those trained: 23.976 is 24."""
 SETTINGS = {
     "steps": "num_steps",
     **{
@@ -83,7 +85,8 @@ class Model:
         Args:
             size: (width, height) in pixels; default: that of most training clips.
             frames: frames of a clip; default: that of most training clips.
-            fps: frames a second, for the model and for playing the clips.
+            fps: frames a second, for the model and for playing the clips; default: that of most training clips. An
+                image has none, whatever is given: 0 is its own.
             seed: clip i starts from noise keyed by (seed, i).
             prepared: what `prepare` made of images and videos; it has a shape of its own.
             negative_prompt: what guidance leads away from, in place of the empty caption.
@@ -176,13 +179,27 @@ def fitting_shape(
             f"--size {width}x{height} does not fit the model: width and height must be multiples of {multiple}; "
             f"the nearest is {near_width}x{near_height}"
         )
-    if fps is not None and not 0 < fps < 1000:
-        raise UserError(
-            f"--fps is {fps:g}; give frames a second above 0, for example {usual.fps:g}"
-        )
     count = frames or usual.frames
+    if fps is not None and not 0 < fps < 1000 and (fps, count) != (0, 1):
+        raise UserError(
+            f"--fps is {fps:g}; give frames a second above 0, for example {usual.fps:g}, or 0 for an image (--frames 1)"
+        )
     check_patches(cfg.model, *geometry.latent_shape(count, height, width)[1:])
     return ClipShape(count, height, width, fps or usual.fps)
+
+
+def rate_note(info: "CheckpointInfo", shape: ClipShape) -> str:
+    """A sentence where the model is told a frame rate outside those it was trained on, else nothing."""
+    if not (info.cfg.model.fps_embed and info.frame_rates and shape.told_fps):
+        return ""
+    lowest, highest = info.frame_rates
+    if lowest * (1 - RATE_TOLERANCE) <= shape.fps <= highest * (1 + RATE_TOLERANCE):
+        return ""
+    trained = f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
+    return (
+        f"this run was not trained on clips of {shape.fps:g} frames a second (it was on {trained}), and its model is "
+        f"told the rate, so the motion may not be that of the rate; give --fps {info.shape.fps:g}"
+    )
 
 
 def with_settings(spec: DiffusionSpec, settings: Mapping[str, Any]) -> DiffusionSpec:
@@ -227,6 +244,8 @@ class CheckpointInfo:
     cfg: Config
     spec: DiffusionSpec
     shape: ClipShape
+    frame_rates: tuple[float, ...] = ()
+    """The lowest and the highest rate trained; empty where that is not known."""
 
 
 def checkpoint_info(
@@ -257,7 +276,8 @@ def checkpoint_info(
             f"{checkpoint.path} cannot be sampled from: {error}; use the version of sora_train that wrote it"
         ) from error
     cfg = shipped_config(run, config_cls=config_cls)
-    return CheckpointInfo(checkpoint, cfg, spec, ClipShape(**state["sample_shape"]))
+    shape, rates = ClipShape(**state["sample_shape"]), tuple(state.get("frame_rates", ()))
+    return CheckpointInfo(checkpoint, cfg, spec, shape, rates)
 
 
 class Project(Protocol):

@@ -35,6 +35,11 @@ class ClipShape:
     width: int
     fps: float
 
+    @property
+    def told_fps(self) -> float:
+        """The rate that a model is told: a single frame has none, 0, as in training."""
+        return self.fps if self.frames > 1 else 0.0
+
 
 @dataclass(frozen=True)
 class ConditionFrames:
@@ -176,7 +181,7 @@ def sample_clips(
             spec,
             chunk,
             draw_noise(seed, "sample", keys, latent_shape).to(device),
-            shape.fps,
+            shape.told_fps,
             negative_prompt=negative_prompt,
             conditions=conditions,
             condition_noise=condition_noise,

@@ -47,6 +47,7 @@ from sora_train.training.outputs.samples import sample_shape
 from sora_train.training.outputs.saving import config_digest, make_saver, tracker_run_id
 from sora_train.training.outputs.step_metrics import FAILURES, StepMetrics
 from sora_train.training.pipeline.data import TrainingData
+from sora_train.training.pipeline.frame_rates import rate_range
 from sora_train.training.recipe import Callback, Recipe
 from sora_train.training.resilience import resume, rollback
 from sora_train.training.resilience.debug_mode import start_debug
@@ -434,6 +435,7 @@ class Trainer:
             spec=spec.to_dict() if spec else None,
             objective=self.objective.facts(),
             sample_shape=asdict(sample_shape(cfg, data)),
+            frame_rates=rate_range(cfg, data),
             manifest_digest=sources.digest(),
             snapshots=[asdict(snapshot) for snapshot in sources.snapshots],
             quarantine=data.loader.quarantine.lines(),

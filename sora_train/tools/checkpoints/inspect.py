@@ -159,6 +159,9 @@ def facts(checkpoint: Checkpoint) -> Rows:
     if shape:
         size = f"{shape['width']}x{shape['height']}"
         rows.append(("usual clip", f"{shape['frames']} frames of {size} at {shape['fps']:g}"))
+    if state.get("frame_rates"):
+        lowest, highest = state["frame_rates"]
+        rows.append(("frame rates trained", f"{lowest:g} to {highest:g} a second"))
     rows.append(("quarantine", f"{len(state.get('quarantine', []))} clips"))
     rows += [(f"spec {key}", str(value)) for key, value in spec.items()]
     rows += [(f"config {key}", value) for key, value in in_short(cfg)]

@@ -10,6 +10,7 @@ from sora_train.errors import UserError
 from sora_train.tools.terminal import ProjectFile
 
 if TYPE_CHECKING:
+    from sora_train.diffusion.spec import DiffusionSpec
     from sora_train.sampling.operations import SampleRequest
 
 Ckpt = Annotated[str, typer.Option(help="A run folder, or RUN@STEP for an older checkpoint.")]
@@ -54,7 +55,9 @@ Size = Annotated[
 Frames = Annotated[
     int | None, typer.Option(min=1, help="Frames of a clip, given ones too; as in training.")
 ]
-Fps = Annotated[float | None, typer.Option(help="Frames a second; as in training if left out.")]
+Fps = Annotated[
+    float | None, typer.Option(help="Frames a second; those of most training clips if left out.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same clip.")]
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Solver steps; those of the run if left out.")
@@ -163,7 +166,7 @@ def sample_to_folder(
     from sora_train.checkpoint.tensors import StoredTensors
     from sora_train.config import Config
     from sora_train.models.vae.autoencoder import read_geometry
-    from sora_train.sampling.api import checkpoint_info, fitting_shape, load, with_settings
+    from sora_train.sampling import api
     from sora_train.sampling.operations import prepare
 
     recipe = None
@@ -172,28 +175,35 @@ def sample_to_folder(
 
         recipe = load_recipe(project)
     run_dir, step = split_step(ckpt)
-    info = checkpoint_info(run_dir, step, recipe.config if recipe else Config)
+    info = api.checkpoint_info(run_dir, step, recipe.config if recipe else Config)
     StoredTensors(info.checkpoint).prefix(weights)
-    spec = with_settings(info.spec, settings)
+    spec = api.with_settings(info.spec, settings)
     geometry = read_geometry(info.cfg.vae)
-    prepared = prepare(request, fitting_shape(info.cfg, geometry, info.shape, *shape), geometry)
+    prepared = prepare(request, api.fitting_shape(info.cfg, geometry, info.shape, *shape), geometry)
+    _require_use(request.op, prepared.kind, spec, settings, options)
+    for note in (prepared.note(spec, request.op), api.rate_note(info, prepared.shape)):
+        if note:
+            print(note, file=sys.stderr)
+    model = api.load(run_dir, step=info.checkpoint.step, weights=weights, project=recipe)
+    clips = model.sample(prompts, prepared=prepared, **options, **settings)
+    labels = [prompt for prompt in prompts for _ in range(options["num"])]
+    return model.save(clips, labels, out, fps=prepared.shape.fps, seed=options["seed"])
+
+
+def _require_use(
+    op: str, kind: str, spec: "DiffusionSpec", settings: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Raises UserError where a flag would change nothing."""
     noise, scale = options["condition_noise"], settings["condition_scale"]
     for flag, value in (("--condition-noise", noise), ("--condition-scale", scale)):
-        if value and prepared.kind == "t2v":
+        if value and kind == "t2v":
             raise UserError(
-                f"{flag} {value:g} is about given frames, and --op {request.op} gives none; drop it"
+                f"{flag} {value:g} is about given frames, and --op {op} gives none; drop it"
             )
     if options["negative_prompt"] and spec.guidance_scale == 1:
         raise UserError(
             "--negative-prompt needs guidance, and guidance_scale is 1; raise --guidance-scale"
         )
-    note = prepared.note(spec, request.op)
-    if note:
-        print(note, file=sys.stderr)
-    model = load(run_dir, step=info.checkpoint.step, weights=weights, project=recipe)
-    clips = model.sample(prompts, prepared=prepared, **options, **settings)
-    labels = [prompt for prompt in prompts for _ in range(options["num"])]
-    return model.save(clips, labels, out, fps=prepared.shape.fps, seed=options["seed"])
 
 
 def prompt_lines(path: Path | None) -> list[str]:

@@ -5,6 +5,7 @@ from sora_train.sampling.files import save_clips
 from sora_train.sampling.pipeline import ClipShape, sample_clips
 from sora_train.training.components import Components
 from sora_train.training.pipeline.data import TrainingData
+from sora_train.training.pipeline.frame_rates import usual_rate
 from sora_train.training.run import RunContext
 
 
@@ -47,8 +48,9 @@ def sample_prompts(cfg: Config, data: TrainingData) -> list[str]:
 
 
 def sample_shape(cfg: Config, data: TrainingData) -> ClipShape:
-    """The bucket with the most clips, a video's if there is any; the longest among equals."""
+    """The bucket with the most clips, a video's if there is any, the longest among equals; its clips' usual rate."""
     counts = data.assignment.clips_per_bucket(data.table)
     filled = [spec.bucket for spec in data.table if counts.get(spec.bucket.name, 0) > 0]
     bucket = max(filled, key=lambda b: (b.frames > 1, counts[b.name], b.frames))
-    return ClipShape(bucket.frames, bucket.height, bucket.width, cfg.buckets.fps)
+    rate = usual_rate(cfg, data, bucket)
+    return ClipShape(bucket.frames, bucket.height, bucket.width, rate)
