@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sora_train.data.decode.frames import BadClip, DecodeRequest, decode_frames
-from sora_train.data.index.folder import media_kind
+from sora_train.data.index.kinds import media_kind
 from sora_train.data.manifest import Manifest
 from sora_train.data.storage.remote import is_remote
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from sora_train.base.text import NotText, read_text
 from sora_train.errors import ConfigError
 
 NO_GROUP = "sweep"
@@ -36,13 +37,14 @@ def list_groups(folders: Sequence[Path]) -> dict[str, list[str]]:
 def load_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping, interpolations unresolved. Raises ConfigError with the file, the line and the fault."""
     try:
-        with path.open(encoding="utf-8") as file:
-            values = yaml.load(file, _Loader)
+        values = yaml.load(read_text(path), _Loader)
+    except NotText as error:
+        raise ConfigError(str(error)) from None
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}; check the name") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read as a config: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(_yaml_fault(path, error)) from None
     if values is not None and not isinstance(values, dict):
         kind = "a list" if isinstance(values, list) else "one value"

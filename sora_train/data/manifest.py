@@ -87,7 +87,8 @@ class Manifest:
     turned, `start` the time of the first frame on the container's own clock, `sample_digest`
     that of the sample's bytes. A shard named by an address (`s3://...`) needs no root. `unverified`
     marks rows that rest on a header alone. `shards` holds the stamp of each shard that has one, and
-    `revision` counts the times shards were added.
+    `revision` counts the times shards were added. `left_out` counts, by kind, the files of a folder
+    that are no clips; it is not saved.
 
     Three columns hold JSON objects or '': `captions` the further captions by name
     (`{"short": "...", "dense": "..."}`), `members` the byte ranges of latents and text beside or
@@ -134,6 +135,7 @@ class Manifest:
         self.root = Path(root)
         self.shards = dict(shards or {})
         self.revision = revision
+        self.left_out: Mapping[str, int] = {}
         self._columns = dict(columns)
         for name, column in columns.items():
             setattr(self, name, column)

@@ -3,98 +3,191 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from sora_train.data.captions.texts import Named, dumped, known_scores, text_or_fields, with_main
+from sora_train.base.text import NotText, printable, require_text
+from sora_train.data.captions.rows import (
+    CAPTION_COLUMNS,
+    CAPTIONS,
+    FILE_COLUMNS,
+    NAMED,
+    SCORE,
+    SCORES,
+    Row,
+    csv_rows,
+    folded,
+    jsonl_rows,
+    no_file_column,
+    parquet_rows,
+)
+from sora_train.data.captions.texts import (
+    Named,
+    dumped,
+    known_scores,
+    text_or_fields,
+    told,
+    with_main,
+)
 from sora_train.errors import UserError
 
-TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
-FILE_COLUMNS = ("file", "path", "video", "file_name")
-CAPTION_COLUMNS = ("caption", "text")
-NAMED, SCORE = "caption_", "score_"
+TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": jsonl_rows,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".parquet": parquet_rows,
+}
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The manifest's columns of these names for a clip of a table; '' where it has no value."""
+    """The manifest's columns of these names for a clip of a table; '' where it has no value.
+
+    `fault` says why the row cannot be used, `lacks` why it has no main caption.
+    """
 
     caption: str = ""
     captions: str = ""
     scores: str = ""
+    fault: str = ""
+    lacks: str = ""
 
 
-def read_table(path: Path) -> dict[str, Texts]:
-    """File name -> captions and scores, in the table's order.
+@dataclass(frozen=True)
+class Table:
+    """The texts of clips by the names of their files, in order; and why the rows that name none do not, by place."""
 
-    The columns are `file` (or path, video, file_name), `caption` (or text), `caption_NAME` for
+    path: Path
+    texts: dict[str, Texts] = field(default_factory=dict)
+    nameless: dict[str, str] = field(default_factory=dict)
+
+
+class _BadValue(ValueError):
+    """A value of a row is not what its column is for."""
+
+
+def read_table(path: Path) -> Table:
+    """The captions and scores of a table by file.
+
+    The columns are `file` (or another of FILE_COLUMNS), `caption` (or text, prompt), `caption_NAME` for
     further captions and `score_NAME` for numbers. Columns `captions` and `scores` may hold an object
-    of these instead. Raises UserError with the file and line of a value that cannot be read, and of a
-    clip that is named twice.
+    of these instead. A row that cannot be used keeps its place, with the reason. Raises UserError
+    with the place of what spoils the whole: no column of files, an open quote, a clip that is
+    named twice, no row that can be used.
     """
     suffix = path.suffix.lower()
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    if suffix not in readers:
-        raise UserError(f"{path} is not a captions table; give a .jsonl, .csv or .parquet file")
+    if suffix not in _READERS:
+        raise UserError(
+            f"{path} is not a captions table; give a .jsonl, .csv, .tsv or .parquet file"
+        )
+    table = Table(path)
     try:
-        rows = readers[suffix](path)
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        for row in _READERS[suffix](path):
+            _add(table, row)
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read as a {suffix[1:]} table: {error}") from error
-    table: dict[str, Texts] = {}
-    for number, row in enumerate(rows, start=1):
-        where = f"{path}, row {number}"
-        name = next((row[column] for column in FILE_COLUMNS if row.get(column)), None)
-        if not name:
-            raise UserError(
-                f"{where}: no column names the clip; one of {', '.join(FILE_COLUMNS)} is needed, "
-                f"the columns are {', '.join(map(str, row)) or 'none'}"
-            )
-        if name in table:
-            raise UserError(f"{where}: {name!r} was named before; keep one row for each clip")
-        caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), "")
-        main, captions = with_main(str(caption).strip(), _captions(row, where))
-        table[str(name)] = Texts(main, captions, dumped(_scores(row, where)))
+    faults = [f"{place}: {fault}" for place, fault in table.nameless.items()]
+    faults += [texts.fault for texts in table.texts.values()]
+    if faults and all(faults):
+        others = f" (and none of the {len(faults)} rows can be used)" if len(faults) > 1 else ""
+        raise UserError(f"{faults[0]}{others}")
     return table
 
 
-def _entries(row: Mapping[str, object], whole: str, prefix: str, where: str) -> dict[str, object]:
+def _add(table: Table, row: Row) -> None:
+    try:
+        name = _file_name(row)
+    except _BadValue as error:
+        table.nameless[printable(row.where)] = printable(row.fault or str(error))
+        return
+    if name in table.texts:
+        raise UserError(f"{row.where}: {name!r} was named before; keep one row for each clip")
+    table.texts[name] = _texts(row)
+
+
+def _file_name(row: Row) -> str:
+    columns = {folded(column): value for column, value in row.values.items()}
+    name = next((columns[column] for column in FILE_COLUMNS if columns.get(column)), None)
+    if name is None:
+        raise _BadValue(no_file_column(row.values))
+    if not isinstance(name, str):
+        raise _BadValue(f"the name of the clip is {told(name)}; write its path")
+    try:
+        return require_text(name, "the name of the clip")
+    except NotText as error:
+        raise _BadValue(str(error)) from error
+
+
+def _texts(row: Row) -> Texts:
+    """The texts of a row, or its fault."""
+    if row.fault:
+        return Texts(fault=printable(f"{row.where}: {row.fault}"))
+    try:
+        caption, lacks = _main(row)
+        main, captions = with_main(caption, _captions(row))
+        scores = dumped(_scores(row))
+    except (_BadValue, NotText) as error:
+        return Texts(fault=printable(f"{row.where}: {error}"))
+    return Texts(main, captions, scores, lacks="" if main else printable(f"{row.where}: {lacks}"))
+
+
+def _main(row: Row) -> tuple[str, str]:
+    """The main caption, and what stands there where there is none. Raises _BadValue and NotText."""
+    found = {folded(column): value for column, value in row.values.items()}
+    there = [(column, found[column]) for column in CAPTION_COLUMNS if column in found]
+    for column, value in there:
+        # Parquet and pandas write NaN for a missing text.
+        if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+            continue
+        if not isinstance(value, str):
+            raise _BadValue(f"{column} is {told(value)}; write a text")
+        return require_text(value, column).strip(), f"{column} is blank"
+    if not there:
+        return "", f"it has no caption, its columns are {', '.join(map(str, row.values))}"
+    column, value = there[0]
+    return "", f"{column} is {told(value) if value != '' else 'empty'}"
+
+
+def _entries(row: Row, whole: str, prefix: str) -> dict[str, object]:
     """The values of the column `whole` and of the columns that begin with `prefix`, by name."""
-    entries = row.get(whole) or {}
+    entries = row.values.get(whole) or {}
     if not isinstance(entries, Mapping):
-        raise UserError(
-            f'{where}: {whole} is no object like {{"NAME": ...}}; write columns {prefix}NAME instead'
+        raise _BadValue(
+            f'{whole} is no object like {{"NAME": ...}} but {told(entries)}; write columns {prefix}NAME instead'
         )
     columns = {
         str(column).removeprefix(prefix): value
-        for column, value in row.items()
+        for column, value in row.values.items()
         if str(column).startswith(prefix) and column != prefix
     }
     entries = {**entries, **columns}
     return {str(name): value for name, value in entries.items() if value not in (None, "")}
 
 
-def _captions(row: Mapping[str, object], where: str) -> Named:
+def _captions(row: Row) -> Named:
     named: Named = {}
-    for name, value in _entries(row, "captions", NAMED, where).items():
+    for name, value in _entries(row, CAPTIONS, NAMED).items():
+        # Parquet writes NaN for a missing caption too.
+        if isinstance(value, float) and math.isnan(value):
+            continue
         caption = text_or_fields(value)
         if caption is None:
-            raise UserError(
-                f"{where}: the caption {name!r} is neither a text nor an object of texts: {value!r}"
+            raise _BadValue(
+                f"the caption {name!r} is neither a text nor an object of texts but {told(value)}"
             )
         if caption:
-            named[name] = caption
+            named[require_text(name, "the name of a caption")] = caption
     return named
 
 
-def _scores(row: Mapping[str, object], where: str) -> dict[str, float]:
+def _scores(row: Row) -> dict[str, float]:
     scores: dict[str, float] = {}
-    for name, value in _entries(row, "scores", SCORE, where).items():
+    for name, value in _entries(row, SCORES, SCORE).items():
         try:
             score = known_scores({name: float(value) if isinstance(value, str) else value})
         except ValueError:
@@ -102,36 +195,6 @@ def _scores(row: Mapping[str, object], where: str) -> dict[str, float]:
         # Parquet writes NaN for a missing score.
         is_missing = isinstance(value, float) and math.isnan(value)
         if not score and not is_missing:
-            raise UserError(
-                f"{where}: the score {name!r} is not a number: {value!r}; correct or empty it"
-            )
+            raise _BadValue(f"the score {name!r} is not a number: {value!r}; correct or empty it")
         scores |= score
     return scores
-
-
-def _jsonl(path: Path) -> list[dict[str, object]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not JSON ({error.msg}); one object a line is needed"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(
-                f'{path}, line {number}: an object like {{"file": ..., "caption": ...}} is needed'
-            )
-        rows.append(row)
-    return rows
-
-
-def _csv(path: Path) -> list[dict[str, object]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return [dict(row) for row in csv.DictReader(file)]
-
-
-def _parquet(path: Path) -> list[dict[str, object]]:
-    return pq.ParquetFile(path).read().to_pylist()

@@ -10,6 +10,8 @@ import json
 import math
 from collections.abc import Mapping
 
+from sora_train.base.text import lines_of, require_text
+
 MAIN = "caption"
 FIELD_ORDER = (
     "subject",
@@ -37,6 +39,7 @@ def text_or_fields(value: object) -> str | Fields | None:
     """A caption in the form of a manifest: a text, or its fields that are not empty; None for other values.
 
     Texts within a field (such as a list of subjects) are joined by commas. An empty caption is ''.
+    Raises NotText on half of a surrogate pair.
     """
     if isinstance(value, Mapping):
         fields = {_clean(str(name)): _joined(texts) for name, texts in value.items()}
@@ -57,12 +60,32 @@ def _joined(value: object) -> str | None:
 
 
 def _clean(text: str) -> str:
-    # JSON can hold half of a surrogate pair, which can be neither written nor embedded.
-    return text.encode(errors="replace").decode().strip()
+    return require_text(text, "a caption").strip()
+
+
+def told(value: object) -> str:
+    """What a value of a table or a JSON file is that is no text, in words: `a number: 3`."""
+    if value is None:
+        return "null"
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    kinds = (
+        (bool, "a truth value"),
+        (int | float, "a number"),
+        (Mapping, "an object"),
+        (list, "a list"),
+    )
+    kind = next((name for types, name in kinds if isinstance(value, types)), type(value).__name__)
+    return f"{kind}: {value!r:.80}"
+
+
+def caption_of_file(text: str) -> str:
+    """The caption that a text file holds; its line ends are the file's."""
+    return "\n".join(lines_of(text)).strip()
 
 
 def named_by(captions: object) -> Named:
-    """The captions of an object by name, in its order, without values that are neither text nor fields."""
+    """The captions of an object by name, in its order, without values that are neither. Raises NotText."""
     if not isinstance(captions, Mapping):
         return {}
     named = {_clean(str(name)): text_or_fields(caption) for name, caption in captions.items()}

@@ -10,21 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
-from sora_train.data.captions.tables import TABLE_SUFFIXES, Texts, read_table
 from sora_train.data.decode.frames import Probe, ProbeRequest
 from sora_train.data.decode.pool import DecodePool
-from sora_train.data.index.tars import (
-    COMPRESSED_SUFFIXES,
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    TarSample,
-    compressed_error,
-    list_tar,
-    media_kind,
-)
+from sora_train.data.index.listing import Listed, Member, list_source, require_name
 from sora_train.data.latents import members as stored
 from sora_train.data.manifest import FILE_NAME, Manifest, empty_row
 from sora_train.data.sample import Failure
@@ -32,50 +23,13 @@ from sora_train.data.storage.ranges import StorageFault
 from sora_train.data.storage.remote import fingerprint, is_remote, size_of
 from sora_train.errors import Fault, UserError
 
-INDEX_VERSION = "2"
+INDEX_VERSION = "3"
 # Waiting for a disk or a server costs no core.
 CHECK_THREADS = 16
 # Probing decodes a clip whole, training only a few seconds of it.
 PROBE_SECONDS_PER_MIB = 5.0
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Member:
-    """One clip as listed, before it is probed. `fault` is set where its bytes are incomplete.
-
-    `members` is the manifest's column; `digest` that of latents which have no clip beside them.
-    """
-
-    shard: str
-    key: str
-    kind: str
-    offset: int
-    length: int
-    caption: str
-    fault: str = ""
-    captions: str = ""
-    scores: str = ""
-    members: str = ""
-    digest: str = ""
-
-    @classmethod
-    def of_sample(cls, shard: str, sample: TarSample) -> Member:
-        """The clip of a sample in a tar."""
-        return cls(
-            shard,
-            sample.key,
-            sample.kind,
-            sample.offset,
-            sample.length,
-            sample.caption,
-            sample.detail,
-            sample.captions,
-            sample.scores,
-            sample.members,
-            sample.digest,
-        )
 
 
 def open_source(
@@ -96,6 +50,7 @@ def open_source(
     source that does not exist, is empty, is compressed, or has no captions.
     """
     path = Path(source).expanduser()
+    require_name(source, "data.source")
     if not path.exists() and (is_remote(source) or "{" in source or "*" in source):
         raise UserError(
             f"data.source={source} names shards that are not indexed; run `sora data index source='{source}' "
@@ -115,25 +70,37 @@ def open_source(
         )
     if has_manifest:
         return checked(Manifest.load(manifest_file), manifest_file)
-    root, members = _list_source(path, captions)
+    listed = list_source(path, captions)
+    root, members = listed.root, listed.members
     if not any(member.caption for member in members) and not allow_empty_captions:
-        raise UserError(
-            f'no clip of data.source={source} has a caption: put {{"file": ..., "caption": ...}} lines into '
-            f"{root / 'captions.jsonl'}, or a .txt beside each clip, or give data.captions=FILE "
-            "(data.allow_empty_captions=true trains without)"
-        )
+        raise UserError(_without_captions(source, listed))
     listing = _listing_hash(root, members, probe, allow_empty_captions)
     cached = Path(work_dir) / f"manifest-{listing}.parquet"
     if cached.exists():
-        return Manifest.load(cached, root=root)
+        manifest = Manifest.load(cached, root=root)
+        manifest.left_out = listed.left_out
+        return manifest
     rows = _probe_members(root, members, probe, workers, timeout, progress)
     for row in rows:
         row["source"] = path.name
-        if not row["caption"] and not allow_empty_captions and not row["drop_reason"]:
-            row["drop_reason"], row["drop_detail"] = "no_caption", "the clip has no caption"
+    if not allow_empty_captions:
+        for member, row in zip(members, rows, strict=True):
+            if not row["caption"] and not row["drop_reason"]:
+                row["drop_reason"] = "no_caption"
+                row["drop_detail"] = member.lacks or "the clip has no caption"
     manifest = Manifest.from_rows(rows, root)
     manifest.save(cached)
+    manifest.left_out = listed.left_out
     return manifest
+
+
+def _without_captions(source: str, listed: Listed) -> str:
+    said = next((said for one in listed.members if (said := one.fault or one.lacks)), "")
+    return (
+        f"no clip of data.source={source} has a caption{f' ({said})' if said else ''}: "
+        f'put {{"file": ..., "caption": ...}} lines into {listed.root / "captions.jsonl"}, or a .txt beside each '
+        f"clip, or give data.captions=FILE (data.allow_empty_captions=true trains without)"
+    )
 
 
 def checked(manifest: Manifest, file: Path) -> Manifest:
@@ -170,129 +137,14 @@ def checked(manifest: Manifest, file: Path) -> Manifest:
     return manifest
 
 
-def _list_source(path: Path, captions: str) -> tuple[Path, list[Member]]:
-    """The root of the shards' names, and every clip in a stable order."""
-    if path.is_file():
-        if path.name.lower().endswith(COMPRESSED_SUFFIXES):
-            raise compressed_error(path)
-        if path.suffix.lower() not in TABLE_SUFFIXES:
-            raise UserError(
-                f"data.source={path} has no known form; give a folder of clips or .tar shards, or a "
-                f"table ({', '.join(TABLE_SUFFIXES)})"
-            )
-        root, table = path.parent, read_table(path)
-        _check_table(root, table, path)
-        return root, [_loose(root, name, texts) for name, texts in table.items()]
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-    packed = [file for file in files if file.name.lower().endswith(COMPRESSED_SUFFIXES)]
-    if packed:
-        raise compressed_error(packed[0])
-    tars = [file for file in files if file.suffix.lower() == ".tar"]
-    clips = [file for file in files if media_kind(file.name)]
-    if tars and clips:
-        raise UserError(
-            f"data.source={path} holds both shards ({tars[0].name}) and loose clips ({clips[0].name}); "
-            "give them folders of their own"
-        )
-    if not tars and not clips:
-        raise UserError(
-            f"data.source={path} holds no clips: no .tar shard and no file ending in "
-            f"{', '.join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))}"
-        )
-    if tars:
-        return path, _list_tars(path, tars, captions)
-    return path, _list_folder(path, clips, captions)
-
-
-def _check_table(root: Path, table: dict[str, Texts], path: Path) -> None:
-    """Raise UserError where a table at `path` names files that do not exist or are no clips."""
-    missing = [name for name in table if not (root / name).is_file()]
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise UserError(
-            f"{path} names {len(missing)} of {len(table)} files that are not in {root}: {shown}; "
-            "correct the names (they are relative to that folder) or remove the rows"
-        )
-    unknown = [name for name in table if not media_kind(name)]
-    if unknown:
-        raise UserError(
-            f"{path} names {unknown[0]!r}, which is neither a video nor an image by its extension"
-        )
-
-
-def _loose(root: Path, name: str, texts: Texts) -> Member:
-    return Member(
-        name,
-        name,
-        media_kind(name),
-        0,
-        (root / name).stat().st_size,
-        texts.caption,
-        captions=texts.captions,
-        scores=texts.scores,
-    )
-
-
-def _caption_table(folder: Path, captions: str) -> tuple[Path, dict[str, Texts]]:
-    """The captions file `captions`, else the one in the folder, and its table; an empty table where there is none."""
-    path = Path(captions).expanduser()
-    if captions and not path.exists():
-        raise UserError(
-            f"data.captions={captions} does not exist; give a .jsonl, .csv or .parquet file"
-        )
-    inside = [folder / f"captions{suffix}" for suffix in TABLE_SUFFIXES]
-    for file in [path] if captions else filter(Path.exists, inside):
-        return file, read_table(file)
-    return folder, {}
-
-
-def _list_folder(folder: Path, clips: list[Path], captions: str) -> list[Member]:
-    path, table = _caption_table(folder, captions)
-    _check_table(folder, table, path)
-    members = []
-    for clip in clips:
-        name = clip.relative_to(folder).as_posix()
-        texts = table.get(name, Texts())
-        sidecar = clip.with_suffix(".txt")
-        if not texts.caption and sidecar.is_file():
-            caption = sidecar.read_text(encoding="utf-8", errors="replace").strip()
-            texts = replace(texts, caption=caption)
-        members.append(_loose(folder, name, texts))
-    return members
-
-
-def _list_tars(folder: Path, tars: list[Path], captions: str) -> list[Member]:
-    _, table = _caption_table(folder, captions)
-    members = []
-    for tar in tars:
-        shard = tar.relative_to(folder).as_posix()
-        for sample in list_tar(tar):
-            member = Member.of_sample(shard, sample)
-            # A table may name the member (`a.mp4`) or its key (`a`).
-            texts = table.get(sample.name) or table.get(sample.key)
-            if texts:
-                scores = texts.scores or member.scores
-                member = replace(
-                    member, caption=texts.caption, captions=texts.captions, scores=scores
-                )
-            members.append(member)
-    if not members:
-        raise UserError(f"the {len(tars)} shards of {folder} hold no clip, first {tars[0].name}")
-    return members
-
-
 def _listing_hash(root: Path, members: list[Member], probe: str, allow_empty: bool) -> str:
     state = hashlib.sha256(f"{INDEX_VERSION} {probe} {allow_empty} {root.resolve()}".encode())
     stamps: dict[str, str] = {}
     for member in members:
-        if member.shard not in stamps:
+        if member.shard and member.shard not in stamps:
             stat = (root / member.shard).stat()
             stamps[member.shard] = f"{stat.st_size} {stat.st_mtime_ns}"
-        state.update(repr((member, stamps[member.shard])).encode())
+        state.update(repr((member, stamps.get(member.shard))).encode())
     return state.hexdigest()[:16]
 
 
@@ -332,7 +184,7 @@ def begin_probe(
     """
     known: Future = Future()
     if reason or member.fault:
-        known.set_result(Failure(number, reason or "unreadable", member.fault))
+        known.set_result(Failure(number, reason or member.reason or "unreadable", member.fault))
     elif member.kind == stored.KIND:
         known.set_result(stored.probe_of(member.members, member.digest))
     else:
@@ -346,7 +198,7 @@ def begin_probe(
 def member_row(member: Member, probed: Probe | Failure, unverified: bool) -> dict[str, object]:
     """The row of the manifest of a member that was probed."""
     row = asdict(member)
-    del row["fault"], row["digest"]
+    del row["fault"], row["reason"], row["lacks"], row["digest"]
     if isinstance(probed, Failure):
         return empty_row(**row, drop_reason=probed.reason, drop_detail=probed.detail)
     row |= asdict(probed)

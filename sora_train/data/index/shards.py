@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from sora_train.data.decode.pool import DecodePool
-from sora_train.data.index.folder import CHECK_THREADS, Member, Progress, begin_probe, member_row
+from sora_train.data.index.folder import CHECK_THREADS, Progress, begin_probe, member_row
+from sora_train.data.index.kinds import media_kind
+from sora_train.data.index.listing import Member, require_name, require_one_kind
 from sora_train.data.index.tars import (
     COMPRESSED_SUFFIXES,
     Listing,
@@ -29,6 +31,7 @@ from sora_train.data.index.tars import (
     TarSample,
     compressed_error,
 )
+from sora_train.data.index.walk import walk
 from sora_train.data.manifest import FILE_NAME, Manifest, Stamp
 from sora_train.data.sample import Failure
 from sora_train.data.storage.ranges import StorageFault
@@ -43,7 +46,7 @@ from sora_train.data.storage.remote import (
 from sora_train.errors import Fault, UserError
 
 PARTS_FOLDER = ".manifest.parts"
-PARTS_VERSION = "2"
+PARTS_VERSION = "3"
 # A server that stalls is given up after some attempts; the child process must outlive them.
 REMOTE_SECONDS = 180.0
 LIST_SECONDS = 1800.0
@@ -152,11 +155,13 @@ def _shard_names(source: str) -> list[str]:
     """The shards that a source names. Raises UserError on none, compressed ones, and one named twice."""
     folder = Path(source).expanduser()
     if not is_shards(source) and folder.is_dir():
-        names = sorted(
-            str(path)
-            for path in folder.rglob("[!.]*")
-            if path.name.lower().endswith((".tar", *COMPRESSED_SUFFIXES))
-        )
+        files = walk(folder).names
+        names = [
+            str(folder / name)
+            for name in files
+            if name.lower().endswith((".tar", *COMPRESSED_SUFFIXES))
+        ]
+        require_one_kind(folder, names, [name for name in files if media_kind(name)])
     else:
         names = [
             name if is_remote(name) else os.path.abspath(os.path.expanduser(name))
@@ -169,6 +174,7 @@ def _shard_names(source: str) -> list[str]:
     for name in names:
         if name.partition("?")[0].lower().endswith(COMPRESSED_SUFFIXES):
             raise compressed_error(name)
+        require_name(name, "the shard")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"source={source} names {twice[0]} twice; name every shard once")
@@ -242,7 +248,7 @@ def _probe_shards(
                 row = member_row(member, future.result(), how.probe == "header")
                 if not member.caption and not how.allow_empty_captions and not row["drop_reason"]:
                     row["drop_reason"] = "no_caption"
-                    row["drop_detail"] = f"none under {', '.join(how.members.captions)}"
+                    row["drop_detail"] = member.lacks
                 rows.append(row)
                 done += 1
                 if progress:

@@ -14,29 +14,33 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sora_train.base.text import NotText, decode_text, printable
 from sora_train.data.captions.texts import (
     MAIN,
     Fields,
     Named,
+    caption_of_file,
     dumped,
     known_scores,
     named_by,
     text_or_fields,
+    told,
     with_main,
 )
+from sora_train.data.index.kinds import is_further, media_kind
 from sora_train.data.latents import members as stored
 from sora_train.data.storage.ranges import ByteRange, StorageFault
 from sora_train.errors import UserError
 
-VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mkv", "webm", "mov", "avi"})
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+BAD_CAPTION, BAD_NAME = "bad_caption", "bad_name"
 # A larger member is no caption, whatever its name.
 MAX_CAPTION_BYTES = 1 << 20
 # Webdataset's own expression. A name that does not match (`noext`, `._copy.mp4`) belongs to no sample.
 _NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
 _BLOCK = 512
+_NO_CLIP = (True, True, True)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,10 @@ class MemberKeys:
 
 @dataclass
 class TarSample:
-    """The members of one key: the clip's byte range, the texts of its captions, and why it cannot be used."""
+    """The members of one key: the clip's byte range, the texts of its captions, and why it cannot be used.
+
+    `lacks` says why it has no caption.
+    """
 
     key: str
     name: str = ""
@@ -76,6 +83,8 @@ class TarSample:
     descriptions: dict[str, dict[str, Any]] = field(default_factory=dict)
     damage: str = ""
     digest: str = ""
+    bad_text: str = ""
+    lacks: str = ""
 
     @property
     def members(self) -> str:
@@ -101,12 +110,6 @@ class Listing:
 
     samples: list[TarSample]
     compressed: str = ""
-
-
-def media_kind(name: str) -> str:
-    """`video`, `image` or '' by the name's extension."""
-    suffix = name.rsplit(".", 1)[-1].lower()
-    return "video" if suffix in VIDEO_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else ""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -151,26 +154,41 @@ def scores_of(texts: dict[str, str]) -> str:
 
 def _captions_at(texts: dict[str, str], place: str) -> list[str | Fields]:
     """The captions, texts or fields, at a place such as `txt` or `json:caption.long`."""
+    return [caption for value in _values_at(texts, place) if (caption := text_or_fields(value))]
+
+
+def _values_at(texts: dict[str, str], place: str) -> list[object]:
+    """What stands at a place, captions or not."""
     extension, _, path = place.partition(":")
     extension = extension.lower()
     if extension.rsplit(".", 1)[-1] != "json":
-        text = texts.get(extension, "").strip()
-        return [text] if text else []
-    captions: list[str | Fields] = []
+        return [caption_of_file(texts.get(extension, ""))]
+    values: list[object] = []
     for steps in [path] if path else ["caption", "text"]:
         value: Any = _json_member(texts, extension)
         for step in steps.split("."):
             value = value.get(step) if isinstance(value, dict) else None
-        if caption := text_or_fields(value):
-            captions.append(caption)
-    return captions
+        values.append(value)
+    return values
+
+
+def _without_caption(texts: dict[str, str], keys: Sequence[str]) -> str:
+    """Why `keys` name no main caption: what stands at a place of one, or that nothing does."""
+    places = [place for name, place in map(caption_name, keys) if name == MAIN]
+    found = [
+        f"{place} holds {told(value)}"
+        for place in places
+        for value in _values_at(texts, place)
+        if not (value is None or isinstance(value, str))
+    ]
+    return "; ".join([f"none under {', '.join(keys)}", *found[:1]])
 
 
 def _json_member(texts: dict[str, str], extension: str = "json") -> dict[str, Any]:
     """The object that a JSON member holds, an empty one where it holds none."""
     try:
         value = json.loads(texts.get(extension) or "{}")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -232,11 +250,14 @@ def list_shard(file: Any, size: int, name: str, keys: MemberKeys) -> list[TarSam
         file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
+                if member.size < 0 or member.offset_data < end:
+                    raise tarfile.ReadError(f"the header before byte {end} is damaged")
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 if member.isfile():
                     _add(tar, member, size, samples, again, keys)
         reason, detail = _bad_end(file, tar.offset)
-    except tarfile.TarError as error:
+    # A damaged header of its own kind (PAX, sparse) raises what parsing it comes upon.
+    except (tarfile.TarError, ValueError, IndexError, OverflowError) as error:
         if tar is None:
             return [TarSample("", reason="not_a_tar", detail=f"the shard {name}: {error}")]
         reason, detail = ("shard_cut" if end > size else "shard_damaged"), str(error)
@@ -279,18 +300,25 @@ def _add(
     if extension in keys.video:
         kind = media_kind(member.name) or "video"
     reason = "shard_cut" if not whole else "empty_member" if member.size == 0 else ""
+    detail = ""
+    if member.issparse():
+        reason, detail = (
+            "unreadable",
+            f"{member.name} is a sparse file in the tar; make it without `-S`",
+        )
     place: dict[str, Any] = {
         "name": member.name,
         "kind": kind,
         "offset": member.offset_data,
         "length": member.size,
     }
+    before = _rank(sample.name, sample.kind) if sample.kind else _NO_CLIP
     if kind and extension in sample.extensions:
         detail = f"{member.name} is in the shard before"
         again.append(TarSample(key, **place, reason="duplicate_key", detail=detail))
-    elif kind and (not sample.kind or (kind == "video" and sample.kind == "image")):
-        samples[key] = replace(sample, **place, reason=reason, detail="")
-    elif kind and kind == sample.kind:
+    elif kind and _rank(member.name, kind) < before:
+        samples[key] = replace(sample, **place, reason=reason, detail=detail)
+    elif kind and _rank(member.name, kind) == before:
         sample.reason = "ambiguous_clip"
         sample.detail = f"{sample.name}, {member.name}: choose one with video_key="
     elif extension in (stored.LATENTS, stored.TEXT):
@@ -298,8 +326,16 @@ def _add(
     elif whole and extension in keys.text_extensions and member.size <= MAX_CAPTION_BYTES:
         data = tar.extractfile(member)
         assert data is not None, "a regular member can be read"
-        sample.texts.setdefault(extension, data.read().decode(errors="replace"))
+        try:
+            sample.texts.setdefault(extension, decode_text(data.read(), printable(member.name)))
+        except NotText as error:
+            sample.bad_text = sample.bad_text or str(error)
     samples[key].extensions.append(extension)
+
+
+def _rank(name: str, kind: str) -> tuple[bool, ...]:
+    """What is the clip of several members: a video before an image, and both before a rarer kind, as of a preview."""
+    return is_further(name), kind == "image"
 
 
 def _add_stored(
@@ -330,8 +366,15 @@ def _add_stored(
 
 def _judged(sample: TarSample, keys: MemberKeys, shard: str) -> TarSample:
     """The sample with its captions and scores, and the reason and detail where it cannot be used."""
-    sample.caption, sample.captions = captions_of(sample.texts, keys.captions)
-    sample.scores = scores_of(sample.texts)
+    bad_text = sample.bad_text or _bad_json(sample)
+    try:
+        if not bad_text:
+            sample.caption, sample.captions = captions_of(sample.texts, keys.captions)
+            sample.scores = scores_of(sample.texts)
+    except NotText as error:
+        bad_text = f"{printable(sample.key)}: {error}"
+    if not sample.caption:
+        sample.lacks = _without_caption(sample.texts, keys.captions)
     sample.texts = {}
     members = ", ".join(sample.extensions) or "none"
     if not sample.kind and stored.LATENTS in sample.extensions:
@@ -346,4 +389,20 @@ def _judged(sample: TarSample, keys: MemberKeys, shard: str) -> TarSample:
         sample.detail = f"the shard {shard} is cut off inside the clip"
     elif sample.reason == "empty_member":
         sample.detail = f"{sample.name} holds no byte"
+    if printable(sample.key + sample.name) != sample.key + sample.name:
+        sample.key, sample.name = printable(sample.key), printable(sample.name)
+        sample.reason, sample.detail = BAD_NAME, "the name in the tar is no UTF-8; make it again"
+    elif bad_text and not sample.reason:
+        sample.reason, sample.detail = BAD_CAPTION, bad_text
     return sample
+
+
+def _bad_json(sample: TarSample) -> str:
+    """What is wrong with a JSON member, '' for nothing."""
+    for extension, text in sample.texts.items():
+        if extension.rpartition(".")[2] == "json" and text.strip():
+            try:
+                json.loads(text)
+            except (ValueError, RecursionError) as error:
+                return f"{printable(sample.key)}.{extension} is not JSON: {error}"
+    return ""

@@ -293,6 +293,9 @@ def count(manifest: "Manifest", captions: Sequence[str] = ()) -> str:
     if len(named) > 1 or captions:
         counts = [f"{named[name]} {name}" for name in dict.fromkeys([*named, *captions])]
         lines.append(f"  captions: {', '.join(counts)}")
+    if manifest.left_out:
+        others = sorted(manifest.left_out.items(), key=lambda kind: -kind[1])
+        lines.append(f"  left out, no clips: {', '.join(f'{n} {kind}' for kind, n in others)}")
     faulty = [row for row in range(len(manifest)) if manifest.drop_reason[row]]
     lines += [
         f"  {manifest.key[row]}: {manifest.drop_reason[row]}, {manifest.drop_detail[row]}"

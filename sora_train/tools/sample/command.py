@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sora_train.base.text import NotText, lines_of, read_text, require_text
 from sora_train.errors import UserError
 from sora_train.tools.terminal import ProjectFile
 
@@ -126,10 +127,11 @@ def sample(
     request = SampleRequest(
         op, image, last_image, tuple(video or ()), frames_given, _gap(gap), _levels(strength)
     )
-    all_prompts = [*(prompt or []), *prompt_lines(prompts)]
+    given = [require_text(text, "--prompt") for text in prompt or []]
+    all_prompts = [*given, *prompt_lines(prompts)]
     shape = _size(size), frames, fps
     options: dict[str, Any] = {"seed": seed, "num": num, "condition_noise": condition_noise}
-    options["negative_prompt"] = negative_prompt
+    options["negative_prompt"] = require_text(negative_prompt, "--negative-prompt")
     written = sample_to_folder(
         ckpt, ema, all_prompts, request, shape, settings, options, out, project
     )
@@ -211,10 +213,10 @@ def prompt_lines(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, NotText) as error:
         raise UserError(f"--prompts {path} cannot be read as text: {error}") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in lines_of(text) if line.strip()]
     if not lines:
         raise UserError(f"--prompts {path} holds no prompts; write one a line")
     return lines
