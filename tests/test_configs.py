@@ -2,18 +2,24 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from sentences import refuses
 
 from sora_train.config import Config
 from sora_train.config.compose import compose
+from sora_train.config.job import compose_job
 from sora_train.config.reference import reference
 from sora_train.config.schema import keys
 from sora_train.config.yaml_files import find_configs
 from sora_train.data.tape.buckets import build_buckets
+from sora_train.data.tape.tape import Tape, row_costs
 from sora_train.errors import ConfigError
+from sora_train.tools.plan.assumptions import Assumptions
 from sora_train.tools.plan.time.encoders import geometry_of
+from sora_train.tools.plan.time.work import stage_work
+from sora_train.training.pipeline.plan import cost_model
 
 CONFIGS = find_configs()
 REPO = CONFIGS.parent
@@ -32,6 +38,32 @@ def test_experiment_composes(name: str):
     config = compose([f"experiment={name}", *extra]).config
     assert config.name == name
     assert config.run.dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("wan_")])
+def test_steps_train_images_and_videos_together_and_wait_less_than_two_percent(name: str):
+    job = compose_job([f"experiment={name}", "data.source=my_clips"])
+    for cfg in job.stages or (job.config,):
+        works = stage_work(cfg, Assumptions()).works
+        frames = np.array([work.bucket.frames for work in works])
+        if set(frames) == {1}:
+            continue
+        # As many clips of each bucket as of any other of its class.
+        clips = np.random.default_rng(0).choice(len(works), 300_000, p=[w.share for w in works])
+        cost, tokens = cost_model(cfg), {work.bucket: work.tokens for work in works}
+        tape = Tape(
+            clips, np.arange(len(clips)) // 1000, [work.bucket for work in works],
+            {work.bucket: work.clips for work in works}, seed=0, group=cfg.data.group,
+            micro_batches=cfg.train.micro_batches, cost=lambda b: cost(tokens[b]),  # noqa: B023
+        )  # fmt: skip
+        per_step = cfg.train.micro_batches
+        steps = tape.per_epoch // per_step
+        of_steps = frames[tape.epoch(0).bucket[: steps * per_step]].reshape(steps, per_step)
+        both = (of_steps == 1).any(axis=1) & (of_steps > 1).any(axis=1)
+        assert both.mean() >= 0.9, cfg.name
+        ranks = cfg.parallel.dp_replicate * cfg.parallel.dp_shard
+        costs = row_costs(tape, per_step, ranks, steps=steps)
+        assert 1 - costs.sum() / (costs.max(axis=1).sum() * ranks) <= 0.02, cfg.name
 
 
 @pytest.mark.parametrize("option", OPTIONS)

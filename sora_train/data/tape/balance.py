@@ -1,54 +1,101 @@
 """How an epoch's clips are cut into micro-batches so that ranks side by side have equal work. Pure.
 
 Engines wait for each other at every micro-batch, so a row of `group` micro-batches lasts as long as
-its dearest one. Rows are made of one cost level: micro-batches whose predicted costs lie within 2 %.
-Three things keep the rows full:
+its dearest one. Rows are made of one cost level, and on average wait less than 2 % of their time:
 
 1. Buckets whose clips cost the same (one length, several aspect ratios) are cut together, into a
    whole number of rows where they fill one; their micro-batches then differ by at most one clip.
 2. One clip more or less is too much where a micro-batch holds few. The level of the larger and the
    level of the smaller ones then leave a row open each, and micro-batches of cheaper clips (shorter
-   ones, images), cut to the same cost, close it.
-3. What still does not fill a row is left for the end of the epoch, in order of cost.
+   ones), cut to the same cost, close it.
+3. Levels of nearly one cost become one, so that their rows mix lengths.
+4. Images have seats in the rows of videos (seats.py), so that a step trains both. Where a seat that
+   few images fill is too large a share of a row, and a step has several rows, they get small
+   micro-batches in rows of their own, one a step.
+5. What still does not fill a row is left for the end of the epoch, in order of cost.
 
 Only the counts of the buckets matter, so every epoch is cut alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from sora_train.data.tape.seats import Cut, Rows, dearest, idle_work, seat_images
+
 # Micro-batches whose predicted costs lie within this share of each other count as equal.
-EQUAL_COST = 0.02
+EQUAL_COST = 0.01
 # From this many clips on, one more or less is within EQUAL_COST.
 FINE = 50
 # Micro-batches that a bucket which fills the rows of others keeps for itself at least.
 FEW = 25
 # Clips that fill this share of a row are spread over it.
 NEARLY_FULL = 0.75
-
-
-@dataclass(frozen=True)
-class Cut:
-    """`count` micro-batches of `size` clips of bucket number `bucket`, all of one cost level."""
-
-    bucket: int
-    size: int
-    count: int
-    level: int
+# Share of their time that the ranks of a row may wait on average for its dearest micro-batch ...
+WAIT = 0.019
+# ... and where levels of different cost become one.
+MERGED_WAIT = 0.015
+# Rows of a step from which on images may have one of them for themselves.
+ROWS_FOR_IMAGES = 3
 
 
 def cut_epoch(
-    counts: Sequence[int], sizes: Sequence[int], costs: Sequence[float], group: int
+    counts: Sequence[int],
+    sizes: Sequence[int],
+    costs: Sequence[float],
+    group: int,
+    images: Collection[int] = (),
+    micro_batches: int = 0,
 ) -> list[Cut]:
     """The micro-batches of an epoch.
 
     Bucket b has `counts[b]` clips of predicted cost `costs[b]` each and at most `sizes[b]` in a
-    micro-batch. Every clip is in exactly one cut.
+    micro-batch. `images` are the buckets that belong into each step of `micro_batches` (0: `group`)
+    beside the others. Every clip is in exactly one cut.
     """
+    videos = [0 if bucket in images else int(count) for bucket, count in enumerate(counts)]
+    left = [int(count) if bucket in images else 0 for bucket, count in enumerate(counts)]
+    if not any(videos) or not any(left):
+        return _merged(_cut_rows(counts, sizes, costs, group), costs)
+    full = [_full_micro_batches(of, sizes) for of in (videos, left)]
+    most = min(group - 1, max(1, int(group * full[1] / sum(full))))
+    for seats in range(most, -1, -1):
+        cuts = _cut_rows(videos, sizes, costs, group - seats)
+        seated = seat_images(cuts, left, sizes, costs, Rows(group, seats, WAIT)) or []
+        if seated:
+            break
+    rows_of_step = max(micro_batches, group) // group
+    rows = sum(cut.count for cut in cuts) // group
+    few = sum(cut.count for cut in seated) * rows_of_step < rows
+    if few and rows_of_step >= ROWS_FOR_IMAGES:
+        # Fewer than one a step: they get small micro-batches in rows of their own.
+        seated = []
+        sizes = _smaller(left, sizes, group * (rows // (rows_of_step - 1) + 1))
+    for cut in seated:
+        left[cut.bucket] -= cut.size * cut.count
+    cuts = _merged([*cuts, *seated], costs)
+    above = 1 + max(cut.level for cut in cuts)
+    alone = _merged(_cut_rows(left, sizes, costs, group), costs)
+    return [*cuts, *(replace(cut, level=cut.level + above) for cut in alone)]
+
+
+def _full_micro_batches(counts: Sequence[int], sizes: Sequence[int]) -> float:
+    return sum(count / size for count, size in zip(counts, sizes, strict=True) if count)
+
+
+def _smaller(counts: Sequence[int], sizes: Sequence[int], number: int) -> list[int]:
+    """Sizes in the same proportions, so that the clips make `number` micro-batches or more."""
+    smaller = min(1.0, _full_micro_batches(counts, sizes) / number)
+    return [max(1, int(size * smaller)) for size in sizes]
+
+
+def _cut_rows(
+    counts: Sequence[int], sizes: Sequence[int], costs: Sequence[float], group: int
+) -> list[Cut]:
+    """Clips cut class by class into rows of `group`; cheaper ones close what dearer ones leave open."""
     classes = _classes(counts, sizes, costs)
     left = [int(count) for count in counts]
     cuts: list[Cut] = []
@@ -58,6 +105,23 @@ def cut_epoch(
             cuts.append(Cut(bucket, size, count, level))
         cuts += _fill(cuts, classes[number + 1 :], left, sizes, costs, group)
     return cuts
+
+
+def _merged(cuts: list[Cut], costs: Sequence[float]) -> list[Cut]:
+    """The same cuts with levels made one, from the dearest down, as long as their rows wait MERGED_WAIT at most."""
+    of_level: dict[int, list[Cut]] = {}
+    for cut in cuts:
+        of_level.setdefault(cut.level, []).append(cut)
+    merged: list[list[Cut]] = []
+    for own in sorted(of_level.values(), key=lambda own: -dearest(own, costs)):
+        together = [*merged[-1], *own] if merged else own
+        slots = sum(cut.count for cut in together)
+        top = dearest(together, costs)
+        if merged and idle_work(together, top, costs) <= MERGED_WAIT * top * slots:
+            merged[-1] = together
+        else:
+            merged.append(own)
+    return [replace(cut, level=number) for number, own in enumerate(merged) for cut in own]
 
 
 def _classes(
@@ -141,7 +205,7 @@ def _fill(
     of a class of `fillers` (dearest first) is enough for a row of its own.
     """
     filled: list[Cut] = []
-    for _, level, open_slots, dearest in sorted(_open_rows(cuts, costs, group)):
+    for _, level, open_slots, highest in sorted(_open_rows(cuts, costs, group)):
         taken: list[Cut] = []
         missing = open_slots
         for members in fillers:
@@ -149,8 +213,8 @@ def _fill(
             spare -= group * min(FINE, max(sizes[b] for b in members))
             for bucket in sorted(members, key=lambda b: -left[b]):
                 # 1e-9: a cost reached exactly must not lose a clip to rounding.
-                size = min(sizes[bucket], int(dearest / costs[bucket] + 1e-9))
-                if size and size * costs[bucket] * (1 + EQUAL_COST) >= dearest:
+                size = min(sizes[bucket], int(highest / costs[bucket] + 1e-9))
+                if size and size * costs[bucket] * (1 + EQUAL_COST) >= highest:
                     # A bucket with few clips left could not be cut evenly with the rest of its class.
                     usable = min(spare, left[bucket] - sizes[bucket] * min(sizes[bucket], FEW))
                     count = max(0, min(missing, usable // size))

@@ -18,7 +18,8 @@ from typing import Protocol
 import numpy as np
 
 from sora_train.data.sample import Bucket, MicroBatch
-from sora_train.data.tape.balance import EQUAL_COST, Cut, cut_epoch
+from sora_train.data.tape.balance import EQUAL_COST, cut_epoch
+from sora_train.data.tape.seats import Cut
 from sora_train.data.tape.shuffle import ShuffledPasses, compact
 from sora_train.errors import UserError
 
@@ -81,6 +82,7 @@ class Tape:
         *,
         seed: int,
         group: int = 8,
+        micro_batches: int = 0,
         window_shards: int = 64,
         cost: Callable[[Bucket], float] | None = None,
         source_of_row: np.ndarray | None = None,
@@ -121,13 +123,20 @@ class Tape:
         )
         count = np.sum([passes.per_epoch for passes in self.passes], axis=0)
         self.clips_per_epoch = int(count.sum())
-        most = [sizes.get(bucket, 1) for bucket in self.buckets]
-        self._cuts = _MicroBatches.of(
-            cut_epoch(count.tolist(), most, self._cost.tolist(), group), self._cost
-        )
-        self.per_epoch = len(self._cuts.size)
+        self._cut(count.tolist(), micro_batches)
         self._epochs: OrderedDict[int, Epoch] = OrderedDict()
         self._lock = threading.Lock()
+
+    def _cut(self, clips: list[int], micro_batches: int) -> None:
+        most = [self.sizes.get(bucket, 1) for bucket in self.buckets]
+        frames = np.array([bucket.frames for bucket in self.buckets])
+        images = np.flatnonzero(frames == 1).tolist()
+        cuts = cut_epoch(clips, most, self._cost.tolist(), self.group, images, micro_batches)
+        self._cuts = _MicroBatches.of(cuts, self._cost)
+        self.per_epoch = len(self._cuts.size)
+        self._frames = frames[self._cuts.bucket]
+        pairs = np.stack([self._cuts.level, self._frames])
+        self._kind = np.unique(pairs, axis=1, return_inverse=True)[1]
 
     def bucket_of(self, row: int) -> Bucket:
         """The bucket of a trained row."""
@@ -205,18 +214,24 @@ class Tape:
     def _order(self, done: np.ndarray, number: int) -> np.ndarray:
         """The order in which micro-batches leave: groups of equal cost as they fill, the rest by cost.
 
-        `done` is the place in the passes where each micro-batch got its last sample. Groups begin at
-        multiples of `group` on the endless tape. Where the epoch before left a group open, the dearest
-        of this epoch's rest close it, since the dearest opened it.
+        `done` is the place in the passes where each micro-batch got its last sample. The lengths of a
+        level are spread evenly over its groups; in a group the dearest come first, so that fewer ranks
+        than a group has micro-batches work on equal ones. Groups begin at multiples of `group` on the
+        endless tape. Where the epoch before left a group open, the dearest of this epoch's rest close
+        it, since the dearest opened it.
         """
         cuts = self._cuts
-        queue = np.lexsort((done, cuts.level))
+        queue = np.lexsort((done, evenly(self._kind, done), cuts.level))
         levels = cuts.level[queue]
         first = np.searchsorted(levels, levels, side="left")
         total = np.searchsorted(levels, levels, side="right") - first
         in_group = np.arange(len(queue)) - first < total // self.group * self.group
         groups = queue[in_group].reshape(-1, self.group)
-        groups = groups[np.argsort(done[groups].max(axis=1))] if len(groups) else groups
+        if len(groups):
+            of_images = (self._frames[groups] == 1).all(axis=1).astype(int)
+            groups = groups[np.argsort(evenly(of_images, done[groups].max(axis=1)), kind="stable")]
+            dearest_first = np.argsort(-cuts.cost[groups], axis=1, kind="stable")
+            groups = np.take_along_axis(groups, dearest_first, axis=1)
         rest = queue[~in_group]
         open_slots = -(self.first + number * self.per_epoch) % self.group
         if open_slots > len(rest) and len(groups):
@@ -247,6 +262,17 @@ class _MicroBatches:
         size = np.array([cut.size for cut in cuts])[number]
         level = np.array([cut.level for cut in cuts])[number]
         return cls(bucket, np.cumsum(size) - size, size, level, costs[bucket] * size)
+
+
+def evenly(kind: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """A place in (0, 1) for each member; those of one kind are evenly apart, in the given order."""
+    queue = np.lexsort((order, kind))
+    kinds = kind[queue]
+    first = np.searchsorted(kinds, kinds, side="left")
+    count = np.searchsorted(kinds, kinds, side="right") - first
+    place = np.empty(len(queue))
+    place[queue] = (np.arange(len(queue)) - first + 0.5) / count
+    return place
 
 
 def rows_for_rank(

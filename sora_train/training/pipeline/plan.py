@@ -167,10 +167,8 @@ def plan(
         bucket_of_row = assignment.bucket_of_row.copy()
         bucket_of_row[change.rows :] = NO_BUCKET
         counts = _counts(sources, bucket_of_row, len(table))
-        clips = [
-            samples_per_epoch(count, source.repeats)
-            for count, source in zip(counts, source_repeats, strict=True)
-        ]
+        pairs = zip(counts, source_repeats, strict=True)
+        clips = [samples_per_epoch(count, source.repeats) for count, source in pairs]
         sizes = micro_batch_sizes(
             buckets,
             np.sum(clips, axis=0).tolist(),
@@ -188,6 +186,7 @@ def plan(
             sizes,
             seed=cfg.seed,
             group=cfg.data.group,
+            micro_batches=cfg.train.micro_batches,
             window_shards=cfg.data.window_shards,
             cost=lambda bucket: cost(tokens_of(bucket)),
             source_of_row=sources.source_of_row,

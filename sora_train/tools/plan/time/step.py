@@ -222,11 +222,11 @@ def step_plan(bench: Bench, cfg: Config, degrees: Degrees) -> StepPlan:
     assume, cluster = bench.assume, bench.cluster
     ranks = cluster.gpus // degrees.cp
     slots = -(-cfg.train.micro_batches // ranks)
-    stage = bench.stage
+    stage, full = bench.stage, bench.imbalance.fullness
     times = tuple(bucket_time(bench, cfg, degrees, work) for work in stage.works)
 
     def mean(name: str) -> float:
-        return slots * stage.mean([getattr(time, name) for time in times])
+        return slots * full * stage.mean([getattr(time, name) for time in times])
 
     links = Links.of(cluster.gpu, assume)
     groups = Groups.of(degrees, cluster.gpu.gpus_per_node)
@@ -260,7 +260,7 @@ def step_plan(bench: Bench, cfg: Config, degrees: Degrees) -> StepPlan:
     parts["optimizer and average"] = trained / shards * moved
     parts["control plane, logging"] = assume.step_seconds
     parts["data"] = sum(parts.values()) * assume.data_wait / (1 - assume.data_wait)
-    seconds, micro = sum(parts.values()), cfg.train.micro_batches
+    seconds, micro = sum(parts.values()), cfg.train.micro_batches * full
     flops = micro * stage.mean([w.clips * w.flops for w in stage.works])
     more, more_attention, _ = again(cfg)
     recomputed = micro * stage.mean(

@@ -165,16 +165,27 @@ class Imbalance:
     def _make(self) -> Tape:
         cfg, works = self.stage.cfg, self.stage.works
         clips = 1 / sum(share / work.clips for share, work in zip(self._shares, works, strict=True))
-        rows = min(TAPE_CLIPS, max(20_000, int(4 * clips * cfg.train.micro_batches)))
+        micro_batches = cfg.train.micro_batches
+        rows = min(TAPE_CLIPS, max(20_000, int(40 * clips * micro_batches)))
         draws = np.random.default_rng(cfg.seed).choice(len(works), rows, p=self._shares)
         cost = cost_model(cfg)
         tokens = {work.bucket: work.tokens for work in works}
         return Tape(
             draws, np.arange(rows) // 1000, [work.bucket for work in works],
             {work.bucket: work.clips for work in works},
-            seed=cfg.seed, group=cfg.data.group, window_shards=cfg.data.window_shards,
+            seed=cfg.seed, group=cfg.data.group, micro_batches=micro_batches, window_shards=cfg.data.window_shards,
             cost=lambda bucket: cost(tokens[bucket]),
         )  # fmt: skip
+
+    @property
+    def fullness(self) -> float:
+        """Clips of an average micro-batch, as a share of the most that it could hold."""
+        if len(self.stage.works) == 1:
+            return 1.0
+        tape = self._tape()
+        clips = np.bincount(tape.bucket_of_row[tape.rows], minlength=len(tape.buckets))
+        full = clips / [work.clips for work in self.stage.works]
+        return float(full.sum() / tape.per_epoch)
 
     @property
     def _shares(self) -> list[float]:
