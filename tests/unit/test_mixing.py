@@ -72,6 +72,22 @@ def test_an_epoch_of_a_walk_does_not_depend_on_what_was_asked_before(
     assert all((a == b).all() for a, b in zip(before, after, strict=True))
 
 
+def test_every_pass_goes_through_shards_and_their_samples_in_an_order_of_its_own():
+    """One shard at a time, of six with ten samples each."""
+    shard = np.repeat(np.arange(6), 10)
+    walk = ShuffledPasses(np.zeros(60, int), shard, buckets=1, seed=0, window_shards=1)
+    passes = [walk.epoch(number)[0] for number in range(4)]
+    shards = [shard[samples].reshape(6, 10) for samples in passes]
+    assert all((of_shard == of_shard[:, :1]).all() for of_shard in shards), (
+        "whole shards, one by one"
+    )
+    assert len({tuple(of_shard[:, 0].tolist()) for of_shard in shards}) == 4
+    within = {tuple(samples[shard[samples] == 3].tolist()) for samples in passes}
+    assert len(within) == 4
+    other = ShuffledPasses(np.zeros(60, int), shard, buckets=1, seed=0, number=1, window_shards=1)
+    assert other.epoch(0)[0].tolist() != passes[0].tolist()
+
+
 def two_sources(repeats: tuple[float, float], clips: tuple[int, int] = (400, 100)) -> Tape:
     source = np.repeat([0, 1], clips)
     bucket = np.arange(sum(clips)) % 3
