@@ -1,12 +1,13 @@
 """What the condition frames of a clip look like: the same in training, where they are cut from a clip,
 and in sampling, where nothing else is known.
 
-The video VAE is causal: latent 0 holds the first pixel frame alone, latent i >= 1 holds `factor`
-pixel frames (1 + factor * (i - 1) to factor * i) and remembers all before them. So a piece from the
-middle or the end of a clip cannot simply be cut from the clip's latents: they remember frames that
-the sampler does not have. Nor can it be encoded as it is: its first frame would become a latent of
-the other phase, one frame long, in a place where a latent is `factor` frames long. Both would
-train a model for latents that it never meets.
+Latent 0 of a clip holds the first pixel frame alone, latent i >= 1 holds `factor` pixel frames (1 +
+factor * (i - 1) to factor * i) and remembers all before them; with a VAE that is not causal each
+sees all frames. So a piece of a clip cannot simply be cut from the clip's latents, which know frames
+that the sampler does not have; only its beginning can, and that of a causal VAE. Nor can a piece from
+the middle or the end be encoded as it is: its first frame would become a latent of the other phase,
+one frame long, in a place where a latent is `factor` frames long. Both would train a model for
+latents that it never meets.
 
 Here each run of condition frames is encoded from its own pixels alone. A run that does not begin
 the clip is led in by copies of its own first frame, whose latents are dropped: what is left has the
@@ -152,7 +153,7 @@ def _encode_run(
     start, stop = run
     if start == 0:
         window = pixels[:, :, : 1 + factor * (stop - 1)]
-        # Frames after the run change none of its latents; they only round up to what the VAE takes.
+        # They round up to what the VAE takes; one that is causal makes the same latents without them.
         filler = window[:, :, -1:].repeat(1, 1, -(window.shape[2] - 1) % frame_step, 1, 1)
         return encode(torch.cat([window, filler], dim=2))[:, :, :stop]
     window = pixels[:, :, factor * (start - 1) + 1 : factor * (stop - 1) + 1]

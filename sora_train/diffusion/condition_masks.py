@@ -35,7 +35,7 @@ STILL_KINDS = ("i2v", "i2v_last", "i2v_both", "loop")
 """Kinds given as single images: of a latent frame only its last pixel frame is known."""
 
 HEAD_KINDS = ("t2v", "i2v", "extend")
-"""Kinds that give nothing but the beginning of a clip, whose latents depend on no later frame."""
+"""Kinds that give nothing but the beginning of a clip, whose latents depend on no later frame if the VAE is causal."""
 
 
 def choose_kind(probabilities: Sequence[tuple[str, float]], u: float) -> str:

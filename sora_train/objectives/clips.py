@@ -5,12 +5,23 @@ import torch
 from torch import Tensor
 
 from sora_train.data.sample import Clip, ClipBatch
+from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.pixels import from_uint8
 
 
 def to_pixels(clips: list[Clip], device: torch.device) -> Tensor:
     """uint8 (T, H, W, 3) clips -> float32 pixels (B, 3, T, H, W) in [-1, 1]."""
     return from_uint8(np.stack([clip.pixels for clip in clips if clip.pixels is not None]), device)
+
+
+def without_pixels(vae: VideoVAE) -> str:
+    """What can be trained on stored latents alone, as the end of a sentence."""
+    if vae.causal:
+        return "train t2v, i2v and extend with objective.cond_mode=replace only"
+    return (
+        f"train t2v alone with objective.cond_mode=replace, since in latents of {vae.kind.class_name} the first frames "
+        "depend on later ones"
+    )
 
 
 def placeholder(batch: ClipBatch) -> list[Clip]:

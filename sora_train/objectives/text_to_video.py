@@ -23,7 +23,7 @@ from sora_train.errors import UserError
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.work_sharing import NO_SHARING, WorkSharing
 from sora_train.objectives.base import LossTerm, Objective, SampleInfo
-from sora_train.objectives.clips import placeholder, stored_text, to_pixels
+from sora_train.objectives.clips import placeholder, stored_text, to_pixels, without_pixels
 from sora_train.objectives.flow_batch import FlowBatch
 from sora_train.objectives.posterior import draw_latents, encode_posterior
 from sora_train.objectives.sample_draws import SampleDraws, draw_samples, frame_masks
@@ -218,19 +218,27 @@ class TextToVideoObjective(Objective):
             sample_posterior: draw latents from the VAE's posterior instead of taking its mean.
         """
         x = self.latents(clips, kinds, sample_posterior)
-        return self.with_conditions(clips, kinds, mask_BT, x)
+        return self.with_conditions(clips, kinds, mask_BT, x, drawn=sample_posterior)
 
     def with_conditions(
-        self, clips: list[Clip], kinds: list[str], mask_BT: Tensor, x: Tensor
+        self,
+        clips: list[Clip],
+        kinds: list[str],
+        mask_BT: Tensor,
+        x: Tensor,
+        *,
+        drawn: bool = False,
     ) -> "ConditionedLatents":
-        """Latents `x` of the clips, and their condition frames encoded as sampling encodes them."""
+        """Latents `x` of the clips, and their condition frames encoded as sampling encodes them: by themselves, the
+        posterior's mean. `drawn`: x are draws."""
         rows = list(zip(clips, kinds, mask_BT, strict=True))
         mask_BT = mask_BT.to(x.device)
         if self.spec.cond_mode == "concat":
             channels = torch.cat(self.sharing(rows, lambda row: self.condition_channels_of(*row)))
             return ConditionedLatents(x, mask_BT, None, channels)
-        # The first frames of a clip depend on no later ones, so they are the clip's own latents.
-        apart = [row for row, kind in enumerate(kinds) if kind not in HEAD_KINDS]
+        # With a causal VAE the first frames depend on no later ones, so their latents are the clip's own.
+        own = HEAD_KINDS if self.vae.causal and not drawn else ("t2v",)
+        apart = [row for row, kind in enumerate(kinds) if kind not in own]
         if not apart:
             return ConditionedLatents(x, mask_BT, None, None)
         encoded = self.sharing(apart, lambda row: self.condition_latents_of(*rows[row]))
@@ -241,8 +249,11 @@ class TextToVideoObjective(Objective):
 
     @torch.no_grad()
     def condition_latents_of(self, clip: Clip, kind: str, mask_T: Tensor) -> Tensor:
-        """Latents (1, C, T, H, W) of a clip's condition frames, each run from its own pixels."""
+        """Latents (1, C, T, H, W) of a clip's condition frames, each run from its own pixels, or from stored means
+        where they are the same."""
         vae = self.vae
+        if clip.latents is not None and kind in HEAD_KINDS and vae.causal:
+            return self.latents_of(clip)
         known_F = pixel_mask(kind, mask_T, vae.temporal_factor)
         pixels = self.pixels_of(clip, kind)
         return encode_condition_frames(
@@ -261,8 +272,8 @@ class TextToVideoObjective(Objective):
         if clip.pixels is None:
             raise UserError(
                 f"clip {clip.row} comes as stored latents, and conditioning '{kind}' encodes condition frames from "
-                "pixels of their own; set data.stored_latents=ignore and data.cache=none, or train t2v, i2v and "
-                "extend with objective.cond_mode=replace only"
+                "pixels of their own; set data.stored_latents=ignore and data.cache=none, or "
+                f"{without_pixels(self.vae)}"
             )
         pixels = to_pixels([clip], self.device)
         return there_and_back(pixels, dim=2) if kind == "loop" else pixels

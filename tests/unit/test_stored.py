@@ -359,9 +359,9 @@ def test_another_networks_members_are_refused(manifest: Manifest):
 
 
 def test_latents_are_refused_where_frames_are_encoded_from_pixels(manifest: Manifest):
-    refuse_latents(manifest, [1])
+    refuse_latents(manifest, [1], "train t2v alone")
     with refuses(UserError, "only", "data.stored_latents=ignore"):
-        refuse_latents(manifest, [1, 0])
+        refuse_latents(manifest, [1, 0], "train t2v alone")
 
 
 def test_the_writer_knows_where_it_put_members(tmp_path: Path):

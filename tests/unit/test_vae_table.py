@@ -1,22 +1,33 @@
 """Published VAEs: small random models of the real classes, stored and loaded through the real path."""
 
+import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from sentences import refuses
 
 from sora_train.config.compose import compose
 from sora_train.config.sections.model import VaeConfig
+from sora_train.data.sample import Clip
+from sora_train.diffusion.condition_masks import frame_mask
 from sora_train.errors import ConfigError, UserError
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE, read_geometry
+from sora_train.models.vae.pixels import from_uint8
 from sora_train.models.vae.published import KINDS
-from sora_train.objectives.spec import build_spec
+from sora_train.objectives import TextToVideoObjective
+from sora_train.objectives.spec import build_spec, spec_of
+from sora_train.sampling.pipeline import ConditionFrames, encode_conditions
+from sora_train.training.pipeline.plan import require_cacheable
+
+CPU = torch.device("cpu")
 
 HUNYUAN = {
     "latent_channels": 4,
@@ -81,6 +92,81 @@ def test_a_published_vae_says_what_its_own_class_says(name, tmp_path):
         raw = vae._restore(latents) if factor is None else latents / factor
         torch.testing.assert_close(raw, mean, rtol=1e-5, atol=1e-5)
         assert torch.equal(decoded, theirs.decode(raw).sample.clamp(-1, 1))
+
+
+def frames_of(vae: VideoVAE, seed: int) -> np.ndarray:
+    """A clip of four latent frames or more, uint8 (F, 16, 16, 3)."""
+    count = 1 + 2 * max(vae.frame_step, 8)
+    return np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_table_says_which_vae_sees_later_frames(name: str, tmp_path: Path):
+    """The first latent frames are the same whatever comes later, or they are not."""
+    stored(name, tmp_path)
+    vae = VideoVAE.load(tmp_path)
+    pixels = from_uint8(frames_of(vae, 0)[None], CPU)
+    other = from_uint8(frames_of(vae, 1)[None], CPU)
+    moved = []
+    for known in (1, 2, 3):
+        frames = 1 + vae.temporal_factor * (known - 1)
+        future = torch.cat([pixels[:, :, :frames], other[:, :, frames:]], dim=2)
+        moved.append(float((vae.encode(future) - vae.encode(pixels))[:, :, :known].abs().max()))
+    assert vae.causal == (max(moved) == 0) == (moved[0] == 0), moved
+
+
+@pytest.mark.parametrize("latents", ["mode", "sample"])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_given_frames_are_the_same_in_training_and_in_sampling(
+    name: str, latents: str, tmp_path: Path
+):
+    """Whatever the VAE sees of later frames, which sampling does not have, and whether the clip is a draw or a mean."""
+    stored(name, tmp_path)
+    vae = VideoVAE.load(tmp_path)
+    cfg = compose(["experiment=parity_tiny"]).config
+    spec = spec_of(cfg, vae, "")
+    objective = TextToVideoObjective(cfg, spec, vae, CPU)
+    clip = Clip(3, 0, frames_of(vae, 0), None, 8.0, "noise", "")
+    mean = vae.encode(from_uint8(clip.pixels[None], CPU))
+    # Stored latents are the mean of the whole clip; where they do, a clip may come without its pixels.
+    shelf = dataclasses.replace(clip, latents=mean[0].numpy(), logvar=np.zeros_like(mean[0]))
+    kinds = [("i2v", 0.0), ("extend", 0.5), ("i2v_both", 0.0), ("extend_back", 0.4)]
+    for (kind, u), one in itertools.product(kinds, (clip, shelf)):
+        mask_T = frame_mask(kind, mean.shape[2], u)
+        shown = objective.encode_batch(
+            [one], [kind], mask_T[None], sample_posterior=latents == "sample"
+        )
+        given = shown.x if shown.condition_latents is None else shown.condition_latents
+        # In sampling the frames that are not given hold anything.
+        request = ConditionFrames(clip.pixels.copy(), kind, mask_T)
+        request.pixels[request.known_frames(vae).numpy() == 0] = 7
+        expected = encode_conditions(request, vae, spec).latents
+        of_condition = mask_T > 0
+        torch.testing.assert_close(
+            given[:, :, of_condition], expected[:, :, of_condition], rtol=0, atol=1e-5
+        )
+    bare = dataclasses.replace(shelf, pixels=None)
+    mask_BT = frame_mask("i2v", mean.shape[2], 0.0)[None]
+    if vae.causal:
+        objective.encode_batch([bare], ["i2v"], mask_BT, sample_posterior=latents == "sample")
+    else:
+        with refuses(UserError, "stored latents", name, "t2v alone"):
+            objective.encode_batch([bare], ["i2v"], mask_BT, sample_posterior=latents == "sample")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cache_of_latents_is_refused_where_given_frames_need_pixels(name: str, tmp_path: Path):
+    stored(name, tmp_path)
+    vae = VideoVAE.load(tmp_path)
+    tiny = ["experiment=parity_tiny", "data.cache=latents"]
+    require_cacheable(compose([*tiny, "objective.conditioning.i2v=0"]).config, vae)
+    given = compose([*tiny, "objective.conditioning.i2v=0.1"]).config
+    if vae.causal:
+        return require_cacheable(given, vae)
+    with refuses(ConfigError, "data.cache=latents", "data.cache=none", name, "t2v alone"):
+        require_cacheable(given, vae)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -70,15 +70,16 @@ def require_latents(
             )
 
 
-def refuse_latents(manifest: Manifest, rows: Iterable[int]) -> None:
-    """Raise UserError where these rows hold latents, in a run that gives frames encoded from pixels."""
+def refuse_latents(manifest: Manifest, rows: Iterable[int], instead: str) -> None:
+    """Raise UserError where these rows hold latents, in a run that gives frames encoded from pixels; `instead` is what
+    can be trained on latents."""
     members = manifest.members
     for row in rows:
         if members[row] and stored_of(members[row])[0] is not None:
             raise UserError(
                 f"{manifest.key[row]!r} in {manifest.path(row)} holds latents, and objective.conditioning gives "
                 "frames that are encoded from pixels of their own; set data.stored_latents=ignore to train from the "
-                "clips, or train t2v, i2v and extend with objective.cond_mode=replace only"
+                f"clips, or {instead}"
             )
 
 

@@ -282,6 +282,11 @@ class VideoVAE(nn.Module):
         return self.geometry.frame_step
 
     @property
+    def causal(self) -> bool:
+        """Whether the latents of a clip's first frames are those of these frames alone."""
+        return self.kind.causal
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.autoencoder.parameters()).dtype
 

@@ -21,6 +21,8 @@ class VaeKind:
     scaling_factor, the shift being 0 where the config has none."""
     frame_step: int
     """Clips have 1 + k * frame_step frames: others lose frames on the way through, or gain some."""
+    causal: bool
+    """Whether a latent frame depends on no later pixel frame; with statistics over time (GroupNorm) it does."""
     channels: int
     temporal_factor: int
     spatial_factor: int
@@ -50,6 +52,7 @@ KINDS: dict[str, VaeKind] = {
             ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
             "per_channel",
             frame_step=4,
+            causal=True,
             channels=16,
             temporal_factor=4,
             spatial_factor=8,
@@ -59,6 +62,7 @@ KINDS: dict[str, VaeKind] = {
             ("hunyuanvideo-community/HunyuanVideo",),
             "scale",
             frame_step=4,
+            causal=False,
             channels=16,
             temporal_factor=4,
             spatial_factor=8,
@@ -70,6 +74,7 @@ KINDS: dict[str, VaeKind] = {
             ("THUDM/CogVideoX-2b", "THUDM/CogVideoX-5b"),
             "scale",
             frame_step=8,
+            causal=False,
             channels=16,
             temporal_factor=4,
             spatial_factor=8,

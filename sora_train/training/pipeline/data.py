@@ -37,6 +37,7 @@ from sora_train.training.pipeline.plan import (
     flops_counter,
     memory_cap,
     plan,
+    require_cacheable,
     require_stored,
     token_counter,
 )
@@ -100,6 +101,7 @@ class TrainingData:
         vae_digest = vae.digest()
         for manifest in (sources.train, sources.val):
             require_stored(cfg, manifest, table, vae, vae_digest, model)
+        require_cacheable(cfg, vae)
         caches = open_caches(cfg, vae_digest, model, run.folder.path / "cache", world)
         loader = open_loader(run, sources.train, tape, assignment, vae_digest, caches)
         filler = open_filler(cfg, loader, vae, world.device, caches)

@@ -23,13 +23,14 @@ from sora_train.data.tape.micro_batches import GB, MemoryCap, micro_batch_sizes
 from sora_train.data.tape.mixture import Change, TapeSequence, repeats_of
 from sora_train.data.tape.shuffle import samples_per_epoch
 from sora_train.data.tape.tape import SourceRepeats, Tape
-from sora_train.errors import UserError
+from sora_train.errors import ConfigError, UserError
 from sora_train.models import memory as sizes_in_memory
 from sora_train.models.flops import trained_forward_flops, training_flops
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.dit import check_patches
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.geometry import Geometry
+from sora_train.objectives.clips import without_pixels
 
 
 def bucket_table(
@@ -101,6 +102,23 @@ def assigned(cfg: Config, manifest: Manifest, table: list[BucketSpec]) -> Assign
     return assign(manifest, table, cfg.buckets, cfg.seed, latents=latents)
 
 
+def needs_pixels(cfg: Config, vae: VideoVAE) -> bool:
+    """Whether given frames are encoded from pixels of their own, which stored latents lack."""
+    if cfg.task != "text_to_video":
+        return False
+    given = [kind for kind, share in cfg.objective.mix if kind != "t2v" and share > 0]
+    return cfg.objective.needs_pixels or bool(given and not vae.causal)
+
+
+def require_cacheable(cfg: Config, vae: VideoVAE) -> None:
+    """Raises ConfigError for a cache of latents in a run that gives frames encoded from pixels."""
+    if cfg.data.cache == "latents" and needs_pixels(cfg, vae):
+        raise ConfigError(
+            "data.cache=latents keeps no pixels, and objective.conditioning gives frames that are encoded from pixels "
+            f"of their own; set data.cache=none, or {without_pixels(vae)}"
+        )
+
+
 def require_stored(
     cfg: Config,
     manifest: Manifest,
@@ -116,8 +134,8 @@ def require_stored(
     fitting = np.flatnonzero(assigned(cfg, manifest, table).bucket_of_row >= 0).tolist()
     rows = first_of_each(manifest.members, fitting)
     if data.stored_latents == "use":
-        if cfg.task == "text_to_video" and cfg.objective.needs_pixels:
-            refuse_latents(manifest, rows)
+        if needs_pixels(cfg, vae):
+            refuse_latents(manifest, rows, without_pixels(vae))
         now = made_with(cfg, vae_digest)
         drawn = data.latents == "sample"
         require_latents(manifest, rows, vae_digest, vae.latent_shape, drawn=drawn, now=now)
