@@ -26,6 +26,7 @@ from sora_train.data.decode import decord as decode_decord
 from sora_train.data.decode import torchcodec as decode_torchcodec
 from sora_train.data.decode.frames import DecodeRequest
 from sora_train.data.decode.pool import DecodePool, worker_of
+from sora_train.data.decode.probe import ALPHA
 from sora_train.data.latents import members as stored
 from sora_train.data.latents.cache import LatentCache, TextCache, latent_key
 from sora_train.data.latents.provenance import decoder_name
@@ -87,7 +88,6 @@ class Loader:
         self._cache, self._texts = cache, texts
         self.drawn = data_cfg.latents == "sample"
         self._backend = _backend(data_cfg, manifest, tape)
-        self._decoder = decoder_name(self._backend)
         require_captions(manifest, data_cfg.caption_weights)
         self._captions = CaptionChoice(
             seed, data_cfg.caption_weights, data_cfg.caption_field_dropout
@@ -276,7 +276,8 @@ class Loader:
             box,
             self._vae_digest,
             dtype=self._vae_dtype,
-            decoder=self._decoder,
+            decoder=decoder_name(self._backend_of(row)),
+            treated=self._treated(row),
         )
 
     def latent_fps(self, row: int) -> float:
@@ -398,14 +399,24 @@ class Loader:
             shown=(int(manifest.height[row]), int(manifest.width[row])),
             height=bucket.height,
             width=bucket.width,
-            rotation=int(manifest.rotation[row]),
             start=float(manifest.start[row]),
             fps=float(manifest.fps[row]),
-            backend=self._backend,
+            traits=str(manifest.traits[row]),
+            alpha_background=self._cfg.alpha_background,
+            backend=self._backend_of(row),
             reading=self._reading if is_remote(path) else None,
             digest=str(manifest.sample_digest[row]),
             stamp=manifest.shards.get(str(manifest.shard[row])) if is_remote(path) else None,
         )
+
+    def _backend_of(self, row: int) -> str:
+        """The decoder of a row: PyAV where others would give other pixels or times."""
+        return "pyav" if self.manifest.traits[row] else self._backend
+
+    def _treated(self, row: int) -> str:
+        """What was done about the traits of a row, for the name of its latents."""
+        traits = str(self.manifest.traits[row])
+        return f"{traits} over {self._cfg.alpha_background}" if ALPHA in traits.split() else traits
 
     def _decode(self, row: int, epoch: int) -> Future:
         """A future of the sample's Clip or Failure."""
@@ -463,7 +474,7 @@ class Loader:
             on_disk=on_disk,
             shard=str(self.manifest.shard[failure.row]),
             key=str(self.manifest.key[failure.row]),
-            backend=self._backend,
+            backend=self._backend_of(failure.row),
         )
 
     def close(self) -> None:
@@ -495,9 +506,10 @@ def _backend(cfg: DataConfig, manifest: Manifest, tape: TapeLike) -> str:
         decode_torchcodec.require()
     elif backend == "decord":
         decode_decord.require()
-        codecs = manifest.codec[tape.rows]
+        rows = tape.rows[manifest.traits[tape.rows] == ""]
+        codecs = manifest.codec[rows]
         for codec in decode_decord.UNREADABLE_CODECS & set(codecs.tolist()):
-            key = manifest.key[tape.rows[codecs == codec][0]]
+            key = manifest.key[rows[codecs == codec][0]]
             raise UserError(
                 f"data.decoder=decord cannot read {codec}, the codec of {key!r}; set data.decoder=auto"
             )

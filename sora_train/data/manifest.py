@@ -21,8 +21,8 @@ from sora_train.base.files import renamed_when_whole
 from sora_train.errors import UserError
 
 FILE_NAME = "manifest.parquet"
-VERSION = "3"
-READABLE_VERSIONS = ("1", "2", "3")
+VERSION = "4"
+READABLE_VERSIONS = ("1", "2", "3", "4")
 _DIGEST_VERSION = "1"
 _VERSION_KEY, _ROOT_KEY = b"sora_train.manifest", b"sora_train.root"
 _SHARDS_KEY, _REVISION_KEY = b"sora_train.shards", b"sora_train.revision"
@@ -53,12 +53,13 @@ COLUMNS: dict[str, type] = {
     "captions": object,
     "members": object,
     "scores": object,
+    "traits": object,
 }
 # Columns that older versions do not have; they are filled with empty values.
-_ADDED = frozenset({"unverified", "captions", "members", "scores"})
+_ADDED = frozenset({"unverified", "captions", "members", "scores", "traits"})
 # Where a source is mounted, how a decoder words its error, how closely a clip was probed and its
-# scores do not change what is trained.
-_NOT_DIGESTED = frozenset({"source", "drop_detail", "unverified", "scores"})
+# scores do not change what is trained; its traits follow from its bytes.
+_NOT_DIGESTED = frozenset({"source", "drop_detail", "unverified", "scores", "traits"})
 
 Stamp = tuple[int, str]
 """Bytes and fingerprint of a shard when it was indexed."""
@@ -85,7 +86,8 @@ class Manifest:
     `shard` is relative to `root`; a loose file is a shard with one member. `height` and `width` are
     as displayed, `rotation` the degrees counter-clockwise that a stored frame still has to be
     turned, `start` the time of the first frame on the container's own clock, `sample_digest`
-    that of the sample's bytes. A shard named by an address (`s3://...`) needs no root. `unverified`
+    that of the sample's bytes, `traits` words for what needs care when it is read (see TRAITS in
+    decode/probe.py). A shard named by an address (`s3://...`) needs no root. `unverified`
     marks rows that rest on a header alone. `shards` holds the stamp of each shard that has one, and
     `revision` counts the times shards were added. `left_out` counts, by kind, the files of a folder
     that are no clips; it is not saved.
@@ -120,6 +122,7 @@ class Manifest:
     captions: np.ndarray
     members: np.ndarray
     scores: np.ndarray
+    traits: np.ndarray
 
     def __init__(
         self,
@@ -193,6 +196,11 @@ class Manifest:
     def dropped(self) -> dict[str, int]:
         """How many samples cannot be used, by reason."""
         return dict(Counter(reason for reason in self.drop_reason.tolist() if reason))
+
+    def traits_counted(self) -> dict[str, int]:
+        """How many usable samples have each trait."""
+        usable = self.traits[self.drop_reason == ""]
+        return dict(Counter(trait for traits in usable.tolist() for trait in traits.split()))
 
     @cached_property
     def _digest(self) -> str:

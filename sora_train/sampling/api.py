@@ -136,7 +136,8 @@ class Model:
         Raises:
             UserError: a file that cannot be read or does not fit the request.
         """
-        return prepare(request, self.clip_shape(size, frames, fps), self.vae.geometry)
+        shape = self.clip_shape(size, frames, fps)
+        return prepare(request, shape, self.vae.geometry, self.cfg.data.alpha_background)
 
     def save(
         self,

@@ -20,12 +20,10 @@ from torch import Tensor
 from sora_train.data.decode.frames import (
     BadClip,
     DecodeRequest,
-    Probe,
-    ProbeRequest,
     StorageFault,
     decode_frames,
-    probe_video,
 )
+from sora_train.data.decode.probe import Probe, ProbeRequest, probe_video
 from sora_train.data.sample import Bucket
 from sora_train.data.transforms import crop, sampled_frames
 from sora_train.diffusion.condition_frames import pixel_mask
@@ -79,6 +77,8 @@ class SampleRequest:
     """Frames from the first up to the second, which is not of them, are made anew."""
     strength: tuple[float, ...] = ()
     """Noise level from which an edit starts; several are spread evenly over the clip."""
+    alpha_background: str = "black"
+    """The colour that lies under transparency; that of the run, which `prepare` sets."""
 
     def check(self) -> None:
         """Raises UserError for an unknown operation, a missing file or one too many, or an impossible value."""
@@ -151,10 +151,16 @@ class Prepared:
         )
 
 
-def prepare(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
+def prepare(
+    request: SampleRequest,
+    shape: ClipShape,
+    geometry: Geometry,
+    alpha_background: str = "black",
+) -> Prepared:
     """Read a request's files and cut them to the frames of a clip.
 
     Args:
+        alpha_background: the colour that lies under transparency, the run's `data.alpha_background`.
         shape: of the clip to make; an image's has one frame, and a clip made from videos has their
             rate where that is lower.
         geometry: of the VAE.
@@ -164,6 +170,7 @@ def prepare(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Pre
             is too short, a number of frames that are no whole latent frames.
     """
     request.check()
+    request = replace(request, alpha_background=alpha_background)
     if request.op == "t2i" or (request.op == "edit" and request.image):
         shape = replace(shape, frames=1)
     geometry.latent_shape(shape.frames, shape.height, shape.width)
@@ -189,9 +196,9 @@ def _from_images(request: SampleRequest, shape: ClipShape, geometry: Geometry) -
     mask_T = ends_mask(num_frames, int(kind != "i2v_last"), int(kind != "i2v"))
     pixels = np.zeros((shape.frames, shape.height, shape.width, 3), np.uint8)
     if request.image:
-        pixels[0] = _read(request.image, "--image", shape)[0]
+        pixels[0] = _read(request, request.image, "--image", shape)[0]
     if request.last_image:
-        pixels[-1] = _read(request.last_image, "--last-image", shape)[0]
+        pixels[-1] = _read(request, request.last_image, "--last-image", shape)[0]
     if kind == "loop":
         pixels[-1] = pixels[0]
     return Prepared(shape, kind, ConditionFrames(pixels, kind, mask_T), drop=int(kind == "loop"))
@@ -269,7 +276,7 @@ def _connect(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Pr
 
 def _edit(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
     if request.image:
-        video = _read(request.image, "--image", shape)
+        video = _read(request, request.image, "--image", shape)
     else:
         (video,), shape = _read_videos(request, shape)
         _require(video, shape.frames, request.videos[0], shape)
@@ -323,12 +330,13 @@ def _read_videos(request: SampleRequest, shape: ClipShape) -> tuple[list[np.ndar
     rate = min([shape.fps, *(probe.fps for probe in probes if probe.fps > 0)])
     shape = replace(shape, fps=rate)
     pairs = zip(request.videos, probes, strict=True)
-    return [_frames(path, probe, shape, "video", "--video") for path, probe in pairs], shape
+    read = [_frames(request, path, probe, shape, "video", "--video") for path, probe in pairs]
+    return read, shape
 
 
-def _read(path: Path, flag: str, shape: ClipShape) -> np.ndarray:
+def _read(request: SampleRequest, path: Path, flag: str, shape: ClipShape) -> np.ndarray:
     """An image of the clip's size, uint8 (1, H, W, 3)."""
-    return _frames(path, _probe(path, "image", flag), shape, "image", flag)
+    return _frames(request, path, _probe(path, "image", flag), shape, "image", flag)
 
 
 def _probe(path: Path, kind: str, flag: str) -> Probe:
@@ -339,7 +347,9 @@ def _probe(path: Path, kind: str, flag: str) -> Probe:
         raise UserError(f"{flag} {path} cannot be read as {_a(kind)}: {error}") from error
 
 
-def _frames(path: Path, probe: Probe, shape: ClipShape, kind: str, flag: str) -> np.ndarray:
+def _frames(
+    asked: SampleRequest, path: Path, probe: Probe, shape: ClipShape, kind: str, flag: str
+) -> np.ndarray:
     """A file's frames at the clip's rate, its middle cropped to the clip's size, uint8 (F, H, W, 3)."""
     count = 1
     if kind == "video" and probe.fps > 0:
@@ -361,9 +371,10 @@ def _frames(path: Path, probe: Probe, shape: ClipShape, kind: str, flag: str) ->
         shown=(probe.height, probe.width),
         height=shape.height,
         width=shape.width,
-        rotation=probe.rotation,
         start=probe.start,
         fps=probe.fps,
+        traits=probe.traits,
+        alpha_background=asked.alpha_background,
     )
     try:
         return decode_frames(request)

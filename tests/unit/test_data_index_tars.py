@@ -20,13 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sentences import refuses
 
-from sora_train.data.decode.frames import (
-    BadClip,
-    DecodeRequest,
-    ProbeRequest,
-    decode_frames,
-    probe_video,
-)
+from sora_train.data.decode.frames import BadClip, DecodeRequest, decode_frames
+from sora_train.data.decode.probe import ProbeRequest, probe_video
 from sora_train.data.index import folder as folder_module
 from sora_train.data.index.folder import open_source
 from sora_train.data.index.shards import PARTS_FOLDER, HowToIndex, index_shards

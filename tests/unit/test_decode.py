@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from clip_files import number_of, numbered, real_clips, write_clip, write_timed
@@ -15,8 +16,9 @@ from PIL import Image
 from sentences import refuses
 
 from sora_train.data.decode import frames as decode
-from sora_train.data.decode.frames import BadClip, DecodeRequest, ProbeRequest
+from sora_train.data.decode.frames import BadClip, DecodeRequest
 from sora_train.data.decode.pool import DecodePool
+from sora_train.data.decode.probe import Probe, ProbeRequest, probe_video
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.data.decode.worker import TEST_HOOK
 from sora_train.data.sample import Failure
@@ -24,11 +26,9 @@ from sora_train.data.storage.ranges import StorageFault
 from sora_train.errors import Fault, UserError
 
 
-def probe(path: Path, count: str = "decode") -> decode.Probe:
+def probe(path: Path, count: str = "decode") -> Probe:
     kind = "image" if path.suffix == ".png" else "video"
-    return decode.probe_video(
-        ProbeRequest(0, path.name, str(path), 0, path.stat().st_size, kind, count)
-    )
+    return probe_video(ProbeRequest(0, path.name, str(path), 0, path.stat().st_size, kind, count))
 
 
 def request(path: Path, times: tuple[float, ...], **change: object) -> DecodeRequest:
@@ -49,7 +49,6 @@ def real(name: str, times: tuple[float, ...], **change: object) -> DecodeRequest
     return request(
         path,
         times,
-        rotation=found.rotation,
         start=found.start,
         fps=found.fps,
         **{**known, **change},
@@ -205,7 +204,7 @@ def test_storage_is_told_from_damage(tmp_path: Path):
         decode.decode_frames(request(path, (0.0, 1.0), length=size + 9999))
     path.unlink()
     with pytest.raises(StorageFault, match="No such file"):
-        decode.probe_video(ProbeRequest(0, "a", str(path), 0, size, "video"))
+        probe_video(ProbeRequest(0, "a", str(path), 0, size, "video"))
 
 
 def test_a_header_that_asks_for_too_much_memory_costs_its_clip_only(tmp_path: Path):
@@ -275,12 +274,9 @@ def test_rotated_clip_is_turned_clockwise():
     clip = decode.decode_frames(real("rotated_90.mov", (0.0,)))
     path = real_clips() / "rotated_90.mov"
     assert clip.shape == (1, 568, 320, 3)
-    stored = decode.decode_frames(
-        request(
-            path, (0.0,), shown=(320, 568), crop=(0, 0, 320, 568), height=320, width=568, fps=30.0
-        )
-    )
-    assert (np.rot90(stored[0], -1) == clip[0]).all()
+    with av.open(str(path)) as container:
+        stored = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert (np.rot90(stored, -1) == clip[0]).all()
 
 
 @pytest.mark.parametrize("name", ["press.mp4", "h265.mp4", "rotated_90.mov", "hiker.mp4"])
@@ -428,7 +424,7 @@ def test_children_end_with_their_parent(tmp_path: Path):
     path = write_clip(tmp_path / "evil.mp4")
     code = f"""
 import os, time
-from sora_train.data.decode.frames import ProbeRequest
+from sora_train.data.decode.probe import ProbeRequest
 from sora_train.data.decode.pool import DecodePool
 pool = DecodePool(1, timeout=600)
 ask = lambda key: pool.submit(ProbeRequest(0, key, {str(path)!r}, 0, {path.stat().st_size}, "video"))

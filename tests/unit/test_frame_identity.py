@@ -13,8 +13,9 @@ from sentences import refuses
 
 from sora_train.data.decode import frames as decode
 from sora_train.data.decode import torchcodec as decode_torchcodec
-from sora_train.data.decode.frames import DecodeRequest, Probe, ProbeRequest
+from sora_train.data.decode.frames import DecodeRequest
 from sora_train.data.decode.pool import DecodePool, worker_of
+from sora_train.data.decode.probe import Probe, ProbeRequest, probe_video
 from sora_train.data.sample import Bucket, Failure
 from sora_train.data.transforms import sampled_frames, window
 from sora_train.errors import Fault, UserError
@@ -98,7 +99,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[tuple[str, DecodePool]]:
 
 
 def probed(path: Path, count: str = "decode") -> Probe:
-    return decode.probe_video(
+    return probe_video(
         ProbeRequest(0, path.name, str(path), 0, path.stat().st_size, "video", count)
     )
 
@@ -116,7 +117,6 @@ def asked(path: Path, found: Probe, times: tuple[float, ...], backend: str) -> D
         (0, 0, *shown),
         shown,
         *CODED_SIZE,
-        rotation=found.rotation,
         start=found.start,
         fps=found.fps,
         backend=backend,

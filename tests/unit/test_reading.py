@@ -22,7 +22,7 @@ from s3_server import S3Server
 from sentences import refuses, says
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
-from sora_train.data.decode.frames import ProbeRequest, _digest
+from sora_train.data.decode.probe import ProbeRequest, _digest
 from sora_train.data.decode.worker import TEST_HOOK
 from sora_train.data.index.shard_writer import ShardWriter
 from sora_train.data.index.shards import HowToIndex, index_shards

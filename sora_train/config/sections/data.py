@@ -115,6 +115,11 @@ class DataConfig(Section):
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
     """`auto` uses PyAV; `decord` is refused where its wheel is missing or cannot read a clip's codec, `torchcodec`
     where it is missing."""
+    alpha_background: str = "black"
+    """Colour (a CSS name or `#rrggbb`) that is laid under transparent pictures and videos."""
+    hdr: Literal["tonemap", "drop"] = "tonemap"
+    """Clips in HDR (PQ, HLG): `tonemap` shows them as SDR, by the curve in data/decode/hdr.py; `drop` leaves them out,
+    with the reason `hdr`."""
     probe: Literal["decode", "packets", "header"] = "decode"
     """How frames are counted when a source is indexed: decode every frame, count packets (faster, trusts the
     file), or take the header's word (fastest; a clip that holds fewer frames is found at its decode)."""
@@ -137,6 +142,20 @@ class DataConfig(Section):
     stored_text: Literal["use", "ignore"] = "use"
     """Caption embeddings in the shards. `use`: train from them, and refuse those of another text encoder and any where
     the encoder is trained; `ignore`: encode the captions in the run."""
+
+    @field_validator("alpha_background")
+    @classmethod
+    def _a_colour(cls, alpha_background: str) -> str:
+        # Costs a tenth of a second, which commands without data would pay too.
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(alpha_background)
+        except ValueError as error:
+            raise ValueError(
+                f"data.alpha_background={alpha_background} is no colour; give a name such as black, or #rrggbb"
+            ) from error
+        return alpha_background
 
     @field_validator("caption_weights")
     @classmethod

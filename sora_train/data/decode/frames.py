@@ -1,24 +1,24 @@
-"""Probes clips for the manifest and decodes their frames at a bucket's size. Pure functions.
+"""Decodes a clip's frames at a bucket's size. Pure functions.
 
 They run in child processes that can be killed, so nothing here may import torch or keep state.
-Frames are chosen by presentation time, never by index, because containers give wrong counts and rates.
-Times are seconds after the clip's first frame.
+Frames are chosen by presentation time, because containers give wrong counts and rates; they are counted
+only where the probe found that the times themselves are wrong. Times are seconds after the clip's first frame.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from sora_train.data.storage.ranges import ByteRange, StorageFault, digest_of_ends
+from sora_train.data.decode import picture, rgb
+from sora_train.data.storage.ranges import ByteRange, StorageFault
 
 if TYPE_CHECKING:
     from sora_train.data.manifest import Stamp
@@ -28,12 +28,16 @@ av.logging.set_level(av.logging.PANIC)
 
 # Matroska rounds times to a millisecond, so a frame may begin up to half of one late.
 TIME_TOLERANCE = 1e-3
+# GIF rounds times to these seconds. What is coarser (AVI's frame) is exact.
+COARSE_TICK = 0.01
 # A seek costs about as much as decoding a second of video from the start.
 SEEK_WORTH_SECONDS = 1.0
 # The largest batch of decoders that return whole batches: a minute of 1080p would be 6 GB.
 BATCH_BYTES = 1 << 28
-# Frame intervals that differ from the median by more than this share of it make a rate variable.
-VARIABLE_RATE = 0.2
+COUNTED, INTERLACED, HIDDEN = "counted", "interlaced", "hidden_frames"
+"""What a probe says of a clip that matters to its decoding; see `sora_train.data.decode.probe.TRAITS`."""
+# libav's own decoders of these leave the alpha aside, which WebM keeps beside the picture.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 LONGEST_DETAIL = 200
 _OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 
@@ -78,35 +82,6 @@ def in_words(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class ProbeRequest:
-    """Asks for the Probe of a byte range of a file; `count` is `decode`, `packets` or `header`."""
-
-    row: int
-    key: str
-    path: str
-    offset: int
-    length: int
-    kind: str
-    count: str = "decode"
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The manifest's figures of a clip: height and width as displayed, `start` the first frame's own time."""
-
-    codec: str
-    frames: int
-    fps: float
-    vfr: bool
-    height: int
-    width: int
-    rotation: int
-    duration: float
-    start: float
-    digest: str
-
-
-@dataclass(frozen=True)
 class DecodeRequest:
     """Asks for the frames shown at `times`, of `crop` (top, left, height, width), resized to height x width.
 
@@ -124,9 +99,12 @@ class DecodeRequest:
     shown: tuple[int, int]
     height: int
     width: int
-    rotation: int = 0
     start: float = 0.0
     fps: float = 0.0
+    traits: str = ""
+    """What the probe said of the clip, words with spaces between."""
+    alpha_background: str = "black"
+    """The colour that is laid under transparency."""
     backend: str = "pyav"
     reading: ReadPolicy | None = None
     """The retries and cache for a `path` that is an address; None where it is a local file."""
@@ -136,45 +114,6 @@ class DecodeRequest:
     """The bytes, where they are in memory already."""
     stamp: Stamp | None = None
     """Size and fingerprint of a remote shard, so that a cache can keep it block by block."""
-
-
-def probe_video(request: ProbeRequest) -> Probe:
-    """The manifest's figures of a clip, from its decoded frames or its packets.
-
-    With `header` they come from the container's header and the first frame. Raises BadClip
-    (`unreadable`) and StorageFault.
-    """
-    with ByteRange(request.path, request.offset, request.length) as file:
-        return probe_file(file, request)
-
-
-def probe_file(file: Any, request: ProbeRequest) -> Probe:
-    """`probe_video` of an open file, whose `fault` names a failure of storage."""
-    with blaming_the_clip(file):
-        digest = _digest(file, request)
-        file.seek(0)
-        if request.kind == "image":
-            return _probe_image(file, digest)
-        return _probe_stream(file, request.count, digest)
-
-
-def _digest(file: Any, request: ProbeRequest) -> str:
-    """SHA-256 of the bytes; of their number and their two ends where only the header is read."""
-    if request.count != "header":
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    return digest_of_ends(file, request.length)
-
-
-def _probe_image(file: Any, digest: str) -> Probe:
-    image = Image.open(cast(Any, file))
-    codec = (image.format or "image").lower()
-    if getattr(image, "n_frames", 1) > 1:
-        raise BadClip(
-            "unreadable", f"an animated {codec} is neither image nor video; convert it to mp4"
-        )
-    image.load()
-    width, height = ImageOps.exif_transpose(image).size
-    return Probe(codec, 1, 0.0, False, height, width, 0, 0.0, 0.0, digest)
 
 
 def open_container(file: Any) -> av.container.InputContainer:
@@ -198,107 +137,89 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
     return stream
 
 
-def _probe_stream(file: Any, count: str, digest: str) -> Probe:
-    with open_container(file) as container:
-        stream = video_stream(container)
-        first, times, last_duration = _frame_times(container, stream, count)
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        codec = stream.codec.canonical_name
-        aspect = stream.sample_aspect_ratio or 1
-    times_s = np.sort(np.asarray(times, np.float64))
-    start = float(times_s[0])
-    fps, vfr = _frame_rate(times_s, rate)
-    rotation = round(first.rotation / 90) * 90 % 360
-    height, width = first.height, round(first.width * float(aspect))
-    if rotation in (90, 270):
-        height, width = width, height
-    tail = last_duration or (1 / fps if fps else 0.0)
-    duration = float(times_s[-1] - start) + tail
-    return Probe(codec, len(times_s), fps, vfr, height, width, rotation, duration, start, digest)
-
-
-def _frame_times(
-    container: av.container.InputContainer, stream: av.VideoStream, count: str
-) -> tuple[av.VideoFrame, list[float], float]:
-    """The first frame, the times of all frames, and the duration of the last one (0: unknown)."""
-    rate = float(stream.average_rate or stream.guessed_rate or 25)
-    promised = _promised_frames(container, stream, rate) if count == "header" else 0
-    if promised:
-        first = next(_decoded(container, stream), None)
-        begin = first.time or 0.0 if first is not None else 0.0
-        times, last_duration = [begin + index / rate for index in range(promised)], 0.0
-    elif count in ("packets", "header"):
-        # Packets that an edit list hides are decoded for others that depend on them, but not shown.
-        packets = [
-            packet for packet in container.demux(stream) if packet.size and not packet.is_discard
-        ]
-        times = [
-            float(packet.pts * packet.time_base) if packet.pts is not None else index / rate
-            for index, packet in enumerate(packets)
-        ]
-        container.seek(0)
-        first = next(container.decode(stream), None)
-        last_duration = 0.0
-    else:
-        first, times, last_duration = None, [], 0.0
-        for index, frame in enumerate(_decoded(container, stream)):
-            first = first or frame
-            times.append(frame.time if frame.time is not None else index / rate)
-            last_duration = _shown_for(frame)
-    if first is None or not times:
-        raise BadClip("unreadable", "no frame can be decoded")
-    return first, times, last_duration
-
-
-def _promised_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, rate: float
-) -> int:
-    """The frame count of the header, 0 where it has none."""
-    by_duration = 0
-    if stream.duration and stream.time_base:
-        by_duration = round(float(stream.duration * stream.time_base) * rate)
-    if stream.frames:
-        # An edit list shortens the duration, not the number of stored frames.
-        return min(stream.frames, by_duration or stream.frames)
-    if by_duration:
-        return by_duration
-    # The duration of such containers counts from 0, not from their first frame.
-    ends = (container.duration or 0) - max(0, container.start_time or 0)
-    return max(0, round(ends / av.time_base * rate))
-
-
-def _shown_for(frame: av.VideoFrame) -> float:
+def shown_for(frame: av.VideoFrame) -> float:
     """Seconds a frame is shown, 0 where the container does not say."""
     return float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
 
 
-def _decoded(
-    container: av.container.InputContainer, stream: av.VideoStream
+def decoded(
+    container: av.container.InputContainer, stream: av.VideoStream, traits: set[str] | None = None
 ) -> Iterator[av.VideoFrame]:
-    """Every frame in order. Raises BadClip with the number of frames decoded before the damage."""
+    """Every frame in order; adds to `traits` where an edit list hides frames.
+
+    Raises BadClip with the number of frames decoded before the damage.
+    """
     done = 0
     total = stream.frames or "unknown"
+    decode = _decoder(stream)
     try:
-        for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise BadClip("unreadable", f"frame {done} of {total} is damaged")
-            yield frame
-            done += 1
+        for packet in container.demux(stream):
+            if traits is not None and packet.is_discard:
+                traits.add(HIDDEN)
+            for frame in decode(packet):
+                if frame.is_corrupt:
+                    raise BadClip("unreadable", f"frame {done} of {total} is damaged")
+                yield frame
+                done += 1
     except av.error.FFmpegError as error:
         message = f"decoding fails after {done} of {total} frames: {in_words(error)}"
         raise BadClip("unreadable", message) from error
 
 
-def _frame_rate(times_s: np.ndarray, nominal: float) -> tuple[float, bool]:
-    """Frames a second, the container's own figure where the times agree with it; and whether the rate varies."""
-    if len(times_s) < 2 or times_s[-1] <= times_s[0]:
-        return nominal or 0.0, False
-    intervals = np.diff(times_s)
-    median = float(np.median(intervals))
-    vfr = bool((np.abs(intervals - median) > VARIABLE_RATE * median + TIME_TOLERANCE).any())
-    measured = (len(times_s) - 1) / float(times_s[-1] - times_s[0])
-    is_nominal = not vfr and nominal > 0 and abs(measured / nominal - 1) < 0.01
-    return (nominal if is_nominal else measured), vfr
+def _decoder(stream: av.VideoStream) -> Callable[[av.Packet], list[av.VideoFrame]]:
+    """What turns packets into frames, their alpha included. Raises BadClip where FFmpeg lacks the decoder for it."""
+    name = _ALPHA_DECODERS.get(stream.codec.canonical_name, "")
+    tags = {key.lower(): value for key, value in stream.metadata.items()}
+    if not name or tags.get("alpha_mode") != "1":
+        return stream.codec_context.decode
+    if name not in av.codecs_available:
+        raise BadClip("unreadable", f"its alpha needs {name}, which this FFmpeg was built without")
+    context = av.CodecContext.create(name, "r")
+    context.thread_count = 1
+    return lambda packet: context.decode(packet if packet.size else None)
+
+
+def progressive(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """The frames, those marked as interlaced made whole by FFmpeg's bwdif: as many, at the same times."""
+    graph, before = None, None
+    for frame in frames:
+        form = (frame.width, frame.height, frame.format.name)
+        if graph is not None and form != before:
+            yield from _pulled(graph, None)
+            graph = None
+        if graph is None and frame.interlaced_frame:
+            graph, before = _bwdif(frame), form
+        if graph is None:
+            yield frame
+        else:
+            yield from _pulled(graph, frame)
+    if graph is not None:
+        yield from _pulled(graph, None)
+
+
+def _bwdif(frame: av.VideoFrame) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width,
+        height=frame.height,
+        format=frame.format.name,
+        time_base=frame.time_base,
+    )
+    source.link_to(filtered := graph.add("bwdif", "mode=send_frame:deint=interlaced"))
+    filtered.link_to(graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def _pulled(graph: av.filter.Graph, frame: av.VideoFrame | None) -> Iterator[av.VideoFrame]:
+    """Push a frame (None: the end), and yield what comes out."""
+    graph.vpush(frame)
+    while True:
+        try:
+            pulled = graph.vpull()
+        except (av.error.BlockingIOError, av.error.EOFError):
+            return
+        yield pulled
 
 
 def decode_frames(request: DecodeRequest) -> np.ndarray:
@@ -310,19 +231,22 @@ def decode_frames(request: DecodeRequest) -> np.ndarray:
     file = ByteRange(request.path, request.offset, request.length, request.data)
     with file, blaming_the_clip(file):
         if request.kind == "image":
-            image = ImageOps.exif_transpose(Image.open(cast(Any, file))).convert("RGB")
-            return np.stack([fit_frame(np.asarray(image), request)] * len(request.times))
+            image = picture.as_rgb(picture.open_picture(file), request.alpha_background)
+            return np.stack([_fit_image(image, request)] * len(request.times))
         return _decode_stream(file, request)
 
 
 def _decode_stream(file: ByteRange, request: DecodeRequest) -> np.ndarray:
     with open_container(file) as container:
         stream = video_stream(container)
-        if request.times[0] > SEEK_WORTH_SECONDS:
+        traits = request.traits.split()
+        if request.times[0] > SEEK_WORTH_SECONDS and COUNTED not in traits:
             tick = float(stream.time_base or 1)
-            container.seek(
-                int((request.times[0] + request.start) / tick), stream=stream, backward=True
-            )
+            sought = request.times[0] + request.start
+            if INTERLACED in traits:
+                # A frame is made whole from those around it, and a seek must not change its pixels.
+                sought -= 2 / (request.fps or 25.0)
+            container.seek(int(sought / tick), stream=stream, backward=True)
             clip = _pick(container, stream, request, sought=True)
             if clip is not None:
                 return clip
@@ -344,16 +268,20 @@ def _pick(
     """The requested frames, decoded from the current position; None where a seek overshot the first of them."""
     clip = np.empty((len(request.times), request.height, request.width, 3), np.uint8)
     rate = request.fps or 25.0
+    counted = COUNTED in request.traits.split()
+    tick = float(stream.time_base or 0)
+    tolerance = max(TIME_TOLERANCE, tick / 2 if tick <= COARSE_TICK else 0)
     filled = 0
     shown: av.VideoFrame | None = None
-    for index, frame in enumerate(_decoded(container, stream)):
+    for index, frame in enumerate(progressive(decoded(container, stream))):
         if frame.time is None and sought:
             return None
-        time = (frame.time if frame.time is not None else index / rate) - request.start
-        if shown is None and sought and time > request.times[0] + TIME_TOLERANCE:
+        by_clock = frame.time is not None and not counted
+        time = (frame.time if by_clock else index / rate) - request.start
+        if shown is None and sought and time > request.times[0] + tolerance:
             return None
         end = filled
-        while end < len(request.times) and request.times[end] + TIME_TOLERANCE < time:
+        while end < len(request.times) and request.times[end] + tolerance < time:
             end += 1
         if end > filled:
             clip[filled:end] = _fit(shown or frame, request)
@@ -365,8 +293,8 @@ def _pick(
         if sought:
             return None
         raise BadClip("unreadable", "no frame can be decoded")
-    lasts = _shown_for(shown) or 1 / rate
-    if request.times[-1] >= shown_at + lasts + TIME_TOLERANCE:
+    lasts = shown_for(shown) or 1 / rate
+    if request.times[-1] >= shown_at + lasts + tolerance:
         raise too_few_frames(shown_at, request)
     clip[filled:] = _fit(shown, request)
     return clip
@@ -382,8 +310,7 @@ def too_few_frames(last: float, request: DecodeRequest) -> BadClip:
 
 
 def _fit(frame: av.VideoFrame, request: DecodeRequest) -> np.ndarray:
-    rgb = frame.to_ndarray(format="rgb24", threads=1)
-    return fit_frame(np.rot90(rgb, request.rotation // 90), request)
+    return fit_frame(rgb.shown(frame, request.alpha_background), request)
 
 
 def batches_of_frames(request: DecodeRequest) -> Iterator[slice]:
@@ -393,19 +320,29 @@ def batches_of_frames(request: DecodeRequest) -> Iterator[slice]:
         yield slice(start, min(start + size, len(request.times)))
 
 
-def fit_frame(rgb: np.ndarray, request: DecodeRequest) -> np.ndarray:
+def fit_frame(frame: np.ndarray, request: DecodeRequest) -> np.ndarray:
     """Crop and resize one displayed frame (H, W, 3), anti-aliased; every decoder uses this function."""
-    height, width = rgb.shape[:2]
+    box, size = _box(frame.shape[1], frame.shape[0], request), (request.width, request.height)
+    if box == (0, 0, *size) and frame.shape[1::-1] == size:
+        return frame
+    return _fit_image(Image.fromarray(np.ascontiguousarray(frame)), request)
+
+
+def _fit_image(image: Image.Image, request: DecodeRequest) -> np.ndarray:
+    """`fit_frame` of an image in RGB, of which a copy as an array would take as much memory again."""
+    box, size = _box(*image.size, request), (request.width, request.height)
+    if box == (0, 0, *size) and image.size == size:
+        return np.asarray(image)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+
+
+def _box(width: int, height: int, request: DecodeRequest) -> tuple[float, float, float, float]:
+    """The request's crop in a frame of this size: left, top, right, bottom."""
     scale_y, scale_x = height / request.shown[0], width / request.shown[1]
     top, left, crop_height, crop_width = request.crop
-    box = (
+    return (
         left * scale_x,
         top * scale_y,
         min(width, (left + crop_width) * scale_x),
         min(height, (top + crop_height) * scale_y),
     )
-    if box == (0, 0, width, height) and (height, width) == (request.height, request.width):
-        return rgb
-    image = Image.fromarray(np.ascontiguousarray(rgb))
-    size = (request.width, request.height)
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))

@@ -17,7 +17,7 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 from sora_train.data.decode import frames as decode  # noqa: E402 - the threads above must be set before numpy loads
-from sora_train.data.decode import pipe  # noqa: E402 - the threads above must be set before numpy loads
+from sora_train.data.decode import pipe, probe  # noqa: E402 - the threads above must be set before numpy loads
 from sora_train.data.storage import cached_reads as reading  # noqa: E402 - the threads above must be set before numpy loads
 from sora_train.data.storage.ranges import StorageFault  # noqa: E402 - the threads above must be set before numpy loads
 
@@ -27,14 +27,14 @@ ALARM_GRACE = 30
 TEST_HOOK = "SORA_TEST_DECODE"
 
 
-def answer(request: decode.ProbeRequest | decode.DecodeRequest) -> tuple[str, object]:
+def answer(request: probe.ProbeRequest | decode.DecodeRequest) -> tuple[str, object]:
     """('ok', Probe or frames), ('bad', (reason, detail)) or ('storage', detail)."""
     return guarded(lambda: _answer(request))
 
 
-def _answer(request: decode.ProbeRequest | decode.DecodeRequest) -> object:
-    if isinstance(request, decode.ProbeRequest):
-        return decode.probe_video(request)
+def _answer(request: probe.ProbeRequest | decode.DecodeRequest) -> object:
+    if isinstance(request, probe.ProbeRequest):
+        return probe.probe_video(request)
     if request.backend == "decord" and request.kind == "video":
         from sora_train.data.decode import decord as decode_decord
 

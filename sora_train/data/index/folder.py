@@ -13,8 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from sora_train.data.decode.frames import Probe, ProbeRequest
 from sora_train.data.decode.pool import DecodePool
+from sora_train.data.decode.probe import HLG, PQ, Probe, ProbeRequest
 from sora_train.data.index.listing import Listed, Member, list_source, require_name
 from sora_train.data.latents import members as stored
 from sora_train.data.manifest import FILE_NAME, Manifest, empty_row
@@ -23,7 +23,7 @@ from sora_train.data.storage.ranges import StorageFault
 from sora_train.data.storage.remote import fingerprint, is_remote, size_of
 from sora_train.errors import Fault, UserError
 
-INDEX_VERSION = "3"
+INDEX_VERSION = "4"
 # Waiting for a disk or a server costs no core.
 CHECK_THREADS = 16
 # Probing decodes a clip whole, training only a few seconds of it.
@@ -92,6 +92,15 @@ def open_source(
     manifest.save(cached)
     manifest.left_out = listed.left_out
     return manifest
+
+
+def without_hdr(manifest: Manifest) -> Manifest:
+    """The manifest with its HDR clips dropped, as `data.hdr=drop` asks for."""
+    reason, detail = manifest.drop_reason.copy(), manifest.drop_detail.copy()
+    for row, traits in enumerate(manifest.traits.tolist()):
+        if {PQ, HLG} & set(traits.split()) and not reason[row]:
+            reason[row], detail[row] = "hdr", "data.hdr=tonemap would show it as SDR"
+    return manifest.with_columns(drop_reason=reason, drop_detail=detail)
 
 
 def _without_captions(source: str, listed: Listed) -> str:

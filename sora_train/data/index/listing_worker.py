@@ -7,7 +7,7 @@ imports torch.
 from __future__ import annotations
 
 from sora_train.data.decode import worker as decode_worker
-from sora_train.data.decode.frames import ProbeRequest, probe_file
+from sora_train.data.decode.probe import ProbeRequest, probe_file
 from sora_train.data.index.tars import Listing, ListRequest, compression, list_shard
 from sora_train.data.storage.ranges import ByteRange
 from sora_train.data.storage.remote import RemoteRange, is_remote, read_range

@@ -46,7 +46,7 @@ from sora_train.data.storage.remote import (
 from sora_train.errors import Fault, UserError
 
 PARTS_FOLDER = ".manifest.parts"
-PARTS_VERSION = "3"
+PARTS_VERSION = "4"
 # A server that stalls is given up after some attempts; the child process must outlive them.
 REMOTE_SECONDS = 180.0
 LIST_SECONDS = 1800.0

@@ -13,7 +13,7 @@ import numpy as np
 
 from sora_train.base.progress import Progress
 from sora_train.config import Config, SourceConfig
-from sora_train.data.index.folder import open_source
+from sora_train.data.index.folder import open_source, without_hdr
 from sora_train.data.index.shapes_source import prepare_shapes
 from sora_train.data.manifest import Manifest, text_digest
 from sora_train.data.storage.remote import is_remote
@@ -232,4 +232,4 @@ def _open(
             allow_empty_captions=data.allow_empty_captions,
             timeout=data.decode_timeout,
         )
-    return manifest, False
+    return without_hdr(manifest) if data.hdr == "drop" else manifest, False

@@ -33,11 +33,12 @@ def latent_key(
     *,
     dtype: str = "float32",
     decoder: str = "",
+    treated: str = "",
     transform: int = TRANSFORM_VERSION,
     version: int = VERSION,
 ) -> str:
     """Content address of a clip's latents: sample bytes, times, crop, bucket, the VAE and its precision,
-    decoder and transform."""
+    decoder and transform, and what was done about the clip's traits."""
     parts = (
         version,
         digest,
@@ -48,6 +49,7 @@ def latent_key(
         dtype,
         decoder,
         transform,
+        *([treated] if treated else ()),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
 

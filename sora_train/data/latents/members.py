@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_train.data.decode.frames import Probe
+from sora_train.data.decode.probe import Probe
 from sora_train.data.manifest import Stamp, text_digest
 from sora_train.data.sample import Bucket
 from sora_train.data.storage.cached_reads import read_range

@@ -348,6 +348,7 @@ class _Split:
             "start": 0.0,
             "sample_digest": digest(lambda at, count: packed[at : at + count], len(packed)),
             "unverified": False,
+            "traits": "",
         }
         writer.write(key, packed, LATENTS, caption, about, beside)
 

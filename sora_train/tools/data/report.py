@@ -16,15 +16,18 @@ from sora_train.base.contact_sheet import contact_sheet, filmstrip
 from sora_train.config import Config
 from sora_train.data.captions.choice import captions_by_name, without_weighted
 from sora_train.data.captions.texts import MAIN
+from sora_train.data.loader import backend_of
 from sora_train.data.manifest import Manifest
 from sora_train.monitoring.report.charts import histogram
 from sora_train.monitoring.report.page import compact, render
 from sora_train.tools.data.report_plan import FRAMES_SHOWN, DataPlan, Thumbnail, read_thumbnails
+from sora_train.tools.data.traits import told
 
 NAME = "data_report"
 CLIPS_LISTED = 200
 EXAMPLES = 5
 CAPTION_SHOWN = 300
+_FROM_THE_MANIFEST = ("caption", "captions", "scores", "traits")
 MEANING = {
     "too_short": "fewer frames, at the sampling rate, than the shortest bucket takes (buckets.classes)",
     "too_small": "would have to be enlarged by more than buckets.max_upscale",
@@ -34,6 +37,7 @@ MEANING = {
     "too_few_frames": "holds fewer frames than the index says",
     "decode_timeout": "takes longer to decode than data.decode_timeout",
     "decoder_crashed": "ends the decode process",
+    "hdr": "is HDR, which data.hdr=drop leaves out",
 }
 
 
@@ -71,6 +75,7 @@ def account(plan: DataPlan) -> str:
         for spec, number in zip(plan.table, plan.clips_per_bucket, strict=True)
         if number
     ]
+    lines += told(plan.manifest, plan.cfg.data.alpha_background, backend_of(plan.cfg.data))
     weights = plan.cfg.data.caption_weights
     if plain := without_weighted(plan.manifest, weights):
         lines.append(
@@ -85,7 +90,7 @@ def clip_table(plan: DataPlan) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     columns = ("key", "shard", "kind", "codec", "frames", "fps", "width", "height", "duration")
-    outcome = ("bucket", "tokens", "reason", "what", "detail", "caption", "captions", "scores")
+    outcome = ("bucket", "tokens", "reason", "what", "detail", *_FROM_THE_MANIFEST)
     writer.writerow([*columns, *outcome])
     for row in range(len(plan.manifest)):
         known, bucket = plan.manifest.row(row), plan.bucket(row)
@@ -97,7 +102,7 @@ def clip_table(plan: DataPlan) -> str:
                 plan.assignment.reasons[row],
                 plan.fate(row),
                 known["drop_detail"],
-                *(known[name] for name in ("caption", "captions", "scores")),
+                *(known[name] for name in _FROM_THE_MANIFEST),
             ]
         )
     return text.getvalue()

@@ -180,8 +180,9 @@ def sample_to_folder(
     info = api.checkpoint_info(run_dir, step, recipe.config if recipe else Config)
     StoredTensors(info.checkpoint).prefix(weights)
     spec = api.with_settings(info.spec, settings)
-    geometry = read_geometry(info.cfg.vae)
-    prepared = prepare(request, api.fitting_shape(info.cfg, geometry, info.shape, *shape), geometry)
+    cfg, geometry = info.cfg, read_geometry(info.cfg.vae)
+    fitting = api.fitting_shape(cfg, geometry, info.shape, *shape)
+    prepared = prepare(request, fitting, geometry, cfg.data.alpha_background)
     _require_use(request.op, prepared.kind, spec, settings, options)
     for note in (prepared.note(spec, request.op), api.rate_note(info, prepared.shape)):
         if note:
