@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sora_train.data.index.folder import open_source
+from sora_train.data.index.kinds import media_kind
 from sora_train.data.index.shard_writer import ShardWriter
 from sora_train.data.latents.members import KIND, LATENTS
 from sora_train.data.manifest import FILE_NAME, Manifest
@@ -84,7 +85,10 @@ def _split(name: str, known: dict[str, object]) -> tuple[str, str]:
         return stem, extension.lower()
     if known["kind"] == KIND:
         return name, LATENTS
-    return name, "mp4" if known["kind"] == "video" else str(known["codec"])
+    codec = str(known["codec"])
+    # Some names of codecs are no extensions of images, and a reader goes by the bytes.
+    image = codec if media_kind(f"{name}.{codec}") == "image" else "png"
+    return name, "mp4" if known["kind"] == "video" else image
 
 
 def _shard_key(stem: str, keys: set[str]) -> str:

@@ -66,7 +66,7 @@ class Member:
             sample.scores,
             sample.members,
             sample.digest,
-            sample.reason if sample.reason in (BAD_CAPTION, BAD_NAME) else "",
+            sample.reason if not sample.key or sample.reason in (BAD_CAPTION, BAD_NAME) else "",
             sample.lacks,
         )
 
@@ -312,8 +312,12 @@ def _list_tars(folder: Path, files: Files, tars: list[str], captions: str) -> Li
     texts = {plain(name, folder): name for name in table.texts}
     named: set[str] = set()
     members = []
+    left_out = _others(files, [*tars, *used])
     for tar in tars:
         for sample in list_tar(folder / tar):
+            if sample.key and not sample.kind:
+                left_out["key without a clip"] += 1
+                continue
             member = Member.of_sample(tar, sample)
             # A table may name the member (`a.mp4`) or its key (`a`).
             row = texts.get(plain(sample.name)) or texts.get(plain(sample.key))
@@ -321,10 +325,10 @@ def _list_tars(folder: Path, files: Files, tars: list[str], captions: str) -> Li
                 named.add(row)
                 member = member.with_texts(table.texts[row])
             members.append(member)
-    if not members:
+    if not any(member.kind for member in members):
         raise UserError(f"the {len(tars)} shards of {folder} hold no clip, first {tars[0]}")
     members += _nameless(table, {name: name if name in named else None for name in table.texts})
     unused = [name for name, one in table.texts.items() if name not in named and not one.fault]
     gone = f"{table.path} names it, and no shard holds it"
     members += [Member("", printable(name), fault=gone, reason="missing_clip") for name in unused]
-    return Listed(folder, members, _others(files, [*tars, *used]))
+    return Listed(folder, members, left_out)

@@ -212,10 +212,10 @@ def compressed_error(path: object, packed: str = "") -> UserError:
 
 
 def list_tar(path: Path) -> list[TarSample]:
-    """The samples of a local tar in its order; keys without a clip are left out.
+    """The samples of a local tar in its order, keys without a clip too.
 
-    A clip that the end of the file cuts off is listed with its reason. Raises UserError on a
-    compressed tar, on a file that is no tar, and on two clips of one key.
+    A clip that the end of the file cuts off is listed with its reason, a damage of the tar itself under
+    the empty key. Raises UserError on a compressed tar, on a file that is no tar, and on two clips of one key.
     """
     size = path.stat().st_size
     with ByteRange(str(path), 0, size) as file:
@@ -232,7 +232,7 @@ def list_tar(path: Path) -> list[TarSample]:
             raise UserError(
                 f"{path} holds two clips under the key {sample.key!r} ({sample.detail}); give each its own"
             )
-    return [sample for sample in samples if sample.kind]
+    return samples
 
 
 def list_shard(file: Any, size: int, name: str, keys: MemberKeys) -> list[TarSample]:
@@ -253,7 +253,7 @@ def list_shard(file: Any, size: int, name: str, keys: MemberKeys) -> list[TarSam
                 if member.size < 0 or member.offset_data < end:
                     raise tarfile.ReadError(f"the header before byte {end} is damaged")
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                if member.isfile():
+                if member.isfile() or member.islnk() or member.issym():
                     _add(tar, member, size, samples, again, keys)
         reason, detail = _bad_end(file, tar.offset)
     # A damaged header of its own kind (PAX, sparse) raises what parsing it comes upon.
@@ -300,12 +300,11 @@ def _add(
     if extension in keys.video:
         kind = media_kind(member.name) or "video"
     reason = "shard_cut" if not whole else "empty_member" if member.size == 0 else ""
-    detail = ""
-    if member.issparse():
-        reason, detail = (
-            "unreadable",
-            f"{member.name} is a sparse file in the tar; make it without `-S`",
-        )
+    elsewhere = _elsewhere(member)
+    if elsewhere:
+        reason = "unreadable"
+    if sample.kind and is_further(member.name) and not is_further(sample.name):
+        kind = ""  # a preview beside the clip
     place: dict[str, Any] = {
         "name": member.name,
         "kind": kind,
@@ -317,10 +316,14 @@ def _add(
         detail = f"{member.name} is in the shard before"
         again.append(TarSample(key, **place, reason="duplicate_key", detail=detail))
     elif kind and _rank(member.name, kind) < before:
-        samples[key] = replace(sample, **place, reason=reason, detail=detail)
+        samples[key] = replace(sample, **place, reason=reason, detail=elsewhere)
     elif kind and _rank(member.name, kind) == before:
         sample.reason = "ambiguous_clip"
         sample.detail = f"{sample.name}, {member.name}: choose one with video_key="
+    elif elsewhere and extension in (stored.LATENTS, stored.TEXT):
+        sample.damage = elsewhere
+    elif elsewhere and extension in keys.text_extensions:
+        sample.bad_text = elsewhere
     elif extension in (stored.LATENTS, stored.TEXT):
         _add_stored(tar, member, extension, sample, whole)
     elif whole and extension in keys.text_extensions and member.size <= MAX_CAPTION_BYTES:
@@ -331,6 +334,19 @@ def _add(
         except NotText as error:
             sample.bad_text = sample.bad_text or str(error)
     samples[key].extensions.append(extension)
+
+
+def _elsewhere(member: tarfile.TarInfo) -> str:
+    """Why a member's bytes do not lie behind its header, '' where they do."""
+    name = printable(member.name)
+    if member.issparse():
+        return f"{name} is a sparse file in the tar; make it without `-S`"
+    if member.isfile():
+        return ""
+    target = printable(member.linkname)
+    return (
+        f"{name} is a link to {target} in the tar; make it with `--dereference --hard-dereference`"
+    )
 
 
 def _rank(name: str, kind: str) -> tuple[bool, ...]:
