@@ -228,6 +228,41 @@ def test_a_sparse_clip_in_a_tar_is_no_range_of_bytes(tmp_path: Path):
     says(member.fault, "a.mp4", "sparse", "-S")
 
 
+def test_links_and_what_occurs_twice_in_a_tar_are_told(tmp_path: Path):
+    folder = files(tmp_path / "made", "a.mp4", "b.mp4", "c.mp4", "c.txt", text="x")
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        (folder / name).write_bytes(name.encode())
+    os.link(folder / "a.mp4", folder / "hard.mp4")
+    os.symlink("a.mp4", folder / "soft.mp4")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.mp4", "hard.mp4", "soft.mp4", "c.mp4", "c.txt", "c.txt"):
+            tar.add(folder / name, name)
+        for name, text in (("d.txt", b"no clip"), ("bare", b"1")):
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+    make_tar(tmp_path / "in" / "1.tar", {"z.mp4": b"1"})
+    os.rename(tmp_path / "0.tar", tmp_path / "in" / "0.tar")
+    listed = list_source(tmp_path / "in", "")
+    assert captions(listed).keys() == {"a", "z"} and listed.left_out == {"key without a clip": 1}
+    told = {key: one.fault for key, one in faults(listed).items()}
+    says(told["hard"], "hard.mp4", "link", "a.mp4", "--hard-dereference")
+    says(told["soft"], "soft.mp4", "link", "a.mp4", "--dereference")
+    says(told["c"], "c.txt", "before")
+
+
+def test_a_damaged_tar_is_a_row_of_its_own(tmp_path: Path):
+    path = make_tar(tmp_path / "0.tar", {"a.mp4": b"1", "b.mp4": b"2", "c.mp4": b"3"})
+    data = bytearray(path.read_bytes())
+    data[1024] ^= 1  # the header of b.mp4
+    path.write_bytes(data)
+    listed = list_source(tmp_path, "")
+    assert captions(listed).keys() == {"a"}
+    ((key, member),) = faults(listed).items()
+    assert (key, member.reason) == ("", "shard_damaged")
+    says(member.fault, "0.tar", "byte 1024")
+
+
 def test_a_table_of_tars_that_names_what_no_shard_holds(tmp_path: Path):
     folder = tmp_path / "in"
     make_tar(folder / "0.tar", {"./sub/a.mp4": b"1", "b.mp4": b"1", "c.mp4": b"1", "c.txt": b"own"})

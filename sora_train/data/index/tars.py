@@ -324,13 +324,15 @@ def _add(
         sample.damage = elsewhere
     elif elsewhere and extension in keys.text_extensions:
         sample.bad_text = elsewhere
+    elif extension in keys.text_extensions and extension in sample.extensions:
+        sample.bad_text = f"{printable(member.name)} is in the shard before"
     elif extension in (stored.LATENTS, stored.TEXT):
         _add_stored(tar, member, extension, sample, whole)
     elif whole and extension in keys.text_extensions and member.size <= MAX_CAPTION_BYTES:
         data = tar.extractfile(member)
         assert data is not None, "a regular member can be read"
         try:
-            sample.texts.setdefault(extension, decode_text(data.read(), printable(member.name)))
+            sample.texts[extension] = decode_text(data.read(), printable(member.name))
         except NotText as error:
             sample.bad_text = sample.bad_text or str(error)
     samples[key].extensions.append(extension)
