@@ -21,6 +21,8 @@ from sora_train.diffusion.flow import interpolate
 from sora_train.diffusion.guidance import guide, guide_both, rescale
 from sora_train.diffusion.sampler import sample_ode
 from sora_train.diffusion.spec import DiffusionSpec
+from sora_train.errors import Fault
+from sora_train.models.finite_weights import is_finite
 from sora_train.models.text_to_video import Text, VideoDenoiser
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.pixels import from_uint8, to_uint8
@@ -187,6 +189,7 @@ def sample_clips(
             condition_noise=condition_noise,
             on_step=on_step,
         )
+        _require_numbers(latents, chunk, start, spec)
         clips += [decode_clip(vae, one) for one in latents]
         if on_batch is not None:
             on_batch(len(clips))
@@ -301,11 +304,31 @@ def no_condition_frames(shape: ClipShape, num_frames: int) -> ConditionFrames:
     return ConditionFrames(blank, "t2v", torch.zeros(num_frames))
 
 
+class NoPicture(Fault):
+    """What was sampled is not finite, so there is nothing to show."""
+
+
+def _require_numbers(latents: Tensor, prompts: list[str], first: int, spec: DiffusionSpec) -> None:
+    """Raises NoPicture naming the first clip whose latents hold NaN or infinities."""
+    for number, (one, prompt) in enumerate(zip(latents, prompts, strict=True), first):
+        if not is_finite(one):
+            raise NoPicture(
+                f"the latents of clip {number} ('{prompt[:60]}') came out as NaN or infinite, so there is no picture; "
+                "its weights may be (`sora ckpt verify RUN` names the tensor), else sample with "
+                f"less guidance than guidance_scale={spec.guidance_scale:g}"
+            )
+
+
 def decode_clip(vae: VideoVAE, latents_CTHW: Tensor) -> np.ndarray:
-    """uint8 (T, H, W, 3): a byte a value is all that grows with the clip."""
+    """uint8 (T, H, W, 3): a byte a value is all that grows with the clip. Raises NoPicture where the VAE's values are
+    not finite."""
     frames = 1 + (latents_CTHW.shape[1] - 1) * vae.temporal_factor
     height, width = (size * vae.spatial_factor for size in latents_CTHW.shape[-2:])
     clip = np.empty((frames, height, width, 3), np.uint8)
     for where, pixels in vae.decode_pieces(latents_CTHW[None]):
+        if not is_finite(pixels):
+            raise NoPicture(
+                f"the VAE made NaN or infinite pixels of finite latents in {vae.dtype}; set vae.dtype=float32"
+            )
         clip[where[1:]] = to_uint8(pixels[0])
     return clip

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,12 @@ from sentences import refuses, says
 from sora_train import cli
 from sora_train.checkpoint import find, save_streamed
 from sora_train.checkpoint.meta import read_meta
+from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.diffusion.draws import draw_noise
-from sora_train.errors import UserError
+from sora_train.errors import UserError, run_command
+from sora_train.models.finite_weights import is_finite
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.sampling.api import Model, load
@@ -267,6 +270,62 @@ def test_an_image_to_video_model_stays_one_in_diffusers(tmp_path: Path):
             num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent",
         ).frames  # fmt: skip
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+
+
+BROKEN = "transformer.blocks.1.ffn.net.2.weight"
+
+
+def with_value(run: Path, to: Path, name: str, value: float) -> Path:
+    """A copy of the run whose newest checkpoint has one value changed."""
+    stored = StoredTensors(find(run))
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns("checkpoints"))
+
+    def read(key: str) -> torch.Tensor:
+        tensor = stored.read(key)[key]
+        if key == name:
+            tensor.view(-1)[3] = value
+        return tensor
+
+    step = find(run).step
+    save_streamed(to / "checkpoints", step, stored.shapes, read, find(run).state())
+    return to
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_named(
+    source: Path, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+):
+    """By verify, export and import; and nobody gets a black video of them."""
+    run = with_value(source, tmp_path / "run", f"ema.{BROKEN}", value)
+    assert run_command(lambda: cli.run(["ckpt", "verify", str(run)])) == 1
+    says(capsys.readouterr().err, f"ema.{BROKEN}", "1 values", "NaN or infinite")
+    with refuses(UserError, BROKEN.removeprefix("transformer."), "NaN or infinite", "--live"):
+        export_pipeline(run, tmp_path / "out")
+    export_pipeline(run, tmp_path / "live", weights="live")
+    asked = ["sample", "--ckpt", str(run), "--prompt", "red", "--steps", "1"]
+    assert run_command(lambda: cli.run([*asked, "--out", str(tmp_path / "clips")])) == 1
+    says(capsys.readouterr().err, "clip 0", "NaN or infinite", "sora ckpt verify", "guidance_scale")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "clips").exists()
+
+    for part, name in (("transformer", BROKEN.partition(".")[2]), ("vae", "quant_conv.weight")):
+        folder = tmp_path / part
+        shutil.copytree(pipeline, folder)
+        for file in (folder / part).glob("*.safetensors"):
+            weights = load_file(file)
+            if name in weights:
+                weights[name].view(-1)[0] = value
+                save_file(weights, file, metadata={"format": "pt"})
+        with refuses(UserError, name, "NaN or infinite", str(folder)):
+            import_pipeline(folder, tmp_path / "imported", SHAPE)
+        assert not (tmp_path / "imported").exists()
+
+
+def test_a_number_is_what_torch_says(tmp_path: Path):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2):
+        for value in (1.0, -65504.0, 0.0, math.nan, math.inf, -math.inf):
+            tensor = torch.tensor([0.5, value, -0.5]).to(dtype)
+            assert is_finite(tensor) == bool(tensor.float().isfinite().all()), (dtype, value)
+    assert is_finite(torch.arange(3)) and is_finite(torch.empty(0))
 
 
 def test_a_rate_is_folded_exactly():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sora_train.config.sections.model import TextConfig
 from sora_train.errors import ConfigError, UserError
+from sora_train.models.finite_weights import require_finite
 from sora_train.models.hub import weights_folder
 from sora_train.models.text.encoder import LENGTH_STEP, TextEncoder, weights_digest
 
@@ -203,6 +204,7 @@ def load_model(folder: Path, kind: TextKind, dtype: torch.dtype) -> Any:
                 f"text.path={folder} is not the {kind.class_name} of its config.json: it {what} "
                 f"{len(names)} weights ({listed})"
             )
+    require_finite(model.named_parameters(), f"text.path={folder}", "copy the folder again")
     return model
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sora_train.config.sections.model import VaeConfig
 from sora_train.errors import ConfigError, UserError
+from sora_train.models.finite_weights import require_finite
 from sora_train.models.hub import weights_folder
 from sora_train.models.vae.geometry import Geometry, factors
 from sora_train.models.vae.init import init_autoencoder
@@ -102,6 +103,7 @@ class VideoVAE(nn.Module):
             raise UserError(
                 f"vae.path '{folder}' cannot be read ({error}); copy the folder again"
             ) from error
+        require_finite(weights.items(), f"vae.path '{folder}'", "copy the folder again")
         kind = kind_of(config, f"vae.path '{folder}'")
         kind.check_normalisation(config, f"vae.path '{folder}'")
         vae = cls(

@@ -25,6 +25,7 @@ from sora_train.checkpoint.meta import read_meta
 from sora_train.checkpoint.tensors import LIVE, StoredTensors
 from sora_train.config.yaml_files import load_yaml
 from sora_train.errors import UserError
+from sora_train.tools.checkpoints.inspect import require_numbers
 from sora_train.training.optim.ema_profiles import WIDEST, Profile, solve
 from sora_train.training.optim.ema_snapshots import FOLDER as SNAPSHOTS
 
@@ -130,10 +131,12 @@ def _tracked(checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def verified(sources: Sequence[Checkpoint]) -> None:
-    """Compare every file with its digest. Raises Fault for a damaged one."""
+    """Compare every file with its digest, and look at every weight. Raises Fault for a damaged file or a weight that is
+    not finite."""
     with Progress(len(sources), "verifying") as progress:
         for number, source in enumerate(sources, 1):
             checkpoints.verify(source)
+            require_numbers(source, (LIVE, EMA))
             progress.update(number)
 
 

@@ -21,6 +21,7 @@ from sora_train.checkpoint import Checkpoint
 from sora_train.checkpoint.layout import listed_files, why_incomplete
 from sora_train.checkpoint.tensors import StoredTensors, chunks
 from sora_train.errors import Fault, UserError
+from sora_train.models.finite_weights import require_finite
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.run_folder import take_lock
 from sora_train.training.optim.ema_snapshots import FOLDER as SNAPSHOTS
@@ -254,10 +255,11 @@ def statistics(tensor: Tensor) -> dict[str, float]:
 
 
 def verify(run: Path, step: int | None) -> str:
-    """Compare every file of one checkpoint, or of all, with its digest, showing how far it has come.
+    """Compare every file of one checkpoint, or of all, with its digest, showing how far it has come; then look at every
+    value, one tensor in memory at a time.
 
     Raises:
-        Fault: a file is damaged, named.
+        Fault: a file is damaged, or a tensor holds values that are not finite, named.
         UserError: no such run or checkpoint.
     """
     # Those of the wrong size are damaged too, and `find` would not tell of them.
@@ -281,7 +283,26 @@ def verify(run: Path, step: int | None) -> str:
                 done += size
                 progress.update(done)
     steps = ", ".join(str(entry.step) for entry in chosen)
-    return f"{len(files)} files of steps {steps} match their digests ({show_size(done)})"
+    tensors = sum(require_numbers(Checkpoint(entry.path, entry.step)) for entry in chosen)
+    return (
+        f"{len(files)} files of steps {steps} match their digests ({show_size(done)}), and all values of {tensors} "
+        "tensors are finite"
+    )
+
+
+def require_numbers(checkpoint: Checkpoint, prefixes: tuple[str, ...] = ("",)) -> int:
+    """How many tensors a checkpoint has under `prefixes`. Raises Fault naming one with NaN or infinities."""
+    stored = StoredTensors(checkpoint)
+    names = [name for name in stored.shapes if name.startswith(prefixes)]
+    with Progress(len(names), f"values of step {checkpoint.step}, tensors") as progress:
+        for done, name in enumerate(names, 1):
+            try:
+                remedy = "remove this checkpoint to go on from another"
+                require_finite(stored.read(name).items(), str(checkpoint.path), remedy)
+            except UserError as error:
+                raise Fault(str(error)) from error
+            progress.update(done)
+    return len(names)
 
 
 def _entry_of(run: Path, step: int) -> Entry:

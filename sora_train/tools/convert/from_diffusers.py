@@ -16,10 +16,12 @@ from torch import Tensor
 
 from sora_train import checkpoint as checkpoints
 from sora_train.base.files import folder_when_whole, write_atomically
+from sora_train.base.progress import Progress
 from sora_train.checkpoint.meta import CheckpointMeta, TrainState
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
+from sora_train.models.finite_weights import require_finite
 from sora_train.models.text.published import build_text_encoder
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.transformer.wan_layout import model_values
@@ -61,6 +63,7 @@ def import_pipeline(
     cfg = _config(transformer, source, out, extras)
     stored = StoredWeights(transformer)
     shapes, report = _check(transformer, stored, cfg)
+    _require_numbers(transformer, stored)
     vae = VideoVAE.from_config(cfg.vae)
     if vae.channels != cfg.model.velocity_channels or vae.channels != cfg.model.in_channels:
         raise UserError(
@@ -214,6 +217,16 @@ def _check(folder: Path, stored: StoredWeights, cfg: Config) -> tuple[Shapes, li
     report = [f"matched {len(expected) - len(added)} weights, missing 0, unexpected 0"]
     report += [f"added {name} at zero" for name in added]
     return shapes, report
+
+
+def _require_numbers(folder: Path, stored: StoredWeights) -> None:
+    """Raises UserError where a weight holds NaN or an infinity; one of them is in memory at a time."""
+    with Progress(len(stored.shapes), "checking the transformer's weights") as progress:
+        for done, name in enumerate(stored.shapes, 1):
+            require_finite(
+                [(name, stored.read(name))], str(stored.files[name]), f"copy {folder} again"
+            )
+            progress.update(done)
 
 
 def _save(folder: Path, stored: StoredWeights, shapes: Shapes, state: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from sora_train.base.files import folder_when_whole
 from sora_train.base.progress import Progress
 from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.errors import Fault, UserError
+from sora_train.models.finite_weights import require_finite
 from sora_train.models.text.published import build_text_encoder
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.transformer.layers import sinusoid
@@ -243,6 +244,11 @@ def _shards(shapes: Mapping[str, torch.Size], most: int) -> list[list[str]]:
 
 def _read(stored: StoredTensors, prefix: str, names: list[str]) -> dict[str, Tensor]:
     tensors = stored.read(*(f"{prefix}{name}" for name in names))
+    require_finite(
+        tensors.items(),
+        str(stored.checkpoint.path),
+        "export an older checkpoint, RUN@STEP, or other weights, --live or --ema TAG",
+    )
     return {key.removeprefix(prefix): value for key, value in tensors.items()}
 
 

@@ -1,8 +1,10 @@
 """Samples that a run makes of itself: of which prompts, in which shape, and where they go."""
 
+import sys
+
 from sora_train.config import Config
 from sora_train.sampling.files import save_clips
-from sora_train.sampling.pipeline import ClipShape, sample_clips
+from sora_train.sampling.pipeline import ClipShape, NoPicture, sample_clips
 from sora_train.training.components import Components
 from sora_train.training.pipeline.data import TrainingData
 from sora_train.training.pipeline.frame_rates import usual_rate
@@ -32,6 +34,11 @@ def write_samples(run: RunContext, parts: Components, step: int) -> None:
                 seed=seed,
                 on_step=lambda _: run.health.check_preemption(),
             )
+        except NoPicture as error:
+            # Training goes on: its own guards see to weights that diverge.
+            if run.is_main:
+                print(f"no samples of step {step}: {error}", file=sys.stderr, flush=True)
+            return
         finally:
             model.train()
     if run.is_main:
