@@ -4,7 +4,7 @@ swapped, one that is left out and one that is a step late all show."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from sora_train.sampling.pipeline import ClipShape, sample_clips
 from sora_train.training.components import build_model
 from sora_train.training.outputs.samples import write_samples
 from sora_train.training.recipe import Recipe
+from sora_train.training.resilience.spike_detector import SpikeDetector
 from sora_train.training.trainer import Trainer
 
 STEPS, LEFT_AFTER = 4, 2
@@ -102,7 +103,9 @@ class Run:
         self.trainer.save()
         self.trainer.commit()
         self.trainer.close()
+        self.left = asdict(self.trainer.state), self.trainer.spikes.state()
         self.trainer = self.begin()
+        self.found = asdict(self.trainer.state), self.trainer.spikes.state()
         self.steps += [self.step(number) for number in range(LEFT_AFTER + 1, STEPS + 1)]
 
     def begin(self) -> Trainer:
@@ -174,6 +177,15 @@ def test_the_steps_hold_something_of_everything(run: Run) -> None:
     assert len({clip.epoch for clip in clips}) > 1 and {clip.fps for clip in clips} == {0.0, 8.0}
     clipped = [step.norm > run.cfg.optim.grad_clip for step in run.steps]
     assert set(clipped) == {False, True}, [step.norm for step in run.steps]
+
+
+def test_what_is_gone_on_with_is_what_was_left(run: Run) -> None:
+    """Steps 3 and 4 below are taken by another Trainer; the detector of spikes has judged two steps before."""
+    (left, judged), (found, known) = run.left, run.found
+    assert known == judged != SpikeDetector(run.cfg.spike_detection).state()
+    assert {**found, "spikes": 0} == {**left, "spikes": 0}
+    assert (found["step"], found["data_step"]) == (LEFT_AFTER, LEFT_AFTER)
+    assert found["samples_seen"] == sum(len(step.drawn) for step in run.steps[:LEFT_AFTER])
 
 
 def test_loss_norm_and_rate_are_those_by_hand(run: Run) -> None:

@@ -1,5 +1,6 @@
 """Where a run goes on in its data: after a resume with other micro-batches a step, and after going back."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from sora_train.data.tape.mixture import Change, TapeSequence
 from sora_train.data.tape.tape import Tape
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
+from sora_train.training.optim.ema_snapshots import remove_after
 from sora_train.training.pipeline.data import TrainingData
 from sora_train.training.resilience import rollback
 from sora_train.training.resilience.resume import find_place
@@ -95,3 +97,16 @@ def test_going_back_counts_what_is_lost_and_how_often(finished_run: Path) -> Non
     state = replace(then, step=0, data_step=0)
     rollback.apply(found, state, spikes)
     assert state.data_step == 0
+
+
+def test_snapshots_of_a_course_that_was_left_are_removed(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    """All that are of a later step than the one that is written anew, and none of an earlier one."""
+    folder = tmp_path / "ema_snapshots"
+    shutil.copytree(finished_run / "checkpoints", folder)
+    assert [one.step for one in checkpoints.list_checkpoints(folder)] == [1, 2]
+    remove_after(folder, 2)
+    assert [one.step for one in checkpoints.list_checkpoints(folder)] == [1, 2]
+    remove_after(folder, 1)
+    assert [one.step for one in checkpoints.list_checkpoints(folder)] == [1]
