@@ -10,6 +10,8 @@ from rich.table import Table
 from sora_train.base.progress import duration
 from sora_train.checkpoint.meta import TrainState
 from sora_train.checkpoint.space import Space
+from sora_train.data.decode.probe import traits_told
+from sora_train.data.loader import backend_of
 from sora_train.data.tape.tape import nearby_efficiencies, row_costs, slot_efficiency
 from sora_train.models.transformer.attention_backends import describe
 from sora_train.parallel.checks.self_test import Agreed
@@ -38,6 +40,9 @@ def print_card(
         console.print(f"dropped: {count} clips ({reason})")
         for detail in details(parts.data, reason):
             console.print(f"  {detail}", style="dim", highlight=False)
+    data = run.cfg.data
+    for line in traits_told(parts.data.manifest, data.alpha_background, backend_of(data)):
+        console.print(line, highlight=False)
 
 
 def run_table(

@@ -62,6 +62,20 @@ def greys(clip):
     return clip[:, 16, 16, 0].astype(int)
 
 
+def test_an_image_is_read_as_training_reads_it(tmp_path):
+    """What lies under alpha is the run's background, and of several pictures the first counts."""
+    rgba = np.full((48, 64, 4), (255, 0, 255, 0), np.uint8)
+    rgba[:, 32:] = (20, 160, 20, 255)
+    Image.fromarray(rgba).save(tmp_path / "clear.png")
+    asked = SampleRequest(op="i2v", image=tmp_path / "clear.png")
+    first = prepare(asked, SHAPE, GEOMETRY, "#204060").condition_frames.pixels[0]
+    assert (first[:, :12] == (0x20, 0x40, 0x60)).all() and (first[:, 20:] == (20, 160, 20)).all()
+    one, two = (Image.new("RGB", (64, 48), (value,) * 3) for value in (40, 200))
+    one.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[two])
+    asked = SampleRequest(op="i2v", image=tmp_path / "phone.jpg")
+    assert np.abs(prepare(asked, SHAPE, GEOMETRY).condition_frames.pixels[0] - 40.0).max() <= 2
+
+
 def request(files, op, *names, **settings):
     keys = {"first.png": "image", "last.png": "last_image"}
     images = {keys[name]: files / name for name in names if name in keys}

@@ -14,6 +14,7 @@ from sentences import refuses, says
 
 from sora_train.config import BucketClass, BucketsConfig, DataConfig
 from sora_train.config.compose import compose
+from sora_train.data.decode.probe import traits_told
 from sora_train.data.index.folder import open_source
 from sora_train.data.index.sources import open_sources
 from sora_train.data.loader import Loader
@@ -22,7 +23,6 @@ from sora_train.data.tape.buckets import assign, build_buckets
 from sora_train.data.tape.tape import Tape
 from sora_train.errors import ConfigError
 from sora_train.tools.data.command import index_source
-from sora_train.tools.data.traits import told
 
 BUCKETS = BucketsConfig(
     fps=8, classes=(BucketClass(name="c", pixels=1536, frames=(1, 5), aspect_ratios=("3:2",)),)
@@ -79,7 +79,12 @@ def test_the_index_tells_what_needs_care_and_what_is_done(folder: Path, tmp_path
     assert dict(zip(manifest.key, manifest.traits, strict=True)) == {
         "plain.mp4": "", "clear.png": "alpha", "bright.mp4": "pq",
     }  # fmt: skip
-    says("\n".join(told(manifest, "teal", "decord")), "data.alpha_background=teal", "2", "decord")
+    says(
+        "\n".join(traits_told(manifest, "teal", "decord")),
+        "data.alpha_background=teal",
+        "2",
+        "decord",
+    )
 
 
 def test_hdr_is_dropped_with_its_reason_where_that_is_asked_for(folder: Path, tmp_path: Path):

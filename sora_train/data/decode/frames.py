@@ -131,6 +131,8 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not streams:
         raise BadClip("unreadable", "the file holds no video stream")
     stream = streams[0]
+    if stream.codec_context is None:
+        raise BadClip("unreadable", "FFmpeg does not know the codec of its video stream")
     # Frame threads can deadlock when decoding stops before the end.
     stream.thread_type = "SLICE"
     stream.codec_context.thread_count = 1

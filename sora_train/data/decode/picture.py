@@ -15,6 +15,8 @@ MAX_PIXELS = 1 << 29
 # The limit above takes the place of Pillow's, which is below the size of today's cameras.
 Image.MAX_IMAGE_PIXELS = None
 
+# In these several pictures are moments; in others they are views, pages or sizes.
+_ANIMATED = ("png", "webp", "gif", "avif")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _16_BIT = 257
 
@@ -24,13 +26,13 @@ class NotAPicture(ValueError):
 
 
 def open_picture(file: Any) -> Image.Image:
-    """The picture in an open file, not yet decoded; of several (a phone's MPO) the first.
+    """The picture in an open file, not yet decoded; of several (a phone's MPO, pages of a TIFF) the first.
 
     Raises NotAPicture where it is animated or larger than MAX_PIXELS, and what Pillow raises.
     """
     image = Image.open(cast(Any, file))
     codec = (image.format or "image").lower()
-    if has_others(image) and codec != "mpo":
+    if has_others(image) and codec in _ANIMATED:
         raise NotAPicture(f"an animated {codec} is neither image nor video; convert it to mp4")
     if image.width * image.height > MAX_PIXELS:
         raise NotAPicture(

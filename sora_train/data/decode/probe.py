@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -27,6 +27,9 @@ from sora_train.data.decode.frames import (
     video_stream,
 )
 from sora_train.data.storage.ranges import ByteRange, digest_of_ends
+
+if TYPE_CHECKING:
+    from sora_train.data.manifest import Manifest
 
 GAPS, PQ, HLG, ALPHA = "gaps", "pq", "hlg", "alpha"
 TRAITS = {
@@ -106,6 +109,26 @@ class Timing:
     start: float
     duration: float
     trait: str = ""
+
+
+def traits_told(manifest: Manifest, background: str = "", decoder: str = "pyav") -> list[str]:
+    """A line for each trait: how many usable clips have it, and what is done.
+
+    `background` is `data.alpha_background`, `decoder` the one that the run names, where they are known.
+    """
+    counted = manifest.traits_counted()
+    value = f"={background}" if background else ""
+    lines = [
+        f"{counted[trait]} {what.format(background=value)}"
+        for trait, what in TRAITS.items()
+        if trait in counted
+    ]
+    if lines and decoder != "pyav":
+        number = int(((manifest.traits != "") & (manifest.drop_reason == "")).sum())
+        lines.append(
+            f"{number} of these clips are read by PyAV, as {decoder} would show them otherwise"
+        )
+    return lines
 
 
 def probe_video(request: ProbeRequest) -> Probe:

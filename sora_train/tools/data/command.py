@@ -282,7 +282,7 @@ def count(manifest: "Manifest", captions: Sequence[str] = ()) -> str:
     Captions are counted by name where there are others than the main one, or `captions` names some.
     """
     from sora_train.data.captions.choice import caption_counts
-    from sora_train.tools.data.traits import told
+    from sora_train.data.decode.probe import traits_told
 
     dropped = manifest.dropped()
     usable = len(manifest) - sum(dropped.values())
@@ -290,7 +290,7 @@ def count(manifest: "Manifest", captions: Sequence[str] = ()) -> str:
         f"{manifest.root}: {len(manifest)} clips = {usable} usable + {sum(dropped.values())} dropped"
     ]
     lines += [f"  {number} {reason}" for reason, number in sorted(dropped.items())]
-    lines += told(manifest)
+    lines += [f"  {line}" for line in traits_told(manifest)]
     named = caption_counts(manifest)
     if len(named) > 1 or captions:
         counts = [f"{named[name]} {name}" for name in dict.fromkeys([*named, *captions])]

@@ -16,12 +16,12 @@ from sora_train.base.contact_sheet import contact_sheet, filmstrip
 from sora_train.config import Config
 from sora_train.data.captions.choice import captions_by_name, without_weighted
 from sora_train.data.captions.texts import MAIN
+from sora_train.data.decode.probe import traits_told
 from sora_train.data.loader import backend_of
 from sora_train.data.manifest import Manifest
 from sora_train.monitoring.report.charts import histogram
 from sora_train.monitoring.report.page import compact, render
 from sora_train.tools.data.report_plan import FRAMES_SHOWN, DataPlan, Thumbnail, read_thumbnails
-from sora_train.tools.data.traits import told
 
 NAME = "data_report"
 CLIPS_LISTED = 200
@@ -78,7 +78,9 @@ def account(plan: DataPlan) -> str:
         for spec, number in zip(plan.table, plan.clips_per_bucket, strict=True)
         if number
     ]
-    lines += told(plan.manifest, plan.cfg.data.alpha_background, backend_of(plan.cfg.data))
+    data = plan.cfg.data
+    told = traits_told(plan.manifest, data.alpha_background, backend_of(data))
+    lines += [f"  {line}" for line in told]
     weights = plan.cfg.data.caption_weights
     if plain := without_weighted(plan.manifest, weights):
         lines.append(
