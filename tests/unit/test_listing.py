@@ -10,6 +10,7 @@ import pytest
 from clip_files import write_clip
 from sentences import refuses, says
 
+from data_prep.shards import write_shards
 from sora_train.data.index.folder import open_source
 from sora_train.data.index.listing import Listed, Member, list_source
 from sora_train.data.index.shards import HowToIndex, index_shards
@@ -62,7 +63,7 @@ def test_linked_folders_are_followed_and_loops_are_told(tmp_path: Path):
     listed = list_source(folder, "")
     assert captions(listed).keys() == {"a.mp4", "linked/b.mp4", "linked/deep/c.ts"}
     assert faults(listed).keys() == {"itself.mp4", "gone.mp4"}
-    assert listed.left_out == {"link to a folder that holds it": 1}
+    assert listed.left_out == {"link to a folder that holds it (linked/deep/back)": 1}
     assert walk(folder).loops == ["linked/deep/back"]
 
 
@@ -156,6 +157,8 @@ def test_what_was_seen_is_used_and_dropped_and_told(tmp_path: Path):
     says(told, "1 bad_row", "caf\\xe9.mp4", "cp1252.txt", "offset 3", "NaN", "line 2", "1 .pdf")
     manifest = open_source(str(folder), work_dir=tmp_path / "work")
     assert len(manifest) == 5 and manifest.caption[manifest.drop_reason == ""].tolist() == ["red"]
+    shards = write_shards(str(folder), str(tmp_path / "out"), workers=1)
+    assert len(shards) == 5 and shards.dropped() == manifest.dropped()
 
 
 def test_a_source_whose_name_is_no_text_is_refused(tmp_path: Path):
@@ -186,6 +189,7 @@ def test_texts_in_tars_are_text_or_a_reason(tmp_path: Path):
         "utf16.mp4": b"1", "utf16.txt": "café\r\nzwei".encode("utf-16"),
         "latin.mp4": b"1", "latin.txt": b"caf\xe9",
         "half.mp4": b"1", "half.json": b'{"caption": "a \\ud83d"}',
+        "score.mp4": b"1", "score.json": b'{"caption": "a", "scores": {"\\ud83d": 1}}',
         "broken.mp4": b"1", "broken.json": b'{"caption": ',
         "deep.mp4": b"1", "deep.json": b"[" * 5000,
         "number.mp4": b"1", "number.json": b'{"caption": 3}',
@@ -196,7 +200,7 @@ def test_texts_in_tars_are_text_or_a_reason(tmp_path: Path):
     assert captions(listed) == {"utf16": "café\nzwei", "number": "", "gone": ""}
     told = {key: one.fault for key, one in faults(listed).items()}
     says(told["latin"], "latin.txt", "0xe9", "offset 3")
-    says(told["half"], "U+D83D")
+    says(told["half"], "U+D83D"), says(told["score"], "U+D83D")
     says(told["broken"], "broken.json", "not JSON")
     says(told["deep"], "deep.json", "not JSON")
     (number,) = [one for one in listed.members if one.key == "number"]
@@ -204,7 +208,7 @@ def test_texts_in_tars_are_text_or_a_reason(tmp_path: Path):
     how = HowToIndex(probe="header")
     manifest = index_shards(str(tmp_path / "in" / "0.tar"), tmp_path / "out", how, workers=1)
     assert manifest is not None
-    assert manifest.dropped() == {"bad_caption": 4, "unreadable": 3}
+    assert manifest.dropped() == {"bad_caption": 5, "unreadable": 3}
 
 
 def test_names_in_tars_that_are_no_text(tmp_path: Path):

@@ -58,7 +58,7 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
         row += 1
         where, fault = f"{path}, line {number}, row {row}", faults.get(number, "")
         try:
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             said = getattr(error, "msg", str(error))
             yield Row(
@@ -71,6 +71,14 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             yield Row(where, values, fault)
         else:
             yield Row(where, {}, 'an object like {"file": ..., "caption": ...} is needed')
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON whose keys stand once; of two captions neither is the right one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"one of the keys {', '.join(key for key, _ in pairs)} stands twice")
+    return found
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
@@ -139,9 +147,8 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     file = pq.ParquetFile(path)
     schema = file.schema_arrow
     for column in schema:
-        if pa.types.is_struct(column.type) and {"bytes", "path"} <= {
-            part.name for part in column.type
-        }:
+        is_struct = folded(column.name) in FILE_COLUMNS and pa.types.is_struct(column.type)
+        if is_struct and {"bytes", "path"} <= {part.name for part in column.type}:
             raise UserError(
                 f"{path} is a Parquet file of the datasets library: its column {column.name!r} holds the bytes of "
                 "the clips; write each row's bytes to a file of its own, and name the files with their captions "

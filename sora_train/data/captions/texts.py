@@ -115,11 +115,11 @@ def named_captions(captions: str) -> Named:
 
 
 def known_scores(scores: object) -> dict[str, float]:
-    """The scores of an object by name, without values that are no finite number."""
+    """The scores of an object by name, without values that are no finite number. Raises NotText."""
     if not isinstance(scores, Mapping):
         return {}
     return {
-        str(name): float(value)
+        require_text(str(name), "the name of a score"): float(value)
         for name, value in scores.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }

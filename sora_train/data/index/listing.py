@@ -145,7 +145,7 @@ def _others(files: Files, used: Iterable[str]) -> Counter[str]:
     )
     for name in used:
         kinds[f".{suffix_of(name)}"] -= 1
-    kinds["link to a folder that holds it"] = len(files.loops)
+    kinds.update(f"link to a folder that holds it ({printable(name)})" for name in files.loops)
     kinds["hidden"] = files.hidden
     return +kinds
 

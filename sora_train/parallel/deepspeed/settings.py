@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sora_train.base.text import NotText, read_text
 from sora_train.config import Config
 from sora_train.errors import ConfigError
 from sora_train.parallel.degrees import Degrees
@@ -142,7 +143,9 @@ def deepspeed_config(
 def _read(path: str) -> dict[str, Any]:
     remedy = "name a DeepSpeed configuration file, or leave parallel.deepspeed_json empty"
     try:
-        found = json.loads(Path(path).expanduser().read_text())
+        found = json.loads(read_text(Path(path).expanduser()))
+    except NotText as error:
+        raise ConfigError(f"parallel.deepspeed_json={path}: {error}") from error
     except OSError as error:
         raise ConfigError(
             f"parallel.deepspeed_json={path} cannot be read: {error.strerror}; {remedy}"
