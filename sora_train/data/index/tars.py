@@ -84,6 +84,7 @@ class TarSample:
     damage: str = ""
     digest: str = ""
     bad_text: str = ""
+    text_again: str = ""
     lacks: str = ""
 
     @property
@@ -252,7 +253,9 @@ def list_shard(file: Any, size: int, name: str, keys: MemberKeys) -> list[TarSam
             for member in tar:
                 if member.size < 0 or member.offset_data < end:
                     raise tarfile.ReadError(f"the header before byte {end} is damaged")
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                # The size of a sparse file counts its holes, which are not in the tar.
+                stored_bytes = 0 if member.issparse() else member.size
+                end = member.offset_data + -(-stored_bytes // _BLOCK) * _BLOCK
                 if member.isfile() or member.islnk() or member.issym():
                     _add(tar, member, size, samples, again, keys)
         reason, detail = _bad_end(file, tar.offset)
@@ -263,6 +266,11 @@ def list_shard(file: Any, size: int, name: str, keys: MemberKeys) -> list[TarSam
         reason, detail = ("shard_cut" if end > size else "shard_damaged"), str(error)
     except OSError as error:
         raise StorageFault(file.fault or f"{name}: {error.strerror or error}") from error
+    twice = {sample.key for sample in again}
+    for sample in samples.values():
+        # Where the clip is there again too, the second text is that one's.
+        if sample.key not in twice:
+            sample.bad_text = sample.bad_text or sample.text_again
     listed = [*(_judged(sample, keys, name) for sample in samples.values()), *again]
     if reason and not any(sample.reason == "shard_cut" for sample in listed):
         listed.append(TarSample("", reason=reason, detail=f"the shard {name}: {detail}"))
@@ -325,7 +333,7 @@ def _add(
     elif elsewhere and extension in keys.text_extensions:
         sample.bad_text = elsewhere
     elif extension in keys.text_extensions and extension in sample.extensions:
-        sample.bad_text = f"{printable(member.name)} is in the shard before"
+        sample.text_again = f"{printable(member.name)} is in the shard before"
     elif extension in (stored.LATENTS, stored.TEXT):
         _add_stored(tar, member, extension, sample, whole)
     elif whole and extension in keys.text_extensions and member.size <= MAX_CAPTION_BYTES:
