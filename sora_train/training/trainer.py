@@ -45,7 +45,7 @@ from sora_train.training.outputs.finish import finish
 from sora_train.training.outputs.run_totals import RunTotals, peak_of
 from sora_train.training.outputs.samples import sample_shape
 from sora_train.training.outputs.saving import config_digest, make_saver, tracker_run_id
-from sora_train.training.outputs.step_metrics import FAILURES, StepMetrics
+from sora_train.training.outputs.step_metrics import FAILURES, KindOfClips, StepMetrics
 from sora_train.training.pipeline.data import TrainingData
 from sora_train.training.pipeline.frame_rates import rate_range
 from sora_train.training.recipe import Callback, Recipe
@@ -234,9 +234,9 @@ class Trainer:
                     self.engine.backward(loss, last=i == len(batches) - 1)
                 parts.append(detached(terms))
             grad_norm = self.engine.gradient_norm()
-        row = self.measure(batches, parts, totals, grad_norm)
+        row, kinds = self.measure(batches, parts, totals, grad_norm)
         with self.health.phase("update"):
-            self.update(row, grad_norm, batches, parts, totals)
+            self.update(row, kinds, grad_norm, ComputedStep(batches, parts, totals))
         self.state.step += 1
         self.state.data_step += 1
         return self.timed(row, waited, began)
@@ -270,13 +270,13 @@ class Trainer:
         parts: list[Terms],
         totals: dict[str, float],
         grad_norm: float,
-    ) -> dict[str, float]:
-        """Sum the step's numbers over the ranks and name them (docs/metrics.md); the same on every rank."""
+    ) -> tuple[dict[str, float], dict[str, KindOfClips]]:
+        """The step's numbers over all ranks (docs/metrics.md), and the kinds of clips it holds; the same everywhere."""
         sums = dict.fromkeys(totals, 0.0)
         for terms in parts:
             for name, term in terms.items():
                 sums[name] += float(term.sum)
-        numbers = self.metrics.sums(batches, parts)
+        numbers = self.metrics.sums(batches, parts, totals)
         mine = [*sums.values(), *numbers, self.take_captions_cut(), grad_norm]
         own = [self.engine.recompiles() or 0]
         *summed, cut, norms, recompiles = self.health.exchange(mine, own=own)
@@ -287,7 +287,7 @@ class Trainer:
         }
         self.state.dropped += int(numbers[FAILURES])
         self.state.captions_cut += int(cut)
-        return {
+        row = {
             "train/loss": sum(losses.values()),
             **{f"train/loss/{name}": value for name, value in losses.items()},
             # A mean of equal numbers, so that whatever is decided by it is decided alike.
@@ -300,30 +300,29 @@ class Trainer:
             "train/captions_cut": float(self.state.captions_cut),
             **({} if self.engine.recompiles() is None else {"train/recompiles": recompiles}),
         }
+        return row, self.metrics.kinds_of(numbers)
 
     def update(
         self,
         row: dict[str, float],
+        kinds: dict[str, KindOfClips],
         grad_norm: float,
-        batches: list[ClipBatch],
-        parts: list[Terms],
-        totals: dict[str, float],
+        computed: ComputedStep,
     ) -> None:
-        """Change the weights and their average, or skip a step that all ranks judge to be bad."""
-        verdict = self.spikes.verdict(row["train/loss"], row["train/grad_norm"])
+        """Change the weights and their average, or skip a step that all ranks judge to be bad for what it holds."""
+        verdict = self.spikes.verdict(row["train/loss"], row["train/grad_norm"], kinds)
         clips = int(row["train/clips"])
         if verdict.bad:
             self.engine.skip()
             self.objective.skip()
-            computed = ComputedStep(batches, parts, totals)
             record_spike(self.run, self.parts, self.state, self.spikes, verdict, computed)
             self.spikes.skip(clips)
             return
-        with explained(self.work(batches[-1], "the update"), self.cfg, self.world):
+        with explained(self.work(computed.batches[-1], "the update"), self.cfg, self.world):
             row |= self.objective.step()
             self.engine.step(row["train/lr"], grad_norm)
         self.ema.update(self.engine.weights, self.step)
-        self.spikes.accept(verdict.loss, verdict.grad_norm)
+        self.spikes.accept(verdict.loss, verdict.grad_norm, kinds)
         self.state.samples_seen += clips
 
     def work(self, batch: ClipBatch, doing: str) -> Work:

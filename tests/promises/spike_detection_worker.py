@@ -43,9 +43,14 @@ class SickObjective(TextToVideoObjective):
     """A loss that goes wrong for some clips, however they are dealt out: `sick` is what happens by (epoch, row)."""
 
     sick: dict[tuple[int, int], str]
+    whole: bool
+    """Clips are not told apart, so that the kinds of a step are its buckets, and all are met in the first steps."""
 
     def terms(self, model, batch):
         terms = super().terms(model, batch)
+        if self.whole:
+            found = terms["velocity"]
+            terms = {"velocity": LossTerm(found.sum, found.weight)}
         kinds = {self.sick.get((clip.epoch, clip.row), "") for clip in batch.clips} - {""}
         for kind in kinds:
             found = terms["velocity"]
@@ -78,6 +83,7 @@ class SickTrainer(Trainer):
     """`cell` says what goes wrong.
 
     sick: what happens to the clips of a micro-batch of the tape, by its index
+    whole: whether clips are not told apart
     jump: [step, step of the tape that it reads], where data is passed over as told
     deaths: how the lives of the process end but the last
     """
@@ -95,6 +101,7 @@ class SickTrainer(Trainer):
             for entry, kind in entries.items()
             for key in zip(entry.epochs, entry.rows, strict=True)
         }
+        objective.whole = self.cell.get("whole", False)
         self.digests = []
         return objective
 

@@ -30,8 +30,8 @@ LONG = [
 FAULTS = {"5": "nan", "8": "gradient", "13": "spike", "17": "nan", "18": "nan"}
 """Steps 3, 5 and 7 are bad, then 9 and 10: the run goes back from there to the checkpoint of step 4, not to that of
 step 8, whose weights met both."""
-SICK = {"sick": FAULTS, "overrides": LONG}
-TOLD = {"sick": {"5": "nan"}, "jump": [4, 10], "overrides": LONG}
+SICK = {"sick": FAULTS, "whole": True, "overrides": LONG}
+TOLD = {"sick": {"5": "nan"}, "whole": True, "jump": [4, 10], "overrides": LONG}
 KILLED = {**SICK, "deaths": ["before the spike", "while it goes back", "after it went back"]}
 MEMORY = {"sick": {"3": "memory"}, "overrides": LONG}
 REASONS = {3: "non_finite", 5: "non_finite", 7: "loss_spike", 9: "non_finite", 10: "non_finite"}

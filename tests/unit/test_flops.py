@@ -108,7 +108,7 @@ def test_card_metrics_plan_and_benchmarks_state_the_same(
             )
             for n in clips
         ]
-        sums = metrics.sums(batches, [{}] * len(batches))
+        sums = metrics.sums(batches, [{}] * len(batches), {})
         assert sums[4] == flops and sums[0] == count
         row = metrics.row(sums)
         row |= metrics.rates(row, 0.5)

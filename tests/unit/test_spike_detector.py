@@ -15,6 +15,7 @@ from sentences import refuses
 from sora_train.config import SpikeDetectionConfig
 from sora_train.monitoring.metrics import MetricsFile
 from sora_train.monitoring.report.run_charts import skipped_steps, training_charts
+from sora_train.training.outputs.step_metrics import KindOfClips
 from sora_train.training.resilience.spike_detector import SpikeDetector
 
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])
@@ -166,6 +167,78 @@ def test_a_shorter_window_keeps_the_newest_steps() -> None:
     short = SpikeDetector(SpikeDetectionConfig(window=3, warmup=3))
     short.load(judge.state())
     assert short.state()["losses"] == [math.log(loss) for loss in (10, 11, 12)]
+
+
+# --- what a step holds ---
+
+
+def synthetic(rng: np.random.Generator, share: float, times: float, mixed: bool, steps: int):
+    """(loss, norm, kinds, is of the minority, is a spike) of steps whose losses vary by 6 %; 2 % are 5 times their own.
+
+    `mixed`: a step holds both kinds, the minority on average with its share.
+    """
+    for _ in range(steps):
+        if mixed:
+            held = float(np.clip(rng.beta(4 * share, 4 * (1 - share)), 0.001, 0.999))
+        else:
+            held = float(rng.random() < share)
+        planted = rng.random() < 0.02
+        scale = 5.0 if planted else 1.0
+        means = {
+            "usual": scale * math.exp(0.06 * rng.standard_normal()),
+            "rare": scale * times * math.exp(0.06 * rng.standard_normal()),
+        }
+        shares = {"usual": 1 - held, "rare": held}
+        kinds = {
+            name: KindOfClips(share, means[name]) for name, share in shares.items() if share > 0
+        }
+        loss = sum(kind.share * kind.loss for kind in kinds.values())
+        yield loss, loss * math.exp(0.2 * rng.standard_normal()), kinds, held > 0.5, planted
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("times", [2.0, 10.0, 0.1])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.4])
+def test_no_minority_is_skipped_and_what_is_five_times_its_own_kind_is(
+    share: float, times: float, mixed: bool
+) -> None:
+    judge = SpikeDetector(SpikeDetectionConfig())
+    rng = np.random.default_rng(7)
+    counts = {(rare, planted): [0, 0] for rare in (False, True) for planted in (False, True)}
+    for number, (loss, norm, kinds, rare, planted) in enumerate(
+        synthetic(rng, share, times, mixed, 3000)
+    ):
+        bad = judge.verdict(loss, norm, kinds).bad
+        judge.skip(1) if bad else judge.accept(loss, norm, kinds)
+        if number >= 300:
+            counts[rare, planted][0] += bad
+            counts[rare, planted][1] += 1
+    for (_, planted), (skipped, steps) in counts.items():
+        if planted and steps > 20:
+            assert skipped >= 0.95 * steps
+        elif not planted and steps:
+            assert skipped <= 0.01 * steps
+
+
+def test_the_limit_of_a_step_is_that_of_its_kinds_by_hand() -> None:
+    judge = SpikeDetector(SpikeDetectionConfig(warmup=8, spike_sigma=10.0, grad_norm_sigma=0.0))
+    for _ in range(4):
+        judge.accept(1.0, 1.0, {"a": KindOfClips(1.0, 1.0)})
+        judge.accept(8.0, 1.0, {"b": KindOfClips(1.0, 8.0)})
+    kinds = {"a": KindOfClips(0.75, 3.0), "b": KindOfClips(0.25, 3.0)}
+    # 0.75 * 1 + 0.25 * 8, and e for ten deviations of 0.1
+    assert judge.verdict(3.0, 1.0, kinds).loss_limit == pytest.approx(2.75 * math.e)
+    unseen = {"c": KindOfClips(0.6, 1e9), "a": KindOfClips(0.4, 1.0)}
+    assert not judge.verdict(6e8, 1.0, unseen).bad
+
+
+def test_a_state_from_before_there_were_kinds_begins_anew() -> None:
+    judge = SpikeDetector(SMALL)
+    judge.load(
+        {"losses": [0.0] * 12, "grad_norms": [0.0] * 12, "accepted": 500, "tally": {"skipped": 3}}
+    )
+    assert judge.counters.skipped == 3 and judge.accepted == 0
+    assert not judge.verdict(1e9, 1e9).bad
 
 
 def test_a_sigma_that_would_skip_ordinary_steps_is_refused() -> None:

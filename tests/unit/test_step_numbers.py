@@ -12,7 +12,14 @@ from sora_train.data.tape.buckets import Bucket
 from sora_train.models.flops import training_flops
 from sora_train.monitoring.device_peaks import peak_flops
 from sora_train.objectives import LossTerm, SampleInfo
-from sora_train.training.outputs.step_metrics import BANDS, EDGES, FAILURES, StepMetrics, band_of
+from sora_train.training.outputs.step_metrics import (
+    BANDS,
+    EDGES,
+    FAILURES,
+    KindOfClips,
+    StepMetrics,
+    band_of,
+)
 
 CFG = compose(["experiment=parity_tiny"]).config
 BUCKETS = [Bucket(1, 32, 32), Bucket(5, 32, 32)]
@@ -35,6 +42,10 @@ def numbers(peak: float | None = None, ranks: int = 1) -> StepMetrics:
     return StepMetrics(CFG, data, ranks, peak)
 
 
+TOTAL = 16.0
+"""Weight of the step over all ranks."""
+
+
 def step_of(batches):
     """Micro-batches as the trainer holds them: what is read off them is their bucket, clips, weight and failures."""
     held, parts = [], []
@@ -50,7 +61,7 @@ def step_of(batches):
             for t, kind, weight in zip(times, kinds, weights, strict=True)
         ]
         parts.append({"velocity": LossTerm(losses.sum(), float(sum(weights)), losses, infos)})
-    return held, parts
+    return held, parts, {"velocity": TOTAL}
 
 
 @given(st.floats(0, 1))
@@ -83,6 +94,20 @@ def test_ranks_add_up_and_the_groups_are_the_loss(batches, cut):
         assert set(found) == set(weights)
         together = sum(found[name] * weights[name] for name in found)
         assert together == pytest.approx(sum(clip[3] for clip in clips))
+    kinds = book.kinds_of(whole)
+    assert set(kinds) == {f"{clip[0].name} t={BANDS[band_of(clip[1])]}" for clip in clips}
+    if clips:
+        assert sum(kind.share for kind in kinds.values()) == pytest.approx(1.0)
+    loss = sum(kind.share * kind.loss for kind in kinds.values())
+    assert loss == pytest.approx(sum(clip[3] for clip in clips) / TOTAL)
+
+
+def test_clips_that_are_not_told_apart_are_of_the_kind_of_their_bucket():
+    book = numbers()
+    held, parts, totals = step_of([(BUCKETS[1], [(0.5, "t2v", 3.0, 1)])])
+    parts = [{"a": LossTerm(torch.tensor(3.0), 1.0), "b": LossTerm(torch.tensor(5.0), 1.0)}]
+    kinds = book.kinds_of(book.sums(held, parts, {"a": 16.0, "b": 2.0}))
+    assert kinds == {BUCKETS[1].name: KindOfClips(1.0, 3 / 16 + 5 / 2)}
 
 
 def test_an_idle_slot_is_padding():

@@ -1,10 +1,10 @@
-"""What a step tells beside its loss: the loss by noise level, bucket and task, and its work.
+"""What a step tells beside its loss: the loss by noise level, bucket and task, its work, and the kinds it holds.
 
 Every rank adds up its own clips, the sums travel with the step's one exchange, and the same sums give
 the same row on every rank. Names are fixed by the config, so all ranks send equally many.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,6 +35,15 @@ class ClipLoss:
     groups: tuple[str, ...]
     loss: float
     weight: float
+    band: str | None
+
+
+@dataclass(frozen=True)
+class KindOfClips:
+    """What a step holds of a kind: its share of the loss's weight in (0, 1], and the mean loss of that part."""
+
+    share: float
+    loss: float
 
 
 class StepMetrics:
@@ -52,10 +61,20 @@ class StepMetrics:
             self.names += [f"by_bucket/{name}" for name in buckets]
             self.names += [f"by_task/{kind}" for kind in KINDS]
         self._place = {name: number for number, name in enumerate(self.names)}
+        buckets = dict.fromkeys(spec.bucket.name for spec in data.table)
+        levels = [f" t={band}" for band in BANDS] if self.has_noise_levels else []
+        self.kinds = [f"{bucket}{level}" for bucket in buckets for level in ["", *levels]]
+        """A bucket at a band of noise levels, or a bucket where an objective does not tell of them."""
+        self._kind = {name: number for number, name in enumerate(self.kinds)}
         self.flops_of = data.flops_of
 
-    def sums(self, batches: Sequence[ClipBatch], parts: Sequence[Terms]) -> list[float]:
-        """This rank's sums of a step, in an order that `row` knows: clips, tokens, failures first."""
+    def sums(
+        self, batches: Sequence[ClipBatch], parts: Sequence[Terms], totals: Mapping[str, float]
+    ) -> list[float]:
+        """This rank's sums of a step, in an order that `row` and `kinds_of` know: clips, tokens, failures first.
+
+        `totals` is each term's total weight over all ranks.
+        """
         clips = tokens = failures = held = flops = 0.0
         for batch in batches:
             each = self.tokens_of(batch.micro_batch.bucket)
@@ -66,6 +85,7 @@ class StepMetrics:
             held += max(1, len(batch.clips)) * each
             flops += batch.weight * self.flops_of(batch.micro_batch.bucket)
         losses, weights = [0.0] * len(self.names), [0.0] * len(self.names)
+        of_kind, kind_weights = [0.0] * len(self.kinds), [0.0] * len(self.kinds)
         for batch, terms in zip(batches, parts, strict=True):
             for clip in clips_of(batch, terms):
                 for group in clip.groups:
@@ -73,12 +93,28 @@ class StepMetrics:
                     if at is not None:
                         losses[at] += clip.loss
                         weights[at] += clip.weight
-        return [clips, tokens, failures, held, flops, *losses, *weights]
+            for name, part, weight in parts_of_loss(batch, terms, totals):
+                of_kind[self._kind[name]] += part
+                kind_weights[self._kind[name]] += weight
+        firsts = [clips, tokens, failures, held, flops]
+        return [*firsts, *losses, *weights, *of_kind, *kind_weights]
+
+    def kinds_of(self, sums: Sequence[float]) -> dict[str, KindOfClips]:
+        """The kinds of clips that a step holds, from the sums over all ranks."""
+        count = len(self.kinds)
+        losses, weights = sums[-2 * count : -count], sums[-count:]
+        total = sum(weights)
+        return {
+            name: KindOfClips(weight / total, loss * total / weight)
+            for name, loss, weight in zip(self.kinds, losses, weights, strict=True)
+            if weight > 0
+        }
 
     def row(self, sums: Sequence[float]) -> dict[str, float]:
         """Metrics of a step from the sums over all ranks; rates are still per step, see `rates`."""
         clips, tokens, _, held, flops = sums[:5]
-        losses, weights = sums[5 : 5 + len(self.names)], sums[5 + len(self.names) :]
+        count = len(self.names)
+        losses, weights = sums[5 : 5 + count], sums[5 + count : 5 + 2 * count]
         row = {
             "train/tokens_per_second": tokens,
             "train/clips": clips,
@@ -111,6 +147,23 @@ def clips_of(batch: ClipBatch, terms: Terms) -> Iterator[ClipLoss]:
     bucket = f"by_bucket/{batch.micro_batch.bucket.name}"
     for info, loss in zip(term.info, term.per_sample.double().tolist(), strict=True):
         groups = [bucket, f"by_task/{info.kind}"]
-        if info.t is not None:
-            groups.append(f"by_t/{BANDS[band_of(info.t)]}")
-        yield ClipLoss(tuple(groups), loss, info.weight)
+        band = None if info.t is None else BANDS[band_of(info.t)]
+        if band is not None:
+            groups.append(f"by_t/{band}")
+        yield ClipLoss(tuple(groups), loss, info.weight, band)
+
+
+def parts_of_loss(
+    batch: ClipBatch, terms: Terms, totals: Mapping[str, float]
+) -> Iterator[tuple[str, float, float]]:
+    """Kind, part of the step's loss and weight of each clip, or of the micro-batch where clips are not told apart."""
+    bucket = batch.micro_batch.bucket.name
+    clips = list(clips_of(batch, terms))
+    if clips:
+        (total,) = (max(totals[name], 1.0) for name in terms)
+        for clip in clips:
+            level = "" if clip.band is None else f" t={clip.band}"
+            yield f"{bucket}{level}", clip.loss / total, clip.weight
+    elif batch.clips:
+        loss = sum(float(term.sum) / max(totals[name], 1.0) for name, term in terms.items())
+        yield bucket, loss, float(batch.weight)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from sora_train.training.outputs.step_metrics import KindOfClips
+
 GAUSSIAN = 1.4826
 """A normal distribution's standard deviation in units of its MAD (Rousseeuw & Croux 1993,
 doi:10.1080/01621459.1993.10476408)."""
@@ -21,14 +23,6 @@ SEEN = 2
 """Steps after which a kind has a level ..."""
 SPREAD_SEEN = 5
 """... and after which it has a deviation."""
-
-
-@dataclass(frozen=True)
-class KindOfClips:
-    """What a step holds of a kind: its share of the loss's weight in (0, 1], and the mean loss of that part."""
-
-    share: float
-    loss: float
 
 
 @dataclass(frozen=True)

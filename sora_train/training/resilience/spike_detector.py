@@ -2,14 +2,15 @@
 
 A value that is not finite is always bad. A spike is a value above
 
-    exp(median + sigma * max(1.4826 * MAD, 0.1))        of the logarithms of the last good values
+    level * exp(median + sigma * max(deviation, 0.1))
 
-with median and MAD (median absolute deviation) over a window of steps that were taken. 1.4826 MAD is
-a Gaussian's standard deviation (Rousseeuw & Croux 1993, doi:10.1080/01621459.1993.10476408); unlike
-mean and variance, or averages of them (ZClip, arXiv:2504.02507), neither is moved by one outlier
-(Leys et al. 2013, doi:10.1016/j.jesp.2013.03.013). Logarithms, since losses and norms spread in
-proportion to their size: a loss in other units is judged alike. The least deviation of 0.1 keeps a
-curve that hardly varies from being judged by its last digits.
+where the level is what is expected of a step with the kinds of clips that this one holds (kind_levels.py), so that a
+rare bucket or a high noise level is no spike. Median and deviation, 1.4826 MAD (median absolute deviation), are those
+of the logarithms of value / level over a window of steps that were taken; where its kinds vary more than the steps of
+the window do, theirs is the deviation. Unlike mean and variance, or averages of them (ZClip, arXiv:2504.02507), neither
+is moved by one outlier (Leys et al. 2013, doi:10.1016/j.jesp.2013.03.013). Logarithms, since losses and norms spread in
+proportion to their size: a loss in other units is judged alike. The least deviation of 0.1 keeps a curve that hardly
+varies from being judged by its last digits. A step most of which is of kinds not met before is taken.
 
 Skipping and going back are PaLM's remedy (arXiv:2204.02311, section 5.1): the same steps with other
 data do not spike again. The detector reads numbers that are the same on all ranks and draws nothing, so
@@ -18,14 +19,19 @@ all ranks come to one verdict. Its state is in the checkpoint.
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
 
 from sora_train.config import SpikeDetectionConfig
+from sora_train.training.outputs.step_metrics import KindOfClips
+from sora_train.training.resilience.kind_levels import (
+    KindLevels,
+    Level,
+    deviation,
+)
 
-GAUSSIAN = 1.4826
 LEAST_DEVIATION = 0.1
 
 Reason = Literal["", "non_finite", "loss_spike", "grad_norm_spike"]
@@ -40,6 +46,7 @@ class StepVerdict:
     loss_limit: float
     grad_norm_limit: float
     reason: Reason
+    level: Level = Level()
 
     @property
     def bad(self) -> bool:
@@ -50,9 +57,12 @@ class StepVerdict:
             return (
                 f"loss {self.loss:.6g} and gradient norm {self.grad_norm:.6g} are not both finite"
             )
-        if self.reason == "loss_spike":
-            return f"loss {self.loss:.6g} is above the limit {self.loss_limit:.6g}"
-        return f"gradient norm {self.grad_norm:.6g} is above the limit {self.grad_norm_limit:.6g}"
+        what, value, limit = (
+            ("loss", self.loss, self.loss_limit)
+            if self.reason == "loss_spike"
+            else ("gradient norm", self.grad_norm, self.grad_norm_limit)
+        )
+        return f"{what} {value:.6g} is above the limit {limit:.6g} for what the step holds"
 
 
 @dataclass
@@ -76,42 +86,57 @@ class SpikeDetector:
         self.cfg = cfg
         self.counters = SpikeCounters()
         self.accepted = 0
+        self._kinds = KindLevels()
+        # Logarithms of what was accepted, in units of what was expected.
         self._losses: deque[float] = deque(maxlen=cfg.window)
         self._norms: deque[float] = deque(maxlen=cfg.window)
 
-    def verdict(self, loss: float, grad_norm: float) -> StepVerdict:
-        """Judge a step by its global numbers; the state is left as it is."""
+    def verdict(
+        self, loss: float, grad_norm: float, kinds: Mapping[str, KindOfClips] | None = None
+    ) -> StepVerdict:
+        """Judge a step by its global numbers and the kinds of clips it holds; the state is left as it is."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return StepVerdict(loss, grad_norm, math.inf, math.inf, "non_finite")
+        level = self._kinds.expected(kinds or {})
+        if level is None:
+            return StepVerdict(loss, grad_norm, math.inf, math.inf, "")
         cfg = self.cfg
         limits = (
-            self._limit(self._losses, cfg.spike_sigma),
-            self._limit(self._norms, cfg.grad_norm_sigma),
+            level.loss * self._factor(self._losses, cfg.spike_sigma, level.loss_deviation),
+            level.grad_norm
+            * self._factor(self._norms, cfg.grad_norm_sigma, level.grad_norm_deviation),
         )
         reason: Reason = ""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            reason = "non_finite"
-        elif loss > limits[0]:
+        if loss > limits[0]:
             reason = "loss_spike"
         elif grad_norm > limits[1]:
             reason = "grad_norm_spike"
-        return StepVerdict(loss, grad_norm, *limits, reason)
+        return StepVerdict(loss, grad_norm, *limits, reason, level)
 
-    def _limit(self, logarithms: deque[float], sigma: float) -> float:
+    def _factor(self, logarithms: deque[float], sigma: float, of_kinds: float) -> float:
         if not sigma or self.accepted < self.cfg.warmup or len(logarithms) < 2:
             return math.inf
-        middle = median(logarithms)
-        spread = GAUSSIAN * median(abs(value - middle) for value in logarithms)
+        spread = max(deviation(list(logarithms)), of_kinds, LEAST_DEVIATION)
         try:
-            return math.exp(middle + sigma * max(spread, LEAST_DEVIATION))
+            return math.exp(median(logarithms) + sigma * spread)
         except OverflowError:
             return math.inf
 
-    def accept(self, loss: float, grad_norm: float) -> None:
+    def accept(
+        self, loss: float, grad_norm: float, kinds: Mapping[str, KindOfClips] | None = None
+    ) -> None:
         """A step was taken. A value of zero or less has no logarithm and is not judged."""
         self.accepted += 1
         self.counters.in_a_row = 0
-        for values, value in ((self._losses, loss), (self._norms, grad_norm)):
-            if value > 0:
-                values.append(math.log(value))
+        level = self._kinds.expected(kinds or {})
+        if level is not None:
+            for values, value, expected in (
+                (self._losses, loss, level.loss),
+                (self._norms, grad_norm, level.grad_norm),
+            ):
+                if value > 0:
+                    values.append(math.log(value) - math.log(expected))
+        self._kinds.accept(kinds or {}, grad_norm)
 
     def skip(self, clips: int) -> None:
         """A step of so many clips was not taken."""
@@ -135,17 +160,23 @@ class SpikeDetector:
         return {
             "losses": list(self._losses),
             "grad_norms": list(self._norms),
+            "kinds": self._kinds.state(),
             "accepted": self.accepted,
             # The key's name in checkpoints since format 1.
             "tally": asdict(self.counters),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore a checkpoint's state; {} is that of a checkpoint from before there was a detector."""
-        self.accepted = int(state.get("accepted", 0))
+        """Restore a checkpoint's state; {} is that of a checkpoint from before there was a detector.
+
+        One from before there were kinds holds values that are in units of nothing: the statistic begins anew.
+        """
         self.counters = SpikeCounters(**state.get("tally", {}))
-        self._losses = self._window(state.get("losses", ()))
-        self._norms = self._window(state.get("grad_norms", ()))
+        known = state if "kinds" in state else {}
+        self.accepted = int(known.get("accepted", 0))
+        self._losses = self._window(known.get("losses", ()))
+        self._norms = self._window(known.get("grad_norms", ()))
+        self._kinds.load(known.get("kinds", {}))
 
     def _window(self, values: Iterable[float]) -> deque[float]:
         return deque(values, maxlen=self.cfg.window)
