@@ -13,6 +13,7 @@ from sora_train.checkpoint.space import Space
 from sora_train.data.decode.probe import traits_told
 from sora_train.data.loader import backend_of
 from sora_train.data.tape.tape import nearby_efficiencies, row_costs, slot_efficiency
+from sora_train.models.text.lengths import CaptionLengths
 from sora_train.models.transformer.attention_backends import describe
 from sora_train.parallel.checks.self_test import Agreed
 from sora_train.parallel.compile import resolve_compile
@@ -69,6 +70,7 @@ def run_table(
         },
         **joining(data),
         "held-out clips": str(len(data.val_clips)),
+        **caption_row(run, data),
         **model_rows(run, parts.engine, tokens / max(clips, 1), flops / max(tokens, 1)),
         **memory_rows(run),
         **({"self-test": str(self_tested)} if self_tested else {}),
@@ -121,6 +123,15 @@ def model_rows(run: RunContext, engine: Engine, tokens: float, flops: float) -> 
         if cfg.parallel.engine == "zero3"
         else compiled(cfg.model.compile, run.world.device),
     }
+
+
+def caption_row(run: RunContext, data: TrainingData) -> dict[str, str]:
+    """The share of captions that the text encoder does not read to their end; {} for a VAE."""
+    if run.cfg.task != "text_to_video":
+        return {}
+    main = data.manifest.caption[data.assignment.bucket_of_row >= 0]
+    captions = [caption for caption in main.tolist() if caption]
+    return {"captions": CaptionLengths(run.cfg.text).share_cut(captions)}
 
 
 def compiled(setting: str, device: torch.device) -> str:

@@ -85,7 +85,8 @@ def test_captions_are_counted_by_name(written: tuple[DataPlan, list[Path]]):
     without = np.count_nonzero(plan.manifest.drop_reason == "") - 1
     says(account(named), f"{without} with none", "data.caption_weights")
     told = page(named, [])
-    assert "captions named fields; 0" in told and "named short" in told
+    assert "captions named fields; 0 % (0 of 1)" in told and "named short" in told
+    says(account(named), "captions named short", "0 of 1", "the longest has 5 bytes")
     assert "named" not in account(plan) and "captions named" not in page(plan, [])
 
 

@@ -1,9 +1,13 @@
 """The byte-level text encoder, and the model that holds it when it is trained."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from sentences import refuses
+from sentences import refuses, says
 
+from sora_train.cli import run as cli_run
+from sora_train.config.compose import compose
 from sora_train.config.sections.model import ModelConfig, TextConfig
 from sora_train.errors import ConfigError
 from sora_train.models.text.encoder import TextEncoder
@@ -154,3 +158,21 @@ def test_only_models_with_fps_proj_are_told_the_rate():
 def test_widths_must_agree():
     with refuses(ConfigError, "model.text_dim", "16", "text.d_model", "24"):
         TextToVideo(MODEL, TextConfig(**(SIZES | {"d_model": 24})))
+
+
+def test_a_prompt_that_is_cut_is_told_of(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """`text.max_length` is 128 bytes there, the end mark among them."""
+    prompt = "a" * 127 + "the end"
+    asked = ["sample", "--ckpt", str(finished_run), "--steps", "1", "--out", str(tmp_path)]
+    assert cli_run([*asked, "--prompt", prompt, "--prompt", "a" * 127]) == 0
+    said = capsys.readouterr().err
+    says(said, "135 bytes", "reads 128", "lost is 'the end'")
+    assert said.count("text.max_length") == 1
+
+
+def test_recipes_for_clips_of_ones_own_read_captions_of_sentences():
+    """Those that read bytes: a line of 80 letters is no caption yet."""
+    assert compose(["experiment=real_tiny", "data.source=clips"]).config.text.max_length >= 512
+    assert compose(["text=bytes_small"]).config.text.max_length >= 512

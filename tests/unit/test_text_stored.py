@@ -9,11 +9,12 @@ import pytest
 import torch
 import transformers
 from pydantic import ValidationError
-from sentences import refuses
+from sentences import refuses, says
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from sora_train.config.sections.model import ModelConfig, TextConfig
 from sora_train.errors import ConfigError, UserError
+from sora_train.models.text.lengths import CaptionLengths
 from sora_train.models.text.published import StoredTextEncoder, build_text_encoder
 from sora_train.models.text_to_video import TextToVideo
 
@@ -138,6 +139,34 @@ def test_a_long_caption_is_cut_keeps_its_end_mark_and_is_counted(kind, tmp_path)
     assert ids[:, -1].tolist() == [1, 1]
     assert mask.all()
     assert encoder.num_truncated == 1
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "umt5_bytes"])
+def test_what_a_cut_loses_is_told(kind: str, tmp_path: Path):
+    """Words are tokens of these encoders, bytes of ours; what is kept is read alike without the rest."""
+    if kind == "umt5_bytes":
+        cfg, kept, lost, length = TextConfig(max_length=16), "é" * 7 + "a", "left up", 15 + 7 + 1
+    else:
+        stored(kind, tmp_path)
+        cfg = config(kind, tmp_path)
+        marks = 2 if kind == "clip" else 1
+        words = cfg.max_length - marks
+        kept, lost, length = "a " * words, "left up down", words + 3 + marks
+    lengths, encoder = CaptionLengths(cfg), build_text_encoder(cfg)
+    assert lengths.of([kept + lost, kept, ""]).tolist() == [
+        length, cfg.max_length, int(encoder.tokenize([""])[1].sum()),
+    ]  # fmt: skip
+    assert (lengths.lost(kept + lost), lengths.lost(kept), lengths.lost("")) == (lost, "", "")
+    assert torch.equal(encoder.tokenize([kept + lost])[0], encoder.tokenize([kept])[0])
+    (note,) = lengths.cut_notes([kept + lost, kept, kept + lost])
+    unit = "bytes" if kind == "umt5_bytes" else "tokens"
+    says(note, f"{length} {unit}", f"reads {cfg.max_length}", "text.max_length", f"'{lost}'")
+    says(lengths.share_cut([kept + lost, kept, "", ""]), "25 %", "1 of 4", f"{length} {unit}")
+
+
+def test_captions_of_an_encoder_that_is_not_here_are_not_counted(tmp_path: Path):
+    lengths = CaptionLengths(config("t5", tmp_path / "nowhere"))
+    says(lengths.share_cut(["a"]), "not counted", "text.path", "nowhere")
 
 
 def test_a_model_takes_a_stored_encoder_and_leaves_its_weights(tmp_path):

@@ -339,6 +339,13 @@ def _departures(info: CheckpointInfo, scheduler: Mapping[str, Any]) -> list[str]
     return notes
 
 
+def _captions_cut(info: CheckpointInfo) -> str:
+    """The share of captions that training cut there, as the end of a sentence; nothing where it is not known."""
+    state = info.checkpoint.state()
+    seen, cut = state.get("samples_seen", 0), state.get("captions_cut", 0)
+    return f"; {100 * cut / seen:.3g} % of the captions trained were longer and cut" if seen else ""
+
+
 def _card(
     info: CheckpointInfo,
     run: Path,
@@ -369,7 +376,7 @@ A text-to-video model trained with sora_train, step {info.checkpoint.step}, {kin
 | data | {sources} |
 | usual clip | {shape.frames} frames of {shape.width}x{shape.height} at {shape.fps:g} a second |
 | sampler | {sampler}, guidance {spec.guidance_scale:g} |
-| longest caption | {cfg.text.max_length} tokens (`max_sequence_length`) |
+| longest caption | {cfg.text.max_length} tokens (`max_sequence_length`){_captions_cut(info)} |
 {rate}
 {departed}
 

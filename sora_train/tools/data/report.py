@@ -19,6 +19,7 @@ from sora_train.data.captions.texts import MAIN
 from sora_train.data.decode.probe import traits_told
 from sora_train.data.loader import backend_of
 from sora_train.data.manifest import Manifest
+from sora_train.models.text.lengths import CaptionLengths
 from sora_train.monitoring.report.charts import histogram
 from sora_train.monitoring.report.page import compact, render
 from sora_train.tools.data.report_plan import FRAMES_SHOWN, DataPlan, Thumbnail, read_thumbnails
@@ -81,6 +82,9 @@ def account(plan: DataPlan) -> str:
     data = plan.cfg.data
     told = traits_told(plan.manifest, data.alpha_background, backend_of(data))
     lines += [f"  {line}" for line in told]
+    for name, texts in captions_by_name(plan.manifest).items():
+        share = CaptionLengths(plan.cfg.text).share_cut([text for text in texts.values() if text])
+        lines.append(f"  captions{'' if name == MAIN else f' named {name}'}: {share}")
     weights = plan.cfg.data.caption_weights
     if plain := without_weighted(plan.manifest, weights):
         lines.append(
@@ -202,12 +206,12 @@ def _charts(plan: DataPlan) -> list[tuple[str, str]]:
 
 def _caption_lengths(plan: DataPlan) -> list[tuple[str, np.ndarray, str]]:
     """Title, values and unit of a chart for the captions of each name."""
-    charts, longest = [], plan.cfg.text.max_length
+    charts, counted = [], CaptionLengths(plan.cfg.text)
     for name, texts in captions_by_name(plan.manifest).items():
-        lengths = np.array([len(text.encode()) for text in texts.values()])
-        cut = int((lengths >= longest).sum())  # the end mark takes a byte
+        captions = [text for text in texts.values() if text]
+        lengths = np.array([len(text.encode(errors="replace")) for text in captions])
         title = "Caption length" if name == MAIN else f"Length of captions named {name}"
-        charts.append((f"{title}; {cut:,} are cut at text.max_length={longest}", lengths, "bytes"))
+        charts.append((f"{title}; {counted.share_cut(captions)}", lengths, "bytes"))
     return charts
 
 

@@ -167,6 +167,7 @@ def sample_to_folder(
     from sora_train.checkpoint.layout import split_step
     from sora_train.checkpoint.tensors import StoredTensors
     from sora_train.config import Config
+    from sora_train.models.text.lengths import CaptionLengths
     from sora_train.models.vae.autoencoder import read_geometry
     from sora_train.sampling import api
     from sora_train.sampling.operations import prepare
@@ -184,9 +185,12 @@ def sample_to_folder(
     fitting = api.fitting_shape(cfg, geometry, info.shape, *shape)
     prepared = prepare(request, fitting, geometry, cfg.data.alpha_background)
     _require_use(request.op, prepared.kind, spec, settings, options)
-    for note in (prepared.note(spec, request.op), api.rate_note(info, prepared.shape)):
-        if note:
-            print(note, file=sys.stderr)
+    notes = [prepared.note(spec, request.op), api.rate_note(info, prepared.shape)]
+    lengths = CaptionLengths(info.cfg.text)
+    notes += lengths.cut_notes(prompts)
+    notes += lengths.cut_notes([options["negative_prompt"]], "the negative prompt")
+    for note in filter(None, notes):
+        print(note, file=sys.stderr)
     model = api.load(run_dir, step=info.checkpoint.step, weights=weights, project=recipe)
     clips = model.sample(prompts, prepared=prepared, **options, **settings)
     labels = [prompt for prompt in prompts for _ in range(options["num"])]
