@@ -27,16 +27,21 @@ def probed(path: Path, count: str = "decode") -> Probe:
     return probe_video(ProbeRequest(0, path.name, str(path), 0, path.stat().st_size, kind, count))
 
 
-def read(path: Path, times: tuple[float, ...] = (0.0,), background: str = "black") -> np.ndarray:
-    """The frames at some times as training and sampling read them, at their own size."""
+def read(
+    path: Path,
+    times: tuple[float, ...] = (0.0,),
+    background: str = "black",
+    **size: int,
+) -> np.ndarray:
+    """The frames at some times as training and sampling read them, at their own size or another."""
     found = probed(path)
     shown = (found.height, found.width)
     kind = "image" if not found.fps else "video"
     return decode.decode_frames(
         DecodeRequest(
             0, path.name, str(path), 0, path.stat().st_size, kind, times, (0, 0, *shown), shown,
-            *shown, start=found.start, fps=found.fps, traits=found.traits,
-            alpha_background=background,
+            size.get("height", shown[0]), size.get("width", shown[1]), start=found.start,
+            fps=found.fps, traits=found.traits, alpha_background=background,
         )
     )  # fmt: skip
 
@@ -312,7 +317,8 @@ def test_hdr_codes_are_shown_as_the_formulas_say(transfer: int):
     assert np.abs(seen - expected).max() <= 1
 
 
-def test_sdr_colours_in_pq_come_back(tmp_path: Path):
+@pytest.mark.parametrize("smaller", [1, 5])
+def test_sdr_colours_in_pq_come_back(tmp_path: Path, smaller: int):
     """A clip of colours at a reference white of 203 cd/m2, written as HDR10 is: BT.2020, 10 bits, limited range."""
     colours = np.array(
         [(200, 120, 60), (30, 30, 30), (128, 128, 128), (235, 235, 235), (40, 200, 60)]
@@ -340,8 +346,10 @@ def test_sdr_colours_in_pq_come_back(tmp_path: Path):
         container.mux(stream.encode(made))
         container.mux(stream.encode(None))
     assert probed(path).traits == "pq"
-    seen = read(path)[0][32, 8::16].astype(int)
-    assert np.abs(seen - colours).max() <= 5
+    made = (64 // smaller, 80 // smaller)
+    seen = read(path, height=made[0], width=made[1])[0][made[0] // 2].astype(int)
+    middles = (8 + 16 * np.arange(5)) // smaller
+    assert np.abs(seen[middles] - colours).max() <= 5
 
 
 # -- interlacing and matrices -------------------------------------------------------------------

@@ -95,6 +95,19 @@ def test_files_that_are_glued_together_come_one_after_the_other(tmp_path: Path):
         assert all_frames(path, found) == [*range(30), *range(30)], count
 
 
+@pytest.mark.parametrize("name", ["a.h264", "a.mpg", "a.ts", "a.flv"])
+def test_other_containers_show_each_frame_wherever_reading_begins(tmp_path: Path, name: str):
+    """A stream without a container has no times, a program stream has other times after a seek."""
+    codec = "mpeg2video" if name == "a.mpg" else "libx264"
+    path = write_coded(tmp_path / name, list(range(70)), BASE, codec=codec)
+    for count in COUNTS:
+        found = probed(path, count)
+        assert (found.frames, found.fps, found.vfr) == (70, RATE, False), count
+        assert "other_container" in found.traits
+        for first in (0, 30, 55):
+            assert all_frames(path, found, first) == list(range(first, 70)), (count, first)
+
+
 def test_a_gif_shows_each_of_its_frames(tmp_path: Path):
     """Its times are hundredths of a second: 8, 17, 25, ... at twelve frames a second."""
     from clip_files import numbered
@@ -146,6 +159,9 @@ def test_a_rate_that_the_times_deny_is_not_believed():
     """Some containers give their clock's ticks as the rate."""
     assert timing_of(BROKEN["fall"], 90000.0, 0.0).fps == pytest.approx(RATE)
     assert timing_of(BROKEN["no times"], 0.0, 0.0).fps == 25.0
+    ntsc = np.round(np.arange(300) * 1.001 / 30, 3)
+    assert timing_of(ntsc.tolist(), 30.0, 0.0).fps == pytest.approx(30 / 1.001, rel=1e-4)
+    assert timing_of(ntsc.tolist(), 30 / 1.001, 0.0).fps == 30 / 1.001
 
 
 def test_a_hold_of_a_frame_keeps_its_time_and_the_rate():

@@ -32,6 +32,8 @@ TIME_TOLERANCE = 1e-3
 COARSE_TICK = 0.01
 # A seek costs about as much as decoding a second of video from the start.
 SEEK_WORTH_SECONDS = 1.0
+# MPEG program streams: their frames have other times after a seek.
+UNSEEKABLE = ("mpeg",)
 # The largest batch of decoders that return whole batches: a minute of 1080p would be 6 GB.
 BATCH_BYTES = 1 << 28
 COUNTED, INTERLACED, HIDDEN = "counted", "interlaced", "hidden_frames"
@@ -242,7 +244,8 @@ def _decode_stream(file: ByteRange, request: DecodeRequest) -> np.ndarray:
     with open_container(file) as container:
         stream = video_stream(container)
         traits = request.traits.split()
-        if request.times[0] > SEEK_WORTH_SECONDS and COUNTED not in traits:
+        is_sought = COUNTED not in traits and container.format.name not in UNSEEKABLE
+        if request.times[0] > SEEK_WORTH_SECONDS and is_sought:
             tick = float(stream.time_base or 1)
             sought = request.times[0] + request.start
             if INTERLACED in traits:
@@ -312,7 +315,10 @@ def too_few_frames(last: float, request: DecodeRequest) -> BadClip:
 
 
 def _fit(frame: av.VideoFrame, request: DecodeRequest) -> np.ndarray:
-    return fit_frame(rgb.shown(frame, request.alpha_background), request)
+    # No smaller than twice the size that is asked for, so that resizing has enough to go by.
+    _, _, height, width = request.crop
+    reduced = max(1, int(min(height / request.height, width / request.width) / 2))
+    return fit_frame(rgb.shown(frame, request.alpha_background, reduced), request)
 
 
 def batches_of_frames(request: DecodeRequest) -> Iterator[slice]:

@@ -23,6 +23,8 @@ _CODES = 1 << 16
 # Steps of linear light: enough that the darkest are less than a code of 8 bits apart.
 _STEPS = 1 << 20
 _GAMMA = 2.4
+# Rows that are worked on together, so that what is between them and the result stays in the core's cache.
+_ROWS = 32
 # Of BT.2100's display at 1000 cd/m2.
 _HLG_GAMMA = 1.2
 _HLG_LUMA = np.array([0.2627, 0.6780, 0.0593])
@@ -100,6 +102,11 @@ def as_sdr(rgb: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
 
     `transfer` is PQ or HLG, `primaries` BT709, BT2020 or P3, as in H.273.
     """
+    blocks = range(0, len(rgb), _ROWS)
+    return np.concatenate([_as_sdr(rgb[at : at + _ROWS], transfer, primaries) for at in blocks])
+
+
+def _as_sdr(rgb: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
     light = _light_of_codes(transfer)[rgb]
     if transfer == HLG:
         # BT.2100's OOTF: the light of a display of PEAK.

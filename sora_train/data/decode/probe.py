@@ -178,7 +178,13 @@ def _probe_stream(file: Any, count: str, digest: str) -> Probe:
     traits: set[str] = set()
     with open_container(file) as container:
         stream = video_stream(container)
-        first, times, last_duration = _frame_times(container, stream, count, traits)
+        if count == "decode":
+            first, times, last_duration = _decoded_times(container, stream, traits)
+        else:
+            first = _look_at_the_start(container, stream, traits)
+            begin = first.time or 0.0
+            times = _promised_times(container, stream, begin) if count == "header" else []
+            times, last_duration = times or _packet_times(file), 0.0
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         codec = stream.codec.canonical_name
         aspect = stream.sample_aspect_ratio or 1
@@ -213,48 +219,52 @@ def _probe_stream(file: Any, count: str, digest: str) -> Probe:
     )
 
 
-def _frame_times(
-    container: av.container.InputContainer,
-    stream: av.VideoStream,
-    count: str,
-    traits: set[str],
+def _decoded_times(
+    container: av.container.InputContainer, stream: av.VideoStream, traits: set[str]
 ) -> tuple[av.VideoFrame, list[float | None], float]:
     """The first frame, the times of all frames (None: unknown), and the duration of the last one (0: unknown).
 
-    What the frames that are decoded need is added to `traits`.
+    What the frames need is added to `traits`.
     """
+    first, size, times, last_duration = None, None, [], 0.0
+    for frame in decoded(container, stream, traits):
+        first = first or frame
+        traits |= _traits_of(frame)
+        if size not in (None, (frame.width, frame.height)):
+            traits.add("several_sizes")
+        size = frame.width, frame.height
+        times.append(frame.time)
+        last_duration = shown_for(frame)
+    if first is None:
+        raise BadClip("unreadable", "no frame can be decoded")
+    return first, times, last_duration
+
+
+def _promised_times(
+    container: av.container.InputContainer, stream: av.VideoStream, begin: float
+) -> list[float | None]:
+    """The times of the frames that the header promises, none where it does not."""
     rate = float(stream.average_rate or stream.guessed_rate or 25)
-    promised = _promised_frames(container, stream, rate) if count == "header" else 0
-    times: list[float | None] = []
-    if count == "decode":
-        first, size, last_duration = None, None, 0.0
-        for frame in decoded(container, stream, traits):
-            first = first or frame
-            traits |= _traits_of(frame)
-            if size not in (None, (frame.width, frame.height)):
-                traits.add("several_sizes")
-            size = frame.width, frame.height
-            times.append(frame.time)
-            last_duration = shown_for(frame)
-        if first is None:
-            raise BadClip("unreadable", "no frame can be decoded")
-        return first, times, last_duration
-    if not promised:
+    promised = _promised_frames(container, stream, rate)
+    return [begin + index / rate for index in range(promised)]
+
+
+def _packet_times(file: Any) -> list[float | None]:
+    """The times that the packets bear, those without one at the end."""
+    # Opened anew, as a stream without an index cannot go back to its start.
+    file.seek(0)
+    with open_container(file) as container:
         # Packets that an edit list hides are decoded for others that depend on them, but not shown.
         packets = [
-            packet for packet in container.demux(stream) if packet.size and not packet.is_discard
+            packet
+            for packet in container.demux(video_stream(container))
+            if packet.size and not packet.is_discard
         ]
-        known = [packet for packet in packets if packet.pts is not None]
-        times = sorted(float(packet.pts * packet.time_base) for packet in known)
-        times += [None] * (len(packets) - len(known))
-        container.seek(0)
-    first = _look_at_the_start(container, stream, traits)
-    if promised:
-        begin = first.time or 0.0
-        times = [begin + index / rate for index in range(promised)]
-    if not times:
+    known = [packet for packet in packets if packet.pts is not None]
+    if not packets:
         raise BadClip("unreadable", "no frame can be decoded")
-    return first, times, 0.0
+    times = sorted(float(packet.pts * packet.time_base) for packet in known)
+    return [*times, *[None] * (len(packets) - len(known))]
 
 
 def _look_at_the_start(
@@ -337,7 +347,12 @@ def timing_of(times: list[float | None], nominal: float, last_duration: float) -
         )
     span = float(known[-1]) - start
     measured = (len(known) - 1) / span if span > 0 else nominal
-    is_nominal = not differs.any() and nominal > 0 and abs(measured / nominal - 1) < 0.01
+    # A rate that is a little off (30 for 29.97) would show frames twice, more of them the longer the clip.
+    is_nominal = (
+        not differs.any()
+        and nominal > 0
+        and abs(span - (len(known) - 1) / nominal) <= 2 * TIME_TOLERANCE
+    )
     fps = nominal if is_nominal else measured
     tail = last_duration or (1 / fps if fps else 0.0)
     return Timing(len(known), fps, bool(differs.any()), start, span + tail)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace
+from av.video.reformatter import Colorspace, Interpolation
 from PIL import ImageColor
 
 from sora_train.data.decode import hdr
@@ -82,19 +82,25 @@ def over(background: str, rgba: np.ndarray) -> np.ndarray:
     return ((rgba[..., :3] * alpha + below * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def shown(frame: av.VideoFrame, background: str) -> np.ndarray:
+def shown(frame: av.VideoFrame, background: str, reduced: int = 1) -> np.ndarray:
     """The picture a frame shows: uint8 (H, W, 3) RGB.
 
-    `background` is the colour that lies under alpha.
+    `background` is the colour that lies under alpha. HDR comes `reduced` times smaller, as the tone
+    curve takes a second for each frame of 4K.
     """
     matrix, alpha = _matrix(frame), has_alpha(frame)
     form = "rgba" if alpha else "rgb24"
     if not hdr.is_hdr(frame.color_trc):
         rgb = frame.to_ndarray(format=form, src_colorspace=matrix, threads=1)
     else:
-        wide = frame.to_ndarray(format="rgb48le", src_colorspace=matrix, threads=1)
+        smaller = {
+            "width": frame.width // reduced,
+            "height": frame.height // reduced,
+            "interpolation": Interpolation.AREA if reduced > 1 else None,
+        }
+        wide = frame.to_ndarray(format="rgb48le", src_colorspace=matrix, threads=1, **smaller)
         rgb = hdr.as_sdr(wide, frame.color_trc, frame.color_primaries)
         if alpha:
-            plain = frame.to_ndarray(format=form, src_colorspace=matrix, threads=1)
+            plain = frame.to_ndarray(format=form, src_colorspace=matrix, threads=1, **smaller)
             rgb = np.concatenate([rgb, plain[..., 3:]], axis=2)
     return upright(over(background, rgb) if alpha else rgb, frame)
