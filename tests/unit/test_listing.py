@@ -235,13 +235,13 @@ def test_a_sparse_clip_in_a_tar_is_no_range_of_bytes(tmp_path: Path):
 
 
 def test_links_and_what_occurs_twice_in_a_tar_are_told(tmp_path: Path):
-    folder = files(tmp_path / "made", "a.mp4", "b.mp4", "c.mp4", "c.txt", text="x")
+    folder = files(tmp_path / "made", "a.mp4", "a.gif", "b.mp4", "c.mp4", "c.txt", text="x")
     for name in ("a.mp4", "b.mp4", "c.mp4"):
         (folder / name).write_bytes(name.encode())
     os.link(folder / "a.mp4", folder / "hard.mp4")
     os.symlink("a.mp4", folder / "soft.mp4")
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name in ("a.mp4", "hard.mp4", "soft.mp4", "c.mp4", "c.txt", "c.txt"):
+        for name in ("a.mp4", "a.gif", "a.gif", "hard.mp4", "soft.mp4", "c.mp4", "c.txt", "c.txt"):
             tar.add(folder / name, name)
         for name, text in (("d.txt", b"no clip"), ("bare", b"1")):
             info = tarfile.TarInfo(name)
