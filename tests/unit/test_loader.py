@@ -241,7 +241,8 @@ def test_latent_keys_name_everything_that_matters():
     }
     changes = [
         {}, {"digest": "e"}, {"bucket": Bucket(5, 48, 32)}, {"times": (0.0, 0.25)},
-        {"crop": (0.0, 1.0, 2.0, 4.0)}, {"vae_digest": "w"}, {"version": 99},
+        {"times": (0.01, 0.125)}, {"crop": (0.5, 1.0, 2.0, 3.0)}, {"crop": (0.0, 1.5, 2.0, 3.0)},
+        {"crop": (0.0, 1.0, 2.5, 3.0)}, {"crop": (0.0, 1.0, 2.0, 4.0)}, {"vae_digest": "w"}, {"version": 99},
         {"dtype": "bfloat16"}, {"decoder": "decord 1"}, {"transform": 99},
     ]  # fmt: skip
     assert len({latent_key(**{**plain, "vae_digest": "v", **change}) for change in changes}) == len(

@@ -147,9 +147,9 @@ def test_weights_are_shares_of_the_clips_and_meet_every_clip():
     repeats = repeats_of([3.0, 1.0], [1000, 100])
     assert repeats == pytest.approx((1.0, 1000 / 3 / 100))
     assert repeats_of([1.0, 0.0], [10, 5]) == (1.0, 0.0)
-    counts = np.array([0, 3, 1000])
-    assert samples_per_epoch(counts, 0.1).tolist() == [0, 1, 100]
-    assert samples_per_epoch(counts, 0.0).tolist() == [0, 0, 0]
+    counts = np.array([0, 3, 27, 1000])
+    assert samples_per_epoch(counts, 0.1).tolist() == [0, 1, 3, 100], "2.7 are 3"
+    assert samples_per_epoch(counts, 0.0).tolist() == [0, 0, 0, 0]
 
 
 @given(
