@@ -21,7 +21,7 @@ def parsed(file: str) -> str:
 
 def test_areas_have_ten_breaks_each_with_names_of_their_own() -> None:
     areas = {one.area for one in BREAKS}
-    assert areas == {"draws", "objective", "optimizer", "resume", "layouts", "data"}
+    assert areas >= {"draws", "objective", "optimizer", "resume", "layouts", "data"}
     for area in areas:
         names = [one.name for one in BREAKS if one.area == area]
         assert len(names) == len(set(names)) >= 10

@@ -116,6 +116,7 @@ class LeavingTrainer(Trainer):
     def log(self) -> None:
         self.leave("log")
         super().log()
+        self.leave("logged")
 
     def save(self) -> None:
         self.leave("save")
@@ -124,12 +125,13 @@ class LeavingTrainer(Trainer):
 
 @pytest.mark.parametrize(
     ("action", "pending"),
-    [("validate", ["validate", "log"]), ("log", ["log"]), ("save", [])],
+    [("validate", ["validate", "log"]), ("log", ["log"]), ("logged", ["log"]), ("save", [])],
 )
 def test_what_a_step_still_asks_for_is_done_after_a_resume(
     straight, parity_config: Callable, action: str, pending: list[str]
 ) -> None:
-    """Step 3 asks for a validation, its row and a checkpoint; the run leaves before each of them is done."""
+    """Step 3 asks for a validation, its row and a checkpoint; the run leaves before each of them is done, and where
+    the row is written and not yet struck off."""
     broken = parity_config(*ADAMW, name="left")
     LeavingTrainer.leaves_in = action
     with pytest.raises(Preempted):
