@@ -22,9 +22,12 @@ def ckpt_import(
         ),
     ] = None,
     layout: Annotated[str, typer.Option("--from", help="Layout of PATH: diffusers.")] = "diffusers",
-    size: Annotated[str, typer.Option(metavar="WxH", help="Usual size of its clips.")] = "832x480",
-    frames: Annotated[int, typer.Option(help="Their usual length in frames.")] = 81,
-    fps: Annotated[float, typer.Option(help="Their frames a second.")] = 16.0,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WxH", help="Usual size of its clips; by its card if left out."),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Their usual length in frames.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Their frames a second.")] = None,
     mask_channel: Annotated[
         bool, typer.Option("--mask-channel", help="Add mask_proj at zero, to train conditioning.")
     ] = False,
@@ -44,12 +47,15 @@ def ckpt_import(
     """
     _require_diffusers("--from", layout)
     from sora_train.sampling.pipeline import ClipShape
-    from sora_train.tools.convert.from_diffusers import import_pipeline
+    from sora_train.tools.convert.from_diffusers import import_pipeline, usual_clip
 
-    width, cross, height = size.partition("x")
+    usual = usual_clip(source, base)
+    width, cross, height = (size or f"{usual.width}x{usual.height}").partition("x")
     if not (cross and width.isdigit() and height.isdigit()):
-        raise UserError(f"--size {size} is not width x height, such as 832x480")
-    shape = ClipShape(frames, int(height), int(width), fps)
+        raise UserError(
+            f"--size {size} is not width x height, such as {usual.width}x{usual.height}"
+        )
+    shape = ClipShape(frames or usual.frames, int(height), int(width), fps or usual.fps)
     print(
         import_pipeline(
             source, out, shape, base=base, mask_channel=mask_channel, fps_embed=fps_embed

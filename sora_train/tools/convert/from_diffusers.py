@@ -31,6 +31,9 @@ from sora_train.sampling.pipeline import ClipShape
 from sora_train.tools.convert.stored_weights import StoredWeights
 
 Shapes = dict[str, tuple[int, ...]]
+WAN_2_1_CLIP = ClipShape(81, 480, 832, 16.0)
+WAN_2_2_TI2V_CLIP = ClipShape(121, 704, 1280, 24.0)
+"""What the models were trained on, by their cards (Wan 2.2: wan/configs/wan_ti2v_5B.py)."""
 SHOWN = 10
 # Of a scheduler: its class -> solver, grid, rounding and the name of its shift.
 SCHEDULERS = {
@@ -86,6 +89,12 @@ def import_pipeline(
         )
         _save(partial / "checkpoints", stored, shapes, meta.to_dict())
     return "\n".join([*report, f"wrote {out}", f'next: sora sample --ckpt {out} --prompt "..."'])
+
+
+def usual_clip(source: Path, base: Path | None) -> ClipShape:
+    """The clip that a pipeline is for, where nobody says: that of Wan 2.2's TI2V, or of Wan 2.1."""
+    index = _transformer_and_rest(source, base)[1] / "model_index.json"
+    return WAN_2_2_TI2V_CLIP if _json(index).get("expand_timesteps") else WAN_2_1_CLIP
 
 
 def _transformer_and_rest(source: Path, base: Path | None) -> tuple[Path, Path]:
