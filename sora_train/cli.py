@@ -25,7 +25,13 @@ from sora_train.tools.plan.command import models, plan
 from sora_train.tools.replay.command import replay
 from sora_train.tools.sample.command import sample
 from sora_train.tools.sweep.command import sweep_app
-from sora_train.tools.terminal import OVERRIDES, ConfigDir, ScriptArguments, command_group
+from sora_train.tools.terminal import (
+    OVERRIDES,
+    ConfigDir,
+    ScriptArguments,
+    command_group,
+    with_json_file,
+)
 from sora_train.tools.watch.command import report, track_app, watch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -47,7 +53,9 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one `sora` command line; returns its exit code. Raises UserError for a wrong command line."""
     try:
-        result = app(list(arguments) or ["--help"], prog_name="sora", standalone_mode=False)
+        result = app(
+            with_json_file(arguments) or ["--help"], prog_name="sora", standalone_mode=False
+        )
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+
+from sora_train.base.console import plain_console
 
 LINE_SECONDS = 10.0  # a log file gets at most one line in this time, besides the first and the last
 
@@ -47,11 +48,11 @@ class Progress:
     def __enter__(self) -> Self:
         if self.enabled and self._file.isatty():
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[tail]}"),
-                console=Console(file=self._file),
+                TextColumn("{task.fields[tail]}", markup=False),
+                console=plain_console(file=self._file),
             )
             self._task = self._bar.add_task(
                 self.description, total=self.total, completed=self._start, tail=""

@@ -1,10 +1,11 @@
 """What several sub-commands of `sora` share: kinds of arguments, groups of commands, tables, bars of progress."""
 
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +28,14 @@ ProjectFile = Annotated[
         help="The file that trained a run of your own: its `recipe`.",
     ),
 ]
+JsonFile = Annotated[
+    str,
+    typer.Option(
+        "--json",
+        metavar="[FILE]",
+        help="Write it all as JSON; without FILE, or for `-`, print that alone.",
+    ),
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 RunAtStep = Annotated[
     str, typer.Argument(metavar="RUN[@STEP]", help="A run folder; its newest checkpoint or STEP.")
@@ -43,15 +52,38 @@ def command_group(text: str) -> typer.Typer:
 def table_of(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A table as text of at most 140 characters a line, without lines between its cells."""
     # Imported here, so that help is instant.
-    from rich.console import Console
     from rich.table import Table
+
+    from sora_train.base.console import plain_console
 
     table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=140, markup=False, emoji=False).print(table)
+    plain_console(file=text, width=140).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def with_json_file(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `-` after a `--json` that no file follows: an option, an override or nothing does."""
+    written: list[str] = []
+    for number, argument in enumerate(arguments):
+        written.append(argument)
+        after = arguments[number + 1] if number + 1 < len(arguments) else "--"
+        if argument == "--json" and after != "-" and (after.startswith("-") or "=" in after):
+            written.append("-")
+    return written
+
+
+def write_json(values: Any, file: str) -> None:
+    """Write what `--json` asked for, whole or not at all; print it for `-`."""
+    from sora_train.base.files import write_atomically
+
+    text = json.dumps(values, indent=1)
+    if file == "-":
+        print(text)
+    elif file:
+        write_atomically(Path(file), text + "\n")
 
 
 @contextmanager

@@ -4,9 +4,9 @@ import time
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from sora_train.base.console import plain_console
 from sora_train.base.progress import duration
 from sora_train.checkpoint.meta import TrainState
 from sora_train.checkpoint.space import Space
@@ -34,16 +34,16 @@ def print_card(
     """Parameters, clips by bucket, drops by reason, batch, epochs, memory and expected time; the first rank alone."""
     if not run.is_main:
         return
-    console = Console()
+    console = plain_console()
     console.print(run_table(run, parts, state, space, self_tested))
     console.print(bucket_table(parts.data, state.data_step))
     for reason, count in sorted(parts.data.assignment.dropped().items()):
         console.print(f"dropped: {count} clips ({reason})")
         for detail in details(parts.data, reason):
-            console.print(f"  {detail}", style="dim", highlight=False)
+            console.print(f"  {detail}", style="dim")
     data = run.cfg.data
     for line in traits_told(parts.data.manifest, data.alpha_background, backend_of(data)):
-        console.print(line, highlight=False)
+        console.print(line)
 
 
 def run_table(

@@ -209,6 +209,34 @@ def test_an_array_is_of_what_is_not_finished(
     says(told, "sora sweep report")
 
 
+def test_an_axis_may_be_a_key_that_a_run_cannot_do_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("defaults: [override /data: clips]\nname: mine\n")
+    keys = ["mine.yaml", "data.source=a b,c", "run.dir=out", "launch.ranks=1", "--print"]
+    assert run(["launch", "slurm", "-m", *keys]) == 0
+    assert directives(capsys.readouterr().out)["array"] == "0-1"
+    frozen = [thaw(file).config for file in Path("out").glob("*/launch/config-*.yaml")]
+    assert {config.data.source for config in frozen} == {"a b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--exclusive", ["--exclusive"]),
+        ("--comment=my first run", ["--comment=my first run"]),
+        ("--comment='my first run'", ["--comment=my first run"]),
+        ("--comment=it's mine", ["--comment=it's mine"]),
+        ("--gres gpu:2", ["--gres", "gpu:2"]),
+        ("--comment my first run", ["--comment", "my first run"]),
+        ("-C a100", ["-C", "a100"]),
+    ],
+)
+def test_an_option_with_blanks_is_one_word_to_the_scheduler(option: str, words: list[str]) -> None:
+    assert shlex.split(slurm.option_line(option)) == words
+
+
 @pytest.mark.parametrize(
     ("arguments", "facts"),
     [

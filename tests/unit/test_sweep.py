@@ -239,6 +239,25 @@ def test_a_mistake_is_met_before_the_first_run(
     assert not list(project.rglob("sweep.json"))
 
 
+def test_an_axis_may_be_a_key_that_a_run_cannot_do_without(project: Path):
+    """real_tiny asks for its clips; a search, too, composes its base with a value of each axis."""
+    done = sweep(project, "experiment=real_tiny", "data.source=one,two", "train.steps=1")
+    assert done.returncode == 0, done.stderr
+    assert sorted(started(project)) == ["data.source=one", "data.source=two"]
+    refused = sweep(project, "experiment=real_tiny", "seed=0,1")
+    assert refused.returncode == 2
+    says(refused.stderr, "data.source")
+
+
+@pytest.mark.parametrize(
+    ("key", "first"),
+    [("optim.lr=interval(0.5,2)", "0.5"), ("seed=interval(3,9)", "3"), ("a=x,y", "x")],
+)
+def test_the_first_point_of_an_axis_is_its_lowest_or_its_first(key: str, first: str):
+    (axis,) = split([key])[1]
+    assert axis.first == first
+
+
 def test_a_sweep_does_not_run_under_torchrun(project: Path):
     done = sweep(project, "seed=0,1", WORLD_SIZE="2", SORA_DEBUG="0")
     assert done.returncode == 2 and "torchrun" in done.stderr

@@ -6,6 +6,7 @@ it has no moments.
 """
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
@@ -236,4 +237,4 @@ def _sums(sources: list[Source], prefix: str, names: list[str]) -> dict[str, Ten
 
 
 def _next(out: Path) -> list[str]:
-    return [f"wrote {out}", f'next: sora sample --ckpt {out} --prompt "..."']
+    return [f"wrote {out}", f'next: sora sample --ckpt {shlex.quote(str(out))} --prompt "..."']

@@ -2,6 +2,7 @@
 
 import keyword
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -66,4 +67,5 @@ def create(folder: Path) -> str:
     for file, text in (("train.py", TRAIN), ("my.yaml", YAML), ("README.md", README)):
         (partial / file).write_text(text.format(**words))
     os.replace(partial, folder)
-    return f"wrote {folder}/train.py, my.yaml and README.md\nnext: sora train {folder}/train.py {folder}/my.yaml"
+    own, config = shlex.quote(f"{folder}/train.py"), shlex.quote(f"{folder}/my.yaml")
+    return f"wrote {folder}/train.py, my.yaml and README.md\nnext: sora train {own} {config}"

@@ -5,6 +5,7 @@ sides. A weight is in memory while it is written, and one file is open at a time
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -88,7 +89,13 @@ def import_pipeline(
             imported_from=str(transformer if base else source),
         )
         _save(partial / "checkpoints", stored, shapes, meta.to_dict())
-    return "\n".join([*report, f"wrote {out}", f'next: sora sample --ckpt {out} --prompt "..."'])
+    return "\n".join(
+        [
+            *report,
+            f"wrote {out}",
+            f'next: sora sample --ckpt {shlex.quote(str(out))} --prompt "..."',
+        ]
+    )
 
 
 def usual_clip(source: Path, base: Path | None) -> ClipShape:

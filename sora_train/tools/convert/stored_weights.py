@@ -14,6 +14,7 @@ from sora_train.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class StoredWeights:
@@ -60,6 +61,8 @@ def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         names = [WEIGHTS]
+        if not (folder / WEIGHTS).is_file():
+            _require_other_form(folder)
     else:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -69,3 +72,23 @@ def _files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; copy the folder again")
     return [folder / name for name in names]
+
+
+def _require_other_form(folder: Path) -> None:
+    """Raises UserError where the folder holds weights, but in a form that is not read."""
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    variants = sorted(
+        path.name
+        for path in folder.glob(f"{WEIGHTS.removesuffix('.safetensors')}*.safetensors")
+        if path.name != WEIGHTS
+    )
+    if variants:
+        raise UserError(
+            f"{folder} holds {variants[0]} and no {WEIGHTS}: it is a variant, or a part without its index; fetch the "
+            "weights without a variant (`hf download REPO`), or rename a single file that is whole"
+        )
+    if others:
+        raise UserError(
+            f"{folder} holds {others[0]} and no {WEIGHTS}: a pickle, which could run code when it is read; save the "
+            "weights as safetensors (`model.save_pretrained(FOLDER)` of a diffusers version of today does)"
+        )

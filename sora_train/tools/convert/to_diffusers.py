@@ -70,7 +70,7 @@ def export_pipeline(
         (partial / "README.md").write_text(
             _card(info, run, weights, fps, scheduler, _departures(info, scheduler))
         )
-    return "\n".join([*notes, f"wrote {out}", f'next: WanPipeline.from_pretrained("{out}")'])
+    return "\n".join([*notes, f"wrote {out}", f"next: WanPipeline.from_pretrained({str(out)!r})"])
 
 
 def _require(info: CheckpointInfo, fps: float | None) -> None:

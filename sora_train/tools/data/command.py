@@ -1,6 +1,8 @@
 """`sora prep` and `sora data`: clips into shards, and a source as training sees it."""
 
 import hashlib
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +50,7 @@ def prep_shards(settings: Overrides = None) -> None:
             workers=parsed.workers,
             progress=advance,
         )
-    print(f"{count(manifest)}\nnext: sora train experiment=real_tiny data.source={parsed.output}")
+    print(f"{count(manifest)}\nnext: sora train experiment=real_tiny {source_of(parsed.output)}")
 
 
 @data_app.command("index", context_settings=OVERRIDES)
@@ -216,7 +218,7 @@ def _index_shards(settings: "SourceSettings") -> str:
             "merge=true instead of part="
         )
     named = [name for name, _ in map(caption_name, settings.caption_keys) if name != MAIN]
-    return f"{count(manifest, named)}\nnext: sora train experiment=real_tiny data.source={output}"
+    return f"{count(manifest, named)}\nnext: sora train experiment=real_tiny {source_of(output)}"
 
 
 def _open(settings: "SourceSettings") -> "Manifest":
@@ -251,7 +253,7 @@ def encode_source(arguments: Sequence[str], config_dir: Path | None) -> str:
         )
     lines = [count(manifest) for manifest in manifests.values()]
     keys = {"train": "data.source", "val": "data.val_source"}
-    sources = [f"{keys[split]}={settings.folder / split}" for split in manifests]
+    sources = [source_of(settings.folder / split, keys[split]) for split in manifests]
     return "\n".join([*lines, f"next: sora train with the same overrides and {' '.join(sources)}"])
 
 
@@ -306,3 +308,13 @@ def count(manifest: "Manifest", captions: Sequence[str] = ()) -> str:
     if len(faulty) > 20:
         lines.append(f"  and {len(faulty) - 20} more")
     return "\n".join(lines)
+
+
+def source_of(place: object, key: str = "data.source") -> str:
+    """`key=PLACE` as a shell and then Hydra's grammar read it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    value = str(place)
+    if not re.fullmatch(r"[\w./ :+-]+", value):
+        value = QuotedString(value, Quote.double).with_quotes()
+    return shlex.quote(f"{key}={value}")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from sora_train.tools.terminal import OVERRIDES, ConfigDir, Overrides, RunArguments
+from sora_train.tools.terminal import OVERRIDES, ConfigDir, JsonFile, Overrides, RunArguments
 
 EXAMINE = "examine"
 
@@ -31,9 +31,7 @@ doctor_app = typer.Typer(
 def examine(
     arguments: RunArguments = None,
     config_dir: ConfigDir = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all findings to this file as well.")
-    ] = None,
+    json_file: JsonFile = "",
     name: Annotated[str, typer.Option(help="What to call this node; default: its host name.")] = "",
     seconds: Annotated[float, typer.Option(help="The whole takes no longer than this.")] = 110.0,
     no_bandwidth: Annotated[

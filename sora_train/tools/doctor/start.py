@@ -1,13 +1,10 @@
 """`sora doctor`: from the command line to an examination, and its report printed and written."""
 
-import json
 import socket
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
-from sora_train.base.files import write_atomically
 from sora_train.errors import EXIT_FAULT, SoraError, UserError, sentence
 from sora_train.tools.doctor.findings import FAIL
 from sora_train.tools.doctor.nodes.bandwidth import Measuring
@@ -19,6 +16,7 @@ from sora_train.tools.doctor.nodes.examination import (
 )
 from sora_train.tools.doctor.nodes.node import PlannedRun, RankPlace
 from sora_train.tools.doctor.table import show
+from sora_train.tools.terminal import write_json
 
 LEAST = 20.0
 GRACE = 9.0
@@ -26,7 +24,7 @@ GRACE = 9.0
 
 
 def start(
-    arguments: list[str], json_file: Path | None, name: str, seconds: float, *, bandwidth: bool
+    arguments: list[str], json_file: str, name: str, seconds: float, *, bandwidth: bool
 ) -> int:
     """Examine, print, and return the exit code.
 
@@ -60,9 +58,9 @@ def start(
             if own_report is None:
                 return code
             report = own_report
-    show(report, Console())
-    if json_file is not None:
-        write_atomically(json_file, json.dumps(report.to_dict(), indent=1))
+    if json_file != "-":
+        show(report, Console())
+    write_json(report.to_dict(), json_file)
     return code
 
 

@@ -33,7 +33,7 @@ def array_of(arguments: list[str], config_dir: Path | None) -> tuple[Job, list[J
     yaml_file, overrides = split_yaml_file(arguments)
     fixed, axes = split(overrides)
     template = Template(fixed, config_dir=config_dir, yaml_file=yaml_file)
-    base = template.compose()
+    base = template.base(axes)
     if base.sweep.method != "grid":
         raise UserError(
             f"sweep.method={base.sweep.method} proposes a run from the results of others, so its runs cannot be "

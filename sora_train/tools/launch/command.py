@@ -1,5 +1,6 @@
 """The commands of `sora launch`: one config, composed and frozen once, started here or handed to a scheduler."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def slurm(
     else:
         job, tasks = job_of(arguments, config_dir), []
     if multirun and not tasks:
-        print(f"all of it is done; next: sora sweep report {job.run_dir}")
+        print(f"all of it is done; next: sora sweep report {shlex.quote(str(job.run_dir))}")
         return
     script = launcher.render(job, tasks)
     if printed:
@@ -76,7 +77,7 @@ def slurm(
     if tasks:
         print(
             f"array {number} of {len(tasks)} runs is in the queue; `squeue -j {number}`, its logs are "
-            f"{job.logs}/slurm-{number}_N.out\nnext: sora sweep report {job.run_dir}"
+            f"{job.logs}/slurm-{number}_N.out\nnext: sora sweep report {shlex.quote(str(job.run_dir))}"
         )
         return
     print(

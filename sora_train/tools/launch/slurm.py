@@ -90,8 +90,24 @@ def directives(job: Job, tasks: int = 0) -> list[str]:
     lines = [
         f"--{key}={shlex.quote(one_line(key, value))}" for key, value in options.items() if value
     ]
-    lines += ["--requeue", *(one_line("options", option) for option in cfg.options)]
+    lines += ["--requeue", *map(option_line, cfg.options)]
     return [f"#SBATCH {line}" for line in lines]
+
+
+def option_line(option: str) -> str:
+    """An option of `launch.options` as sbatch reads it: its value is one word, whatever blanks it holds."""
+    one_line("options", option)
+    try:
+        words = shlex.split(option)
+    except ValueError:
+        words = []
+    flag, mark, value = option.partition("=")
+    if len(words) == 1 or not option.startswith("-"):
+        return option
+    if mark and " " not in flag:
+        return f"{flag}={shlex.quote(value)}"
+    flag, _, value = option.partition(" ")
+    return f"{flag} {value}" if len(words) == 2 else f"{flag} {shlex.quote(value)}"
 
 
 def node_script(job: Job, frozen: str = "") -> str:

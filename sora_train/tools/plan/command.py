@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sora_train.tools.terminal import ConfigDir, Overrides, table_of
+from sora_train.tools.terminal import ConfigDir, JsonFile, Overrides, table_of, write_json
 
 if TYPE_CHECKING:
     from sora_train.config.job import JobConfig
@@ -20,10 +20,7 @@ def plan(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[FILE.yaml] [cluster=NxNAME] [KEY=VALUE]...")
     ] = None,
-    json_out: Annotated[
-        str,
-        typer.Option("--json", metavar="FILE", help="Write the plan as JSON; `-` prints it alone."),
-    ] = "",
+    json_file: JsonFile = "",
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page with charts.")
     ] = None,
@@ -47,36 +44,23 @@ def plan(
     sora plan experiment=wan_14b_finetune cluster=64xH100 plan.keep_layout=true --json plan.json
     sora plan model=wan_14b text.d_model=4096 buckets=480p cluster=16xH200 cluster.price=3
     """  # fmt: skip
-    from rich.console import Console
-
+    from sora_train.base.console import plain_console
     from sora_train.tools.plan import text
 
     values = plan_with_progress(*parse_command(list(arguments or []), config_dir))
-    write(values, json_out, html)
-    if header:
-        print("\n".join(f"# {line}" for line in text.header(values)))
-    elif json_out != "-":
-        console = Console(width=text.WIDTH)
-        text.show(values, console)
-        for path in filter(None, (html, json_out)):
-            console.print(f"wrote {path}", highlight=False)
-
-
-def write(values: dict[str, Any], json_out: str, html: Path | None) -> None:
-    """The files that were asked for; JSON goes to standard output for `-`."""
-    import json
-
-    from sora_train.base.files import write_atomically
-
     if html is not None:
+        from sora_train.base.files import write_atomically
         from sora_train.tools.plan.page import page
 
         write_atomically(html, page(values))
-    text = json.dumps(values, indent=1)
-    if json_out == "-":
-        print(text)
-    elif json_out:
-        write_atomically(Path(json_out), text + "\n")
+    write_json(values, json_file)
+    if header:
+        print("\n".join(f"# {line}" for line in text.header(values)))
+    elif json_file != "-":
+        console = plain_console(width=text.WIDTH)
+        text.show(values, console)
+        for path in filter(None, (html, json_file)):
+            console.print(f"wrote {path}")
 
 
 def parse_command(
@@ -127,12 +111,12 @@ def plan_with_progress(
     """The plan as plain values, with a bar of progress on standard error."""
     import sys
 
-    from rich.console import Console
     from rich.progress import Progress
 
+    from sora_train.base.console import plain_console
     from sora_train.tools.plan.plan import plan_run
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("plan", total=None)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sora_train.tools.plan.memory.plan import KINDS
 from sora_train.tools.plan.time.cluster import GIB
@@ -17,18 +18,20 @@ def show(plan: Values, console: Console) -> None:
     """Print the plan of `plan_run`."""
     cluster = plan["cluster"]
     console.print(
-        f"[bold]{plan['name']}[/] on {cluster['name']}: {cluster['nodes']} node(s), "
-        f"{cluster['memory_gib']:g} GiB and {cluster['tflops']:g} TFLOP/s (bf16, dense) a GPU, "
-        f"${cluster['price']:g} an hour",
-        highlight=False,
+        Text.assemble(
+            (plan["name"], "bold"),
+            f" on {cluster['name']}: {cluster['nodes']} node(s), "
+            f"{cluster['memory_gib']:g} GiB and {cluster['tflops']:g} TFLOP/s (bf16, dense) a GPU, "
+            f"${cluster['price']:g} an hour",
+        )
     )
-    console.print(f"parameters that are trained: {plan['parameters']:,}", highlight=False)
+    console.print(f"parameters that are trained: {plan['parameters']:,}")
     for stage in plan["stages"]:
         _stage(stage, plan, console)
     console.print()
     console.print(_total(plan))
     for note in plan["notes"]:
-        console.print(f"assumed: {note}", style="dim", highlight=False)
+        console.print(f"assumed: {note}", style="dim")
     console.print(
         "all assumptions: docs/plan.md; set them by plan.KEY=..., the machine's by cluster.KEY=...",
         style="dim",
@@ -69,10 +72,10 @@ def _stage(stage: Values, plan: Values, console: Console) -> None:
     if stage["refused"]:
         console.print("Not these:", style="bold")
         for layout in stage["refused"]:
-            console.print(f"  {layout['name']}: {layout['reason']}", highlight=False)
+            console.print(f"  {layout['name']}: {layout['reason']}")
     console.print("To paste:", style="bold")
     for line in pasted(stage["overrides"]):
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {line}", soft_wrap=True)
 
 
 def pasted(overrides: list[str]) -> list[str]:

@@ -39,6 +39,10 @@ class Axis:
     interval: Interval | None = None
 
     @property
+    def first(self) -> str:
+        return self.values[0] if self.interval is None else f"{self.interval.low:g}"
+
+    @property
     def written(self) -> list[str]:
         return [str(self.interval)] if self.interval else list(self.values)
 

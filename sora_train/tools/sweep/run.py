@@ -35,7 +35,7 @@ def run_sweep(
         )
     fixed, axes = split(overrides)
     template = Template(fixed, config_cls, config_dir, yaml_file, script)
-    base = template.compose()
+    base = template.base(axes)
     if base.sweep.method != "grid":
         # Optuna is installed only by those who search.
         from sora_train.tools.sweep.search import run_search

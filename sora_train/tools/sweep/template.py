@@ -9,7 +9,7 @@ from typing import Any
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError
-from sora_train.tools.sweep.axes import SweepRun
+from sora_train.tools.sweep.axes import Axis, SweepRun
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,17 @@ class Template:
             yaml_file=self.yaml_file,
             values=values,
         ).config
+
+    def base(self, axes: Sequence[Axis]) -> Config:
+        """What all runs share; with the first value of each axis where it is none without, since an axis is needed.
+
+        Raises ConfigError for what is wrong at that point, too.
+        """
+        try:
+            return self.compose()
+        except ConfigError:
+            first = [f"{axis.key}={axis.first}" for axis in axes]
+            return self.compose(first)
 
     def overrides_of(self, run: SweepRun, folder: Path) -> list[str]:
         """The overrides of one run, beyond those that all share."""

@@ -34,15 +34,15 @@ def watch(
     sora watch runs/sweep
     sora watch runs/mine --once
     """
-    from rich.console import Console
     from rich.live import Live
 
+    from sora_train.base.console import plain_console
     from sora_train.base.files import write_atomically
 
     if not interval > 0:
         raise UserError(f"--interval {interval:g} must be above 0 seconds")
     page, bad = _current_page(runs)
-    console = Console(record=svg is not None)
+    console = plain_console(record=svg is not None)
     if once or svg or not console.is_terminal:
         console.print(page)
         if svg is not None:

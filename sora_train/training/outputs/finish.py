@@ -1,12 +1,13 @@
 """The end of a run: scores, exports, summary.json, report.html, a short table."""
 
 import json
+import shlex
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from sora_train.base.console import plain_console
 from sora_train.base.files import write_atomically
 from sora_train.checkpoint.meta import TrainState
 from sora_train.monitoring.metrics import read_metrics
@@ -48,10 +49,9 @@ def finish(run: RunContext, parts: Components, state: TrainState, seconds: float
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1))
     report = write_report(folder)
     print_summary(run, summary)
-    console = Console()
-    console.print(f"report: {report}\nsamples: {folder / 'samples'}", highlight=False)
+    print(f"report: {report}\nsamples: {folder / 'samples'}")
     if parts.spec is not None:
-        console.print(f'next: sora sample --ckpt {folder} --prompt "..."', highlight=False)
+        print(f'next: sora sample --ckpt {shlex.quote(str(folder))} --prompt "..."', flush=True)
 
 
 def export(run: RunContext, parts: Components) -> None:
@@ -115,7 +115,7 @@ def print_summary(run: RunContext, summary: dict[str, Any]) -> None:
         value = summary[key]
         if value is not None:
             table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
-    console = Console()
+    console = plain_console()
     console.print(table)
     if summary["captions_cut"]:
         console.print(
@@ -125,7 +125,6 @@ def print_summary(run: RunContext, summary: dict[str, Any]) -> None:
         console.print(
             f"steps skipped: {summary['skipped_steps']:,}, roll-backs: {summary['rollbacks']}, clips not trained for "
             f"it: {summary['lost_clips']:,}; see {run.folder.path / 'spikes'}",
-            highlight=False,
         )
     if summary["oracle"]:
         console.print(oracle_table(summary["oracle"]))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from sora_train.base.console import plain_console
 from sora_train.base.contact_sheet import contact_sheet
 from sora_train.data.sample import Clip, ClipBatch
 from sora_train.models.vae.autoencoder import VideoVAE
@@ -121,5 +121,5 @@ def table_of(samples: Sequence[StepSample]) -> str:
             style="dim" if sample.failure else None,
         )
     text = io.StringIO()
-    Console(file=text, width=200).print(table)
+    plain_console(file=text, width=200).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

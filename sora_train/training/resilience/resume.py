@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch.distributed.checkpoint import FileSystemReader
 
 from sora_train import checkpoint as checkpoints
+from sora_train.base.console import plain_console
 from sora_train.base.files import write_atomically
 from sora_train.checkpoint import Checkpoint
 from sora_train.checkpoint.layout import split_step
@@ -122,7 +122,7 @@ def choose(folder: Path, control: ControlPlane) -> Checkpoint | None:
         if not why:
             return checkpoint
         if control.world.is_main:
-            Console(stderr=True).print(f"passed over: {why}", highlight=False, soft_wrap=True)
+            plain_console(stderr=True).print(f"passed over: {why}", soft_wrap=True)
             _set_aside(path, why)
     if listed:
         raise Fault(
@@ -213,7 +213,7 @@ def record_changes(run: RunContext, step: int, changed: list[Change]) -> None:
         table.add_column(column)
     for key, old, new in changed:
         table.add_row(key, str(old), str(new))
-    Console().print(table)
+    plain_console().print(table)
     path = run.folder.path / CHANGES
     rows = [{"step": step, "key": key, "was": old, "is": new} for key, old, new in changed]
     before = path.read_text() if path.exists() else ""
@@ -251,9 +251,8 @@ def load_parts(run: RunContext, parts: Components, start: Start) -> None:
     parts.ema.begin_with(parts.engine.weights, allowed)
     if allowed and run.is_main:
         names = f"{', '.join(sorted(allowed)[:5])}{' ...' if len(allowed) > 5 else ''}"
-        Console(stderr=True).print(
+        plain_console(stderr=True).print(
             f"{len(allowed)} tensors begin anew, which {start.checkpoint.path} lacks: {names}",
-            highlight=False,
             soft_wrap=True,
         )
     parts.data.loader.quarantine.restore(start.meta.quarantine, record=run.is_main)

@@ -18,9 +18,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from sora_train.base.console import plain_console
 from sora_train.base.progress import Progress
 from sora_train.errors import Fault, UserError
 from sora_train.tools.doctor.parity.layouts import (
@@ -266,7 +266,7 @@ def parity(selection: MatrixSelection, out: Path | None = None, command: str = "
         run(folder, launches(with_references(cells), chain=chain))
         results = [compare(folder, cell) for cell in cells]
         results += [compare_chain(folder)] if chain else []
-    Console(width=200).print(table(results))
+    plain_console(width=200).print(table(results))
     if out is not None:
         from sora_train.base.files import write_atomically
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from sora_train.base.console import plain_console
 from sora_train.base.files import write_atomically
 from sora_train.base.progress import duration
 from sora_train.monitoring.report.page import render
@@ -141,12 +142,12 @@ def number(value: float) -> str:
 def print_report(
     results: SweepResults, base: str, compared: Sequence[GroupComparison], confidence: float
 ) -> None:
-    console = Console()
+    console = plain_console()
     print_table(console, "Runs", runs_table(results))
     if compared:
         print_table(console, f"Against {base}", compared_table(compared, confidence))
     for sentence in notes(results, base, compared):
-        console.print(sentence, highlight=False)
+        console.print(sentence)
 
 
 def print_table(console: Console, title: str, table: Table) -> None:
