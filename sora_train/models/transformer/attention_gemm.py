@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sora_train.models.transformer.layers import multiplied_wide
+from sora_train.models.transformer.layers import at_least_fp32, multiplied_wide
 
 MAX_SCORES = 1 << 21
 """Scores of one chunk of queries over all heads and clips: 8 MiB in float32."""
@@ -90,7 +90,8 @@ def _chunks(q: Tensor, k: Tensor) -> list[slice]:
 
 
 def _scaled(q: Tensor, work: torch.dtype) -> Tensor:
-    return _packed(q * (1.0 / math.sqrt(q.shape[-1])), work)
+    # In float32, so that a bfloat16 q is not rounded once more where the products are wider.
+    return _packed(at_least_fp32(q) * (1.0 / math.sqrt(q.shape[-1])), work)
 
 
 def _weights(query: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:

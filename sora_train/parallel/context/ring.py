@@ -256,4 +256,5 @@ def _chunks(q: Tensor, k: Tensor) -> list[slice]:
 
 
 def _scores(q: Tensor, keys: Tensor, work: torch.dtype) -> Tensor:
-    return at_least_fp32((q * (1.0 / math.sqrt(q.shape[-1]))).to(work) @ keys)
+    # Scaled behind the product: before it, a bfloat16 q would be rounded once more, but for widths of a power of 4.
+    return at_least_fp32(q.to(work) @ keys) * (1.0 / math.sqrt(q.shape[-1]))
