@@ -45,7 +45,7 @@ test-all: $(STAMP)  ## the long tests too
 test-slurm: $(STAMP)  ## the tests on a real SLURM of two nodes, started here (docker/install.sh slurm brings it)
 	$(BIN)/python -m pytest -s $(PYTEST_FLAGS) tests/integration/slurm
 
-mutants: $(STAMP)  ## small breaks of the code, each tried against the tests nearest to it (about 20 minutes on 2 cores)
+mutants: $(STAMP)  ## small breaks of the code, each tried against the tests nearest to it (about half an hour on 2 cores)
 	$(BIN)/python tests/mutants/mutate.py $(MUTANTS_FLAGS)
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
