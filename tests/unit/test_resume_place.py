@@ -1,5 +1,6 @@
 """Where a run goes on in its data: after a resume with other micro-batches a step, and after going back."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
 from sora_train.training.optim.ema_snapshots import remove_after
 from sora_train.training.pipeline.data import TrainingData
-from sora_train.training.resilience import rollback
+from sora_train.training.resilience import resume, rollback
 from sora_train.training.resilience.resume import find_place
 from sora_train.training.resilience.spike_detector import SpikeCounters, SpikeDetector
 
@@ -110,3 +111,18 @@ def test_snapshots_of_a_course_that_was_left_are_removed(
     assert [one.step for one in checkpoints.list_checkpoints(folder)] == [1, 2]
     remove_after(folder, 1)
     assert [one.step for one in checkpoints.list_checkpoints(folder)] == [1]
+
+
+def test_a_fork_takes_the_history_up_to_its_step(tmp_path: Path) -> None:
+    """Rows of metrics and of changes alike, and none of what the other run did thereafter."""
+    run, fork = tmp_path / "run", tmp_path / "fork"
+    for folder in (run, fork):
+        folder.mkdir()
+    for name in ("metrics.jsonl", "changes.jsonl"):
+        lines = [json.dumps({"step": step, "of": name}) + "\n" for step in (1, 2, 3, 4)]
+        (run / name).write_text("".join(lines))
+    folder: Any = SimpleNamespace(path=fork, metrics=fork / "metrics.jsonl")
+    resume._take_history(run, folder, 2)
+    for name in ("metrics.jsonl", "changes.jsonl"):
+        taken = [json.loads(line) for line in (fork / name).read_text().splitlines()]
+        assert taken == [{"step": step, "of": name} for step in (1, 2)]
