@@ -54,6 +54,17 @@ def test_a_stage_begins_with_the_one_before_and_the_chain_goes_on_where_it_was(t
         # The average begins anew, with the weights that were taken over.
         if name.startswith("ema."):
             assert torch.equal(high[name], high[name.replace("ema.", "model.", 1)])
+    # What was taken over are the weights that the stage before ended with (weights: live), not their averages.
+    ended = checkpoints.find(folders[0])
+    averages, weights = (
+        {name: torch.zeros_like(value) for name, value in high.items() if name.startswith(prefix)}
+        for prefix in ("ema.", "model.")
+    )
+    checkpoints.load_part(ended, averages, "ema.")
+    checkpoints.load_part(ended, weights, "model.")
+    for name, value in weights.items():
+        assert torch.equal(high[name], value), name
+    assert any(not torch.equal(high[name], value) for name, value in averages.items())
     for folder in folders:
         assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2]
         assert json.loads((folder / "summary.json").read_text())["name"].startswith("parity_tiny: ")

@@ -20,10 +20,13 @@ from sora_train.parallel.checks.self_test import self_test
 from sora_train.parallel.engine import resolve_layout
 from sora_train.runtime import world as distributed
 from sora_train.runtime.control_plane import ControlPlane
-from sora_train.tools.doctor.parity.layouts import LAYOUTS
+from sora_train.tools.doctor.parity.layouts import LAYOUTS, ParityLayout
 
+FURTHER = ParityLayout("ring 4", 4, ("parallel.ring=4",), 4)
+"""In a ring of two both neighbours are the same rank."""
 CHOSEN = {
-    size: [one for one in LAYOUTS.values() if one.world == size and not one.zero] for size in (2, 4)
+    size: [one for one in (*LAYOUTS.values(), FURTHER) if one.world == size and not one.zero]
+    for size in (2, 4)
 }
 
 
