@@ -178,7 +178,7 @@ def _decoder(stream: av.VideoStream) -> Callable[[av.Packet], list[av.VideoFrame
         return stream.codec_context.decode
     if name not in av.codecs_available:
         raise BadClip("unreadable", f"its alpha needs {name}, which this FFmpeg was built without")
-    context = av.CodecContext.create(name, "r")
+    context = cast(av.VideoCodecContext, av.CodecContext.create(name, "r"))
     context.thread_count = 1
     return lambda packet: context.decode(packet if packet.size else None)
 
@@ -206,7 +206,7 @@ def _bwdif(frame: av.VideoFrame) -> av.filter.Graph:
     source = graph.add_buffer(
         width=frame.width,
         height=frame.height,
-        format=frame.format.name,
+        format=frame.format,
         time_base=frame.time_base,
     )
     source.link_to(filtered := graph.add("bwdif", "mode=send_frame:deint=interlaced"))

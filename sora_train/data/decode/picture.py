@@ -55,7 +55,7 @@ def is_transparent(image: Image.Image) -> bool:
     """Whether a pixel of the picture is not opaque."""
     if not has_alpha(image):
         return False
-    return _in_8_bits(image).convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return int(np.asarray(_in_8_bits(image).convert("RGBA").getchannel("A")).min()) < 255
 
 
 def turn_upright(image: Image.Image) -> None:

@@ -226,7 +226,8 @@ def _decoded_times(
 
     What the frames need is added to `traits`.
     """
-    first, size, times, last_duration = None, None, [], 0.0
+    times: list[float | None] = []
+    first, size, last_duration = None, None, 0.0
     for frame in decoded(container, stream, traits):
         first = first or frame
         traits |= _traits_of(frame)
@@ -263,7 +264,7 @@ def _packet_times(file: Any) -> list[float | None]:
     known = [packet for packet in packets if packet.pts is not None]
     if not packets:
         raise BadClip("unreadable", "no frame can be decoded")
-    times = sorted(float(packet.pts * packet.time_base) for packet in known)
+    times = sorted(float((packet.pts or 0) * packet.time_base) for packet in known)
     return [*times, *[None] * (len(packets) - len(known))]
 
 
@@ -278,7 +279,10 @@ def _look_at_the_start(
     traits |= _traits_of(first)
     # AVI holds the order of decoding, of which libav makes times that look right before decoding.
     if first.time is None or container.format.name == "avi":
-        times = [first.time, *(frame.time for frame in itertools.islice(frames, _LOOKED_AT))]
+        times: list[float | None] = [
+            first.time,
+            *(frame.time for frame in itertools.islice(frames, _LOOKED_AT)),
+        ]
         traits |= {timing_of(times, 0.0, 0.0).trait} & {COUNTED}
     return first
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import av
 import numpy as np
@@ -45,10 +46,10 @@ def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
 
     Only the signs count; x grows to the right, y downwards. The identity where there is none.
     """
-    stored = frame.side_data.get("DISPLAYMATRIX")
+    stored: Any = frame.side_data.get("DISPLAYMATRIX")
     if stored is None:
         return 1, 0, 0, 1
-    values = np.frombuffer(memoryview(stored), np.int32).tolist()
+    values = np.frombuffer(bytes(stored), np.int32).tolist()
     a, b, c, d = values[0], values[1], values[3], values[4]
     return (a, b, c, d) if a * d != b * c else (1, 0, 0, 1)
 
@@ -93,7 +94,7 @@ def shown(frame: av.VideoFrame, background: str, reduced: int = 1) -> np.ndarray
     if not hdr.is_hdr(frame.color_trc):
         rgb = frame.to_ndarray(format=form, src_colorspace=matrix, threads=1)
     else:
-        smaller = {
+        smaller: dict[str, Any] = {
             "width": frame.width // reduced,
             "height": frame.height // reduced,
             "interpolation": Interpolation.AREA if reduced > 1 else None,
