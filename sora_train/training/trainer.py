@@ -80,6 +80,8 @@ class Trainer:
     parts: Components
     state: TrainState
     """With the weights, their averages and the moments, this is what a checkpoint holds."""
+    kinds: dict[str, KindOfClips]
+    """What the step that was measured last holds."""
     resumed: CheckpointMeta | None
     """That of the checkpoint which the run goes on from."""
     # Of `run`, under shorter names for subclasses and callbacks.
@@ -234,9 +236,9 @@ class Trainer:
                     self.engine.backward(loss, last=i == len(batches) - 1)
                 parts.append(detached(terms))
             grad_norm = self.engine.gradient_norm()
-        row, kinds = self.measure(batches, parts, totals, grad_norm)
+        row = self.measure(batches, parts, totals, grad_norm)
         with self.health.phase("update"):
-            self.update(row, kinds, grad_norm, ComputedStep(batches, parts, totals))
+            self.update(row, grad_norm, batches, parts, totals)
         self.state.step += 1
         self.state.data_step += 1
         return self.timed(row, waited, began)
@@ -270,8 +272,8 @@ class Trainer:
         parts: list[Terms],
         totals: dict[str, float],
         grad_norm: float,
-    ) -> tuple[dict[str, float], dict[str, KindOfClips]]:
-        """The step's numbers over all ranks (docs/metrics.md), and the kinds of clips it holds; the same everywhere."""
+    ) -> dict[str, float]:
+        """Sum the step's numbers over the ranks and name them (docs/metrics.md); the same on every rank."""
         sums = dict.fromkeys(totals, 0.0)
         for terms in parts:
             for name, term in terms.items():
@@ -287,7 +289,8 @@ class Trainer:
         }
         self.state.dropped += int(numbers[FAILURES])
         self.state.captions_cut += int(cut)
-        row = {
+        self.kinds = self.metrics.kinds_of(numbers)
+        return {
             "train/loss": sum(losses.values()),
             **{f"train/loss/{name}": value for name, value in losses.items()},
             # A mean of equal numbers, so that whatever is decided by it is decided alike.
@@ -300,29 +303,30 @@ class Trainer:
             "train/captions_cut": float(self.state.captions_cut),
             **({} if self.engine.recompiles() is None else {"train/recompiles": recompiles}),
         }
-        return row, self.metrics.kinds_of(numbers)
 
     def update(
         self,
         row: dict[str, float],
-        kinds: dict[str, KindOfClips],
         grad_norm: float,
-        computed: ComputedStep,
+        batches: list[ClipBatch],
+        parts: list[Terms],
+        totals: dict[str, float],
     ) -> None:
         """Change the weights and their average, or skip a step that all ranks judge to be bad for what it holds."""
-        verdict = self.spikes.verdict(row["train/loss"], row["train/grad_norm"], kinds)
+        verdict = self.spikes.verdict(row["train/loss"], row["train/grad_norm"], self.kinds)
         clips = int(row["train/clips"])
         if verdict.bad:
             self.engine.skip()
             self.objective.skip()
+            computed = ComputedStep(batches, parts, totals)
             record_spike(self.run, self.parts, self.state, self.spikes, verdict, computed)
             self.spikes.skip(clips)
             return
-        with explained(self.work(computed.batches[-1], "the update"), self.cfg, self.world):
+        with explained(self.work(batches[-1], "the update"), self.cfg, self.world):
             row |= self.objective.step()
             self.engine.step(row["train/lr"], grad_norm)
         self.ema.update(self.engine.weights, self.step)
-        self.spikes.accept(verdict.loss, verdict.grad_norm, kinds)
+        self.spikes.accept(verdict.loss, verdict.grad_norm, self.kinds)
         self.state.samples_seen += clips
 
     def work(self, batch: ClipBatch, doing: str) -> Work:

@@ -101,8 +101,8 @@ def seconds_until_told(attempt: dict[str, Any]) -> float:
         ),
         (
             "noise",
-            r"tokens are not given the same: rank 0 .*: \(4, .*\) (\w{16}) for latents_BCTHW in the forward of "
-            r"micro-batch 0 of step 2 .*; rank 1 .*: \(4, .*\) (?!\1)\w{16} for latents_BCTHW",
+            r"tokens are not given the same: rank 0 .*: \(\d, .*\) (\w{16}) for latents_BCTHW in the forward of "
+            r"micro-batch 0 of step 2 .*; rank 1 .*: \(\d, .*\) (?!\1)\w{16} for latents_BCTHW",
         ),
     ],
 )  # fmt: skip

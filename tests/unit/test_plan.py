@@ -65,7 +65,8 @@ def test_every_sample_exactly_once_an_epoch(tape: Tape, epoch: int):
 def test_micro_batches_of_a_bucket_differ_by_one_clip_or_one_is_short(tape: Tape):
     for epoch in range(3):
         entries = [tape[epoch * tape.per_epoch + offset] for offset in range(tape.per_epoch)]
-        for bucket in BUCKETS:
+        # Images are cut to what the row of videos costs in which they have a seat.
+        for bucket in BUCKETS[1:]:
             lengths = [len(entry.rows) for entry in entries if entry.bucket == bucket]
             short = [length for length in lengths if length < max(lengths)]
             assert len(short) <= 1 or min(lengths) == max(lengths) - 1
