@@ -125,7 +125,12 @@ class LeavingTrainer(Trainer):
 
 @pytest.mark.parametrize(
     ("action", "pending"),
-    [("validate", ["validate", "log"]), ("log", ["log"]), ("logged", ["log"]), ("save", [])],
+    [
+        pytest.param("validate", ["validate", "log"], marks=pytest.mark.slow),
+        pytest.param("log", ["log"], marks=pytest.mark.slow),
+        ("logged", ["log"]),
+        ("save", []),
+    ],
 )
 def test_what_a_step_still_asks_for_is_done_after_a_resume(
     straight, parity_config: Callable, action: str, pending: list[str]

@@ -20,7 +20,7 @@ from sora_train.config.overrides import parse_overrides
 from sora_train.errors import UserError
 from sora_train.tools.convert.stored_weights import WEIGHTS, StoredWeights
 from sora_train.tools.data.command import source_of
-from sora_train.tools.terminal import with_json_file
+from sora_train.tools.terminal import with_json_file, write_json
 
 PACKAGE = Path(__file__).resolve().parents[2] / "sora_train"
 TEXT = st.text(st.sampled_from("[]/a:\\=b@#*"), min_size=1, max_size=30)
@@ -91,9 +91,24 @@ def test_json_goes_to_a_file_or_is_printed(given: str, taken: str) -> None:
     assert with_json_file(given.split()) == taken.split()
 
 
-def test_doctor_and_plan_print_json_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_the_doctor_prints_json_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     run(["doctor", "--json", "--no-bandwidth"])
     assert "nodes" in json.loads(capsys.readouterr().out)
+
+
+def test_json_is_written_whole_or_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json({"a": [1]}, str(tmp_path / "x.json"))
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1]}
+    assert capsys.readouterr().out == ""
+    write_json({"a": [1]}, "-")
+    assert json.loads(capsys.readouterr().out) == {"a": [1]}
+
+
+@pytest.mark.slow
+def test_a_plan_prints_json_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         run(["plan", "--json", "experiment=parity_tiny", "cluster=1xcpu", "plan.keep_layout=true"])
         == 0

@@ -18,6 +18,7 @@ from sora_train.errors import ConfigError, UserError
 from sora_train.tools.sweep.axes import grid, run_id, split
 from sora_train.tools.sweep.folder import open_sweep, read_sweep
 from sora_train.tools.sweep.local import shares
+from sora_train.tools.sweep.template import Template
 
 REPO = Path(__file__).resolve().parents[2]
 OWN = """
@@ -193,6 +194,7 @@ def test_a_killed_run_stops_no_other_and_only_it_is_run_again(project: Path):
     assert done.returncode == 0 and started(project)[4:] == ["seed=1", "seed=0"]
 
 
+@pytest.mark.slow
 def test_a_run_that_leaves_takes_the_sweep_along(project: Path):
     (project / "leave").touch()
     done = sweep(project, "seed=1,0", "run.dir=out")
@@ -200,6 +202,7 @@ def test_a_run_that_leaves_takes_the_sweep_along(project: Path):
     says(done.stderr, "same command")
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_have_logs_and_gpus_of_their_own(project: Path):
     done = sweep(project, "seed=0,1", "sweep.at_once=2", "run.dir=out", CUDA_VISIBLE_DEVICES="2,3")
     assert done.returncode == 0, done.stderr
@@ -239,14 +242,18 @@ def test_a_mistake_is_met_before_the_first_run(
     assert not list(project.rglob("sweep.json"))
 
 
-def test_an_axis_may_be_a_key_that_a_run_cannot_do_without(project: Path):
-    """real_tiny asks for its clips; a search, too, composes its base with a value of each axis."""
-    done = sweep(project, "experiment=real_tiny", "data.source=one,two", "train.steps=1")
-    assert done.returncode == 0, done.stderr
-    assert sorted(started(project)) == ["data.source=one", "data.source=two"]
-    refused = sweep(project, "experiment=real_tiny", "seed=0,1")
-    assert refused.returncode == 2
-    says(refused.stderr, "data.source")
+@pytest.mark.parametrize("more", [[], ["sweep.method=tpe"]])
+def test_an_axis_may_be_a_key_that_a_run_cannot_do_without(more: list[str], tmp_path: Path):
+    """real_tiny asks for its clips, and is checked with a value of each axis."""
+    fixed, axes = split(
+        ["experiment=real_tiny", f"run.dir={tmp_path}", *more, "data.source=one,two"]
+    )
+    template = Template(fixed)
+    assert template.base(axes).run.dir == str(tmp_path)
+    sources = {config.data.source for config in template.compose_all(grid(axes), tmp_path).values()}
+    assert sources == {"one", "two"}
+    with refuses(ConfigError, "data.source"):
+        template.base([])
 
 
 @pytest.mark.parametrize(
