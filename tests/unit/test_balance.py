@@ -24,7 +24,7 @@ def epochs(draw: st.DrawFn) -> tuple[list[int], list[int], list[float], int, lis
 
 
 @given(epochs())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_every_clip_is_cut_once_and_no_micro_batch_is_too_large(epoch):
     counts, sizes = epoch[:2]
     found: Counter[int] = Counter()
@@ -35,7 +35,7 @@ def test_every_clip_is_cut_once_and_no_micro_batch_is_too_large(epoch):
 
 
 @given(epochs())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_levels_wait_less_than_two_percent(epoch):
     costs = epoch[2]
     levels = defaultdict(list)
@@ -47,7 +47,7 @@ def test_levels_wait_less_than_two_percent(epoch):
 
 
 @given(epochs())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_without_images_each_level_waits_no_longer_than_merging_may_cost(epoch):
     counts, sizes, costs, group = epoch[:4]
     levels = defaultdict(list)
