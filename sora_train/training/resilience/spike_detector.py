@@ -28,7 +28,6 @@ from sora_train.config import SpikeDetectionConfig
 from sora_train.training.outputs.step_metrics import KindOfClips
 from sora_train.training.resilience.kind_levels import (
     KindLevels,
-    Level,
     deviation,
 )
 
@@ -46,7 +45,6 @@ class StepVerdict:
     loss_limit: float
     grad_norm_limit: float
     reason: Reason
-    level: Level = Level()
 
     @property
     def bad(self) -> bool:
@@ -111,7 +109,7 @@ class SpikeDetector:
             reason = "loss_spike"
         elif grad_norm > limits[1]:
             reason = "grad_norm_spike"
-        return StepVerdict(loss, grad_norm, *limits, reason, level)
+        return StepVerdict(loss, grad_norm, *limits, reason)
 
     def _factor(self, logarithms: deque[float], sigma: float, of_kinds: float) -> float:
         if not sigma or self.accepted < self.cfg.warmup or len(logarithms) < 2:
