@@ -31,7 +31,7 @@ from benchmarks.model import (
 from sora_train.config import Config, ModelConfig, ParallelConfig, TextConfig
 from sora_train.errors import UserError
 from sora_train.models.memory import fixed_bytes, transformer_parameters
-from sora_train.models.transformer.attention_backends import check_attention
+from sora_train.models.transformer.attention_backends import prepare_attention
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.monitoring.device_peaks import peak_flops
 from sora_train.parallel.materialise import fill, materialise
@@ -149,7 +149,7 @@ def run(wanted: Wanted) -> Result:
     """Measure every option. Raises UserError where something asked for is not on this machine."""
     grow_segments()
     device = pick_device(wanted.request.device)
-    check_attention(wanted.request.model, device, wanted.dtype)
+    prepare_attention(wanted.request.model, device, wanted.dtype)
     if wanted.longest and device.type == "cpu" and not wanted.budget:
         raise UserError("--longest on a CPU needs --budget-mib, the memory that a clip may take")
     cfg = wanted.request.model

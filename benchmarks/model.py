@@ -23,7 +23,7 @@ from sora_train.config import ModelConfig
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
 from sora_train.models.flops import training_flops
-from sora_train.models.transformer.attention_backends import check_attention, describe, resolve
+from sora_train.models.transformer.attention_backends import describe, prepare_attention, resolve
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.transformer.wan_layout import wan_arguments
 from sora_train.monitoring.device_peaks import peak_flops
@@ -124,7 +124,7 @@ def run(request: ModelBenchRequest) -> Result:
         )
     device = pick_device(request.device)
     for dtype in request.dtypes:
-        check_attention(request.model, device, getattr(torch, dtype))
+        prepare_attention(request.model, device, getattr(torch, dtype))
     for mode in request.modes:
         check_compiler("off" if mode == "eager" else mode, device)
     measured: dict[str, Measured] = {}

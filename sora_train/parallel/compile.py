@@ -15,11 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.utils import counters
 
+from sora_train.config import Config
 from sora_train.errors import ConfigError, Fault
 from sora_train.parallel.parallelize import sharding_units
 
@@ -36,8 +38,22 @@ def resolve_compile(mode: str, device: torch.device) -> str:
     return "dynamic" if device.type == "cuda" else "off"
 
 
-def check_compiler(mode: str, device: torch.device) -> None:
-    """Raises ConfigError if `model.compile` asks for a compiler that this machine lacks."""
+def check_compiler(cfg: Config, device: torch.device) -> None:
+    """Raises ConfigError if `model.compile` asks for a compiler that this machine lacks, or
+    `parallel.activation_memory_budget` for one that does not run."""
+    mode, budget = cfg.model.compile, cfg.parallel.activation_memory_budget
+    compiled = cfg.parallel.engine != "zero3" and resolve_compile(mode, device) != "off"
+    if budget < 1 and not compiled:
+        raise ConfigError(
+            f"parallel.activation_memory_budget={budget:g} is a compiler's choice of what is kept, and blocks are not "
+            f"compiled here (model.compile={mode} on {device.type}, parallel.engine={cfg.parallel.engine}); set "
+            "model.compile=dynamic, or use parallel.activation_checkpointing instead"
+        )
+    if budget < 1 and cfg.parallel.activation_checkpointing != "none":
+        raise ConfigError(
+            f"parallel.activation_memory_budget={budget:g} and parallel.activation_checkpointing="
+            f"{cfg.parallel.activation_checkpointing} both choose what is recomputed; set one of them"
+        )
     if resolve_compile(mode, device) == "off":
         return
     if device.type == "cuda":
@@ -80,8 +96,10 @@ class Recompiles:
         return tuple(value.shape if self.mode == "static" else (min(n, 2) for n in value.shape))
 
 
-def compile_blocks(model: nn.Module, mode: str) -> Recompiles | None:
+def compile_blocks(model: nn.Module, mode: str, memory_budget: float = 1.0) -> Recompiles | None:
     """Let every block of `model` run compiled, in place; names of parameters stay. `off` does nothing.
+
+    `memory_budget` is the share of what a graph would keep for backward that it may keep.
 
     A block that cannot be compiled as one graph raises Fault when it runs; so does one that is compiled again and
     again. Returns the count of what was compiled needlessly, or None for `off`.
@@ -90,6 +108,7 @@ def compile_blocks(model: nn.Module, mode: str) -> Recompiles | None:
         return None
     torch._dynamo.config.suppress_errors = False
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._functorch.config.activation_memory_budget = memory_budget
     torch._dynamo.config.recompile_limit = MAX_GRAPHS[mode]
     # The limit over all blocks together, which is lower by default.
     torch._dynamo.config.accumulated_recompile_limit = max(1024, 4 * MAX_GRAPHS[mode])

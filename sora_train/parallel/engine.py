@@ -7,7 +7,7 @@ from torch import nn
 
 from sora_train.config import Config
 from sora_train.errors import ConfigError, Fault
-from sora_train.models.transformer.attention_backends import check_attention
+from sora_train.models.transformer.attention_backends import prepare_attention
 from sora_train.parallel.compile import check_compiler
 from sora_train.parallel.context.context import apply_context_parallel, make_context_groups
 from sora_train.parallel.deepspeed.engine import ZeroEngine, require_deepspeed
@@ -31,7 +31,7 @@ def resolve_layout(cfg: Config, world: World) -> tuple[World, Layout]:
     check_degrees(cfg, degrees)
     param_dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
     check_engine(cfg, degrees, param_dtype)
-    check_kernels(cfg, param_dtype, world.device)
+    prepare_kernels(cfg, param_dtype, world.device)
     layout = Layout(degrees, param_dtype, make_context_groups(degrees, world))
     return replace(world, cp=degrees.cp), layout
 
@@ -81,8 +81,8 @@ def check_engine(cfg: Config, degrees: Degrees, param_dtype: torch.dtype) -> Non
         )
 
 
-def check_kernels(cfg: Config, param_dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ConfigError if the transformer asks for an attention kernel or a compiler that is not here."""
+def prepare_kernels(cfg: Config, param_dtype: torch.dtype, device: torch.device) -> None:
+    """Make the transformer's attention kernel ready. Raises ConfigError if it or the compiler asked for is not here."""
     if cfg.task == "text_to_video":
-        check_attention(cfg.model, device, param_dtype)
-        check_compiler(cfg.model.compile, device)
+        prepare_attention(cfg.model, device, param_dtype)
+        check_compiler(cfg, device)

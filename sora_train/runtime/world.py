@@ -117,6 +117,9 @@ def _meet(backend: str, meeting: timedelta) -> None:
 
 def set_determinism(setting: bool | str, device: torch.device) -> None:
     """Take kernels that give the same bits each time: always, never, or with `auto` on a CPU."""
+    if setting is True:
+        # cuBLAS refuses to work deterministically without workspaces of fixed sizes; it reads this when CUDA begins.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(
         setting is True or (setting == "auto" and device.type == "cpu")
     )

@@ -95,8 +95,10 @@ def memory_rows(run: RunContext) -> dict[str, str]:
         "full": f"{which} computed again in backward",
         "selective": f"{which} computed again in backward but for {kept}",
     }[parallel.activation_checkpointing]
+    budget = parallel.activation_memory_budget
     options = [
         recomputed,
+        f"{budget:.0%} of what compiled blocks would keep" if budget < 1 else "",
         "activations on the host" if parallel.offload_activations else "",
         f"MLPs in {parallel.mlp_chunks} parts" if parallel.mlp_chunks > 1 else "",
         "moments on the host" if parallel.offload_optimizer else "",

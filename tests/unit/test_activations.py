@@ -1,10 +1,12 @@
 """What blocks keep for backward: the same gradients, the same names, fewer bytes; in float64."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.memory import LiveBytes
 from sora_train.config.sections.model import ModelConfig
@@ -150,6 +152,35 @@ def test_every_second_block_holds_what_lies_between():
         checkpoint_blocks(model, "full", every)
         sizes[every] = held(model)
     assert sizes[1] < sizes[2] < sizes[3] < held(build())
+
+
+def note(saved: dict[int, int], x: Tensor) -> Tensor:
+    saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return x
+
+
+@pytest.mark.slow
+def test_a_memory_budget_keeps_less_and_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    """Partitioned as the code generator has it, and run as it is."""
+    compile_ = torch.compile
+    backend = "aot_eager_decomp_partition"
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, backend=backend, **k))
+    kept, found = {}, {}
+    for budget in (1.0, 0.5, 0.1):
+        torch._dynamo.reset()
+        model = build()
+        compile_blocks(model, "dynamic", budget)
+        found[budget] = step(model)
+        saved: dict[int, int] = {}
+        with saved_tensors_hooks(partial(note, saved), lambda x: x):
+            forward(model)
+        kept[budget] = sum(saved.values())
+    assert kept[0.1] < kept[0.5] < kept[1.0]
+    for other in (0.5, 0.1):
+        for mine, theirs in zip(found[other], found[1.0], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    torch._dynamo.reset()
+    compile_blocks(build(), "dynamic")
 
 
 @pytest.mark.slow

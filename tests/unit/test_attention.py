@@ -1,6 +1,7 @@
 """Attention kernels: each computes softmax(QK)V, its gradients and its key mask; what is missing is told."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentences import refuses, says
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import _registry
 
 from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import ConfigError
@@ -17,14 +20,16 @@ from sora_train.models.transformer import attention_backends, attention_gemm, la
 from sora_train.models.transformer.attention import AttentionCore
 from sora_train.models.transformer.attention_backends import (
     BACKENDS,
-    check_attention,
     describe,
     missing,
+    prepare_attention,
     resolve,
     varlen_attention,
 )
 from sora_train.models.transformer.attention_gemm import gemm_attention
 from sora_train.models.transformer.layers import WideLinear
+from sora_train.parallel.memory.activations import ATTENTION
+from sora_train.runtime.world import set_determinism
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ON_CPU = [name for name in BACKENDS if missing(name, CPU, torch.float32) is None]
@@ -207,15 +212,15 @@ def test_a_backend_that_is_not_here_is_refused_with_those_that_are(
     monkeypatch.setattr(attention_backends, "installed_packages", lambda: ())
     cfg = ModelConfig(attention=backend)
     with refuses(ConfigError, *facts) as error:
-        check_attention(cfg, device, dtype)
+        prepare_attention(cfg, device, dtype)
     assert f"model.attention is '{backend}'" in str(error.value)
     says(error.value, "auto, sdpa")
-    check_attention(ModelConfig(), device, dtype)
+    prepare_attention(ModelConfig(), device, dtype)
 
 
 def test_head_widths_that_kernels_do_not_take_are_refused():
     with refuses(ConfigError, "multiples of 8", "256", "model.head_dim", "20"):
-        check_attention(ModelConfig(head_dim=20, attention="flash"), GPU, torch.bfloat16)
+        prepare_attention(ModelConfig(head_dim=20, attention="flash"), GPU, torch.bfloat16)
 
 
 def test_an_installed_package_is_found_without_importing_it(
@@ -226,6 +231,79 @@ def test_an_installed_package_is_found_without_importing_it(
     (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert attention_backends.installed_packages.__wrapped__() == ("flash2", "flash4")
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch):
+    """A GPU that has FlashAttention-4, as far as facts about it are asked for; afterwards it is gone again."""
+    monkeypatch.setattr(attention_backends, "installed_packages", lambda: ("flash4",))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    yield
+    attention_backends._active.clear()
+
+
+class Registered:
+    def remove(self) -> None: ...
+
+
+def test_auto_takes_flash_attention_4_by_way_of_pytorchs_flash_kernel(hopper, monkeypatch):
+    assert resolve("auto", GPU, torch.bfloat16) == ("sdpa", torch.bfloat16)
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA4", Registered)
+    with torch.random.fork_rng():
+        prepare_attention(ModelConfig(), GPU, torch.bfloat16)
+    try:
+        assert torch.nn.attention.current_flash_attention_impl() == "FA4"
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+    assert resolve("auto", GPU, torch.bfloat16) == ("flash4", torch.bfloat16)
+    assert resolve("auto", GPU, torch.float32) == ("sdpa", torch.float32)
+    assert resolve("auto", CPU, torch.float32) == ("sdpa", torch.float32)
+    # Its graph holds the operator that selective checkpointing keeps, as one graph.
+    inputs = qkv(9, 9, torch.float32)
+    operators: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> object:
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    core = torch.compile(
+        AttentionCore("flash4"), fullgraph=True, backend=aot_autograd(fw_compiler=record)
+    )
+    torch.testing.assert_close(core(*inputs).double(), exact(*inputs, None), rtol=1e-5, atol=1e-5)
+    kept = {name.replace("::", ".") for name in ATTENTION}
+    assert any(operator.removesuffix(".default") in kept for operator in operators)
+
+
+def test_deterministic_runs_leave_auto_to_pytorch(hopper, monkeypatch):
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA4", Registered)
+    torch.use_deterministic_algorithms(True)
+    try:
+        prepare_attention(ModelConfig(), GPU, torch.bfloat16)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert resolve("auto", GPU, torch.bfloat16) == ("sdpa", torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["auto", "flash4"])
+def test_a_package_that_does_not_load_is_told_not_replaced(hopper, monkeypatch, backend: str):
+    def broken() -> None:
+        raise ImportError("libcute.so: cannot open shared object file")
+
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA4", broken)
+    with refuses(ConfigError, "libcute.so", backend):
+        prepare_attention(ModelConfig(attention=backend), GPU, torch.bfloat16)
+
+
+def test_deterministic_runs_give_cublas_workspaces_of_fixed_sizes(monkeypatch):
+    before = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        set_determinism("auto", CPU)
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        set_determinism(True, GPU)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def test_training_refuses_a_missing_backend_before_it_reads_clips(parity_config, tmp_path):

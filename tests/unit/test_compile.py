@@ -4,6 +4,8 @@ import pytest
 import torch
 from sentences import refuses
 
+from sora_train.config import Config
+from sora_train.config.compose import compose
 from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import ConfigError, Fault
 from sora_train.models.transformer.dit import Block, VideoDiT
@@ -164,14 +166,33 @@ def test_off_leaves_the_model_alone():
 
 
 def test_a_missing_compiler_is_told_at_start(monkeypatch: pytest.MonkeyPatch):
-    check_compiler("dynamic", CPU)
+    check_compiler(wanting("dynamic"), CPU)
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
-    check_compiler("off", CPU)
+    check_compiler(wanting("off"), CPU)
     with refuses(ConfigError, "model.compile=dynamic", "C++"):
-        check_compiler("dynamic", CPU)
+        check_compiler(wanting("dynamic"), CPU)
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
     with refuses(ConfigError, "model.compile=static", "triton"):
-        check_compiler("static", torch.device("cuda"))
+        check_compiler(wanting("static"), torch.device("cuda"))
+
+
+def wanting(compile: str, **parallel: object) -> Config:
+    cfg = compose(["experiment=parity_tiny", f"model.compile={compile}"]).config
+    return cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=parallel)})
+
+
+@pytest.mark.parametrize(
+    ("compile", "parallel", "facts"),
+    [
+        ("off", {}, ("model.compile=off", "model.compile=dynamic")),
+        ("dynamic", {"engine": "zero3"}, ("parallel.engine=zero3",)),
+        ("dynamic", {"activation_checkpointing": "full"}, ("activation_checkpointing=full", "one")),
+    ],
+)
+def test_a_memory_budget_that_nothing_keeps_is_refused(compile: str, parallel: dict, facts: tuple):
+    cfg = wanting(compile, activation_memory_budget=0.5, **parallel)
+    with refuses(ConfigError, "parallel.activation_memory_budget=0.5", *facts):
+        check_compiler(cfg, CPU)
 
 
 def test_auto_compiles_on_a_gpu_only():

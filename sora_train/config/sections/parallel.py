@@ -48,6 +48,9 @@ class ParallelConfig(Section):
         "matmul",
     )
     """Results that `selective` checkpointing keeps: those of attention, those of matrix products."""
+    activation_memory_budget: float = Field(1.0, gt=0, le=1)
+    """Share of what compiled blocks would keep for backward that they may keep: the compiler computes again what costs
+    least time for its bytes. 1: they keep all of it. It stands in the place of `parallel.activation_checkpointing`."""
     offload_activations: bool = False
     """Keep what blocks save for backward in the host's memory, and fetch it one block ahead; for a checkpointed block
     that is its input."""

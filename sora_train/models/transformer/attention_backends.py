@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from sora_train.config.sections.model import Attention, ModelConfig
@@ -26,6 +26,7 @@ from sora_train.models.transformer.layers import MULTIPLIES_BFLOAT16
 BACKENDS: tuple[str, ...] = get_args(Attention)
 SDPA_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
+    "flash4": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
@@ -38,10 +39,14 @@ FLASH_PACKAGES = {
     "flash3": "flash_attn_interface",
     "flash4": "flash_attn.cute",
 }
-"""Backend -> the module of its package: flash-attn, its build for Hopper, and the one in CuTe DSL inside newer releases
-of flash-attn. They are looked up without an import and imported at their first use."""
+"""Backend -> the module of its package: flash-attn, its build for Hopper, and FlashAttention-4, the one in CuTe DSL.
+They are looked up without an import and imported at their first use."""
 LEAST_CAPABILITY = {"flash2": (8, 0), "flash3": (9, 0), "flash4": (9, 0)}
 """Least compute capability of the GPU; (8, 0) for all others that need one."""
+FASTEST = "flash4"
+"""What `auto` takes on a GPU that has it; else PyTorch's own choice, which on Hopper is cuDNN's kernel."""
+_active: set[str] = set()
+"""FASTEST, once it is PyTorch's flash kernel in this process. A graph that is compiled reads it as a constant."""
 
 
 @cache
@@ -60,19 +65,44 @@ def _is_installed(module: str) -> bool:
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype]:
     """The kernel and the precision it computes in.
 
-    `auto` is SDPA but for bfloat16 on CPUs, where that is slow: matrix products are faster on those
-    that multiply bfloat16, and SDPA in float32 on those that do not.
+    `auto` is FlashAttention-4 where `prepare_attention` found it, else SDPA but for bfloat16 on CPUs,
+    where that is slow: matrix products are faster on those that multiply bfloat16, and SDPA in float32
+    on those that do not.
     """
     if backend != "auto":
         return backend, dtype
+    if device.type == "cuda" and dtype in HALF and FASTEST in _active:
+        return FASTEST, dtype
     if device.type == "cpu" and dtype == torch.bfloat16:
         return ("gemm", dtype) if MULTIPLIES_BFLOAT16 else ("sdpa", torch.float32)
     return "sdpa", dtype
 
 
-def check_attention(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ConfigError if `model.attention` cannot compute in `dtype` on `device`."""
+def prepare_attention(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Make `model.attention` ready to compute in `dtype` on `device`, before anything is compiled.
+
+    FlashAttention-4 takes the place of PyTorch's flash kernel in this process, under the names of the
+    operators that it replaces, so that compilers and checkpoints treat both alike. Deterministic
+    algorithms leave `auto` to PyTorch, which then takes FlashAttention-2.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     reason = missing(cfg.attention, device, dtype, cfg.head_dim)
+    wanted = cfg.attention == FASTEST or (
+        cfg.attention == "auto" and not torch.are_deterministic_algorithms_enabled()
+    )
+    if not reason and wanted and not missing(FASTEST, device, dtype, cfg.head_dim):
+        try:
+            activate_flash_attention_impl("FA4")
+            _active.add(FASTEST)
+        except Exception as error:
+            reason = f"which does not load ({' '.join(str(error).split())[:160]})"
+            if cfg.attention == "auto":
+                raise ConfigError(
+                    f"model.attention=auto takes FlashAttention-4, {reason}; mend or uninstall the package "
+                    f"{FLASH_PACKAGES[FASTEST]}, or set model.attention=sdpa"
+                ) from error
     if reason:
         usable = [name for name in BACKENDS if not missing(name, device, dtype, cfg.head_dim)]
         raise ConfigError(
@@ -108,11 +138,24 @@ def missing(
 def describe(
     cfg: ModelConfig, device: torch.device, dtype: torch.dtype, *, masked_captions: bool
 ) -> str:
-    """What is used, for people: the backend `auto` stands for, and who attends to masked captions."""
+    """What is used, for people: the backend `auto` stands for, the kernel SDPA takes on a GPU, and who
+    attends to masked captions."""
     used, dtype = resolve(cfg.attention, device, dtype)
     text = f"{used} (chosen by auto)" if cfg.attention == "auto" else used
+    if used == "sdpa" and device.type == "cuda":
+        text = f"{sdpa_kernel_on(device, dtype, cfg)} by {text}"
+        if torch.are_deterministic_algorithms_enabled():
+            text += ", which run.deterministic=true keeps from cuDNN's kernel, about a third faster on Hopper"
     apart = used in MASKLESS and masked_captions and device.type == "cuda"
     return f"{text} in {_name(dtype)}" + (", masked captions by sdpa" if apart else "")
+
+
+def sdpa_kernel_on(device: torch.device, dtype: torch.dtype, cfg: ModelConfig) -> str:
+    """The kernel that PyTorch takes for training on clips without a mask, asked of PyTorch itself."""
+    q = torch.empty(
+        (1, cfg.num_heads, 256, cfg.head_dim), dtype=dtype, device=device, requires_grad=True
+    )
+    return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower()
 
 
 def attend(
@@ -132,7 +175,7 @@ def attend(
     q_BLNK, k_BSNK, v_BSNK = q_BLNK.to(dtype), k_BSNK.to(dtype), v_BSNK.to(dtype)
     if used == "varlen":
         return varlen_attention(q_BLNK, k_BSNK, v_BSNK, key_mask_BS)
-    if key_mask_BS is None and used in FLASH_PACKAGES:
+    if key_mask_BS is None and used in ("flash2", "flash3"):
         return flash_package_attention(used, q_BLNK, k_BSNK, v_BSNK)
     if key_mask_BS is not None and used in MASKLESS and v_BSNK.is_cuda:
         used = "sdpa"
@@ -190,10 +233,8 @@ def flash_package_attention(name: str, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: T
     repeatable = torch.are_deterministic_algorithms_enabled()
     if name == "flash2":
         from flash_attn import flash_attn_func
-    elif name == "flash3":
-        from flash_attn_interface import flash_attn_func
     else:
-        from flash_attn.cute import flash_attn_func
+        from flash_attn_interface import flash_attn_func
     result = flash_attn_func(q_BLNK, k_BSNK, v_BSNK, deterministic=repeatable)
     # Some releases return the log of the softmax's sum beside it.
     y_BLNK: Tensor = result[0] if isinstance(result, tuple) else result

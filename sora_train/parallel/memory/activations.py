@@ -39,6 +39,7 @@ ATTENTION = (
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_forward",
     "flash_attn_3::fwd",
+    "flash_attn_3::_flash_attn_forward",
 )
 """Operators that are an attention core as a whole. The core `math` is products and a softmax: `matmul`."""
 MATMUL = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear")
@@ -60,7 +61,8 @@ def prepare_blocks(
     checkpoint_blocks(
         model, wanted.activation_checkpointing, wanted.checkpoint_every, wanted.checkpoint_keep
     )
-    recompiles = compile_blocks(model, resolve_compile(compile or cfg.model.compile, device))
+    mode = resolve_compile(compile or cfg.model.compile, device)
+    recompiles = compile_blocks(model, mode, wanted.activation_memory_budget)
     return recompiles, offload_blocks(model) if wanted.offload_activations else None
 
 
