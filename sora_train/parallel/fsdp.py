@@ -11,6 +11,7 @@ from sora_train.parallel.layout import Layout, build_mesh
 from sora_train.parallel.materialise import materialise
 from sora_train.parallel.memory.activations import prepare_blocks
 from sora_train.parallel.memory.host_optimizer import HostCopies, placed_on_host
+from sora_train.parallel.memory.masters import Masters
 from sora_train.parallel.parallelize import apply_fsdp
 from sora_train.parallel.protocol import OptimizerBuilder, Weights
 from sora_train.parallel.shards import local, placed_as
@@ -40,10 +41,15 @@ class FsdpEngine:
         self.model = apply_fsdp(placed, self.mesh, self.param_dtype)
         if empty:
             materialise(self.model, world.device)
-        self.weights: Weights = self.model
+        copied = self.mesh.size() == 1 and any(
+            p.dtype != self.param_dtype for p in self.model.parameters()
+        )
+        self.masters = Masters(self.model, self.param_dtype) if copied else None
+        self.weights: Weights = self.masters or self.model
+        self.named = dict(self.weights.named_parameters())
         # The optimizer works on this rank's own parts as plain tensors: they share the parameters' memory,
         # and an elementwise update needs no DTensor, whose dispatch cost a fifth of a small model's step.
-        self.shards = {name: local_parameter(p) for name, p in self.model.named_parameters()}
+        self.shards = {name: local_parameter(p) for name, p in self.named.items()}
         self.on_host = HostCopies(self.shards) if cfg.parallel.offload_optimizer else None
         stepped = self.on_host.copies if self.on_host else self.shards
         self.optimizer: torch.optim.Optimizer = build_optimizer(stepped)
@@ -56,9 +62,10 @@ class FsdpEngine:
         # Ranks that share a micro-batch's tokens each hold its whole loss.
         (loss / self.cp if self.cp > 1 else loss).backward()
 
+    @torch.no_grad()
     def gradient_norm(self) -> float:
         # Squares are summed over the axis that shards, not over replicas, which hold the same ones.
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.named.items():
             self.shards[name].grad = None if parameter.grad is None else local(parameter.grad)
             parameter.grad = None
         # Of float64 in float64, or layouts would differ by the order of float32 sums alone.
@@ -76,6 +83,7 @@ class FsdpEngine:
             self.on_host.step(self.optimizer)
         else:
             self.optimizer.step()
+        self.weights_changed()
         self.skip()
 
     def skip(self) -> None:
@@ -89,7 +97,7 @@ class FsdpEngine:
         return [shard.grad for shard in self.shards.values() if shard.grad is not None]
 
     def model_state(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self.named.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         if not isinstance(self.optimizer, torch.optim.AdamW):
@@ -97,7 +105,7 @@ class FsdpEngine:
         state: dict[str, Tensor] = {}
         stepped = self.on_host.copies if self.on_host else self.shards
         placed = placed_on_host if self.on_host else placed_as
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.named.items():
             moments = self._moments(stepped[name])
             state[f"{name}.step"] = moments["step"]
             for key in ("exp_avg", "exp_avg_sq"):
@@ -105,7 +113,9 @@ class FsdpEngine:
         return state
 
     def weights_changed(self) -> None:
-        """Masters are what is gathered to compute with."""
+        # On several ranks masters are what is gathered to compute with.
+        if self.masters:
+            self.masters.copy_to_model()
 
     def close(self) -> None:
         """Nothing outlives it."""
@@ -120,6 +130,6 @@ class FsdpEngine:
         return state
 
 
-def local_parameter(parameter: nn.Parameter) -> nn.Parameter:
+def local_parameter(parameter: Tensor) -> nn.Parameter:
     """This rank's part of a parameter, sharing its memory."""
     return nn.Parameter(local(parameter.detach()), requires_grad=parameter.requires_grad)

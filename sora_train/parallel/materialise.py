@@ -4,7 +4,7 @@ Shards are made after the model is divided, and filled from whole values that ex
 never holds more than its own part and one parameter.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,12 @@ def materialise(model: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy whole values, the same on every rank, into the parameters of these names; without communication.
+def fill(weights: Mapping[str, Tensor], values: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy whole values, the same on every rank, into the weights of these names; without communication.
 
-    Raises Fault unless they are the names of all parameters.
+    Raises Fault unless they are the names of all weights.
     """
-    left = dict(model.named_parameters())
+    left = dict(weights)
     for name, value in values:
         parameter = left.pop(name)
         if not isinstance(parameter, DTensor):

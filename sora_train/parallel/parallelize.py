@@ -18,20 +18,17 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype) -> 
 
     Inputs are not cast: a timestep of 997.3 would become 996 in bfloat16. Gradients are summed,
     never averaged (gloo has no pre-multiplied sum, and the loss is scaled by the step's true weight
-    before backward), and travel in float32. On one rank whose weights compute as they are there is
-    nothing to gather, cast or sum: the model stays as it is, which spares a small one copies of
-    every weight and gradient.
+    before backward), and travel in float32. On one rank there is nothing to gather or sum, and the
+    model stays as it is: FSDP2 would cast and copy every weight and gradient twice.
     """
-    if mesh.size() == 1 and all(p.dtype == param_dtype for p in model.parameters()):
+    if mesh.size() == 1:
         return model
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
         reduce_dtype=torch.promote_types(param_dtype, torch.float32),
         cast_forward_inputs=False,
     )
-    # A single rank gathers nothing, so one unit spares it the hooks of all the others.
-    units = sharding_units(model) if mesh.size() > 1 else []
-    for unit in [*units, model]:
+    for unit in [*sharding_units(model), model]:
         # The root is resharded too, so that between steps every parameter is its sharded self.
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in model.modules():

@@ -145,7 +145,8 @@ def build_for_training(
         if cfg.init.optimizer:
             take_moments(initial, engine.optimizer_state())
     elif empty:
-        fill(engine.model, engine.model.initial_values(cfg.seed))
+        fill(engine.model_state(), engine.model.initial_values(cfg.seed))
+        engine.weights_changed()
     parts.ema = Ema(
         engine.weights, cfg.ema.decay, cfg.ema.more, cfg.ema.post_hoc, engine.weights_changed
     )

@@ -325,7 +325,7 @@ class Trainer:
         with explained(self.work(batches[-1], "the update"), self.cfg, self.world):
             row |= self.objective.step()
             self.engine.step(row["train/lr"], grad_norm)
-        self.ema.update(self.engine.weights, self.step)
+        self.ema.update(self.step)
         self.spikes.accept(verdict.loss, verdict.grad_norm, self.kinds)
         self.state.samples_seen += clips
 

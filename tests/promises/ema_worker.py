@@ -72,7 +72,7 @@ def put(model: nn.Module, weights: dict[str, Tensor]) -> None:
 def train(model: nn.Module, ema: Ema, first: int, end: int) -> None:
     for step in range(first, end):
         put(model, weights_at(step + 1))
-        ema.update(model, step)
+        ema.update(step)
 
 
 def tensors(model: nn.Module, ema: Ema) -> dict[str, Tensor]:

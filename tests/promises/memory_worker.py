@@ -53,7 +53,7 @@ def watch_building(folder: Path, cfg: Config) -> None:
         engine = build_engine(
             model, cfg, world, layout, lambda named: build_optimizer(named, cfg.optim)
         )
-        fill(engine.model, model.initial_values(cfg.seed))
+        fill(engine.model_state(), model.initial_values(cfg.seed))
     sizes = [4 * p.numel() for p in model.parameters()]
     found = {"peak": live.peak - frozen, "model": sum(sizes), "largest": max(sizes)}
     (folder / f"built-{world.rank}.json").write_text(json.dumps(found))

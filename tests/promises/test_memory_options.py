@@ -90,7 +90,7 @@ def test_weights_from_nothing_are_those_that_are_drawn_whole(parity_config: Call
     empty = TextToVideo(cfg.model, cfg.text, seed=3, empty=True)
     assert all(p.is_meta for p in empty.parameters())
     materialise(empty, torch.device("cpu"))
-    fill(empty, empty.initial_values(3))
+    fill(dict(empty.named_parameters()), empty.initial_values(3))
     assert [name for name, _ in empty.named_parameters()] == [
         n for n, _ in whole.named_parameters()
     ]

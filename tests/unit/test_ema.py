@@ -60,7 +60,7 @@ def test_an_average_is_the_weighted_sum_of_its_definition(decay: float, steps: i
     expected = model.weight.detach().double()
     for step in range(steps):
         wander(model, step)
-        ema.update(model, step)
+        ema.update(step)
         kept = min(decay, (1 + step) / (10 + step))
         expected = kept * expected + (1 - kept) * model.weight.detach().double()
     assert torch.allclose(ema.shadow["weight"].double(), expected, atol=1e-5)
@@ -71,13 +71,13 @@ def test_the_ramp_is_a_function_of_the_step_alone():
     model = model_of()
     straight, resumed = Ema(model, 0.9999), Ema(model, 0.9999)
     for step in range(500):
-        straight.update(model, step)
+        straight.update(step)
     for name, shadow in resumed.shadow.items():
         shadow.copy_(straight.shadow[name])
     for step in range(500, 505):
         wander(model, step)
-        straight.update(model, step)
-        resumed.update(model, step)
+        straight.update(step)
+        resumed.update(step)
     assert torch.equal(straight.shadow["weight"], resumed.shadow["weight"])
     assert straight.decays[""](499) == pytest.approx(500 / 509)
     assert straight.decays[""](10**6) == 0.9999
@@ -93,7 +93,7 @@ def test_shadows_are_float32_whatever_the_weights_are(dtype: torch.dtype):
     with torch.no_grad():
         model.weight.add_(0.01)
     for step in range(10**6, 10**6 + 5):
-        ema.update(model, step)
+        ema.update(step)
     moved = (ema.shadow["weight"] - before) / (model.weight.detach().float() - before)
     assert torch.allclose(moved, torch.full_like(moved, 1 - 0.999**5), rtol=1e-3)
 
@@ -105,7 +105,7 @@ def test_averages_of_several_decays_are_those_kept_alone():
     for step in range(30):
         wander(model, step)
         for ema in (both, *alone.values()):
-            ema.update(model, step)
+            ema.update(step)
     for tag, ema in alone.items():
         assert torch.equal(both.shadows[tag]["bias"], ema.shadow["bias"]), tag
     assert torch.equal(both.shadows["0"]["bias"], model.bias.detach())
@@ -130,7 +130,7 @@ def test_swapped_in_and_back_bit_for_bit(dtype: torch.dtype, tag: str):
     ema = Ema(model, 0.9, more=(0.5,))
     for step in range(3):
         wander(model, step)
-        ema.update(model, step)
+        ema.update(step)
     weights, shadows = values(model.state_dict()), values(ema.shadows[tag])
     for raises in (False, True):
         try:
@@ -150,7 +150,7 @@ def test_a_failure_while_swapping_leaves_the_weights_as_they_were():
     model = model_of()
     ema = Ema(model, 0.9)
     wander(model, 1)
-    ema.update(model, 20)
+    ema.update(20)
     weights, shadow = values(model.state_dict()), values(ema.shadow)
     bias = ema.shadow.pop("bias")
     with pytest.raises(KeyError), ema.swapped_in(model):
@@ -167,7 +167,7 @@ def test_nothing_is_saved_or_updated_while_an_average_is_swapped_in():
     model = model_of()
     ema = Ema(model, 0.9)
     with ema.swapped_in(model):
-        for act in (ema.state, ema.further_state, lambda: ema.update(model, 0)):
+        for act in (ema.state, ema.further_state, lambda: ema.update(0)):
             with pytest.raises(Fault, match="swapped_in"):
                 act()
         with pytest.raises(Fault, match="swapped_in"), ema.swapped_in(model):
@@ -288,7 +288,7 @@ def test_the_first_update_forgets_the_initial_weights():
     model = model_of()
     ema = Ema(model, 0.9, post_hoc=(0.1,))
     wander(model, 0)
-    ema.update(model, 0)
+    ema.update(0)
     assert torch.equal(ema.shadows["s1"]["weight"], model.weight.detach())
 
 

@@ -136,7 +136,7 @@ def test_the_average_follows_a_float64_reference() -> None:
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        ema.update(layer, step)
+        ema.update(step)
         decay = min(0.9, (1 + step) / (10 + step))
         for name, value in layer.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * value.detach().double()

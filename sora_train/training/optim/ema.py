@@ -54,6 +54,12 @@ class Ema:
             tag: {name: shadow_of(parameter) for name, parameter in model.named_parameters()}
             for tag in self.decays
         }
+        # Plain parts of the same memory: DTensors of a thousand weights take longer to unwrap than to average.
+        self._weights = [local(parameter.detach()) for _, parameter in model.named_parameters()]
+        self._parts = {
+            tag: [local(shadow) for shadow in shadows.values()]
+            for tag, shadows in self.shadows.items()
+        }
         self._in_use = False
 
     @property
@@ -62,17 +68,13 @@ class Ema:
         return self.shadows[""]
 
     @torch.no_grad()
-    def update(self, model: Weights, step: int) -> None:
+    def update(self, step: int) -> None:
         """Fold in the weights after optimizer step `step` (0-based); not to be called of a step that was skipped."""
         self._require_own_weights("updated")
-        parameters = dict(model.named_parameters())
-        weights = [
-            local(parameters[name].detach()).to(shadow.dtype)
-            for name, shadow in self.shadow.items()
-        ]
+        parts = self._parts[""]
+        weights = [weight.to(part.dtype) for weight, part in zip(self._weights, parts, strict=True)]
         for tag, decay in self.decays.items():
-            shadows = [local(shadow) for shadow in self.shadows[tag].values()]
-            torch._foreach_lerp_(shadows, weights, 1.0 - decay(step))
+            torch._foreach_lerp_(self._parts[tag], weights, 1.0 - decay(step))
 
     @torch.no_grad()
     def begin_with(self, model: Weights, names: set[str]) -> None:

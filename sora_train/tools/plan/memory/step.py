@@ -24,7 +24,7 @@ from sora_train.parallel.deepspeed.engine import rank_checks
 from sora_train.parallel.degrees import Degrees, resolve_degrees
 from sora_train.parallel.engine import build_engine
 from sora_train.parallel.layout import Layout
-from sora_train.parallel.memory import host_optimizer, offload
+from sora_train.parallel.memory import host_optimizer, masters, offload
 from sora_train.parallel.protocol import Engine, resolve_param_dtype
 from sora_train.runtime.world import World
 from sora_train.tools.plan.memory.count import Held
@@ -94,7 +94,8 @@ class FakeRun:
         with held.making("ema"):
             self.ema = Ema(self.engine.weights, cfg.ema.decay, cfg.ema.more, cfg.ema.post_hoc)
         for parameter in self.model.parameters():
-            if parameter.requires_grad:
+            # With masters a gradient is theirs before it is looked at here.
+            if parameter.requires_grad and not getattr(self.engine, "masters", None):
                 parameter.register_post_accumulate_grad_hook(
                     lambda p: held.mark([p.grad], "gradients")
                 )
@@ -116,7 +117,7 @@ class FakeRun:
         held.kind = "buffers"
         norm = self.engine.gradient_norm()
         self.engine.step(1e-4, norm)
-        self.ema.update(self.engine.weights, number)
+        self.ema.update(number)
         held.during("")
 
 
@@ -221,6 +222,7 @@ def engine_kinds(held: Held) -> Iterator[None]:
         for owner, name, kind in (
             (FSDPParamGroup, "unshard", "buffers"),
             (FSDPParamGroup, "wait_for_unshard", "buffers"),
+            (masters, "_hand_over", "gradients"),
             (FSDPParamGroup, "post_backward", "gradients"),
             (FSDPParamGroup, "finalize_backward", "gradients"),
             (host_optimizer, "_on_host", "host"),
