@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -16,6 +17,7 @@ from PIL import Image
 from sentences import refuses
 
 from sora_train.data.decode import frames as decode
+from sora_train.data.decode import pipe
 from sora_train.data.decode.frames import BadClip, DecodeRequest
 from sora_train.data.decode.pool import DecodePool
 from sora_train.data.decode.probe import Probe, ProbeRequest, probe_video
@@ -340,6 +342,34 @@ def test_a_clip_that_spins_or_aborts_costs_that_clip_only(tmp_path, monkeypatch,
         assert number_of(pool.submit(request(good, (1.0,))).result(timeout=240)[0]) == 8
         assert pool.pids != [before], "the process was replaced"
         assert not Path(f"/proc/{before}").exists()
+
+
+@pytest.mark.parametrize("action", ["spin", "abort"])
+def test_a_bad_clip_among_others_in_a_message_costs_itself_only(tmp_path, monkeypatch, action):
+    """Light clips travel together, heavy ones and those with another deadline alone."""
+    monkeypatch.setenv(TEST_HOOK, f"{action}=evil")
+    paths = [write_clip(tmp_path / f"{name}.mp4") for name in ("a", "b", "evil", "c", "d", "e")]
+    sent: list[int] = []
+    send = pipe.send
+    monkeypatch.setattr(
+        pipe, "send", lambda fd, message: (sent.append(len(message[1])), send(fd, message))
+    )
+    with DecodePool(1, timeout=240) as pool:
+        wide = pool.submit(request(paths[0], (0.0,), height=640, width=960), timeout=5.0)
+        asked = [request(path, (0.5, 1.0)) for path in paths]
+        futures = [pool.submit(one, timeout=5.0) for one in asked]
+        slow = pool.submit(request(paths[0], (0.0,)), timeout=239.0)
+        assert wide.result(timeout=240).shape == (1, 640, 960, 3)
+        for path, future in zip(paths, futures, strict=True):
+            clip = future.result(timeout=240)
+            if path.stem == "evil":
+                assert (clip.row, clip.reason[:6]) == (7, "decode")
+            else:
+                assert [number_of(frame) for frame in clip] == [4, 8], path.stem
+        assert number_of(slow.result(timeout=240)[0]) == 0
+    assert sent[:2] == [1, 6] and set(sent[2:]) == {1}
+    assert not request(paths[0], (0.0,), height=640, width=960).is_light
+    assert not replace(asked[0], length=1 << 20).is_light and asked[0].is_light
 
 
 @pytest.mark.skipif(

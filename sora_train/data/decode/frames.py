@@ -36,6 +36,8 @@ SEEK_WORTH_SECONDS = 1.0
 UNSEEKABLE = ("mpeg",)
 # The largest batch of decoders that return whole batches: a minute of 1080p would be 6 GB.
 BATCH_BYTES = 1 << 28
+# A clip of no more bytes, and of eight times as many of pixels, is decoded in some milliseconds.
+LIGHT_BYTES = 1 << 16
 COUNTED, INTERLACED, HIDDEN = "counted", "interlaced", "hidden_frames"
 """What a probe says of a clip that matters to its decoding; see `sora_train.data.decode.probe.TRAITS`."""
 # libav's own decoders of these leave the alpha aside, which WebM keeps beside the picture.
@@ -116,6 +118,12 @@ class DecodeRequest:
     """The bytes, where they are in memory already."""
     stamp: Stamp | None = None
     """Size and fingerprint of a remote shard, so that a cache can keep it block by block."""
+
+    @property
+    def is_light(self) -> bool:
+        """Whether it takes so few milliseconds that handing it over alone would cost a good part of them."""
+        pixels = 3 * len(self.times) * self.height * self.width
+        return self.reading is None and max(self.length, pixels // 8) <= LIGHT_BYTES
 
 
 def open_container(file: Any) -> av.container.InputContainer:

@@ -3,20 +3,24 @@
 Each child belongs to one thread, which sends it a request, waits for the answer until the clip's
 deadline, and replaces the child when it is late or dead. Signals and thread timeouts do not help
 against native code that holds the interpreter lock; SIGKILL does.
+
+Light requests, which take a child a few milliseconds, travel several in a message. All of them have
+the deadline of one; where it passes or the child dies, each is asked for again alone, and only its
+own fate counts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,10 @@ STACK_SIGNAL = signal.SIGUSR2
 STACK_SECONDS = 0.3
 # A read that takes longer than its deadline and this counts as stuck.
 READ_GRACE = 10.0
+# Of light requests: enough that what a message costs is little beside them.
+MOST_IN_A_MESSAGE = 8
 
+_Answer = tuple[str, Any]
 _Item = tuple[Any, float, Future, Callable[[Any], Any] | None]
 _WORKER = "sora_train.data.decode.worker"
 
@@ -76,27 +83,33 @@ class _Child:
             f"the process `{' '.join(command)}` does not start: {message or 'it wrote no error'}"
         )
 
-    def ask(self, timeout: float, request: Any) -> tuple[str, Any]:
-        """The child's answer, or its end: ('late', detail), ('died', detail).
+    def ask(self, timeout: float, requests: Sequence[Any]) -> list[_Answer]:
+        """The child's answers, or its end: ('late', detail), ('died', detail).
 
         A death is blamed on the clip only where it repeats: the machine may have run out of memory.
         """
-        status, value = self._ask_once(timeout, request)
-        if status == "died" and not self.stopping:
-            status, value = self._ask_once(timeout, request)
-        return status, value
+        answers = self._ask_once(timeout, requests)
+        if isinstance(answers, list):
+            return answers
+        if self.stopping or (len(requests) == 1 and answers[0] != "died"):
+            return [answers] * len(requests)
+        if len(requests) > 1:
+            return [self.ask(timeout, [request])[0] for request in requests]
+        again = self._ask_once(timeout, requests)
+        return again if isinstance(again, list) else [again]
 
-    def _ask_once(self, timeout: float, request: Any) -> tuple[str, Any]:
+    def _ask_once(self, timeout: float, requests: Sequence[Any]) -> list[_Answer] | _Answer:
+        """An answer for each request, or one for all where the child ended or storage failed."""
         self.start()
         assert self._process is not None and self._process.stdin and self._process.stdout
         try:
-            pipe.send(self._process.stdin.fileno(), (timeout, request))
-            reading = getattr(request, "reading", None)
+            pipe.send(self._process.stdin.fileno(), (timeout, requests))
+            reading = getattr(requests[0], "reading", None)
             if reading is not None:
                 # The clip's own deadline begins when its bytes are there.
-                status, value = self._wait_for_bytes(reading.deadline + READ_GRACE)
-                if status != "fetched":
-                    return status, value
+                first = self._wait_for_bytes(reading.deadline + READ_GRACE)
+                if first != pipe.FETCHED:
+                    return first
             return pipe.receive(self._process.stdout.fileno(), timeout)
         except pipe.DeadlinePassed:
             self.kill()
@@ -109,8 +122,8 @@ class _Child:
             message = self.kill()
             return "died", f"the decode process ended with code {code} {message}".strip()
 
-    def _wait_for_bytes(self, timeout: float) -> tuple[str, Any]:
-        """('fetched', None), or the answer where reading failed: its lateness is a fault of storage."""
+    def _wait_for_bytes(self, timeout: float) -> Any:
+        """`pipe.FETCHED`, or the answer where reading failed: its lateness is a fault of storage."""
         assert self._process is not None and self._process.stdout
         try:
             return pipe.receive(self._process.stdout.fileno(), timeout)
@@ -172,7 +185,8 @@ class DecodePool:
 
     def __init__(self, num_workers: int, timeout: float, *, module: str = _WORKER):
         self.timeout = timeout
-        self._queue: queue.Queue[_Item | None] = queue.Queue()
+        self._items: deque[_Item] = deque()
+        self._changed = threading.Condition()
         self._children = [_Child(module) for _ in range(num_workers)]
         self._closed = False
         self._threads = [
@@ -195,7 +209,9 @@ class DecodePool:
         if self._closed:
             raise Fault("the decode pool was used after it was closed")
         future: Future = Future()
-        self._queue.put((request, timeout or self.timeout, future, convert))
+        with self._changed:
+            self._items.append((request, timeout or self.timeout, future, convert))
+            self._changed.notify()
         return future
 
     @property
@@ -219,16 +235,11 @@ class DecodePool:
         """End the processes at once and cancel queued requests."""
         if self._closed:
             return
-        self._closed = True
-        while True:
-            try:
-                item = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if item:
-                item[2].cancel()
-        for _ in self._threads:
-            self._queue.put(None)
+        with self._changed:
+            self._closed = True
+            while self._items:
+                self._items.popleft()[2].cancel()
+            self._changed.notify_all()
         for child in self._children:
             child.stopping = True
         for thread, child in zip(self._threads, self._children, strict=True):
@@ -252,23 +263,54 @@ class DecodePool:
         child.kill()
 
     def _serve_one(self, child: _Child) -> bool:
-        """Answer the next request; False where the pool is closed. The clip is freed on return."""
-        item = self._queue.get()
-        if item is None:
+        """Answer the next requests; False where the pool is closed. The clips are freed on return."""
+        items = self._take()
+        if not items:
             return False
-        request, timeout, future, convert = item
-        if self._closed or not future.set_running_or_notify_cancel():
-            return True
+        items = [item for item in items if item[2].set_running_or_notify_cancel()]
         try:
-            status, value = child.ask(timeout, request)
+            requests = [item[0] for item in items]
+            answers = child.ask(items[0][1], requests) if items else []
             if self._closed:
                 raise Fault("the decode pool was closed while a clip was being decoded")
-            result = _interpret(request, status, value)
-            future.set_result(convert(result) if convert else result)
         # Without a result the waiting side would wait for ever.
         except BaseException as error:
-            future.set_exception(error)
+            for item in items:
+                item[2].set_exception(error)
+            return True
+        for item, answer in zip(items, answers, strict=True):
+            _settle(item, answer)
         return True
+
+    def _take(self) -> list[_Item]:
+        """The next requests that go in one message, no more than a child's share; [] where the pool is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self._closed)
+            share = min(MOST_IN_A_MESSAGE, len(self._items) // len(self._children))
+            taken: list[_Item] = []
+            while self._items and (
+                not taken or (len(taken) < share and _go_together(taken[0], self._items[0]))
+            ):
+                taken.append(self._items.popleft())
+            return taken
+
+
+def _go_together(first: _Item, other: _Item) -> bool:
+    """Whether both are light and have the same deadline."""
+    return first[1] == other[1] and all(
+        getattr(item[0], "is_light", False) for item in (first, other)
+    )
+
+
+def _settle(item: _Item, answer: _Answer) -> None:
+    """Give an item's future its result."""
+    request, _, future, convert = item
+    try:
+        result = _interpret(request, *answer)
+        future.set_result(convert(result) if convert else result)
+    # As above.
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def _interpret(request: Any, status: str, value: Any) -> Any:

@@ -106,7 +106,7 @@ def fetch(request: Any) -> tuple[Any, tuple[str, object] | None]:
 
 
 def serve(answer: Callable[[Any], tuple[str, object]]) -> None:
-    """Answer requests (deadline in seconds, request with a `key`) until stdin closes."""
+    """Answer messages (deadline in seconds, requests with a `key` each) until stdin closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave_real_time()
     # The run handles these signals and ends its decode processes itself.
@@ -117,28 +117,35 @@ def serve(answer: Callable[[Any], tuple[str, object]]) -> None:
     requests, answers = os.dup(0), os.dup(1)
     # Output of libraries must not mix with the answers.
     os.dup2(2, 1)
+    pipe.widen(answers)
     pipe.send(answers, "ready")
     while True:
         try:
-            timeout, request = pipe.receive(requests)
+            timeout, asked = pipe.receive(requests)
+            pipe.send(answers, _replies(answer, timeout, asked, answers))
         except pipe.Closed:
             return
-        reply = None
-        try:
-            if getattr(request, "reading", None) is not None:
-                signal.alarm(int(request.reading.deadline) + ALARM_GRACE)
-                request, reply = fetch(request)
-                if reply is None:
-                    # From here on the clip's own deadline counts.
-                    pipe.send(answers, ("fetched", None))
-            if reply is None:
-                signal.alarm(int(timeout) + ALARM_GRACE)
-                misbehave(request.key)
-                reply = answer(request)
-            signal.alarm(0)
-            pipe.send(answers, reply)
-        except pipe.Closed:
-            return
+
+
+def _replies(
+    answer: Callable[[Any], tuple[str, object]], timeout: float, asked: list[Any], answers: int
+) -> list[tuple[str, object]]:
+    """The answers to the requests of a message, within `timeout` seconds after their bytes are there."""
+    replies = []
+    if getattr(asked[0], "reading", None) is not None:
+        signal.alarm(int(asked[0].reading.deadline) + ALARM_GRACE)
+        request, failure = fetch(asked[0])
+        if failure is not None:
+            return [failure]
+        # From here on the clip's own deadline counts.
+        pipe.send(answers, pipe.FETCHED)
+        asked = [request]
+    signal.alarm(int(timeout) + ALARM_GRACE)
+    for request in asked:
+        misbehave(request.key)
+        replies.append(answer(request))
+    signal.alarm(0)
+    return replies
 
 
 if __name__ == "__main__":
