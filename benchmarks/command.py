@@ -27,12 +27,14 @@ def bench_train(arguments: Overrides = None) -> int:
 def bench_data(arguments: Overrides = None) -> int:
     """Measure the loader beside the bare decoder and plain webdataset, on the same clips and processes.
 
-    Overrides choose the clips and the loader; --clips N and --repeats N how much is measured, --soak N over how many
-    clips memory is watched, --out DIR where the results go.
+    Overrides choose the clips and the loader. They take turns for --seconds S in all (75), at most --clips N a turn and
+    --repeats N turns each; memory is watched over --soak N clips. --quick takes 20 seconds. --out DIR is where the
+    results go, which are written after each round.
 
     \b
-    sora bench data experiment=quickstart --clips 500 --soak 5000
-    sora bench data experiment=real_tiny data.source=shards buckets=256px --clips 60
+    sora bench data experiment=quickstart --quick
+    sora bench data experiment=quickstart data.shapes_clips=1000 --seconds 150 --soak 5000
+    sora bench data experiment=real_tiny data.source=shards buckets=256px
     """
     from benchmarks.data import main
 

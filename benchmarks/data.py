@@ -1,8 +1,10 @@
 """`sora bench data`: the loader beside the bare decoder and plain webdataset, in one run.
 
 All three decode the clips of the same shards with the same function in the same number of
-processes; nobody trains, so what is delivered is what can be delivered. Passes alternate, and each
-starts once its processes are busy.
+processes; nobody trains, so what is delivered is what can be delivered. They take turns, and the
+bare decoder gets the very clips that the loader's processes decoded in its turn: a turn of the loader
+begins and ends with everything read ahead, so it delivers as many clips as it decodes. Turns end by
+the clock, and what is measured so far is written after each.
 """
 
 import argparse
@@ -10,15 +12,17 @@ import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import webdataset_peer
 from benchmarks.raw_worker import RawRequest
+from sora_train.base.progress import Progress
 from sora_train.config import Config
 from sora_train.config.compose import compose
+from sora_train.data.decode.frames import DecodeRequest
 from sora_train.data.decode.pool import DecodePool
 from sora_train.data.index.sources import Sources
 from sora_train.data.loader import Loader
@@ -31,80 +35,125 @@ from sora_train.training.pipeline.plan import cost_model, memory_cap, plan
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
 DEFAULT_OUT = Path("benchmarks/results")
-# A request to the bare decoder: long enough that asking costs nothing, short enough to end together.
+SECONDS, QUICK_SECONDS = 75.0, 20.0
+# The part of the time in which memory is watched.
+SOAK_SHARE = 0.2
+# Light clips in a request to the bare decoder: enough that asking costs nothing.
 RAW_CLIPS = 4
 SOAK_SAMPLES = 50
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: at most `clips` a turn, `repeats` turns of each contender, memory over `soak` clips, all
+    in about `seconds`."""
+
+    clips: int = 1000
+    repeats: int = 3
+    soak: int = 1000
+    seconds: float = SECONDS
+
+    def __post_init__(self) -> None:
+        if self.clips < 1 or self.repeats < 1 or self.soak < 0 or self.seconds <= 0:
+            raise UserError(
+                f"--clips {self.clips} --repeats {self.repeats} --soak {self.soak} --seconds {self.seconds:g}: measure "
+                "at least one clip once"
+            )
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Run `[overrides] [--clips N] [--repeats N] [--soak N] [--out DIR]`; returns the exit code."""
+    """Run `[overrides] [--clips N] [--repeats N] [--soak N] [--seconds S] [--quick] [--out DIR]`; the exit code."""
     parser = argparse.ArgumentParser(prog="sora bench data", allow_abbrev=False)
-    parser.add_argument("--clips", type=int, default=300, help="clips of a pass")
-    parser.add_argument("--repeats", type=int, default=3, help="passes of each contender")
-    parser.add_argument("--soak", type=int, default=1000, help="clips over which memory is watched")
+    plain = Effort()
+    parser.add_argument("--clips", type=int, default=plain.clips, help="most clips of a turn")
+    parser.add_argument(
+        "--repeats", type=int, default=plain.repeats, help="turns of each contender"
+    )
+    parser.add_argument(
+        "--soak", type=int, default=plain.soak, help="most clips over which memory is watched"
+    )
+    parser.add_argument("--seconds", type=float, default=plain.seconds, help="seconds in all")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"in {QUICK_SECONDS:g} seconds, without the memory"
+    )
     parser.add_argument(
         "--out", type=Path, default=DEFAULT_OUT, help="folder of data.json, data.md"
     )
     options, overrides = parser.parse_known_args(list(arguments))
-    path = run(
-        overrides,
-        clips=options.clips,
-        repeats=options.repeats,
-        soak=options.soak,
-        out=options.out,
-    )
+    effort = Effort(options.clips, options.repeats, options.soak, options.seconds)
+    if options.quick:
+        effort = replace(effort, soak=0, seconds=min(effort.seconds, QUICK_SECONDS))
+    path = run(overrides, effort, out=options.out)
     print(f"\n{path.with_suffix('.md').read_text()}\nwrote {path} and {path.with_suffix('.md')}")
     return 0
 
 
-def run(overrides: list[str], *, clips: int, repeats: int, soak: int, out: Path) -> Path:
+def run(overrides: list[str], effort: Effort, *, out: Path) -> Path:
     """Measure and write `out`/data.json and data.md; returns the path of the JSON.
 
-    A pass delivers at least `clips` clips, and is made `repeats` times by each contender; `soak`
-    clips are read while memory is watched (0: not at all). Without `experiment=` in the Hydra
-    `overrides` the clips are the quickstart's.
+    Without `experiment=` in the Hydra `overrides` the clips are the quickstart's. The files are written after
+    each round of turns, so what was measured is there whenever the command is ended.
 
     Raises:
-        UserError: numbers that measure nothing, or a source without a usable clip.
+        UserError: a source without a usable clip.
         ConfigError: an override is wrong.
     """
-    if clips < 1 or repeats < 1 or soak < 0:
-        raise UserError(
-            f"--clips {clips} --repeats {repeats} --soak {soak}: measure at least one clip once"
-        )
     named = any(override.startswith("experiment=") for override in overrides)
     chosen = [*([] if named else [DEFAULT_EXPERIMENT]), *overrides]
     bench = DataBench.open(compose([*chosen, "tracker=none"]).config)
-    memory = bench.soak(soak) if soak else Memory()
-    raw, loader, peer, first, up = [], [], [], [], []
     peer_missing = bench.peer_missing()
-    with bench.raw_pool() as pool:
-        for repeat in range(repeats):
-            micro_batches = bench.pass_of(clips, repeat)
-            raw.append(bench.raw(pool, micro_batches))
-            rate, seconds_up, seconds_first = bench.loader(micro_batches)
-            loader.append(rate)
-            up.append(seconds_up)
-            first.append(seconds_first)
-            if not peer_missing:
-                peer.append(bench.peer(sum(map(len, bench.rows(micro_batches)))))
-    measured = {
-        "bare decoder": Measured(Stats.of(raw), "clips/s"),
-        "loader": Measured(Stats.of(loader), "clips/s"),
-        "loader / bare decoder": Measured(
-            Stats.of([100 * a / b for a, b in zip(loader, raw, strict=True)]), "%", "{:.1f}"
-        ),
-        "processes up": Measured(Stats.of(up), "s"),
-        "first micro-batch after that": Measured(Stats.of(first), "s"),
-    }
-    if peer:
-        shares = [100 * a / b for a, b in zip(peer, raw, strict=True)]
-        measured["webdataset"] = Measured(Stats.of(peer), "clips/s")
-        measured["webdataset / bare decoder"] = Measured(Stats.of(shares), "%", "{:.1f}")
-    facts = bench.facts() | {"overrides": " ".join(chosen), "clips a pass, at least": clips}
+    facts = bench.facts() | {"overrides": " ".join(chosen)}
     if peer_missing:
         facts["webdataset"] = f"left out: {peer_missing}"
-    return Result("data", measured | memory.measured(), facts | memory.facts(soak)).write(Path(out))
+    contenders = 2 if peer_missing else 3
+    soaking = SOAK_SHARE * effort.seconds if effort.soak else 0.0
+    turn = (effort.seconds - soaking) / (effort.repeats * contenders)
+    found = Rates()
+    ends = time.monotonic() + effort.seconds - soaking
+    with (
+        bench.open_loader() as loader,
+        bench.raw_pool() as pool,
+        Progress(effort.repeats, "turns of each contender", line_seconds=0.0) as progress,
+    ):
+        found.up, found.first = bench.begin(loader, pool)
+        for repeat in range(effort.repeats):
+            delivered, seconds, rows = bench.loader_turn(loader, effort.clips, turn)
+            found.loader.append(delivered / seconds)
+            found.raw.append(bench.raw_turn(loader, pool, rows))
+            if not peer_missing:
+                found.peer.append(bench.peer(loader, effort.clips, turn))
+            path = Result("data", found.measured(), facts).write(Path(out))
+            progress.update(repeat + 1, share=f"{found.loader[-1] / found.raw[-1]:.1%}")
+            if time.monotonic() > ends:
+                break
+        if not effort.soak:
+            return path
+        memory, clips = bench.soak(loader, effort.soak, soaking)
+    facts |= memory.facts(clips)
+    return Result("data", found.measured() | memory.measured(), facts).write(Path(out))
+
+
+@dataclass
+class Rates:
+    """Clips a second of each contender, turn by turn; seconds until processes were up, and to a first micro-batch."""
+
+    loader: list[float] = field(default_factory=list)
+    raw: list[float] = field(default_factory=list)
+    peer: list[float] = field(default_factory=list)
+    up: float = 0.0
+    first: float = 0.0
+
+    def measured(self) -> dict[str, Measured]:
+        rates = {"bare decoder": self.raw, "loader": self.loader, "webdataset": self.peer}
+        measured = {
+            name: Measured(Stats.of(rate), "clips/s") for name, rate in rates.items() if rate
+        }
+        for name in [name for name in measured if name != "bare decoder"]:
+            shares = [100 * a / b for a, b in zip(rates[name], self.raw, strict=True)]
+            measured[f"{name} / bare decoder"] = Measured(Stats.of(shares), "%", "{:.1f}")
+        measured["processes up"] = Measured(Stats.of([self.up]), "s")
+        measured["first micro-batch after that"] = Measured(Stats.of([self.first]), "s")
+        return measured
 
 
 @dataclass
@@ -113,6 +162,13 @@ class Memory:
 
     own: list[int] = field(default_factory=list)
     children: list[int] = field(default_factory=list)
+
+    def look(self) -> None:
+        """Add what is resident now, where the system tells."""
+        found = resident()
+        if found is not None:
+            self.own.append(found[0])
+            self.children.append(found[1])
 
     def measured(self) -> dict[str, Measured]:
         if not self.own:
@@ -136,13 +192,18 @@ class Memory:
         }
 
 
-@dataclass(frozen=True)
+@dataclass
 class DataBench:
-    """The clips to be read, planned as a run would, and the contenders that read them."""
+    """The clips to be read, planned as a run would, and the contenders that read them.
+
+    `next_step` is the loader's next micro-batch, `read` the last one that it has read ahead.
+    """
 
     cfg: Config
     sources: DataPlan
     tape: Tape
+    next_step: int = 0
+    read: int = -1
 
     @classmethod
     def open(cls, cfg: Config) -> "DataBench":
@@ -181,95 +242,74 @@ class DataBench:
         program = "raw_torchcodec_worker" if self.cfg.data.decoder == "torchcodec" else "raw_worker"
         return DecodePool(self.cfg.data.num_workers, deadline, module=f"benchmarks.{program}")
 
-    def pass_of(self, clips: int, repeat: int) -> range:
-        """The micro-batches of a pass: as many as hold `clips` clips, other ones each time."""
-        begin = self.warm
-        for _ in range(repeat + 1):
-            end, found = begin, 0
-            while found < clips:
-                found += len(self.tape[end].rows)
-                end += 1
-            begin, last = end, range(begin, end)
-        return last
-
-    @property
-    def warm(self) -> int:
-        """Micro-batches before a pass, after which as much is read ahead as ever will be."""
-        return 2 * self.cfg.data.prefetch
-
-    def rows(self, micro_batches: range) -> list[tuple[int, ...]]:
-        return [self.tape[index].rows for index in micro_batches]
-
-    def raw(self, pool: DecodePool, micro_batches: range) -> float:
-        """Clips a second of the bare decoder."""
-        with self.open_loader() as loader:  # for its requests; its processes are never started
-            requests = [
-                loader.request(row, epoch)
-                for index in micro_batches
-                for row, epoch in zip(self.tape[index].rows, self.tape[index].epochs, strict=True)
-            ]
-        portions = [
-            RawRequest(0, "bench", tuple(requests[at : at + RAW_CLIPS]))
-            for at in range(0, len(requests), RAW_CLIPS)
-        ]
-        # Both the processes and the files are warm afterwards.
-        for future in [pool.submit(portion) for portion in portions[: self.cfg.data.num_workers]]:
-            future.result()
+    def begin(self, loader: Loader, pool: DecodePool) -> tuple[float, float]:
+        """Seconds until the loader's processes are up, then to a first micro-batch; all is then read ahead."""
         began = time.perf_counter()
-        for future in [pool.submit(portion) for portion in portions]:
+        loader.decode_rows(self.tape[0].rows[:1] * self.cfg.data.num_workers)
+        up = time.perf_counter()
+        loader.step(0)
+        first = time.perf_counter()
+        self.next_step = 1
+        self.read = loader.settle()
+        # The bare decoder's processes are up afterwards.
+        light = loader.request(self.tape[0].rows[0], 0)
+        for future in [
+            pool.submit(RawRequest(0, "bench", (light,))) for _ in range(self.cfg.data.num_workers)
+        ]:
+            future.result()
+        return up - began, first - up
+
+    def loader_turn(
+        self, loader: Loader, clips: int, seconds: float
+    ) -> tuple[int, float, list[tuple[int, int]]]:
+        """Clips delivered, the seconds, and the rows and epochs decoded meanwhile: at least one micro-batch."""
+        delivered, began = 0, time.perf_counter()
+        while not delivered or (delivered < clips and time.perf_counter() - began < seconds):
+            delivered += sum(len(batch.micro_batch.rows) for batch in loader.step(self.next_step))
+            self.next_step += 1
+        read, self.read = self.read, loader.settle()
+        spent = time.perf_counter() - began
+        entries = [self.tape[index] for index in range(read + 1, self.read + 1)]
+        rows = [pair for entry in entries for pair in zip(entry.rows, entry.epochs, strict=True)]
+        return delivered, spent, rows
+
+    def raw_turn(self, loader: Loader, pool: DecodePool, rows: list[tuple[int, int]]) -> float:
+        """Clips a second of the bare decoder."""
+        requests = [loader.request(row, epoch) for row, epoch in rows]
+        portions = list(portioned(requests))
+        began = time.perf_counter()
+        for future in [pool.submit(RawRequest(0, "bench", portion)) for portion in portions]:
             future.result()
         return len(requests) / (time.perf_counter() - began)
-
-    def loader(self, micro_batches: range) -> tuple[float, float, float]:
-        """Clips a second; seconds until the processes are up, and from there to a first micro-batch."""
-        with self.open_loader() as loader:
-            begin = micro_batches.start - self.warm
-            began = time.perf_counter()
-            loader.decode_rows(self.tape[begin].rows[:1] * self.cfg.data.num_workers)
-            up = time.perf_counter()
-            loader.step(begin)
-            first = time.perf_counter()
-            for index in range(begin + 1, micro_batches.start):
-                loader.step(index)
-            clips, start = 0, time.perf_counter()
-            for index in micro_batches:
-                clips += len(self.tape[index].rows)
-                loader.step(index)
-            seconds = time.perf_counter() - start
-        return clips / seconds, up - began, first - up
 
     def peer_missing(self) -> str:
         """Why plain webdataset cannot read the source; empty where it can."""
         return webdataset_peer.missing(self.sources.manifest)
 
-    def peer(self, clips: int) -> float:
+    def peer(self, loader: Loader, clips: int, seconds: float) -> float:
         """Clips a second of plain webdataset."""
-        with self.open_loader() as loader:
-            requests = {
-                str(self.sources.manifest.key[row]): loader.request(row, 0)
-                for row in self.tape.rows.tolist()
-            }
+        requests = {
+            str(self.sources.manifest.key[row]): loader.request(row, 0)
+            for row in self.tape.rows.tolist()
+        }
         return webdataset_peer.rate(
-            self.sources.manifest, requests, clips=clips, workers=self.cfg.data.num_workers
+            self.sources.manifest,
+            requests,
+            clips=clips,
+            seconds=seconds,
+            workers=self.cfg.data.num_workers,
         )
 
-    def soak(self, clips: int) -> Memory:
-        """Memory while the loader delivers `clips` clips."""
-        memory, every = Memory(), max(1, clips // SOAK_SAMPLES)
-        seen, due = 0, every
-        with self.open_loader() as loader:
-            for index in itertools.count():
-                seen += len(self.tape[index].rows)
-                loader.step(index)
-                if seen >= due:
-                    due += every
-                    found = resident()
-                    if found is not None:
-                        memory.own.append(found[0])
-                        memory.children.append(found[1])
-                if seen >= clips:
-                    return memory
-        raise AssertionError("the tape is endless")
+    def soak(self, loader: Loader, clips: int, seconds: float) -> tuple[Memory, int]:
+        """Memory while the loader delivers `clips` clips, or as many as it can in `seconds`; and how many it were."""
+        memory, seen, began = Memory(), 0, time.monotonic()
+        while seen < clips and (spent := time.monotonic() - began) < seconds:
+            if len(memory.own) <= SOAK_SAMPLES * max(seen / clips, spent / seconds):
+                memory.look()
+            seen += sum(len(batch.micro_batch.rows) for batch in loader.step(self.next_step))
+            self.next_step += 1
+        memory.look()
+        return memory, seen
 
     def facts(self) -> dict[str, str | int | float | None]:
         used = self.sources.manifest.select(self.sources.used)
@@ -289,6 +329,15 @@ class DataBench:
             "micro-batches read ahead": self.cfg.data.prefetch,
             "MB read ahead, at most": self.cfg.data.prefetch_mb,
         }
+
+
+def portioned(requests: Sequence[DecodeRequest]) -> Iterator[tuple[DecodeRequest, ...]]:
+    """The requests in their order: light ones RAW_CLIPS at a time, others alone."""
+    for is_light, group in itertools.groupby(requests, key=lambda request: request.is_light):
+        together = list(group)
+        size = RAW_CLIPS if is_light else 1
+        for at in range(0, len(together), size):
+            yield tuple(together[at : at + size])
 
 
 def resident() -> tuple[int, int] | None:

@@ -51,9 +51,14 @@ def missing(manifest: Manifest) -> str:
 
 
 def rate(
-    manifest: Manifest, requests: Mapping[str, DecodeRequest], *, clips: int, workers: int
+    manifest: Manifest,
+    requests: Mapping[str, DecodeRequest],
+    *,
+    clips: int,
+    seconds: float,
+    workers: int,
 ) -> float:
-    """Clips a second over `clips` clips, after every process has delivered some.
+    """Clips a second over `clips` clips or `seconds`, after every process has delivered some.
 
     Where there are fewer shards than `workers`, only as many processes work: webdataset deals out
     whole shards.
@@ -76,8 +81,11 @@ def rate(
     for _ in itertools.islice(delivered, 4 * workers):
         pass
     began = time.perf_counter()
-    count = sum(1 for _ in itertools.islice(delivered, clips))
-    return count / (time.perf_counter() - began)
+    count, spent = 0, 0.0
+    while count < clips and spent < seconds:
+        next(delivered)
+        count, spent = count + 1, time.perf_counter() - began
+    return count / spent
 
 
 def _shards(manifest: Manifest) -> list[str]:

@@ -178,6 +178,13 @@ class Loader:
             total += _pixel_bytes(self.tape.bucket_of(row)) if size is None else size
         return total
 
+    def settle(self) -> int:
+        """Wait until everything that is read ahead is there; the index of its last micro-batch, -1 for none."""
+        for index, (futures, _) in self._pending.items():
+            for row, future in zip(self.tape[index].rows, futures, strict=True):
+                self._wait(row, future)
+        return max(self._pending, default=-1)
+
     def rows_at(self, step: int) -> list[int]:
         """The rows of this rank's micro-batches of a step."""
         return [row for entry in self._entries(step) if entry for row in entry.rows]
@@ -316,8 +323,10 @@ class Loader:
         return times, fps, crop(height, width, bucket, u_x, u_y)
 
     def _begin(self, row: int, epoch: int, step: int) -> Future:
-        if self.quarantine.failure(row, step):
-            return Future()  # never awaited: `_collect` asks the quarantine first
+        if failure := self.quarantine.failure(row, step):
+            known: Future = Future()
+            known.set_result(failure)
+            return known
         if self._stored_latents(row) is not None:
             return self._readers.submit(self._read_stored, row, epoch)
         if self._cache is not None:

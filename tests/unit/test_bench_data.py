@@ -2,13 +2,14 @@
 
 import json
 import mmap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from clip_files import write_clip
 
 from benchmarks import webdataset_peer
-from benchmarks.data import DataBench, Memory, main, resident, run
+from benchmarks.data import DataBench, Effort, Memory, main, portioned, resident, run
 from benchmarks.raw_worker import RawRequest, answer
 from sora_train.config.compose import compose
 from sora_train.data.index.folder import open_source
@@ -45,16 +46,50 @@ def test_a_toy_loader_is_measured(
     assert measured["loader / bare decoder"]["median"] == pytest.approx(100 * loader / raw)
     assert found["facts"]["clips"] == 12 and found["facts"]["decode processes"] == 1
     assert "growth of RSS, %" in found["facts"]
+    assert found["facts"]["clips while memory was watched"] >= 16
     assert "| loader / bare decoder |" in capsys.readouterr().out
 
 
-def test_a_pass_holds_the_clips_asked_for_and_passes_differ(toy: list[str]):
+def test_turns_decode_what_they_deliver_and_end_by_the_clock_or_the_clips(toy: list[str]):
+    """The bare decoder gets the clips that the loader decoded in its turn, each once and none twice."""
     bench = DataBench.open(compose(toy).config)
-    first, second = bench.pass_of(10, 0), bench.pass_of(10, 1)
-    assert first.stop == second.start and first.start == bench.warm
-    for micro_batches in (first, second):
-        clips = [len(rows) for rows in bench.rows(micro_batches)]
-        assert sum(clips) >= 10 > sum(clips[:-1])
+    with bench.open_loader() as loader, bench.raw_pool() as pool:
+        bench.begin(loader, pool)
+        last, read = bench.next_step, bench.read
+        assert read == last, "as far as data.prefetch=1 allows"
+        for clips, seconds, most in ((10, 600.0, None), (10**6, 0.0, 1)):
+            delivered, _, rows = bench.loader_turn(loader, clips, seconds)
+            steps = range(last, bench.next_step)
+            sizes = [len(bench.tape[step].rows) for step in steps]
+            assert delivered == sum(sizes) and (most is None or len(steps) == most)
+            assert seconds == 0 or sum(sizes) >= clips > sum(sizes[:-1])
+            decoded = [
+                (row, epoch)
+                for step in range(read + 1, bench.read + 1)
+                for row, epoch in zip(bench.tape[step].rows, bench.tape[step].epochs, strict=True)
+            ]
+            assert rows == decoded and bench.read - read == len(steps)
+            last, read = bench.next_step, bench.read
+            assert bench.raw_turn(loader, pool, rows) > 0
+
+
+def test_what_was_measured_is_there_when_time_is_up(toy: list[str], tmp_path: Path):
+    """One turn of each, however many were asked for, where a turn takes longer than all may."""
+    path = run(toy, Effort(clips=8, repeats=50, soak=0, seconds=1e-3), out=tmp_path)
+    measured = json.loads(path.read_text())["measured"]
+    assert (
+        measured["loader"]["n"] == measured["bare decoder"]["n"] == measured["webdataset"]["n"] == 1
+    )
+    assert "RSS of this process" not in measured
+
+
+def test_light_requests_go_together_and_heavy_ones_alone(toy: list[str]):
+    bench = DataBench.open(compose(toy).config)
+    with bench.open_loader() as loader:
+        light = loader.request(int(bench.tape.rows[0]), 0)
+    heavy = replace(light, length=10**7)
+    sizes = [len(portion) for portion in portioned([light] * 5 + [heavy] * 2 + [light])]
+    assert sizes == [4, 1, 1, 1, 1]
 
 
 def test_the_bare_decoder_counts_what_it_decodes(toy: list[str]):
@@ -84,7 +119,7 @@ def test_memory_that_grows_is_told():
             assert now is not None and now[0] - own[0] > len(ballast) // 2
 
 
-@pytest.mark.parametrize(("clips", "repeats", "soak"), [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
-def test_nothing_to_measure_is_refused(clips: int, repeats: int, soak: int, tmp_path: Path):
+@pytest.mark.parametrize("change", [{"clips": 0}, {"repeats": 0}, {"soak": -1}, {"seconds": 0.0}])
+def test_nothing_to_measure_is_refused(change: dict[str, int]):
     with pytest.raises(UserError, match="--clips"):
-        run([], clips=clips, repeats=repeats, soak=soak, out=tmp_path)
+        Effort(**change)
