@@ -10,6 +10,13 @@ import math
 from sora_train.config.sections.model import ModelConfig, TextConfig
 
 
+FORMULA = (
+    "3 (layers (8 L D^2 + 4 (L + S) D^2 + 4 L D F + 4 L (L + S) D) + embeddings), L video tokens, S caption tokens, "
+    "D width, F feed-forward width"
+)
+"""`training_flops` in words, for whatever prints an MFU."""
+
+
 def training_flops(
     model: ModelConfig, text: TextConfig | None, num_tokens: int, num_frames: int, text_tokens: int
 ) -> int:

@@ -4,7 +4,7 @@ What the terminal, the page and the JSON show is all read from what `plan_run` r
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from sora_train.config import Config
 from sora_train.errors import ConfigError, UserError
+from sora_train.models.flops import FORMULA
 from sora_train.models.memory import text_parameters, transformer_parameters
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.dit import VideoDiT
@@ -28,6 +29,7 @@ from sora_train.tools.plan.search import (
     too_large,
     with_memory,
 )
+from sora_train.tools.plan.time.caching import Caching, caching_of
 from sora_train.tools.plan.time.cluster import GB, GIB, Cluster
 from sora_train.tools.plan.time.failures import schedule
 from sora_train.tools.plan.time.step import Bench, step_plan
@@ -64,9 +66,12 @@ def plan_run(
             progress(f"{name}: {what}", done, of)
 
         work = stage_work(stage, assume)
-        notes.update(dict.fromkeys(work.notes))
+        caching = caching_of(work, cluster, assume)
+        data = stage.data.model_copy(update={"cache": caching.mode})
+        work = replace(work, cfg=stage.model_copy(update={"data": data}), spilled=caching.spilled)
         bench = Bench(work, cluster, assume, units.of(stage), Imbalance(work))
-        planned.append(_stage(name, bench, stage_progress))
+        notes.update(dict.fromkeys((*work.notes, *bench.rates.sources)))
+        planned.append(_stage(name, bench, caching, stage.data.cache, stage_progress))
     total = {key: sum(stage[key] for stage in planned) for key in ("hours", "gpu_hours", "cost")}
     mix = "plan.mix" if assume.mix else "classes by their probability, buckets of a class alike"
     return {
@@ -101,7 +106,7 @@ class _Units:
         return self._known[key]
 
 
-def _stage(name: str, bench: Bench, progress: Progress) -> Values:
+def _stage(name: str, bench: Bench, caching: Caching, asked: str, progress: Progress) -> Values:
     result = own_layout(bench) if bench.assume.keep_layout else search(bench, progress)
     if not result.best:
         nearest = "; ".join(f"{each.name}: {each.reason}" for each in result.refused[:3])
@@ -113,14 +118,17 @@ def _stage(name: str, bench: Bench, progress: Progress) -> Values:
     best = result.best[0]
     cfg, step = best.cfg, best.step
     saves = _saves(bench, best)
-    hours = cfg.train.steps * step.seconds / 3600 / saves["goodput"]
     gpus = bench.cluster.gpus
+    first = caching.once / gpus / 3600 if bench.stage.cached else 0.0
+    hours = first + cfg.train.steps * step.seconds / 3600 / saves["goodput"]
+    paste = [] if caching.mode == asked else [f"data.cache={caching.mode}"]
     return {
         "name": name,
         "steps": cfg.train.steps,
         "layout": best.name,
         "options": best.options,
-        "overrides": overrides_of(cfg),
+        "overrides": overrides_of(cfg) + paste,
+        "caching": {**asdict(caching), "hours": first},
         "memory": memory_values(best),
         "micro_batches": cfg.train.micro_batches,
         "slots": step.slots,
@@ -129,7 +137,8 @@ def _stage(name: str, bench: Bench, progress: Progress) -> Values:
             "seconds": step.seconds, "parts": step.parts, "tokens": step.tokens, "clips": step.clips,
             "tflop": step.flops / 1e12, "recomputed_tflop": step.recomputed / 1e12,
             "mfu": step.mfu, "tokens_per_second": step.tokens / step.seconds,
-            "imbalance": step.imbalance,
+            "imbalance": step.imbalance, "floors": step.floors, "kernel": asdict(bench.rates),
+            "formula": FORMULA, "at_bar": step.seconds * step.mfu / bench.assume.bar, "bar": bench.assume.bar,
         },
         "communication": {
             "gb": {kind: value / GB for kind, value in sorted(step.volume.items())},
@@ -202,7 +211,7 @@ def _buckets(stage: StageWork, best: Candidate) -> list[Values]:
                 "parts": {
                     "matrix products": time.products, "attention": time.attention,
                     "norms and gates": time.passes, "computed again": time.recompute,
-                    "frozen encoders": time.encode,
+                    "frozen encoders": time.video + time.text, "copies, host": time.copies + time.host,
                     "token exchange": time.exchange + time.ring, "offload": time.offload,
                 },
             }

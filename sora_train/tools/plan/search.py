@@ -15,6 +15,7 @@ from sora_train.errors import ConfigError
 from sora_train.models.memory import (
     ClipSize,
     clip_bytes,
+    compiles,
     fixed_bytes,
     text_parameters,
     transformer_parameters,
@@ -37,6 +38,8 @@ DEEPSPEED_MUST_SAVE = 0.02
 every block and reads weights from anywhere."""
 MEMORY_OPTIONS: tuple[dict[str, Any], ...] = (
     {"activation_checkpointing": "none"},
+    {"activation_checkpointing": "none", "activation_memory_budget": 0.7},
+    {"activation_checkpointing": "none", "activation_memory_budget": 0.5},
     {"activation_checkpointing": "selective", "checkpoint_keep": ("attention", "matmul")},
     {"activation_checkpointing": "selective", "checkpoint_keep": ("attention", "matmul"), "mlp_chunks": 4},
     {"activation_checkpointing": "full", "checkpoint_every": 4},
@@ -47,11 +50,11 @@ MEMORY_OPTIONS: tuple[dict[str, Any], ...] = (
     {"activation_checkpointing": "full", "offload_activations": True},
     {"activation_checkpointing": "full", "offload_activations": True, "mlp_chunks": 8},
 )  # fmt: skip
-"""From the fastest to the smallest."""
+"""From the fastest to the smallest; a budget is for blocks that are compiled."""
 PLAIN: dict[str, Any] = {
     "activation_checkpointing": "none", "checkpoint_every": 1, "checkpoint_keep": ("attention", "matmul"),
     "mlp_chunks": 1, "offload_activations": False, "offload_optimizer": False, "offload_params": False,
-    "accumulate": "whole",
+    "accumulate": "whole", "activation_memory_budget": 1.0,
 }  # fmt: skip
 
 
@@ -112,6 +115,9 @@ def describe_options(cfg: Config) -> str:
     every = f" every {parallel.checkpoint_every}" if parallel.checkpoint_every > 1 else ""
     options = [
         {"none": "", "full": f"full{every}", "selective": f"selective ({kept}){every}"}[mode],
+        f"memory budget {parallel.activation_memory_budget:g}"
+        if parallel.activation_memory_budget < 1
+        else "",
         f"mlp_chunks {parallel.mlp_chunks}" if parallel.mlp_chunks > 1 else "",
         "offload activations" if parallel.offload_activations else "",
         "offload moments" if parallel.offload_optimizer else "",
@@ -127,7 +133,7 @@ def overrides_of(cfg: Config) -> list[str]:
     overrides = [f"parallel.{name}={getattr(parallel, name)}" for name in names]
     if parallel.activation_checkpointing == "selective":
         overrides.append(f"parallel.checkpoint_keep=[{','.join(parallel.checkpoint_keep)}]")
-    for name in ("checkpoint_every", "mlp_chunks", "accumulate"):
+    for name in ("checkpoint_every", "activation_memory_budget", "mlp_chunks", "accumulate"):
         if getattr(parallel, name) != PLAIN[name]:
             overrides.append(f"parallel.{name}={getattr(parallel, name)}")
     for name in ("offload_activations", "offload_optimizer"):
@@ -275,6 +281,9 @@ def cheapest_that_fits(
             cfg = with_layout(
                 bench.stage.cfg, engine, degrees, {**options, "accumulate": accumulate}
             )
+            compiled = compiles(cfg.model, cfg.parallel, bench.cluster.device)
+            if cfg.parallel.activation_memory_budget < 1 and not compiled:
+                continue
             needed, _ = estimate_bytes(bench, cfg, degrees)
             least = min(least, needed)
             if needed <= cap:
@@ -311,11 +320,25 @@ def _has(cfg: Config, options: dict[str, Any]) -> bool:
 
 
 def with_memory(bench: Bench, candidate: Candidate) -> Candidate:
-    """The candidate with the memory of its worst bucket counted."""
-    _, worst = estimate_bytes(bench, candidate.cfg, candidate.degrees)
-    counted = memory_of(
-        candidate.cfg, bench.cluster.gpus, worst.bucket, worst.clips, bench.cluster.device
-    )
+    """The candidate with the memory of its worst bucket counted.
+
+    The count is of eager code; of blocks that are compiled, activations are the share of it that models/memory.py
+    gives."""
+    cfg, device = candidate.cfg, bench.cluster.device
+    _, worst = estimate_bytes(bench, cfg, candidate.degrees)
+    counted = memory_of(cfg, bench.cluster.gpus, worst.bucket, worst.clips, device)
+    if counted.when in ("forward", "backward"):
+        clip = ClipSize(worst.tokens, worst.frames, cfg.text.max_length)
+        eager = cfg.model.model_copy(update={"compile": "off"})
+        plain = cfg.parallel.model_copy(update={"activation_memory_budget": 1.0})
+        kept, of = (
+            clip_bytes(model, cfg.text, clip, bench.size, device, parallel)
+            for model, parallel in ((cfg.model, cfg.parallel), (eager, plain))
+        )
+        spared = round(counted.activations * (1 - kept / of))
+        counted = replace(
+            counted, activations=counted.activations - spared, peak=counted.peak - spared
+        )
     return replace(candidate, memory=counted)
 
 

@@ -51,15 +51,18 @@ def _stage(stage: Values, plan: Values, console: Console) -> None:
         f"{stage['micro_batches']} micro-batches ({stage['slots']} a rank), {step['clips']:,.0f} clips, "
         f"{step['tokens']:,.0f} tokens",
     )
-    shares = {name: value / step["seconds"] for name, value in step["parts"].items()}
-    largest = sorted(shares.items(), key=lambda part: -part[1])
-    time = [f"{name} {percent(share)}" for name, share in largest if share >= 0.005]
-    facts.add_row("its time", ", ".join(time))
     facts.add_row(
         "operations",
-        f"{step['tflop']:,.0f} TFLOP of the model, attention counted; {step['recomputed_tflop']:,.0f} more computed "
+        f"{step['tflop']:,.0f} TFLOP of the model = {step['formula']}; {step['recomputed_tflop']:,.0f} more computed "
         "again",
     )
+    kernel = step["kernel"]
+    facts.add_row(
+        "attention",
+        f"{kernel['kernel']}, {percent(kernel['forward'])} of the peak forward and {percent(kernel['backward'])} "
+        f"backward; matrix products {percent(kernel['gemm'])}",
+    )
+    facts.add_row("encoding", _encoding(stage["caching"]))
     facts.add_row("memory", _memory(stage["memory"]))
     facts.add_row("sent", _sent(stage["communication"]))
     facts.add_row("imbalance", f"{percent(step['imbalance'])} of a row of micro-batches is waiting")
@@ -67,6 +70,7 @@ def _stage(stage: Values, plan: Values, console: Console) -> None:
     total = f"{stage['hours']:,.1f} h, {stage['gpu_hours']:,.0f} GPU-hours, ${stage['cost']:,.0f}"
     facts.add_row("in all", total)
     console.print(facts)
+    console.print(_time_table(stage))
     console.print(_bucket_table(stage))
     console.print(_candidate_table(stage, plan))
     if stage["refused"]:
@@ -98,6 +102,53 @@ def _memory(memory: Values) -> str:
     peak = f"{memory['peak'] / GIB:.1f} GiB a rank ({memory['when']})"
     parts = [f"{kind} {memory[kind] / GIB:.1f}" for kind in KINDS if memory.get(kind)]
     return f"{peak}: {', '.join(parts)}" if parts else peak
+
+
+def _encoding(caching: Values) -> str:
+    """Cached or online, with the hours of both and the disk."""
+    mode, hours = caching["mode"], {name: caching[name] / 3600 for name in ("once", "online")}
+    way = "each time a clip is trained" if mode == "none" else "once a clip"
+    spilled = (
+        f"; {percent(caching['spilled'])} of the captions have no room and are encoded each time"
+        if mode != "none" and caching["spilled"]
+        else ""
+    )
+    return (
+        f"data.cache={mode}, {way}, since {caching['why']}: once {hours['once']:,.0f} GPU-hours and "
+        f"{caching['gb']:,.0f} GB, each time {hours['online']:,.0f} GPU-hours, for {caching['clips']:,.0f} clips of "
+        f"which {caching['trained']:,.0f} are trained{spilled}"
+    )
+
+
+def _time_table(stage: Values) -> Table:
+    """A step by what it is spent on, and what of that the card would not need at its best."""
+    step, slots = stage["step"], stage["slots"]
+    table = _titled(
+        f"A step: milliseconds of a rank and its {slots} micro-batches (predicted)",
+        ("part",),
+        ("ms", "share", "at its best", "more than that"),
+    )
+    parts = sorted(step["parts"].items(), key=lambda part: -part[1])
+    for name, seconds in parts:
+        if seconds >= 5e-4:
+            best = step["floors"].get(name, 0.0)
+            table.add_row(
+                name, f"{1e3 * seconds:,.0f}", percent(seconds / step["seconds"]),
+                f"{1e3 * best:,.0f}", f"{1e3 * (seconds - best):,.0f}",
+            )  # fmt: skip
+    over, bar = step["seconds"] - step["at_bar"], percent(step["bar"])
+    table.caption = (
+        f"MFU {percent(step['mfu'])}: {abs(1e3 * over):,.0f} ms {'above' if over > 0 else 'below'} the "
+        f"{1e3 * step['at_bar']:,.0f} ms of {bar}" + (f"; first {_gaps(step)}" if over > 0 else "")
+    )
+    return table
+
+
+def _gaps(step: Values) -> str:
+    """The three largest parts above their best, with their milliseconds."""
+    gaps = {name: value - step["floors"].get(name, 0.0) for name, value in step["parts"].items()}
+    largest = sorted(gaps.items(), key=lambda gap: -gap[1])[:3]
+    return ", ".join(f"{name} {1e3 * gap:,.0f}" for name, gap in largest)
 
 
 def _sent(sent: Values) -> str:

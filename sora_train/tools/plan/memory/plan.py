@@ -5,8 +5,9 @@ group that sends nothing (memory_step.py), in a process of its own (memory_worke
 counted at two depths: what equal blocks hold is affine in their number.
 
 For `cuda` the attention core is PyTorch's fused one, which keeps no scores, weights compute in
-bfloat16 unless told otherwise, and nothing is compiled, which would only save memory. What CUDA, NCCL
-and the allocator take beside tensors is an allowance, `ALLOWANCE` and `SLACK`.
+bfloat16 unless told otherwise, and nothing is compiled; what compiled blocks spare is taken off by the caller
+(`with_memory` in search.py). What CUDA, NCCL and the allocator take beside tensors is an allowance, `ALLOWANCE` and
+`SLACK`.
 """
 
 import atexit
@@ -79,7 +80,7 @@ def memory_of(
 
 def planned_for(cfg: Config, device: str) -> Config:
     """The config with what `auto` would be on that device written out, and without what a count cannot do."""
-    model, parallel = {"compile": "off"}, dict[str, Any]()
+    model, parallel = {"compile": "off"}, dict[str, Any](activation_memory_budget=1.0)
     if device == "cuda":
         if cfg.model.attention != "math":
             model["attention"] = "sdpa"

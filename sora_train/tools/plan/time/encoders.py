@@ -42,8 +42,8 @@ def vae_flops(arch: dict[str, Any], pixels: int) -> float:
     return total + places * 2 * 27 * 4 * width * width
 
 
-def caption_flops(cfg: TextConfig) -> float:
-    """Operations of one caption's pass through the text encoder."""
+def caption_flops(cfg: TextConfig, tokens: int) -> float:
+    """Operations of one caption's pass through the text encoder, padded to `tokens`."""
     if cfg.kind in ("umt5", "t5") and cfg.d_model == UMT5_XXL["d_model"]:
         cfg = cfg.model_copy(update=UMT5_XXL)
-    return float(text_flops(cfg, cfg.max_length))
+    return float(text_flops(cfg, min(tokens, cfg.max_length)))

@@ -2,36 +2,53 @@
 
 A rank works on A = ceil(M / data ranks) micro-batches a step. One of a bucket takes
 
-    products / (peak * gemm)  +  attention / (peak * its share)  +  bytes that norms and gates move
-    + what blocks compute again  +  encoding  +  all-to-alls, which nothing hides
-    +  what the ring cannot hide behind attention
+    products / (peak * gemm)  +  attention / (peak * its kernel's share)  +  bytes that norms and gates move
+    + what blocks compute again  +  encoding where nothing is cached  +  all-to-alls, which nothing hides
+    +  what the ring cannot hide behind attention  +  copies of weights  +  moments in which the host is late
 
-on 1 / cp of its tokens. Gathering weights and reducing gradients go on behind compute; what is longer than `overlap`
+on 1 / cp of its tokens. Attention's backward computes five products for the forward's two, of which MFU counts four. Gathering weights and reducing gradients go on behind compute; what is longer than `overlap`
 of it, and the first unit, which has nothing before it, is waited for.
 """
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from sora_train.config import Config
-from sora_train.models.memory import ClipSize, block_bytes, compute_bytes, transformer_parameters
+from sora_train.models.memory import (
+    COMPILED,
+    ClipSize,
+    block_bytes,
+    compiles,
+    compute_bytes,
+    transformer_parameters,
+)
 from sora_train.parallel.checks.volume import Slot, context_volume, fsdp_volume, zero_volume
 from sora_train.parallel.degrees import Degrees
 from sora_train.tools.plan.assumptions import Assumptions
+from sora_train.tools.plan.time.caching import encode_seconds
 from sora_train.tools.plan.time.cluster import GB, Cluster
 from sora_train.tools.plan.time.links import Groups, Links, engine_seconds
+from sora_train.tools.plan.time.rates import Rates, rates_of
 from sora_train.tools.plan.time.work import BucketWork, Imbalance, StageWork
 
-# FlashAttention-3 (arXiv:2407.08608, fig. 5-6), head width 128, long sequences on H100: about 650 and 550 of 989
-# TFLOP/s;
-# cuDNN's beside it about 600 and 500. They count on Hopper and after, where the peak is above 900 TFLOP/s.
-FAST_KERNELS = {"flash3": (0.65, 0.55), "flash4": (0.65, 0.55), "cudnn": (0.60, 0.50)}
-HOPPER_TFLOPS = 900
-ADAM_BYTES = 36
-"""Of a parameter in the optimizer's step: weight, two moments and average read and written, gradient read, in
-float32."""
+BACKWARD_PRODUCTS = 2.5
+"""Products of attention's backward for one of its forward: the scores are computed again."""
+UPDATE_BYTES = 48
+"""Of a parameter at the end of a step, in float32: its gradient read for the norm, read and written by the clip, read
+by AdamW; weight, two moments and average read and written."""
+COPY_BYTES = 26
+"""Of a parameter and micro-batch that an engine copies, here FSDP2: two gathers in bfloat16, each written, read and written again (16),
+gradients read and added up in float32 (10)."""
+ONE_RANK_COPY_BYTES = 16
+"""The same on one rank, which keeps copies in bfloat16 (parallel/memory/masters.py): each gradient read and added up in
+float32 (10), and once a step the copies made anew (6)."""
+BUDGET_AGAIN = ((0.0, 1.0), (0.5, 0.75), (0.7, 0.54), (1.0, 0.0))
+"""`parallel.activation_memory_budget` -> time of what is computed again, as a share of the forward pass's norms and
+gates: 18 ms at 0.5 and 13 ms at 0.7 for a clip whose bytes take 24 ms to be written once."""
 HOST_ADAM_BYTES = 12
 """Of a parameter that cross to the host and back where moments are there (docs/memory.md)."""
 OFFLOADED_WAYS = 2
@@ -46,13 +63,26 @@ class BucketTime:
 
     work: BucketWork
     products: float
-    attention: float
+    forward: float
+    """Of self-attention."""
+    backward: float
+    cross: float
+    """Attention to captions, both ways."""
     passes: float
     recompute: float
-    encode: float
+    copies: float
+    """Of weights and gradients inside a rank."""
+    video: float
+    """The VAE, where nothing is cached."""
+    text: float
     exchange: float
     ring: float
     offload: float
+    host: float
+
+    @property
+    def attention(self) -> float:
+        return self.forward + self.backward + self.cross
 
     @property
     def compute(self) -> float:
@@ -60,7 +90,8 @@ class BucketTime:
 
     @property
     def total(self) -> float:
-        return self.compute + self.encode + self.exchange + self.ring + self.offload
+        moved = self.exchange + self.ring + self.offload
+        return self.compute + self.copies + self.video + self.text + moved + self.host
 
 
 @dataclass(frozen=True)
@@ -75,8 +106,6 @@ class StepPlan:
     exposed: float
     """Of it, what is waited for."""
     imbalance: float
-    optimizer: float
-    other: float
     seconds: float
     flops: float
     """Of the model, all ranks."""
@@ -89,6 +118,8 @@ class StepPlan:
     """Bytes of one rank by collective, as parallel/volume.py counts them; on average over the mix."""
     parts: dict[str, float] = field(default_factory=dict)
     """What the seconds are spent on; they add up."""
+    floors: dict[str, float] = field(default_factory=dict)
+    """Of a part, the seconds that no kernel goes below: products at `plan.ceiling`, bytes at the memory's speed."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +142,18 @@ class Bench:
         gpu = self.cluster.gpu
         return 1e12 * (gpu.tflops if self.size == 2 else gpu.tflops_fp32)
 
-    def attention_shares(self) -> tuple[float, float]:
-        """Shares of the peak that attention reaches, forward and backward."""
-        gpu, assume = self.cluster.gpu, self.assume
-        forward, backward = gpu.attention_forward, gpu.attention_backward
-        if gpu.tflops > HOPPER_TFLOPS:
-            kernel = self.stage.cfg.model.attention
-            forward, backward = FAST_KERNELS.get(kernel, (forward, backward))
-        return assume.attention_forward or forward, assume.attention_backward or backward
-
+    @cached_property
+    def rates(self) -> Rates:
+        """Shares of the peak, and where they come from."""
+        return rates_of(self.stage.cfg, self.cluster, self.assume)
 
 def again(cfg: Config) -> tuple[float, float, float]:
     """Shares of the forward pass's (products, attention, norms and gates) that backward computes again."""
+    budget = cfg.parallel.activation_memory_budget
+    if budget < 1:
+        # Below a half, products and attention too: a straight line to all of them at 0.
+        deep = max(0.0, 1 - 2 * budget)
+        return deep, deep, budget_again(budget)
     mode, every = cfg.parallel.activation_checkpointing, cfg.parallel.checkpoint_every
     layers = cfg.model.num_layers
     share = -(-layers // every) / layers if mode != "none" else 0.0
@@ -134,38 +165,47 @@ def again(cfg: Config) -> tuple[float, float, float]:
     return products, 0.0 if "attention" in kept else share, share
 
 
+def budget_again(budget: float) -> float:
+    """BUDGET_AGAIN, a straight line between its numbers."""
+    for (low, at_low), (high, at_high) in itertools.pairwise(BUDGET_AGAIN):
+        if budget <= high:
+            return at_low + (at_high - at_low) * (budget - low) / (high - low)
+    return 0.0
+
+
 def bucket_time(bench: Bench, cfg: Config, degrees: Degrees, work: BucketWork) -> BucketTime:
     """Of one micro-batch."""
-    assume, gpu, cp = bench.assume, bench.cluster.gpu, degrees.cp
-    forward, backward = bench.attention_shares()
+    assume, gpu, cp, rates = bench.assume, bench.cluster.gpu, degrees.cp, bench.rates
     clips = work.clips / cp
-    products = clips * (work.products + work.text) / (bench.peak * assume.gemm)
-    attention = clips * work.attention / bench.peak
-    saved = cfg.model.num_layers * block_bytes(
-        cfg.model, ClipSize(work.tokens, work.frames, cfg.text.max_length), bench.size
-    )
-    passes = clips * saved / (gpu.memory_gb_s * GB)
-    more, more_attention, more_passes = again(cfg)
+    products = clips * (work.products + work.text) / (bench.peak * rates.gemm)
+    own = clips * (work.attention - work.cross) / bench.peak
+    cross = clips * work.cross * (1 + BACKWARD_PRODUCTS) / (bench.peak * rates.cross)
+    size = ClipSize(work.tokens, work.frames, cfg.text.max_length)
+    share = COMPILED if compiles(cfg.model, cfg.parallel, bench.cluster.device) else 1.0
+    saved = cfg.model.num_layers * share * block_bytes(cfg.model, size, bench.size)
+    passes = clips * saved / rates.memory
     times = {
         "products": 3 * products,
-        "attention": attention / forward + 2 * attention / backward,
+        "forward": own / rates.forward,
+        "backward": BACKWARD_PRODUCTS * own / rates.backward,
+        "cross": cross,
         "passes": assume.passes * passes,
     }
+    factor = 1.0
     if assume.measured:
-        seconds = clips * (
-            cfg.data.cost_a * work.tokens + cfg.data.cost_b * work.tokens * work.tokens
-        )
+        a, b = cfg.data.cost_a, cfg.data.cost_b
+        seconds = clips * (a * work.tokens + b * work.tokens * work.tokens)
         factor = seconds / sum(times.values())
         times = {name: value * factor for name, value in times.items()}
-    else:
-        factor = 1.0
-    recompute = factor * (
-        more * products + more_attention * attention / forward + more_passes * passes
+    more, more_attention, more_passes = again(cfg)
+    core = own / rates.forward + cross / (1 + BACKWARD_PRODUCTS)
+    recompute = factor * (more * products + more_attention * core + more_passes * passes)
+    video, text = encode_seconds(work, cfg, bench.cluster, assume)
+    if bench.stage.cached:
+        video, text = 0.0, text * bench.stage.spilled
+    exchange, ring = _context_seconds(
+        bench, cfg, degrees, work, times["forward"] + times["backward"], more_attention
     )
-    vae_peak = 1e12 * (gpu.tflops if cfg.vae.dtype == "bfloat16" else gpu.tflops_fp32)
-    encode = clips * work.encode / (vae_peak * assume.convolution)
-    encode += clips * work.caption / (bench.peak * assume.gemm)
-    exchange, ring = _context_seconds(bench, cfg, degrees, work, times["attention"], more_attention)
     offload = 0.0
     if cfg.parallel.offload_activations:
         bytes_out = clips * (
@@ -174,9 +214,18 @@ def bucket_time(bench: Bench, cfg: Config, degrees: Degrees, work: BucketWork) -
         crossing = OFFLOADED_WAYS * bytes_out / (gpu.host_gb_s * GB)
         offload = max(0.0, crossing - assume.overlap * (sum(times.values()) + recompute))
     return BucketTime(
-        work, times["products"], times["attention"], times["passes"], recompute, encode,
-        exchange, ring, offload,
+        work, **times, recompute=recompute, copies=copy_seconds(bench, cfg, degrees),
+        video=clips * video, text=clips * text, exchange=exchange, ring=ring, offload=offload,
+        host=assume.micro_batch_seconds,
     )  # fmt: skip
+
+
+def copy_seconds(bench: Bench, cfg: Config, degrees: Degrees) -> float:
+    """Seconds in which a rank copies gathered weights and adds up gradients, a micro-batch."""
+    if bench.size != 2 or bench.cluster.device == "cpu":
+        return 0.0
+    each = COPY_BYTES if degrees.shards > 1 else ONE_RANK_COPY_BYTES
+    return transformer_parameters(cfg.model)[0] * each / bench.rates.memory
 
 
 def _context_seconds(
@@ -193,7 +242,7 @@ def _context_seconds(
     merged = (
         degrees.ring * work.clips * work.tokens / degrees.cp * cfg.model.dim * MERGE_BYTES * blocks
     )
-    merging = merged / (bench.cluster.gpu.memory_gb_s * GB) if degrees.ring > 1 else 0.0
+    merging = merged / bench.rates.memory if degrees.ring > 1 else 0.0
     passed = links.pass_on(groups.ring, volume["send"], 4 * (degrees.ring - 1) * blocks)
     return exchange, merging + max(0.0, passed * (1 + again / 3) - attention)
 
@@ -241,24 +290,24 @@ def step_plan(bench: Bench, cfg: Config, degrees: Degrees) -> StepPlan:
     exposed = max(gather - hidden, gather / len(bench.units)) if gather else 0.0
     parts = {
         "matrix products": mean("products"),
-        "attention": mean("attention"),
+        "attention, forward": mean("forward"),
+        "attention, backward": mean("backward"),
+        "attention to captions": mean("cross"),
         "norms and gates": mean("passes"),
         "computed again": mean("recompute"),
-        "frozen encoders": mean("encode"),
-        "token exchange (Ulysses, ring)": mean("exchange") + mean("ring"),
+        "copies of weights": slots * times[0].copies,
         "weights, gradients: exposed": exposed,
+        "token exchange (Ulysses, ring)": mean("exchange") + mean("ring"),
         "activations to the host: exposed": mean("offload"),
+        "VAE": mean("video"),
+        "text encoder": mean("text"),
+        "host, each micro-batch": slots * assume.micro_batch_seconds,
     }
     waits = bench.imbalance.of(ranks)
     work_seconds = sum(parts.values())
     parts["ranks that wait for others"] = work_seconds * waits / (1 - waits)
-    trained = transformer_parameters(cfg.model)[0]
-    shards = degrees.shards if cfg.parallel.engine == "fsdp" else cluster.gpus
-    moved = ADAM_BYTES / (cluster.gpu.memory_gb_s * GB)
-    if cfg.parallel.offload_optimizer:
-        moved += HOST_ADAM_BYTES / (cluster.gpu.host_gb_s * GB)
-    parts["optimizer and average"] = trained / shards * moved
-    parts["control plane, logging"] = assume.step_seconds
+    parts["norm, optimizer, average"] = update_seconds(bench, cfg, degrees)
+    parts["host, end of a step"] = assume.step_seconds
     parts["data"] = sum(parts.values()) * assume.data_wait / (1 - assume.data_wait)
     seconds, micro = sum(parts.values()), cfg.train.micro_batches * full
     flops = micro * stage.mean([w.clips * w.flops for w in stage.works])
@@ -267,9 +316,31 @@ def step_plan(bench: Bench, cfg: Config, degrees: Degrees) -> StepPlan:
         [w.clips * (more * w.products + more_attention * w.attention) for w in stage.works]
     )
     return StepPlan(
-        slots, times, gather, exposed, waits, parts["optimizer and average"],
-        parts["control plane, logging"] + parts["data"], seconds, flops, recomputed,
+        slots, times, gather, exposed, waits, seconds, flops, recomputed,
         micro * stage.mean([float(w.clips * w.tokens) for w in stage.works]),
         micro * stage.mean([float(w.clips) for w in stage.works]),
-        flops / (seconds * cluster.gpus * bench.peak), volume, parts,
+        flops / (seconds * cluster.gpus * bench.peak), volume, parts, floors_of(bench, parts),
     )  # fmt: skip
+
+
+def update_seconds(bench: Bench, cfg: Config, degrees: Degrees) -> float:
+    """Seconds of the gradients' norm, the optimizer's step and the average."""
+    trained = transformer_parameters(cfg.model)[0]
+    shards = degrees.shards if cfg.parallel.engine == "fsdp" else bench.cluster.gpus
+    seconds = UPDATE_BYTES / bench.rates.memory
+    if cfg.parallel.offload_optimizer:
+        seconds += HOST_ADAM_BYTES / (bench.cluster.gpu.host_gb_s * GB)
+    return trained / shards * seconds
+
+
+def floors_of(bench: Bench, parts: dict[str, float]) -> dict[str, float]:
+    """Of each part, the seconds that the card needs at its best; what is not named could be none."""
+    rates, best = bench.rates, bench.assume.ceiling
+    shares = {
+        "matrix products": rates.gemm, "attention, forward": rates.forward,
+        "attention, backward": rates.backward, "attention to captions": rates.cross,
+    }  # fmt: skip
+    floors = {name: parts[name] * min(1.0, share / best) for name, share in shares.items()}
+    return floors | {
+        name: parts[name] for name in ("norms and gates", "norm, optimizer, average")
+    }

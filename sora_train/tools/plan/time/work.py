@@ -1,5 +1,6 @@
 """What a stage computes: its buckets, the clips of a micro-batch of each, and their floating-point operations."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,7 @@ from sora_train.training.pipeline.plan import (
 )
 
 MANY = 10**9  # clips of a bucket, so that none is short of a micro-batch
+STORED_BYTES = 4  # of a value of latents in a cache: float32
 TAPE_CLIPS = 400_000  # most clips of the tape from which imbalance is read
 
 
@@ -45,12 +47,16 @@ class BucketWork:
     """Of training on one clip: forward and backward, attention counted, recomputation not."""
     attention: int
     """Of one clip forward, in softmax(Q K^T) V of the transformer."""
+    cross: int
+    """Of it, what attends to captions."""
     text: int
     """Of one clip forward, in a text encoder that is trained."""
     encode: float
-    """The frozen VAE's; 0 where latents are stored."""
+    """Of encoding one clip by the frozen VAE."""
     caption: float
-    """A frozen text encoder's."""
+    """Of encoding one caption by a frozen text encoder, 0 for one that is trained."""
+    stored: int
+    """Bytes of one clip's latents in a cache."""
 
     @property
     def products(self) -> int:
@@ -65,6 +71,13 @@ class StageWork:
     works: tuple[BucketWork, ...]
     notes: tuple[str, ...]
     cfg: Config
+    spilled: float = 0.0
+    """Share of the captions that a cache has no room for."""
+
+    @property
+    def cached(self) -> bool:
+        """Whether latents and captions come from a cache."""
+        return self.cfg.data.cache != "none"
 
     @property
     def micro_share(self) -> list[float]:
@@ -110,20 +123,18 @@ def stage_work(cfg: Config, assume: Assumptions) -> StageWork:
         shape = geometry.latent_shape(bucket.frames, bucket.height, bucket.width)
         tokens, text = tokens_of(bucket), cfg.text.max_length
         pixels = bucket.frames * bucket.height * bucket.width
-        stored = cfg.data.cache != "none"
+        values = math.prod(shape) * (2 if cfg.data.latents == "sample" else 1)
         works.append(
             BucketWork(
                 bucket, spec.class_name, tokens, shape[1], share, sizes[bucket],
                 flops_of(bucket), attention_flops(cfg.model, tokens, text),
+                attention_flops(cfg.model, tokens, text) - attention_flops(cfg.model, tokens, 0),
                 text_flops(cfg.text, text) if cfg.text.trainable else 0,
-                0.0 if stored else vae_flops(arch, pixels),
-                0.0 if stored or cfg.text.trainable else caption_flops(cfg.text),
+                vae_flops(arch, pixels), 0.0 if cfg.text.trainable else caption_flops(cfg.text, 2 * assume.caption_tokens),
+                STORED_BYTES * values,
             )
         )  # fmt: skip
-    notes = [vae_note] if vae_note else []
-    if cfg.data.cache != "none":
-        notes.append("latents come from the cache: encoding all clips once is not counted")
-    return StageWork(tuple(works), tuple(notes), cfg)
+    return StageWork(tuple(works), (vae_note,) if vae_note else (), cfg)
 
 
 def shares_of(table: list[BucketSpec], mix: dict[str, float]) -> list[float]:
