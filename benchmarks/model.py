@@ -8,7 +8,6 @@ gains, the second what it gains besides attention.
 
 import argparse
 import gc
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from sora_train.config import ModelConfig
+from sora_train.config import Config, ModelConfig
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
 from sora_train.models.flops import training_flops
@@ -29,7 +28,7 @@ from sora_train.models.transformer.wan_layout import wan_arguments
 from sora_train.monitoring.device_peaks import peak_flops
 from sora_train.parallel.compile import check_compiler, compile_blocks, graphs_compiled
 from sora_train.runtime.world import pick_device
-from sora_train.tools.measuring import Measured, Result, Stats
+from sora_train.tools.measuring import Measured, Result, Stats, grid_of
 
 DEFAULT_OUT = Path("benchmarks/results")
 DEFAULT_SIZES = {
@@ -126,7 +125,8 @@ def run(request: ModelBenchRequest) -> Result:
     for dtype in request.dtypes:
         prepare_attention(request.model, device, getattr(torch, dtype))
     for mode in request.modes:
-        check_compiler("off" if mode == "eager" else mode, device)
+        compiled = request.model.model_copy(update={"compile": "off" if mode == "eager" else mode})
+        check_compiler(Config().model_copy(update={"model": compiled}), device)
     measured: dict[str, Measured] = {}
     facts: dict[str, str | int | float | None] = {
         "tokens": request.tokens,
@@ -267,14 +267,6 @@ def batch_of(request: ModelBenchRequest, dtype: torch.dtype, device: torch.devic
         captions=normal(1, request.caption, cfg.text_dim),
         cotangent=normal(1, cfg.velocity_channels, *size),
     )
-
-
-def grid_of(tokens: int) -> tuple[int, int, int]:
-    """Frames, rows and columns with `tokens` tokens: up to four frames, each as square as can be."""
-    frames = math.gcd(4, tokens)
-    area = tokens // frames
-    rows = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)
-    return frames, rows, area // rows
 
 
 def first_weights(cfg: ModelConfig) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ import math
 
 from sora_train.config.sections.model import ModelConfig, TextConfig
 
-
 FORMULA = (
     "3 (layers (8 L D^2 + 4 (L + S) D^2 + 4 L D F + 4 L (L + S) D) + embeddings), L video tokens, S caption tokens, "
     "D width, F feed-forward width"

@@ -249,7 +249,7 @@ def fixed_bytes(
     """Bytes of a rank before any clip.
 
     float32 weights, gradients, `moments` and `averages` over the shards; the weights of the blocks at
-    work, gathered in the compute precision, and the noise level's in float32; and whole gradients,
+    work, gathered in the compute precision (one rank: of all), and the noise level's in float32; and whole gradients,
     where a rank adds up several of the step's `micro_batches` before they are sharded (`parallel.accumulate`).
 
     The shards are those of `parallel.dp_shard`; -1 counts as one rank that holds everything, as
@@ -265,10 +265,11 @@ def fixed_bytes(
     if not text.trainable:
         total += encoder * MASTER
     total += precise_bytes(model, w)
-    if ranks == 1 and w == MASTER:
-        return total  # nothing is gathered or cast
-    # One rank casts the model as one unit; several gather a block ahead of the one at work.
-    at_work = trained if ranks == 1 else trained - (model.num_layers - 2) * block
+    if ranks == 1:
+        # Nothing is gathered; copies in the compute precision stand beside the masters.
+        return total + (trained * w if w < MASTER else 0)
+    # A block is gathered ahead of the one at work.
+    at_work = trained - (model.num_layers - 2) * block
     total += 2 * min(at_work, trained) * w  # weights, and their gradients before they are reduced
     if micro_batches > ranks and parallel.accumulate == "whole":
         total += trained * max(MASTER, w)

@@ -5,6 +5,7 @@ without them.
 """
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -65,6 +66,14 @@ def measure(fn: Callable[[], object], warmup: int, repeats: int) -> Stats:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def grid_of(tokens: int) -> tuple[int, int, int]:
+    """Frames, rows and columns with `tokens` tokens: up to four frames, each as square as can be."""
+    frames = math.gcd(4, tokens)
+    area = tokens // frames
+    rows = next(n for n in range(math.isqrt(area), 0, -1) if area % n == 0)
+    return frames, rows, area // rows
 
 
 def machine() -> dict[str, str | int]:

@@ -1,11 +1,13 @@
 """`sora bench cost`: the fit is exact, the measurement ends in two values a run takes."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentences import refuses
@@ -13,8 +15,17 @@ from sentences import refuses
 from sora_train import cli
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
-from sora_train.tools.measuring import Stats
-from sora_train.tools.plan.cost import Fit, default_lengths, fit, parse_tokens, run, table
+from sora_train.tools.measuring import Stats, grid_of
+from sora_train.tools.plan.cost import (
+    Fit,
+    check_lengths,
+    clip_of,
+    default_lengths,
+    fit,
+    parse_tokens,
+    run,
+    table,
+)
 from sora_train.training.pipeline.plan import cost_model
 
 COEFFICIENT = st.one_of(st.just(0.0), st.floats(0.1, 10.0))
@@ -89,16 +100,39 @@ def test_lengths_reach_the_largest_bucket_and_a_whole_micro_batch():
     assert len(short) >= 3 and short[-1] < 480
 
 
+@given(st.integers(1, 2**19))
+@settings(max_examples=200, deadline=None)
+def test_a_grid_holds_the_tokens(tokens: int):
+    assert math.prod(grid_of(tokens)) == tokens
+
+
+@pytest.mark.parametrize("name", ["wan_1_3b_finetune", "wan_14b_finetune", "wan_5b_finetune"])
+def test_lengths_of_a_recipe_are_clips_that_its_model_takes(name: str):
+    cfg = compose([f"experiment={name}", "data.source=x"]).config
+    lengths = default_lengths(cfg)
+    check_lengths(cfg, lengths)
+    assert lengths[-1] > 16_000
+    clip = clip_of(cfg, 32_768, torch.device("cpu"))
+    frames, height, width = clip.x.shape[2:]
+    assert (frames, height, width) == (4, 128, 256) and clip.mask_BT.shape == (1, 4)
+
+
+def test_a_length_that_is_one_long_row_is_refused_with_one_that_is_not():
+    cfg = compose(["experiment=parity_tiny"]).config
+    with refuses(UserError, "tokens=8191", "model.rope_max_length=1024", "tokens=8192"):
+        check_lengths(cfg, [64, 8191])
+
+
 def test_a_toy_model_is_measured_and_its_values_are_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    arguments = ["bench", "cost", "experiment=parity_tiny", "tokens=16,256,1024", "run.device=cpu"]
+    arguments = ["bench", "cost", "experiment=parity_tiny", "tokens=16,256,2048", "run.device=cpu"]
     assert cli.run([*arguments, "--repeats", "3", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     values = re.search(r"data\.cost_a=(\S+) data\.cost_b=(\S+)", printed)
-    assert values is not None and "| 1,024 |" in printed
+    assert values is not None and "| 2,048 |" in printed
     cost = cost_model(compose(["experiment=parity_tiny", *values.group(0).split()]).config)
-    assert 0 < cost(16) < cost(1024)
+    assert 0 < cost(16) < cost(2048)
     read = json.loads((tmp_path / "cost.json").read_text())
-    assert list(read["measured"]) == ["16 tokens", "256 tokens", "1024 tokens"]
+    assert list(read["measured"]) == ["16 tokens", "256 tokens", "2048 tokens"]
     assert read["facts"]["to paste"] == values.group(0)

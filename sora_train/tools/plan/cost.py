@@ -21,11 +21,11 @@ from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.models.vae.autoencoder import read_geometry
 from sora_train.objectives import FlowBatch
 from sora_train.parallel.engine import build_engine, resolve_layout
 from sora_train.runtime import world as distributed
-from sora_train.tools.measuring import Measured, Result, Stats, measure
+from sora_train.tools.measuring import Measured, Result, Stats, grid_of, measure
+from sora_train.tools.plan.time.encoders import geometry_of
 from sora_train.training.optim.optim import build_optimizer
 from sora_train.training.pipeline.plan import bucket_table, token_counter
 
@@ -35,6 +35,8 @@ LENGTHS = 6
 """Token counts measured where none are asked for, spread evenly in ratio."""
 SPREAD = 16
 """The longest of them over the shortest."""
+EVEN = 256
+"""Long clips have a multiple of so many tokens."""
 FEWEST = 3
 """Lengths that determine a, b and c."""
 
@@ -112,6 +114,7 @@ def run(
         raise UserError(
             f"tokens={','.join(map(str, lengths))}: a, b and c need at least {FEWEST} different lengths"
         )
+    check_lengths(cfg, lengths)
     seconds = measure_lengths(cfg, lengths, repeats)
     fitted = fit(lengths, [seconds[length].median for length in lengths])
     measured = {f"{length} tokens": Measured(seconds[length], "s") for length in lengths}
@@ -130,12 +133,26 @@ def run(
 def default_lengths(cfg: Config) -> list[int]:
     """Token counts up to the largest bucket's, or `data.micro_batch_tokens` where that is more: short
     clips alone would show the overhead of a step and not its work."""
-    geometry, patch = read_geometry(cfg.vae), cfg.model.patch_size
+    (geometry, _), patch = geometry_of(cfg), cfg.model.patch_size
     tokens_of = token_counter(geometry, patch)
     largest = max(tokens_of(spec.bucket) for spec in bucket_table(cfg, geometry, patch))
     longest = max(largest, cfg.data.micro_batch_tokens)
     first = max(1, longest // SPREAD)
-    return sorted({round(count) for count in np.geomspace(first, longest, LENGTHS)})
+    counts = {round(count) for count in np.geomspace(first, longest, LENGTHS)}
+    # A length with a large prime factor is one long row, which no bucket is.
+    return sorted({count if count < 1024 else count // EVEN * EVEN for count in counts})
+
+
+def check_lengths(cfg: Config, lengths: Sequence[int]) -> None:
+    """Raises UserError for a length whose clip has a side beyond `model.rope_max_length`."""
+    most = cfg.model.rope_max_length
+    for length in lengths:
+        if max(grid_of(length)) > most:
+            near = max(EVEN, round(length / EVEN) * EVEN)
+            raise UserError(
+                f"tokens={length}: its most even clip has {' x '.join(map(str, grid_of(length)))} tokens, and a side "
+                f"has at most model.rope_max_length={most}; take tokens={near}"
+            )
 
 
 def measure_lengths(cfg: Config, lengths: Sequence[int], repeats: int) -> dict[int, Stats]:
@@ -162,15 +179,16 @@ def measure_lengths(cfg: Config, lengths: Sequence[int], repeats: int) -> dict[i
 
 
 def clip_of(cfg: Config, tokens: int, device: torch.device) -> FlowBatch:
-    """A random clip of so many tokens, one latent frame of one row, with a caption of half the limit."""
-    _, p, q = cfg.model.patch_size
-    shape = (1, cfg.model.in_channels, 1, p, tokens * q)
+    """A random clip of so many tokens, as square as they allow, with a caption of half the limit."""
+    frames, rows, columns = grid_of(tokens)
+    patch, p, q = cfg.model.patch_size
+    shape = (1, cfg.model.in_channels, frames * patch, rows * p, columns * q)
     generator = torch.Generator().manual_seed(cfg.seed)
     return FlowBatch(
         x=torch.randn(shape, generator=generator).to(device),
         noise=torch.randn(shape, generator=generator).to(device),
         t_B=torch.full((1,), 0.5, device=device),
-        mask_BT=torch.zeros(1, 1, device=device),
+        mask_BT=torch.zeros(1, frames * patch, device=device),
         prompts=["x" * (cfg.text.max_length // 2 - 1)],
         fps_B=torch.full((1,), cfg.buckets.fps, device=device),
     )

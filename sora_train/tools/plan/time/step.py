@@ -6,7 +6,8 @@ A rank works on A = ceil(M / data ranks) micro-batches a step. One of a bucket t
     + what blocks compute again  +  encoding where nothing is cached  +  all-to-alls, which nothing hides
     +  what the ring cannot hide behind attention  +  copies of weights  +  moments in which the host is late
 
-on 1 / cp of its tokens. Attention's backward computes five products for the forward's two, of which MFU counts four. Gathering weights and reducing gradients go on behind compute; what is longer than `overlap`
+on 1 / cp of its tokens. Attention's backward computes five products for the forward's two, of which MFU counts four.
+Gathering weights and reducing gradients go on behind compute; what is longer than `overlap`
 of it, and the first unit, which has nothing before it, is waited for.
 """
 
@@ -41,8 +42,8 @@ UPDATE_BYTES = 48
 """Of a parameter at the end of a step, in float32: its gradient read for the norm, read and written by the clip, read
 by AdamW; weight, two moments and average read and written."""
 COPY_BYTES = 26
-"""Of a parameter and micro-batch that an engine copies, here FSDP2: two gathers in bfloat16, each written, read and written again (16),
-gradients read and added up in float32 (10)."""
+"""Of a parameter and micro-batch that an engine copies, here FSDP2: two gathers in bfloat16, each written, read and
+written again (16), gradients read and added up in float32 (10)."""
 ONE_RANK_COPY_BYTES = 16
 """The same on one rank, which keeps copies in bfloat16 (parallel/memory/masters.py): each gradient read and added up in
 float32 (10), and once a step the copies made anew (6)."""
@@ -146,6 +147,7 @@ class Bench:
     def rates(self) -> Rates:
         """Shares of the peak, and where they come from."""
         return rates_of(self.stage.cfg, self.cluster, self.assume)
+
 
 def again(cfg: Config) -> tuple[float, float, float]:
     """Shares of the forward pass's (products, attention, norms and gates) that backward computes again."""
@@ -341,6 +343,4 @@ def floors_of(bench: Bench, parts: dict[str, float]) -> dict[str, float]:
         "attention, backward": rates.backward, "attention to captions": rates.cross,
     }  # fmt: skip
     floors = {name: parts[name] * min(1.0, share / best) for name, share in shares.items()}
-    return floors | {
-        name: parts[name] for name in ("norms and gates", "norm, optimizer, average")
-    }
+    return floors | {name: parts[name] for name in ("norms and gates", "norm, optimizer, average")}

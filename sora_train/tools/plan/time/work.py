@@ -130,7 +130,8 @@ def stage_work(cfg: Config, assume: Assumptions) -> StageWork:
                 flops_of(bucket), attention_flops(cfg.model, tokens, text),
                 attention_flops(cfg.model, tokens, text) - attention_flops(cfg.model, tokens, 0),
                 text_flops(cfg.text, text) if cfg.text.trainable else 0,
-                vae_flops(arch, pixels), 0.0 if cfg.text.trainable else caption_flops(cfg.text, 2 * assume.caption_tokens),
+                vae_flops(arch, pixels),
+                0.0 if cfg.text.trainable else caption_flops(cfg.text, 2 * assume.caption_tokens),
                 STORED_BYTES * values,
             )
         )  # fmt: skip
