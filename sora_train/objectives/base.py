@@ -105,7 +105,7 @@ class Objective(ABC):
     # --- for an objective that trains weights of its own ---
 
     def step(self) -> dict[str, float]:
-        """Update the objective's own weights; called once for every step that is taken, before the model's change.
+        """Update the objective's own weights; called once for every step that is taken, after the model's change.
 
         A collective; returns metrics of the step, the same on every rank.
         """

@@ -53,6 +53,12 @@ class FsdpEngine:
         self.on_host = HostCopies(self.shards) if cfg.parallel.offload_optimizer else None
         stepped = self.on_host.copies if self.on_host else self.shards
         self.optimizer: torch.optim.Optimizer = build_optimizer(stepped)
+        # The kernels that do both, step and judge, take their scale in float32.
+        self.judges_on_device = (
+            getattr(self.optimizer, "_step_supports_amp_scaling", False)
+            and not self.on_host
+            and all(shard.dtype == torch.float32 for shard in self.shards.values())
+        )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.model, FSDPModule):
@@ -63,7 +69,7 @@ class FsdpEngine:
         (loss / self.cp if self.cp > 1 else loss).backward()
 
     @torch.no_grad()
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         # Squares are summed over the axis that shards, not over replicas, which hold the same ones.
         for name, parameter in self.named.items():
             self.shards[name].grad = None if parameter.grad is None else local(parameter.grad)
@@ -72,17 +78,26 @@ class FsdpEngine:
         dtype = torch.float64 if self.param_dtype == torch.float64 else None
         square = torch.stack(torch._foreach_norm(self._grads(), 2, dtype)).square().sum()
         dist.all_reduce(square, group=self.mesh.get_group("fsdp"))
-        return float(square.sqrt())
+        return square.sqrt()
 
-    def step(self, lr: float, norm: float) -> None:
-        if 0 < self.grad_clip < norm:
-            torch._foreach_mul_(self._grads(), self.grad_clip / norm)
+    def step(self, lr: float, norm: Tensor, bad: Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        if self.on_host:
-            self.on_host.step(self.optimizer)
-        else:
+        if self.judges_on_device:
+            # Torch's own means for this, made for its scaler of float16 gradients: the kernel divides by the
+            # one and, where the other is not 0, leaves weights, moments and its count of steps alone.
+            clipped = (norm / self.grad_clip).clamp(min=1.0) if self.grad_clip else None
+            self.optimizer.grad_scale = None if clipped is None else clipped.float()
+            self.optimizer.found_inf = bad.float()
             self.optimizer.step()
+        elif not bad:
+            if self.grad_clip:
+                scale = (self.grad_clip / norm).clamp(max=1.0)
+                torch._foreach_mul_(self._grads(), scale)
+            if self.on_host:
+                self.on_host.step(self.optimizer)
+            else:
+                self.optimizer.step()
         self.weights_changed()
         self.skip()
 

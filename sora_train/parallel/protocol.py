@@ -33,11 +33,13 @@ class Engine(Protocol):
         ranks that share its tokens all give the same.
         """
 
-    def gradient_norm(self) -> float:
-        """The global norm of the step's gradients, the same on all ranks; once a step, after the last backward."""
+    def gradient_norm(self) -> Tensor:
+        """The global norm of the step's gradients, 0-d on the device, the same on all ranks; once a step, after the
+        last backward."""
 
-    def step(self, lr: float, norm: float) -> None:
-        """Clip by this norm, update the weights at this learning rate, forget the gradients."""
+    def step(self, lr: float, norm: Tensor, bad: Tensor) -> None:
+        """Clip by this norm, update the weights at this learning rate, forget the gradients; where `bad` is true only
+        the last. Both are 0-d on the device, and an engine that updates there does not wait for them."""
 
     def skip(self) -> None:
         """Forget the step's gradients; weights and moments stay as they are."""

@@ -52,8 +52,9 @@ from sora_train.training.recipe import Callback, Recipe
 from sora_train.training.resilience import resume, rollback
 from sora_train.training.resilience.debug_mode import start_debug
 from sora_train.training.resilience.out_of_memory import Work, explained, record_allocations
+from sora_train.training.resilience.outcome import Found, Outcome
 from sora_train.training.resilience.probe import measure_probe
-from sora_train.training.resilience.spike_detector import SpikeDetector
+from sora_train.training.resilience.spike_detector import Limits, SpikeDetector, judge
 from sora_train.training.resilience.spike_report import ComputedStep, record_spike
 from sora_train.training.run import RunContext, join
 from sora_train.training.warm_up import warm_up
@@ -219,8 +220,9 @@ class Trainer:
         """One optimizer step over this step's slots of the tape; returns the step's metrics.
 
         The true total weight over all ranks and slots is known before the first backward, so each
-        micro-batch is scaled once and gradients are summed, at any world size. Nothing is changed
-        before loss and gradient norm are known to all.
+        micro-batch is scaled once and gradients are summed, at any world size. Loss and gradient norm
+        of all ranks are judged on the device, and a bad step changes nothing there; the host reads
+        them while the device updates.
         """
         began = time.monotonic()
         batches, weights, error = self.read()
@@ -236,9 +238,15 @@ class Trainer:
                     self.engine.backward(loss, last=i == len(batches) - 1)
                 parts.append(detached(terms))
             grad_norm = self.engine.gradient_norm()
-        row = self.measure(batches, parts, totals, grad_norm)
+        shares = self.shares(batches, parts)
         with self.health.phase("update"):
-            self.update(row, grad_norm, batches, parts, totals)
+            limits = self.spikes.limits(shares)
+            outcome = Outcome(batches, parts, totals, grad_norm, limits, self.world)
+            with explained(self.work(batches[-1], "the update"), self.cfg, self.world):
+                self.engine.step(self.learning_rate(), grad_norm, outcome.bad)
+            found = outcome.read()
+        row = self.measure(batches, totals, found, shares)
+        self.settle(row, found, limits, ComputedStep(batches, found.parts, totals))
         self.state.step += 1
         self.state.data_step += 1
         return self.timed(row, waited, began)
@@ -266,36 +274,38 @@ class Trainer:
         )
         return dict(zip(names, totals, strict=True)), waited / self.world.dp_size
 
+    def learning_rate(self) -> float:
+        """That of the step that is being taken."""
+        return lr_at(self.step, self.cfg.train.steps, self.cfg.optim)
+
+    def shares(self, batches: list[ClipBatch], parts: list[Terms]) -> dict[str, float]:
+        """The share of each kind of clips in the step, over all ranks; the device is not asked."""
+        return self.metrics.shares(
+            self.health.exchange(self.metrics.kind_weights(batches, parts), slots=len(batches))
+        )
+
     def measure(
         self,
         batches: list[ClipBatch],
-        parts: list[Terms],
         totals: dict[str, float],
-        grad_norm: float,
+        found: Found,
+        shares: dict[str, float],
     ) -> dict[str, float]:
-        """Sum the step's numbers over the ranks and name them (docs/metrics.md); the same on every rank."""
-        sums = dict.fromkeys(totals, 0.0)
-        for terms in parts:
-            for name, term in terms.items():
-                sums[name] += float(term.sum)
-        numbers = self.metrics.sums(batches, parts, totals)
-        mine = [*sums.values(), *numbers, self.take_captions_cut(), grad_norm]
+        """Sum the step's other numbers over the ranks and name all (docs/metrics.md); the same on every rank."""
+        numbers = self.metrics.sums(batches, found.parts, totals)
         own = [self.engine.recompiles() or 0]
-        *summed, cut, norms, recompiles = self.health.exchange(mine, own=own)
-        term_sums, numbers = summed[: len(sums)], summed[len(sums) :]
-        losses = {
-            name: total / max(totals[name], 1.0)
-            for name, total in zip(sums, term_sums, strict=True)
-        }
+        *numbers, cut, recompiles = self.health.exchange(
+            [*numbers, self.take_captions_cut()], own=own
+        )
+        losses = {name: total / max(totals[name], 1.0) for name, total in found.sums.items()}
         self.state.dropped += int(numbers[FAILURES])
         self.state.captions_cut += int(cut)
-        self.kinds = self.metrics.kinds_of(numbers)
+        self.kinds = self.metrics.kinds_of(numbers, shares)
         return {
             "train/loss": sum(losses.values()),
             **{f"train/loss/{name}": value for name, value in losses.items()},
-            # A mean of equal numbers, so that whatever is decided by it is decided alike.
-            "train/grad_norm": norms / self.world.dp_size,
-            "train/lr": lr_at(self.step, self.cfg.train.steps, self.cfg.optim),
+            "train/grad_norm": found.grad_norm,
+            "train/lr": self.learning_rate(),
             **self.metrics.row(numbers),
             "train/data_step": float(self.data_step + 1),
             "train/epoch": self.data.epoch_at(self.data_step + 1),
@@ -304,29 +314,20 @@ class Trainer:
             **({} if self.engine.recompiles() is None else {"train/recompiles": recompiles}),
         }
 
-    def update(
-        self,
-        row: dict[str, float],
-        grad_norm: float,
-        batches: list[ClipBatch],
-        parts: list[Terms],
-        totals: dict[str, float],
+    def settle(
+        self, row: dict[str, float], found: Found, limits: Limits, computed: ComputedStep
     ) -> None:
-        """Change the weights and their average, or skip a step that all ranks judge to be bad for what it holds."""
-        verdict = self.spikes.verdict(row["train/loss"], row["train/grad_norm"], self.kinds)
+        """Average the weights of a step that was taken; record one that was skipped for what it holds."""
+        verdict = judge(row["train/loss"], found.judged, found.grad_norm, limits)
         clips = int(row["train/clips"])
         if verdict.bad:
-            self.engine.skip()
             self.objective.skip()
-            computed = ComputedStep(batches, parts, totals)
             record_spike(self.run, self.parts, self.state, self.spikes, verdict, computed)
             self.spikes.skip(clips)
             return
-        with explained(self.work(batches[-1], "the update"), self.cfg, self.world):
-            row |= self.objective.step()
-            self.engine.step(row["train/lr"], grad_norm)
+        row |= self.objective.step()
         self.ema.update(self.step)
-        self.spikes.accept(verdict.loss, verdict.grad_norm, self.kinds)
+        self.spikes.accept(row["train/loss"], found.grad_norm, self.kinds)
         self.state.samples_seen += clips
 
     def work(self, batch: ClipBatch, doing: str) -> Work:

@@ -103,7 +103,7 @@ def steps_of(
         loss = torch.tensor(forward_backward(engine, cfg, world, step), dtype=torch.float64)
         dist.all_reduce(loss)
         norm = engine.gradient_norm()
-        engine.step(cfg.optim.lr, norm)
+        engine.step(cfg.optim.lr, norm, torch.tensor(False))
         yield float(loss), norm
 
 

@@ -16,7 +16,8 @@ from sora_train.config import SpikeDetectionConfig
 from sora_train.monitoring.metrics import MetricsFile
 from sora_train.monitoring.report.run_charts import skipped_steps, training_charts
 from sora_train.training.outputs.step_metrics import KindOfClips
-from sora_train.training.resilience.spike_detector import SpikeDetector
+from sora_train.training.resilience.spike_detector import SpikeDetector, StepVerdict
+from sora_train.training.resilience.spike_detector import judge as judged
 
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])
 VALUES = st.floats(1e-6, 1e6)
@@ -24,16 +25,26 @@ CURVES = st.lists(st.tuples(VALUES, VALUES), min_size=3, max_size=40)
 SMALL = SpikeDetectionConfig(warmup=5, window=12, spike_sigma=6.0, grad_norm_sigma=6.0)
 
 
+def verdict(
+    judge: SpikeDetector, loss: float, norm: float, kinds: dict[str, KindOfClips] | None = None
+) -> StepVerdict:
+    """That of a step with this loss, whose kinds have the parts of it that they say."""
+    held = kinds or {}
+    limits = judge.limits({name: kind.share for name, kind in held.items()})
+    unjudged = sum(held[name].share * held[name].loss for name in limits.unjudged)
+    return judged(loss, loss - unjudged, norm, limits)
+
+
 def follow(judge: SpikeDetector, curve: list[tuple[float, float]]) -> list[str]:
     """SpikeDetector and count each step; the reasons."""
     reasons = []
     for loss, norm in curve:
-        verdict = judge.verdict(loss, norm)
-        if verdict.bad:
+        found = verdict(judge, loss, norm)
+        if found.bad:
             judge.skip(1)
         else:
             judge.accept(loss, norm)
-        reasons.append(verdict.reason)
+        reasons.append(found.reason)
     return reasons
 
 
@@ -52,8 +63,8 @@ def test_what_is_not_finite_is_always_bad(
         judge, clean = SpikeDetector(cfg), SpikeDetector(cfg)
         follow(judge, curve[:at])
         follow(clean, curve[:at])
-        verdict = judge.verdict(*((bad, 1.0) if in_loss else (1.0, bad)))
-        assert verdict.reason == "non_finite"
+        found = verdict(judge, *((bad, 1.0) if in_loss else (1.0, bad)))
+        assert found.reason == "non_finite"
         judge.skip(1)
         assert follow(judge, curve[at:]) == follow(clean, curve[at:])
 
@@ -66,7 +77,7 @@ def test_other_units_change_no_verdict(
     a, b = 2.0 ** round(loss_power), 2.0 ** round(norm_power)
     one, other = SpikeDetector(SMALL), SpikeDetector(SMALL)
     for loss, norm in curve:
-        seen, scaled = one.verdict(loss, norm), other.verdict(a * loss, b * norm)
+        seen, scaled = verdict(one, loss, norm), verdict(other, a * loss, b * norm)
         if math.isfinite(seen.loss_limit):
             assert scaled.loss_limit == pytest.approx(a * seen.loss_limit, rel=1e-9)
             assert scaled.grad_norm_limit == pytest.approx(b * seen.grad_norm_limit, rel=1e-9)
@@ -91,8 +102,8 @@ def test_one_outlier_among_good_steps_hardly_moves_the_limit(
         spoiled.accept(outlier if number == at else loss, 1.0)
     # All values lie within log(2) of 1, so a window of them can never allow more than this.
     most = math.exp(math.log(2) + 6 * 1.4826 * 2 * math.log(2))
-    assert spoiled.verdict(1.0, 1.0).loss_limit <= most
-    assert clean.verdict(1.0, 1.0).loss_limit <= most
+    assert verdict(spoiled, 1.0, 1.0).loss_limit <= most
+    assert verdict(clean, 1.0, 1.0).loss_limit <= most
 
 
 @settings(max_examples=50)
@@ -115,19 +126,19 @@ def test_the_limit_is_the_medians_by_hand() -> None:
     )
     for loss in (1e9, 1.0, 2.0, 4.0, 8.0, 16.0):  # the first has left the window
         judge.accept(loss, loss)
-    verdict = judge.verdict(1.0, 1e30)
+    found = verdict(judge, 1.0, 1e30)
     # log2: 0 1 2 3 4, median 2, deviations 2 1 0 1 2, their median 1.
-    assert verdict.loss_limit == pytest.approx(2 ** (2 + 4 * 1.4826))
-    assert verdict.grad_norm_limit == math.inf and not verdict.bad
+    assert found.loss_limit == pytest.approx(2 ** (2 + 4 * 1.4826))
+    assert found.grad_norm_limit == math.inf and not found.bad
 
 
 def test_a_flat_curve_is_not_judged_by_its_last_digits() -> None:
     judge = SpikeDetector(SMALL)
     for _ in range(20):
         judge.accept(1.0, 1.0)
-    assert not judge.verdict(1.5, 1.5).bad
-    assert judge.verdict(2.0, 1.0).reason == "loss_spike"
-    assert judge.verdict(1.0, 2.0).reason == "grad_norm_spike"
+    assert not verdict(judge, 1.5, 1.5).bad
+    assert verdict(judge, 2.0, 1.0).reason == "loss_spike"
+    assert verdict(judge, 1.0, 2.0).reason == "grad_norm_spike"
 
 
 def test_gaussian_deviations_are_deviations() -> None:
@@ -136,16 +147,16 @@ def test_gaussian_deviations_are_deviations() -> None:
     quantiles = NormalDist(0.0, 0.5).quantiles(n=1001)
     for value in np.random.default_rng(0).permutation(quantiles):
         judge.accept(math.exp(value), 1.0)
-    assert math.log(judge.verdict(1.0, 1.0).loss_limit) == pytest.approx(4 * 0.5, rel=0.01)
+    assert math.log(verdict(judge, 1.0, 1.0).loss_limit) == pytest.approx(4 * 0.5, rel=0.01)
 
 
 def test_a_loss_of_zero_or_less_is_taken_and_not_judged() -> None:
     judge = SpikeDetector(SMALL)
     for loss in (0.0, -1.0) * 10:
-        assert not judge.verdict(loss, 1.0).bad
+        assert not verdict(judge, loss, 1.0).bad
         judge.accept(loss, 1.0)
-    assert judge.verdict(1e9, 1.0).loss_limit == math.inf
-    assert judge.verdict(-1.0, 1e9).reason == "grad_norm_spike"
+    assert verdict(judge, 1e9, 1.0).loss_limit == math.inf
+    assert verdict(judge, -1.0, 1e9).reason == "grad_norm_spike"
 
 
 def test_skips_in_a_row_exhaust_and_a_good_step_forgives() -> None:
@@ -208,7 +219,7 @@ def test_no_minority_is_skipped_and_what_is_five_times_its_own_kind_is(
     for number, (loss, norm, kinds, rare, planted) in enumerate(
         synthetic(rng, share, times, mixed, 3000)
     ):
-        bad = judge.verdict(loss, norm, kinds).bad
+        bad = verdict(judge, loss, norm, kinds).bad
         judge.skip(1) if bad else judge.accept(loss, norm, kinds)
         if number >= 300:
             counts[rare, planted][0] += bad
@@ -227,9 +238,14 @@ def test_the_limit_of_a_step_is_that_of_its_kinds_by_hand() -> None:
         judge.accept(8.0, 1.0, {"b": KindOfClips(1.0, 8.0)})
     kinds = {"a": KindOfClips(0.75, 3.0), "b": KindOfClips(0.25, 3.0)}
     # 0.75 * 1 + 0.25 * 8, and e for ten deviations of 0.1
-    assert judge.verdict(3.0, 1.0, kinds).loss_limit == pytest.approx(2.75 * math.e)
+    assert verdict(judge, 3.0, 1.0, kinds).loss_limit == pytest.approx(2.75 * math.e)
+    # Of a kind not met before neither the part of the loss nor a level counts.
+    new = {"a": KindOfClips(0.75, 3.0), "c": KindOfClips(0.25, 1e9)}
+    found = verdict(judge, 0.75 * 3.0 + 0.25e9, 1.0, new)
+    assert found.loss_limit == pytest.approx(0.75 * math.e)
+    assert found.loss == pytest.approx(0.75 * 3.0) and found.reason == "loss_spike"
     unseen = {"c": KindOfClips(0.6, 1e9), "a": KindOfClips(0.4, 1.0)}
-    assert not judge.verdict(6e8, 1.0, unseen).bad
+    assert not verdict(judge, 6e8, 1.0, unseen).bad
 
 
 def test_a_state_from_before_there_were_kinds_begins_anew() -> None:
@@ -238,7 +254,7 @@ def test_a_state_from_before_there_were_kinds_begins_anew() -> None:
         {"losses": [0.0] * 12, "grad_norms": [0.0] * 12, "accepted": 500, "tally": {"skipped": 3}}
     )
     assert judge.counters.skipped == 3 and judge.accepted == 0
-    assert not judge.verdict(1e9, 1e9).bad
+    assert not verdict(judge, 1e9, 1e9).bad
 
 
 def test_a_sigma_that_would_skip_ordinary_steps_is_refused() -> None:

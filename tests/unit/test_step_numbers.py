@@ -94,7 +94,11 @@ def test_ranks_add_up_and_the_groups_are_the_loss(batches, cut):
         assert set(found) == set(weights)
         together = sum(found[name] * weights[name] for name in found)
         assert together == pytest.approx(sum(clip[3] for clip in clips))
-    kinds = book.kinds_of(whole)
+    held, parts, _ = step_of(batches)
+    weights = book.kind_weights(held, parts)
+    halves = [book.kind_weights(held[half], parts[half]) for half in (slice(cut), slice(cut, None))]
+    assert [sum(pair) for pair in zip(*halves, strict=True)] == pytest.approx(weights)
+    kinds = book.kinds_of(whole, book.shares(weights))
     assert set(kinds) == {f"{clip[0].name} t={BANDS[band_of(clip[1])]}" for clip in clips}
     if clips:
         assert sum(kind.share for kind in kinds.values()) == pytest.approx(1.0)
@@ -106,7 +110,8 @@ def test_clips_that_are_not_told_apart_are_of_the_kind_of_their_bucket():
     book = numbers()
     held, parts, totals = step_of([(BUCKETS[1], [(0.5, "t2v", 3.0, 1)])])
     parts = [{"a": LossTerm(torch.tensor(3.0), 1.0), "b": LossTerm(torch.tensor(5.0), 1.0)}]
-    kinds = book.kinds_of(book.sums(held, parts, {"a": 16.0, "b": 2.0}))
+    shares = book.shares(book.kind_weights(held, parts))
+    kinds = book.kinds_of(book.sums(held, parts, {"a": 16.0, "b": 2.0}), shares)
     assert kinds == {BUCKETS[1].name: KindOfClips(1.0, 3 / 16 + 5 / 2)}
 
 

@@ -187,7 +187,7 @@ def by_all_ranks(cfg: Config, world: World, layout: Layout) -> dict[str, Tensor]
         norm = engine.gradient_norm()
         before = {name: full(engine.model_state()[name]).clone() for name in COMPARED}
         # Of a norm of 0 nothing is clipped.
-        engine.step(LR, 0.0)
+        engine.step(LR, torch.zeros_like(norm), torch.zeros_like(norm, dtype=torch.bool))
         after = {name: full(engine.model_state()[name]) for name in COMPARED}
     finally:
         engine.close()
@@ -196,7 +196,7 @@ def by_all_ranks(cfg: Config, world: World, layout: Layout) -> dict[str, Tensor]
     }
     return {
         "loss": total[0] / layout.degrees.cp,
-        "gradient norm": torch.tensor(norm).double(),
+        "gradient norm": norm.double().cpu(),
     } | moved
 
 

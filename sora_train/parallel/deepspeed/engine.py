@@ -123,7 +123,7 @@ class ZeroEngine:
             self.engine._backward_prologue()
             self.engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
 
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         if self.stage < 3 and zero_offloads(self.zero):
             # Gradients may still be on their way to the host.
             self.zero._wait_for_offload_copies()
@@ -131,18 +131,23 @@ class ZeroEngine:
         square = norms.square().sum().to(self.world.device)
         # Each rank holds its own run of every gradient.
         dist.all_reduce(square)
-        return float(square.sqrt())
+        return square.sqrt()
 
-    def step(self, lr: float, norm: float) -> None:
-        if 0 < self.grad_clip < norm:
-            torch._foreach_mul_(self._gradients(), self.grad_clip / norm)
+    def step(self, lr: float, norm: Tensor, bad: Tensor) -> None:
+        # DeepSpeed's own step waits for the device too.
+        if bad:
+            self.skip()
+            return
+        if self.grad_clip:
+            scale = (self.grad_clip / norm).clamp(max=1.0)
+            torch._foreach_mul_(self._gradients(), scale)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         with quiet():
             self.engine.step()
         if self.zero.overflow:
             raise Fault(
-                f"DeepSpeed left out a step whose gradient norm is {norm!r}; go on from the last checkpoint"
+                f"DeepSpeed left out a step whose gradient norm is {float(norm)!r}; go on from the last checkpoint"
             )
 
     def skip(self) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from sora_train.config import Config
 from sora_train.data.sample import ClipBatch
 from sora_train.diffusion.condition_masks import KINDS
-from sora_train.objectives import LossTerm
+from sora_train.objectives import LossTerm, SampleInfo
 from sora_train.training.pipeline.data import TrainingData
 
 EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -35,7 +35,6 @@ class ClipLoss:
     groups: tuple[str, ...]
     loss: float
     weight: float
-    band: str | None
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class StepMetrics:
             held += max(1, len(batch.clips)) * each
             flops += batch.weight * self.flops_of(batch.micro_batch.bucket)
         losses, weights = [0.0] * len(self.names), [0.0] * len(self.names)
-        of_kind, kind_weights = [0.0] * len(self.kinds), [0.0] * len(self.kinds)
+        of_kind = [0.0] * len(self.kinds)
         for batch, terms in zip(batches, parts, strict=True):
             for clip in clips_of(batch, terms):
                 for group in clip.groups:
@@ -93,22 +92,29 @@ class StepMetrics:
                     if at is not None:
                         losses[at] += clip.loss
                         weights[at] += clip.weight
-            for name, part, weight in parts_of_loss(batch, terms, totals):
+            for name, part in parts_of_loss(batch, terms, totals):
                 of_kind[self._kind[name]] += part
-                kind_weights[self._kind[name]] += weight
-        firsts = [clips, tokens, failures, held, flops]
-        return [*firsts, *losses, *weights, *of_kind, *kind_weights]
+        return [clips, tokens, failures, held, flops, *losses, *weights, *of_kind]
 
-    def kinds_of(self, sums: Sequence[float]) -> dict[str, KindOfClips]:
-        """The kinds of clips that a step holds, from the sums over all ranks."""
-        count = len(self.kinds)
-        losses, weights = sums[-2 * count : -count], sums[-count:]
+    def kind_weights(self, batches: Sequence[ClipBatch], parts: Sequence[Terms]) -> list[float]:
+        """This rank's weight of each of `kinds`, known without a number that is computed on the device."""
+        weights = [0.0] * len(self.kinds)
+        for batch, terms in zip(batches, parts, strict=True):
+            for name, weight in kinds_in(batch, terms):
+                weights[self._kind[name]] += weight
+        return weights
+
+    def shares(self, weights: Sequence[float]) -> dict[str, float]:
+        """The share of each kind that a step holds, from the weights over all ranks."""
         total = sum(weights)
-        return {
-            name: KindOfClips(weight / total, loss * total / weight)
-            for name, loss, weight in zip(self.kinds, losses, weights, strict=True)
-            if weight > 0
-        }
+        return {n: w / total for n, w in zip(self.kinds, weights, strict=True) if w > 0}
+
+    def kinds_of(
+        self, sums: Sequence[float], shares: Mapping[str, float]
+    ) -> dict[str, KindOfClips]:
+        """The kinds of clips that a step holds, from the sums over all ranks."""
+        losses = dict(zip(self.kinds, sums[-len(self.kinds) :], strict=True))
+        return {name: KindOfClips(share, losses[name] / share) for name, share in shares.items()}
 
     def row(self, sums: Sequence[float]) -> dict[str, float]:
         """Metrics of a step from the sums over all ranks; rates are still per step, see `rates`."""
@@ -137,33 +143,48 @@ class StepMetrics:
         return rates
 
 
-def clips_of(batch: ClipBatch, terms: Terms) -> Iterator[ClipLoss]:
-    """The clips of a micro-batch with the groups they count in; none where an objective does not tell of them."""
+def told_apart(batch: ClipBatch, terms: Terms) -> Sequence[SampleInfo]:
+    """The clips of a micro-batch; none where an objective does not tell of each one's loss."""
     if len(terms) != 1 or not batch.clips:
+        return ()
+    (term,) = terms.values()
+    return term.info if term.per_sample is not None else ()
+
+
+def clips_of(batch: ClipBatch, terms: Terms) -> Iterator[ClipLoss]:
+    """The clips of a micro-batch that are told apart, with the groups they count in."""
+    infos = told_apart(batch, terms)
+    if not infos:
         return
     (term,) = terms.values()
-    if term.per_sample is None or not term.info:
-        return
+    assert term.per_sample is not None
     bucket = f"by_bucket/{batch.micro_batch.bucket.name}"
-    for info, loss in zip(term.info, term.per_sample.double().tolist(), strict=True):
+    for info, loss in zip(infos, term.per_sample.double().tolist(), strict=True):
         groups = [bucket, f"by_task/{info.kind}"]
-        band = None if info.t is None else BANDS[band_of(info.t)]
-        if band is not None:
-            groups.append(f"by_t/{band}")
-        yield ClipLoss(tuple(groups), loss, info.weight, band)
+        if info.t is not None:
+            groups.append(f"by_t/{BANDS[band_of(info.t)]}")
+        yield ClipLoss(tuple(groups), loss, info.weight)
+
+
+def kinds_in(batch: ClipBatch, terms: Terms) -> list[tuple[str, float]]:
+    """Kind and weight of each clip of a micro-batch, or of the micro-batch where clips are not told apart."""
+    bucket = batch.micro_batch.bucket.name
+    infos = told_apart(batch, terms)
+    if infos:
+        levels = ["" if info.t is None else f" t={BANDS[band_of(info.t)]}" for info in infos]
+        weights = [info.weight for info in infos]
+        return [(f"{bucket}{level}", w) for level, w in zip(levels, weights, strict=True)]
+    return [(bucket, float(batch.weight))] if batch.clips else []
 
 
 def parts_of_loss(
     batch: ClipBatch, terms: Terms, totals: Mapping[str, float]
-) -> Iterator[tuple[str, float, float]]:
-    """Kind, part of the step's loss and weight of each clip, or of the micro-batch where clips are not told apart."""
-    bucket = batch.micro_batch.bucket.name
-    clips = list(clips_of(batch, terms))
-    if clips:
+) -> list[tuple[str, float]]:
+    """Of each of `kinds_in` its part of the step's loss."""
+    kinds = [kind for kind, _ in kinds_in(batch, terms)]
+    if told_apart(batch, terms):
         (total,) = (max(totals[name], 1.0) for name in terms)
-        for clip in clips:
-            level = "" if clip.band is None else f" t={clip.band}"
-            yield f"{bucket}{level}", clip.loss / total, clip.weight
-    elif batch.clips:
-        loss = sum(float(term.sum) / max(totals[name], 1.0) for name, term in terms.items())
-        yield bucket, loss, float(batch.weight)
+        losses = [clip.loss / total for clip in clips_of(batch, terms)]
+    else:
+        losses = [sum(float(term.sum) / max(totals[n], 1.0) for n, term in terms.items())]
+    return list(zip(kinds, losses, strict=False))

@@ -33,6 +33,8 @@ class Level:
     grad_norm: float = 1.0
     loss_deviation: float = 0.0
     grad_norm_deviation: float = 0.0
+    unknown: frozenset[str] = frozenset()
+    """Kinds of the step that have no level yet: their part of the loss is left out."""
 
 
 @dataclass(frozen=True)
@@ -50,31 +52,33 @@ class KindLevels:
     def __init__(self) -> None:
         self._seen: dict[str, deque[_Seen]] = {}
 
-    def expected(self, kinds: Mapping[str, KindOfClips]) -> Level | None:
-        """The level of a step that holds these kinds; None where most of it has not been seen before.
+    def expected(self, shares: Mapping[str, float]) -> Level | None:
+        """The level of a step that holds these shares of kinds; None where most of it has not been seen before.
 
         Without any kind it is 1, so that the step's own numbers are compared.
         """
-        if not kinds:
+        if not shares:
             return Level()
-        known = {name: kind for name, kind in kinds.items() if len(self._of(name)) >= SEEN}
-        share = sum(kind.share for kind in known.values())
+        known = {name: part for name, part in shares.items() if len(self._of(name)) >= SEEN}
+        share = sum(known.values())
         if share < 0.5:
             return None
-        # What has no level yet counts as what it is.
-        loss = sum(kind.share * kind.loss for name, kind in kinds.items() if name not in known)
-        logarithm = loss_variance = norm_variance = 0.0
-        for name, kind in known.items():
+        loss = logarithm = loss_variance = norm_variance = 0.0
+        for name, part in known.items():
             seen = self._of(name)
             level = math.exp(median(one.loss for one in seen))
-            loss += kind.share * level
+            loss += part * level
             weights = [one.share for one in seen]
-            logarithm += kind.share / share * weighted_median([s.grad_norm for s in seen], weights)
+            logarithm += part / share * weighted_median([s.grad_norm for s in seen], weights)
             if len(seen) >= SPREAD_SEEN:
-                loss_variance += (kind.share * level * deviation([s.loss for s in seen])) ** 2
-                norm_variance += (kind.share * deviation([s.grad_norm for s in seen])) ** 2
+                loss_variance += (part * level * deviation([s.loss for s in seen])) ** 2
+                norm_variance += (part * deviation([s.grad_norm for s in seen])) ** 2
         return Level(
-            loss, math.exp(logarithm), math.sqrt(loss_variance) / loss, math.sqrt(norm_variance)
+            loss,
+            math.exp(logarithm),
+            math.sqrt(loss_variance) / loss,
+            math.sqrt(norm_variance),
+            frozenset(shares.keys() - known.keys()),
         )
 
     def accept(self, kinds: Mapping[str, KindOfClips], grad_norm: float) -> None:

@@ -10,7 +10,8 @@ of the logarithms of value / level over a window of steps that were taken; where
 the window do, theirs is the deviation. Unlike mean and variance, or averages of them (ZClip, arXiv:2504.02507), neither
 is moved by one outlier (Leys et al. 2013, doi:10.1016/j.jesp.2013.03.013). Logarithms, since losses and norms spread in
 proportion to their size: a loss in other units is judged alike. The least deviation of 0.1 keeps a curve that hardly
-varies from being judged by its last digits. A step most of which is of kinds not met before is taken.
+varies from being judged by its last digits. Of a step's loss the part of kinds that were not met before is left out,
+and a step most of which is of such kinds is taken.
 
 Skipping and going back are PaLM's remedy (arXiv:2204.02311, section 5.1): the same steps with other
 data do not spike again. The detector reads numbers that are the same on all ranks and draws nothing, so
@@ -37,8 +38,18 @@ Reason = Literal["", "non_finite", "loss_spike", "grad_norm_spike"]
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a step is compared with; inf: not compared."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+    unjudged: frozenset[str] = frozenset()
+    """Kinds that have no level yet: their part of the loss is not judged."""
+
+
+@dataclass(frozen=True)
 class StepVerdict:
-    """The numbers of a step, their limits (inf: not judged), and why the step is bad, or an empty reason."""
+    """The numbers of a step that are judged, their limits, and why the step is bad, or an empty reason."""
 
     loss: float
     grad_norm: float
@@ -77,6 +88,18 @@ class SpikeCounters:
     """How often the run went back."""
 
 
+def judge(loss: float, judged: float, grad_norm: float, limits: Limits) -> StepVerdict:
+    """The verdict on a step's global numbers; `judged` is the part of the loss that is compared with its limit."""
+    reason: Reason = ""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        return StepVerdict(loss, grad_norm, limits.loss, limits.grad_norm, "non_finite")
+    if judged > limits.loss:
+        reason = "loss_spike"
+    elif grad_norm > limits.grad_norm:
+        reason = "grad_norm_spike"
+    return StepVerdict(judged, grad_norm, limits.loss, limits.grad_norm, reason)
+
+
 class SpikeDetector:
     """The running statistic and the counters; `state()` goes into the checkpoint."""
 
@@ -89,27 +112,18 @@ class SpikeDetector:
         self._losses: deque[float] = deque(maxlen=cfg.window)
         self._norms: deque[float] = deque(maxlen=cfg.window)
 
-    def verdict(
-        self, loss: float, grad_norm: float, kinds: Mapping[str, KindOfClips] | None = None
-    ) -> StepVerdict:
-        """Judge a step by its global numbers and the kinds of clips it holds; the state is left as it is."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return StepVerdict(loss, grad_norm, math.inf, math.inf, "non_finite")
-        level = self._kinds.expected(kinds or {})
+    def limits(self, shares: Mapping[str, float] | None = None) -> Limits:
+        """The limits of the next step, which holds these shares of kinds; the state is left as it is."""
+        level = self._kinds.expected(shares or {})
         if level is None:
-            return StepVerdict(loss, grad_norm, math.inf, math.inf, "")
+            return Limits()
         cfg = self.cfg
-        limits = (
+        return Limits(
             level.loss * self._factor(self._losses, cfg.spike_sigma, level.loss_deviation),
             level.grad_norm
             * self._factor(self._norms, cfg.grad_norm_sigma, level.grad_norm_deviation),
+            level.unknown,
         )
-        reason: Reason = ""
-        if loss > limits[0]:
-            reason = "loss_spike"
-        elif grad_norm > limits[1]:
-            reason = "grad_norm_spike"
-        return StepVerdict(loss, grad_norm, *limits, reason)
 
     def _factor(self, logarithms: deque[float], sigma: float, of_kinds: float) -> float:
         if not sigma or self.accepted < self.cfg.warmup or len(logarithms) < 2:
@@ -126,15 +140,17 @@ class SpikeDetector:
         """A step was taken. A value of zero or less has no logarithm and is not judged."""
         self.accepted += 1
         self.counters.in_a_row = 0
-        level = self._kinds.expected(kinds or {})
+        kinds = kinds or {}
+        level = self._kinds.expected({name: kind.share for name, kind in kinds.items()})
         if level is not None:
+            unjudged = sum(kinds[name].share * kinds[name].loss for name in sorted(level.unknown))
             for values, value, expected in (
-                (self._losses, loss, level.loss),
+                (self._losses, loss - unjudged, level.loss),
                 (self._norms, grad_norm, level.grad_norm),
             ):
                 if value > 0:
                     values.append(math.log(value) - math.log(expected))
-        self._kinds.accept(kinds or {}, grad_norm)
+        self._kinds.accept(kinds, grad_norm)
 
     def skip(self, clips: int) -> None:
         """A step of so many clips was not taken."""

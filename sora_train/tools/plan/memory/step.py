@@ -116,7 +116,7 @@ class FakeRun:
         held.during("step")
         held.kind = "buffers"
         norm = self.engine.gradient_norm()
-        self.engine.step(1e-4, norm)
+        self.engine.step(1e-4, norm, torch.zeros_like(norm, dtype=torch.bool))
         self.ema.update(number)
         held.during("")
 
