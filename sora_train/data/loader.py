@@ -187,7 +187,11 @@ class Loader:
 
     def rows_at(self, step: int) -> list[int]:
         """The rows of this rank's micro-batches of a step."""
-        return [row for entry in self._entries(step) if entry for row in entry.rows]
+        return [row for entry in self.micro_batches_at(step) for row in entry.rows]
+
+    def micro_batches_at(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step, as the tape has them."""
+        return [entry for entry in self._entries(step) if entry]
 
     def stacks(self) -> str:
         """The stacks of the decode processes."""

@@ -30,13 +30,18 @@ def generator(seed: int, stream: str, sample: SampleKey) -> np.random.Generator:
 
 
 def draw_noise(
-    seed: int, stream: str, samples: Sequence[SampleKey], shape: Sequence[int]
+    seed: int,
+    stream: str,
+    samples: Sequence[SampleKey],
+    shape: Sequence[int],
+    *,
+    pinned: bool = False,
 ) -> Tensor:
-    """Standard normal values, (B, *shape), float32 on the CPU.
+    """Standard normal values, (B, *shape), float32 on the CPU; `pinned` in memory that a GPU reads by itself.
 
     Row b depends on (seed, stream, samples[b], shape) and on nothing else.
     """
-    noise = torch.empty(len(samples), *shape)
+    noise = torch.empty(len(samples), *shape, pin_memory=pinned)
     for row, sample in zip(noise, samples, strict=True):
         generator(seed, stream, sample).standard_normal(dtype=np.float32, out=row.numpy())
     return noise

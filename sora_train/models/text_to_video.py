@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from sora_train.base.transfer import to_device
 from sora_train.config.sections.model import ModelConfig, TextConfig
 from sora_train.errors import ConfigError
 from sora_train.models.text.encoder import TextEncoder
@@ -134,7 +135,7 @@ class TextToVideo(nn.Module):
         device = self.transformer.proj_out.weight.device
         if self.text_encoder is not None:
             ids_BS, mask_BS = self.text_encoder.tokenize(prompts)
-            return ids_BS.to(device), mask_BS.to(device)
+            return to_device(ids_BS, device), to_device(mask_BS, device)
         with torch.no_grad():
             return self.frozen_encoder.to(device).encode(prompts, sharing)
 
@@ -166,7 +167,9 @@ class TextToVideo(nn.Module):
                 for row, own in enumerate(captions_BSE)
             ]
         begun = iter(encoded)
-        rows = [next(begun) if known is None else known.to(device) for known in stored]
+        rows = [next(begun) if known is None else to_device(known, device) for known in stored]
+        if not rest:
+            encoder.spare()
         return encoder.batched(rows)
 
     def _null_embedding(self, device: torch.device) -> Tensor:

@@ -50,6 +50,11 @@ METRICS: dict[str, Metric] = {
     "train/lr": Metric("1", "learning rate of this step"),
     "train/step_seconds": Metric("s", "wall clock of this step, waiting for data included"),
     "train/data_wait": Metric("share", "share of the step spent waiting for data"),
+    "train/encode_seconds": Metric(
+        "s",
+        "time of this step in frozen networks, the VAE and the text encoder, mean over the ranks; `data.cache` stores "
+        "what they make",
+    ),
     "train/tokens_per_second": Metric("tokens/s", "video tokens trained a second, all ranks"),
     "train/clips_per_second": Metric("clips/s", "clips trained a second, all ranks"),
     "train/tflops": Metric(

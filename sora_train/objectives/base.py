@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sora_train.data.sample import Clip, ClipBatch
+from sora_train.data.sample import Clip, ClipBatch, MicroBatch
 from sora_train.errors import UserError
 from sora_train.runtime.control_plane import ControlPlane
 
@@ -57,6 +57,14 @@ class Objective(ABC):
     @abstractmethod
     def terms(self, model: nn.Module, batch: ClipBatch) -> dict[str, LossTerm]:
         """The same names with their differentiable sums; the loss is the sum of sum / total weight."""
+
+    def expect(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """What the next step will hold, as far as the tape knows; a chance to prepare while this one is computed."""
+        return
+
+    def take_encode_seconds(self) -> float:
+        """Seconds that the device has spent in frozen networks since it was asked last; it is waited for before."""
+        return 0.0
 
     # --- what a run reports of it; without these there is nothing to report ---
 

@@ -1,10 +1,12 @@
 """A batch of latents on its way from data to noise, and the velocity loss of a model on it."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from sora_train.base.clock import DeviceClock
 from sora_train.diffusion.condition_masks import frame_times
 from sora_train.diffusion.flow import frame_losses, interpolate, velocity_losses
 from sora_train.models.text_to_video import VideoDenoiser
@@ -38,11 +40,14 @@ class FlowBatch:
     """Factor on each clip's loss; None: 1."""
     sharing: WorkSharing = NO_SHARING
     """Who encodes the captions."""
+    encoding: DeviceClock | None = None
+    """Times their encoding."""
 
     def predict(self, model: nn.Module) -> Tensor:
         """The model's velocity (B, C, T, H, W)."""
         assert isinstance(model, VideoDenoiser)
-        text = model.embed(self.prompts, self.text or [None] * len(self.prompts), self.sharing)
+        with self.encoding.running() if self.encoding else nullcontext():
+            text = model.embed(self.prompts, self.text or [None] * len(self.prompts), self.sharing)
         if self.condition_channels is not None:
             t_BT = self.t_B[:, None].expand_as(self.mask_BT)
             z = torch.cat([interpolate(self.x, self.noise, t_BT), self.condition_channels], dim=1)

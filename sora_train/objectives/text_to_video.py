@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sora_train.base.clock import DeviceClock
+from sora_train.base.transfer import to_device
 from sora_train.config import Config
-from sora_train.data.sample import Clip, ClipBatch
+from sora_train.data.sample import Clip, ClipBatch, MicroBatch
 from sora_train.diffusion.condition_frames import (
     condition_channels,
     encode_condition_frames,
@@ -25,6 +27,7 @@ from sora_train.models.work_sharing import NO_SHARING, WorkSharing
 from sora_train.objectives.base import LossTerm, Objective, SampleInfo
 from sora_train.objectives.clips import placeholder, stored_text, to_pixels, without_pixels
 from sora_train.objectives.flow_batch import FlowBatch
+from sora_train.objectives.noise_ahead import NoiseAhead
 from sora_train.objectives.posterior import draw_latents, encode_posterior
 from sora_train.objectives.sample_draws import SampleDraws, draw_samples, frame_masks
 from sora_train.objectives.validation import validated_kinds, validation_loss
@@ -52,6 +55,9 @@ class TextToVideoObjective(Objective):
         self.vae = vae
         self.device = device
         self.sharing = sharing
+        self.encoding = DeviceClock(device)
+        pinned = device.type == "cuda"
+        self.noise = NoiseAhead(functools.partial(draw_noise, cfg.seed, "noise", pinned=pinned))
         self._draw = functools.lru_cache(DRAWS_KEPT)(
             functools.partial(draw_samples, spec, cfg.seed)
         )
@@ -93,27 +99,46 @@ class TextToVideoObjective(Objective):
     def flow_batch(self, batch: ClipBatch) -> FlowBatch:
         """The batch on its way to noise, every draw keyed by sample."""
         clips, draws = batch.clips or placeholder(batch), self.draws(batch)
-        encoded = self.encode_batch(
-            clips,
-            draws.kinds,
-            draws.mask_BT,
-            sample_posterior=self.cfg.data.latents == "sample",
-        )
+        with self.encoding.running():
+            encoded = self.encode_batch(
+                clips,
+                draws.kinds,
+                draws.mask_BT,
+                sample_posterior=self.cfg.data.latents == "sample",
+            )
         x = encoded.x
+        noise = self.noise.take(sample_keys(clips), tuple(x.shape[1:]))
         return FlowBatch(
             x=x,
-            noise=draw_noise(self.cfg.seed, "noise", sample_keys(clips), x.shape[1:]).to(x.device),
-            t_B=draws.t_B.to(x.device),
+            noise=to_device(noise, x.device),
+            t_B=to_device(draws.t_B, x.device),
             mask_BT=encoded.mask_BT,
             prompts=draws.prompts,
-            fps_B=torch.tensor([clip.fps for clip in clips], device=x.device),
+            fps_B=to_device(torch.tensor([clip.fps for clip in clips]), x.device),
             text=stored_text(clips, draws.prompts),
             condition_latents=encoded.condition_latents,
             condition_channels=encoded.condition_channels,
-            t_cond_B=draws.t_cond_B.to(x.device),
-            time_weight_B=self.spec.loss_weight(draws.t_B).to(x.device),
+            t_cond_B=to_device(draws.t_cond_B, x.device),
+            time_weight_B=to_device(self.spec.loss_weight(draws.t_B), x.device),
             sharing=self.sharing,
+            encoding=self.encoding,
         )
+
+    def expect(self, micro_batches: Sequence[MicroBatch]) -> None:
+        self.noise.expect(
+            [
+                (
+                    tuple(zip(entry.epochs, entry.rows, strict=True)),
+                    self.vae.latent_shape(
+                        entry.bucket.frames, entry.bucket.height, entry.bucket.width
+                    ),
+                )
+                for entry in micro_batches
+            ]
+        )
+
+    def take_encode_seconds(self) -> float:
+        return self.encoding.take()
 
     # --- what chance decides ---
 
@@ -232,7 +257,7 @@ class TextToVideoObjective(Objective):
         """Latents `x` of the clips, and their condition frames encoded as sampling encodes them: by themselves, the
         posterior's mean. `drawn`: x are draws."""
         rows = list(zip(clips, kinds, mask_BT, strict=True))
-        mask_BT = mask_BT.to(x.device)
+        mask_BT = to_device(mask_BT, x.device)
         if self.spec.cond_mode == "concat":
             channels = torch.cat(self.sharing(rows, lambda row: self.condition_channels_of(*row)))
             return ConditionedLatents(x, mask_BT, None, channels)
@@ -300,7 +325,7 @@ class TextToVideoObjective(Objective):
         Encoded one by one, so that a clip's latents never depend on its neighbours in the batch.
         """
         if clip.latents is not None and kind != "loop":
-            return torch.from_numpy(clip.latents)[None].to(self.device)
+            return to_device(torch.from_numpy(clip.latents)[None], self.device)
         return self.vae.encode(self.pixels_of(clip, kind)).float()
 
     @torch.no_grad()
@@ -311,7 +336,8 @@ class TextToVideoObjective(Objective):
         else:
             assert clip.logvar is not None, "stored latents that are drawn from have a log-variance"
             mean, logvar = (
-                torch.from_numpy(part)[None].to(self.device) for part in (clip.latents, clip.logvar)
+                to_device(torch.from_numpy(part)[None], self.device)
+                for part in (clip.latents, clip.logvar)
             )
         return draw_latents(mean, logvar, self.cfg.seed, [(clip.epoch, clip.row)])
 

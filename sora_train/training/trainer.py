@@ -244,6 +244,7 @@ class Trainer:
             outcome = Outcome(batches, parts, totals, grad_norm, limits, self.world)
             with explained(self.work(batches[-1], "the update"), self.cfg, self.world):
                 self.engine.step(self.learning_rate(), grad_norm, outcome.bad)
+            self.objective.expect(self.data.micro_batches_at(self.data_step + 1))
             found = outcome.read()
         row = self.measure(batches, totals, found, shares)
         self.settle(row, found, limits, ComputedStep(batches, found.parts, totals))
@@ -294,8 +295,9 @@ class Trainer:
         """Sum the step's other numbers over the ranks and name all (docs/metrics.md); the same on every rank."""
         numbers = self.metrics.sums(batches, found.parts, totals)
         own = [self.engine.recompiles() or 0]
-        *numbers, cut, recompiles = self.health.exchange(
-            [*numbers, self.take_captions_cut()], own=own
+        encoding = self.objective.take_encode_seconds() + self.data.take_encode_seconds()
+        *numbers, cut, encoding, recompiles = self.health.exchange(
+            [*numbers, self.take_captions_cut(), encoding], own=own
         )
         losses = {name: total / max(totals[name], 1.0) for name, total in found.sums.items()}
         self.state.dropped += int(numbers[FAILURES])
@@ -311,6 +313,7 @@ class Trainer:
             "train/epoch": self.data.epoch_at(self.data_step + 1),
             "train/dropped": float(self.state.dropped),
             "train/captions_cut": float(self.state.captions_cut),
+            "train/encode_seconds": encoding / self.world.dp_size,
             **({} if self.engine.recompiles() is None else {"train/recompiles": recompiles}),
         }
 
@@ -574,10 +577,12 @@ def headline(row: dict[str, float]) -> dict[str, float | str]:
     """The few numbers of the progress line; none before the first step."""
     if not row:
         return {}
+    encoding = row.get("train/encode_seconds", 0.0) / row["train/step_seconds"]
     return {
         "loss": row["train/loss"],
         "s/step": row["train/step_seconds"],
         "tokens/s": f"{row['train/tokens_per_second']:,.0f}",
         "data wait": f"{row['train/data_wait']:.0%}",
+        **({"encoding": f"{encoding:.0%}"} if encoding >= 0.01 else {}),
         **({"val": row["val/loss"]} if "val/loss" in row else {}),
     }

@@ -104,7 +104,7 @@ def steps_of(
         dist.all_reduce(loss)
         norm = engine.gradient_norm()
         engine.step(cfg.optim.lr, norm, torch.tensor(False))
-        yield float(loss), norm
+        yield float(loss), float(norm)
 
 
 def make(overrides: list[str], world: World) -> tuple[Engine, Config]:

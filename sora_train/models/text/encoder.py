@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sora_train.base.transfer import to_device
 from sora_train.config.sections.model import TextConfig
 from sora_train.models.flops import text_flops
 from sora_train.models.transformer.layers import keyed_generator
@@ -22,6 +23,8 @@ from sora_train.models.work_sharing import NO_SHARING, WorkSharing
 VOCAB_SIZE = 384
 # Lengths are rounded up to this, so that few shapes occur.
 LENGTH_STEP = 16
+# Micro-batches in a row whose captions were all known, after which a frozen encoder leaves the GPU.
+SPARED = 64
 
 
 def byte_encoder(cfg: TextConfig) -> tuple[Any, nn.Module]:
@@ -58,6 +61,7 @@ class TextEncoder(nn.Module):
         """`model` and `tokenizer` replace the byte encoder's own, as published.py loads them."""
         super().__init__()
         self.cfg = cfg
+        self._spared = 0
         self.num_truncated = 0
         """Captions cut to `text.max_length` so far."""
         self.tokenizer, self.model = byte_encoder(cfg) if model is None else (tokenizer, model)
@@ -86,6 +90,7 @@ class TextEncoder(nn.Module):
         """Caption embeddings (B, S, E) with zeros where the mask is False; under `wan` padding S is
         `text.max_length`, so that the number of zeros attended to depends on no other caption of
         the batch."""
+        self._spared = 0
         captions_BSE = self.model(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state
         captions_BSE = captions_BSE.to(self.out_dtype)
         captions_BSE = torch.where(mask_BS[..., None], captions_BSE, torch.zeros_like(captions_BSE))
@@ -112,7 +117,7 @@ class TextEncoder(nn.Module):
         """(captions, key mask) of strings, as the transformer takes them; the mask is None under
         `wan` padding. `sharing` deals the captions out, padded as they are together."""
         device = self.weight.device
-        ids_BS, mask_BS = (x.to(device) for x in self.tokenize(prompts))
+        ids_BS, mask_BS = (to_device(x, device) for x in self.tokenize(prompts))
         parts = list(
             zip(
                 ids_BS.tensor_split(sharing.parts), mask_BS.tensor_split(sharing.parts), strict=True
@@ -127,8 +132,16 @@ class TextEncoder(nn.Module):
     def embedding(self, prompt: str) -> Tensor:
         """The embeddings (L, E) of one caption's own tokens, the end mark included."""
         device = self.weight.device
-        ids_BS, mask_BS = (x.to(device) for x in self.tokenize([prompt]))
-        return self(ids_BS, mask_BS)[0, : int(mask_BS.sum())]
+        ids_BS, mask_BS = self.tokenize([prompt])
+        embeddings_SE = self(to_device(ids_BS, device), to_device(mask_BS, device))[0]
+        return embeddings_SE[: int(mask_BS.sum())]
+
+    def spare(self) -> None:
+        """A micro-batch went without it; after so many in a row a GPU's memory is given back (umT5-XXL: 11 GB), until
+        it is asked again."""
+        self._spared += 1
+        if self._spared == SPARED and self.weight.is_cuda:
+            self.to("cpu")
 
     def batched(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Embeddings (L, E) of several captions as `encode` would give them together."""
@@ -138,11 +151,13 @@ class TextEncoder(nn.Module):
             width = self.cfg.max_length
         size = (len(rows), width, self.cfg.d_model)
         captions_BSE = rows[0].new_zeros(size, dtype=self.out_dtype)
-        mask_BS = torch.zeros(captions_BSE.shape[:2], dtype=torch.bool, device=rows[0].device)
         for index, row in enumerate(rows):
             captions_BSE[index, : len(row)] = row
-            mask_BS[index, : len(row)] = True
-        return captions_BSE, mask_BS if self.cfg.padding == "masked" else None
+        if self.cfg.padding != "masked":
+            return captions_BSE, None
+        lengths_B = torch.tensor([len(row) for row in rows])
+        mask_BS = torch.arange(width) < lengths_B[:, None]
+        return captions_BSE, to_device(mask_BS, rows[0].device)
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """First value of every parameter, float32 on the CPU at full shape, keyed by (seed, name);

@@ -4,10 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sora_train.base.transfer import to_device
+
 
 def from_uint8(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (B, T, H, W, 3) -> pixels (B, 3, T, H, W), float32 in [-1, 1]."""
-    moved = torch.from_numpy(frames).to(device)
+    moved = to_device(torch.from_numpy(frames), device)
     return moved.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 

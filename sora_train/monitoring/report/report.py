@@ -88,6 +88,7 @@ def _tiles(summary: dict[str, Any], rows: list[dict[str, float]]) -> dict[str, s
         "steps skipped": number("skipped_steps", "{:,.0f}") if facts.get("skipped_steps") else "",
         "roll-backs": number("rollbacks", "{:,.0f}") if facts.get("rollbacks") else "",
         "waiting for data": number("data_wait", "{:.1%}"),
+        "encoding, of the time": number("encoding", "{:.1%}") if facts.get("encoding") else "",
         "MFU": number("mfu", "{:.1%}"),
         "goodput": number("goodput", "{:.1%}"),
     }

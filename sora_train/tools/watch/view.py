@@ -115,6 +115,7 @@ def _cells(status: RunStatus) -> list[tuple[str, str]]:
         ("TFLOP/s", tflops(recent("train/tflops"))),
         ("MFU", form(recent("train/mfu"), "{:.1%}")),
         ("data wait", form(recent("train/data_wait"), "{:.1%}")),
+        ("encoding", form(recent("train/encode_seconds"), "{:.3g} s")),
         ("padding", form(recent("train/padding"), "{:.1%}")),
         ("imbalance", form(None if worst is None else worst - 1.0, "{:.1%}")),
         ("slowest rank", form(last.get("health/slowest_rank"), "{:.0f}")),

@@ -28,6 +28,7 @@ SHOWN = (
     "val_ssim",
     "tokens_per_s",
     "data_wait",
+    "encoding",
 )
 """Rows of the table at the end."""
 
@@ -84,6 +85,7 @@ def summarise(
     timed = rows[1:] or rows
     seconds = sum(row["train/step_seconds"] for row in timed)
     waited = sum(row["train/data_wait"] * row["train/step_seconds"] for row in timed)
+    encoding = sum(row.get("train/encode_seconds", 0.0) for row in timed)
     tokens = sum(row["train/tokens_per_second"] * row["train/step_seconds"] for row in timed)
     samples = sorted(folder.samples(state.step).glob("*.mp4"))
     return {
@@ -96,6 +98,7 @@ def summarise(
         "val_ssim": validated.get("val/ssim"),
         "tokens_per_s": tokens / seconds if seconds else None,
         "data_wait": waited / seconds if seconds else None,
+        "encoding": encoding / seconds if seconds else None,
         "oracle": oracle,
         "samples": [str(path.relative_to(folder.path)) for path in samples],
         "clips": data.account(),

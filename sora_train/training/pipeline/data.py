@@ -14,7 +14,7 @@ from sora_train.config import Config
 from sora_train.data.index.sources import Sources, SourceSnapshot, open_sources
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
-from sora_train.data.sample import Bucket, Clip, ClipBatch
+from sora_train.data.sample import Bucket, Clip, ClipBatch, MicroBatch
 from sora_train.data.tape.buckets import Assignment, BucketSpec
 from sora_train.data.tape.mixture import TapeSequence
 from sora_train.data.tape.tape import Tape, require_efficiency
@@ -149,6 +149,10 @@ class TrainingData:
         """The rows that this rank reads in a step."""
         return self.loader.rows_at(step)
 
+    def micro_batches_at(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step, as the tape has them."""
+        return self.loader.micro_batches_at(step)
+
     def idle(self, step: int) -> ClipBatch:
         """The micro-batch without clips of a rank that has no work in a step."""
         return self.loader.idle(step)
@@ -157,6 +161,10 @@ class TrainingData:
         """Seconds waited for data since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
+
+    def take_encode_seconds(self) -> float:
+        """Seconds spent on clips that the cache lacked, since the last call."""
+        return self.filler.take_seconds() if self.filler else 0.0
 
     def part(self, step: int) -> Tape:
         """The tape that a step is drawn from, as long as neither the mix nor the sources change."""

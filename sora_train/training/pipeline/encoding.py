@@ -5,7 +5,9 @@ on neither the world size nor on where a run was cut off. In training they are e
 without a cache: the numbers of a clip's first step are then exactly those of an uncached run.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,6 +84,18 @@ class CacheFiller:
     ):
         self.loader, self.vae, self.device = loader, vae, device
         self.texts, self.text = texts, text
+        self._seconds = 0.0
+
+    def take_seconds(self) -> float:
+        """Seconds that encoding has taken since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._seconds += time.monotonic() - began
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> list[Clip]:
@@ -101,7 +115,8 @@ class CacheFiller:
 
     def store(self, clips: Sequence[Clip]) -> list[Clip]:
         """`encode`, and into the cache."""
-        encoded = self.encode(clips)
+        with self._timed():
+            encoded = self.encode(clips)
         for clip in encoded:
             assert clip.latents is not None
             self.loader.store(clip.row, clip.latents, clip.logvar)
@@ -122,8 +137,9 @@ class CacheFiller:
         stored = self.texts.get(caption)
         if stored is not None:
             return stored
-        embedding = self.text.to(self.device).embedding(caption)
-        values = _array(embedding)
+        with self._timed():
+            embedding = self.text.to(self.device).embedding(caption)
+            values = _array(embedding)
         self.texts.put(caption, values, _stored_as(embedding.dtype))
         return values
 
