@@ -84,6 +84,11 @@ class Saver:
         )
         self._thread.start()
 
+    def let_write(self) -> None:
+        """Called before anything changes the tensors: until then a save may still be copying them."""
+        if self.staging is not None:
+            self.staging.let_write()
+
     @property
     def is_busy(self) -> bool:
         """Whether a save is on its way on this rank."""

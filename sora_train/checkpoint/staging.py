@@ -1,8 +1,8 @@
 """Host memory of our own into which a checkpoint's tensors are copied, so that training goes on while they are written.
 
 It is allocated once and every page of it is written to before the first save: a first copy into fresh
-memory takes as long as a save does. On a GPU it is pinned, and the copy runs on a stream of its own
-that training's stream waits for, so the host is free at once and no weight changes before it is copied.
+memory takes as long as a save does. On a GPU its pages are locked, and the copy runs on a stream of its
+own beside the next forward and backward pass, which only read weights; what writes them waits for it.
 """
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
+from sora_train.base.page_locked import locked
 from sora_train.checkpoint.layout import Checkpoint
 from sora_train.errors import Fault
 from sora_train.parallel.shards import FlatShard, piece
@@ -24,7 +25,7 @@ class Staging:
 
     def __init__(self, tensors: dict[str, Tensor]):
         with torch.no_grad():
-            self.buffers = {name: _buffer(part_of(tensor)) for name, tensor in tensors.items()}
+            self.buffers = {name: self._buffer(part_of(tensor)) for name, tensor in tensors.items()}
         devices = {part_of(tensor).device for tensor in tensors.values()}
         cuda = [device for device in devices if device.type == "cuda"]
         self._stream = torch.cuda.Stream(cuda[0]) if cuda else None
@@ -44,7 +45,7 @@ class Staging:
 
     @torch.no_grad()
     def copy(self, tensors: dict[str, Tensor]) -> None:
-        """Take this moment's values. On a GPU the host does not wait; `wait` does."""
+        """Take this moment's values. On a GPU neither the host nor the device waits; `wait` and `let_write` do."""
         parts = [part_of(tensors[name]) for name in self.buffers]
         buffers = list(self.buffers.values())
         if self._stream is None or self._copied is None:
@@ -58,12 +59,22 @@ class Staging:
                 if part.is_cuda:
                     part.record_stream(self._stream)
             self._copied.record(self._stream)
-        training.wait_stream(self._stream)
+
+    def let_write(self) -> None:
+        """What is queued on the device from now on may change the tensors."""
+        if self._stream is not None and self._copied is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._copied)
 
     def wait(self) -> None:
         """Until the copy is done; to be called before a buffer is read, from any thread."""
         if self._copied is not None:
             self._copied.synchronize()
+
+    def _buffer(self, part: Tensor) -> Tensor:
+        # Rows as they are counted, whatever the order in memory of the original: it is what is written.
+        if part.is_cuda:
+            return locked(self, part.shape, part.dtype)
+        return torch.empty(part.shape, dtype=part.dtype).zero_()
 
     def read(self, name: str) -> Tensor:
         return self.buffers[name]
@@ -105,9 +116,3 @@ class _IntoBuffers(DefaultLoadPlanner):
 def part_of(tensor: Tensor) -> Tensor:
     """This rank's part, sharing memory with the tensor."""
     return (tensor.to_local() if isinstance(tensor, DTensor | FlatShard) else tensor).detach()
-
-
-def _buffer(part: Tensor) -> Tensor:
-    # Rows as they are counted, whatever the order in memory of the original: it is what is written.
-    buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-    return buffer.zero_()

@@ -28,7 +28,12 @@ from sora_train.base.files import read_json_lines
 
 STARTS = "starts.jsonl"
 PARTS = ("productive", "data_wait", "checkpoint", "evaluation", "wasted")
-PHASES = {"save": "checkpoint", "validation": "evaluation", "samples": "evaluation"}
+PHASES = {
+    "save": "checkpoint",
+    "probe": "evaluation",
+    "validation": "evaluation",
+    "samples": "evaluation",
+}
 """Which part a phase of the run counts in."""
 
 Row = Mapping[str, float]

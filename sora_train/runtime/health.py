@@ -107,6 +107,7 @@ class Health:
             "compile": cfg.compile_seconds,
             "self-test": cfg.init_seconds,
             "validation": cfg.validation_seconds,
+            "probe": cfg.validation_seconds,
             "samples": cfg.sample_seconds,
             "finish": cfg.sample_seconds,
             "closing": cfg.step_seconds,

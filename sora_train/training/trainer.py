@@ -243,6 +243,7 @@ class Trainer:
             limits = self.spikes.limits(shares)
             outcome = Outcome(batches, parts, totals, grad_norm, limits, self.world)
             with explained(self.work(batches[-1], "the update"), self.cfg, self.world):
+                self.saver.let_write()
                 self.engine.step(self.learning_rate(), grad_norm, outcome.bad)
             self.objective.expect(self.data.micro_batches_at(self.data_step + 1))
             found = outcome.read()
@@ -370,6 +371,7 @@ class Trainer:
         """Do what is pending under this name. It is struck off when it is done, so that a checkpoint in between still
         asks for it."""
         if name in self.state.pending:
+            self.saver.let_write()
             action()
             self.state.pending = [other for other in self.state.pending if other != name]
 
@@ -469,8 +471,9 @@ class Trainer:
         state.pending = [action for action in state.pending if action != "save"]
         if self.saved == (state.step, state.pending):
             return
-        with self.health.phase("save"):
+        with self.health.phase("probe"):
             self.probe = measure_probe(self.run, self.parts)
+        with self.health.phase("save"):
             self.saver.save(state.step, self.parts.tensors(), self.meta().to_dict())
         self.saved = (state.step, state.pending)
 

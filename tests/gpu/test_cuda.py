@@ -166,6 +166,7 @@ def test_what_is_copied_for_a_save_is_of_before_the_next_step() -> None:
         weights["w"].fill_(value)
         weights["step"].fill_(value)
         staging.copy(weights)
+        staging.let_write()
         weights["w"].fill_(-1.0)
         staging.wait()
         assert (staging.read("w") == value).all() and staging.read("step") == value

@@ -4,6 +4,7 @@ On a CPU nothing waits, so what is counted is the calls that would, by the line 
 """
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,7 +88,14 @@ def test_a_step_waits_for_the_device_once(parity_config: Callable, options: tupl
         for _ in range(4):
             trainer.train_step()
         found: Counter[str] = Counter()
+        drawers: list[str] = []
+        ahead = trainer.objective.noise
+        draw, ahead._draw = (
+            ahead._draw,
+            lambda *batch: drawers.append(name_of_thread()) or draw(*batch),
+        )
         with counted(found):
+            trainer.train_step()
             trainer.train_step()
     finally:
         trainer.close()
@@ -96,7 +104,13 @@ def test_a_step_waits_for_the_device_once(parity_config: Callable, options: tupl
         for place, calls in found.items()
         if place not in ON_HOST and place.partition(":")[0] not in ON_HOST
     }
-    assert unknown == {THE_ONE_WAIT: 1}
+    assert unknown == {THE_ONE_WAIT: 2}
+    # All noise had been foreseen.
+    assert drawers and {name.partition("_")[0] for name in drawers} == {"noise"}
+
+
+def name_of_thread() -> str:
+    return threading.current_thread().name
 
 
 def test_noise_that_was_foreseen_is_the_noise_that_was_not() -> None:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sora_train.base.page_locked import locked
+
 
 class HostCopies:
-    """This rank's parts of the parameters on the host; pinned where they come from a GPU.
+    """This rank's parts of the parameters on the host; in page-locked memory where they come from a GPU.
 
     Attributes:
         copies: parameter name -> what the optimizer is built on.
@@ -20,10 +22,10 @@ class HostCopies:
     def __init__(self, shards: dict[str, nn.Parameter]):
         self.shards = shards
         self.copies = {
-            name: nn.Parameter(_on_host(shard), requires_grad=shard.requires_grad)
+            name: nn.Parameter(_on_host(shard, self), requires_grad=shard.requires_grad)
             for name, shard in shards.items()
         }
-        self._grads = {name: _on_host(shard) for name, shard in shards.items()}
+        self._grads = {name: _on_host(shard, self) for name, shard in shards.items()}
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -42,8 +44,10 @@ class HostCopies:
                 shard.copy_(self.copies[name], non_blocking=True)
 
 
-def _on_host(shard: Tensor) -> Tensor:
-    return torch.zeros(shard.shape, dtype=shard.dtype, pin_memory=shard.is_cuda)
+def _on_host(shard: Tensor, owner: object) -> Tensor:
+    if shard.is_cuda:
+        return locked(owner, shard.shape, shard.dtype)
+    return torch.zeros(shard.shape, dtype=shard.dtype)
 
 
 def placed_on_host(part: Tensor, parameter: Tensor) -> Tensor:

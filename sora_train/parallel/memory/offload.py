@@ -3,7 +3,7 @@ back a block ahead of its backward pass.
 
 Whole storages travel, so that tensors which share one travel once. What lives on anyway stays: weights,
 what all blocks are given (captions, modulation, rotary table, mask), and what is small. On a GPU copies
-run on a stream of their own from and to pinned memory; a block's originals are let go when the next
+run on a stream of their own from and to page-locked memory; a block's originals are let go when the next
 block's forward pass has been queued behind their copies, so those of the last block, whose backward pass
 comes first, are still there. On a CPU the same steps are plain copies.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from sora_train.base.page_locked import LockedPool
 from sora_train.parallel.parallelize import sharding_units
 
 SMALLEST = 1024
@@ -28,7 +29,7 @@ Key = tuple[int, int]
 """Address and version of a storage."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Stored:
     """One storage that a block saves: on the host, and as long or as soon as it is there, on the device."""
 
@@ -73,6 +74,7 @@ class Offloader:
 
     def __init__(self) -> None:
         self.bytes_moved = 0
+        self._pool = LockedPool()
         self._newest: weakref.ref[Stash] | None = None
         self._stream: Any = None
 
@@ -100,7 +102,8 @@ class Offloader:
         if stored is None:
             # The original is held, so its address is no other storage's until it is let go.
             original = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            stored = stash.stored[key] = Stored(stash, self._to_host(original), original)
+            stored = stash.stored[key] = Stored(stash, original, original)
+            stored.host = self._to_host(original, stored)
             self.bytes_moved += storage.nbytes()
         return Saved(stored, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
 
@@ -132,10 +135,10 @@ class Offloader:
 
     # -- copies ---------------------------------------------------------------------------------
 
-    def _to_host(self, original: Tensor) -> Tensor:
+    def _to_host(self, original: Tensor, stored: Stored) -> Tensor:
         if not original.is_cuda:
             return original.clone()
-        host = torch.empty(original.shape, dtype=original.dtype, pin_memory=True)
+        host = self._pool.take(original.numel(), stored)
         if self._stream is None:
             self._stream = torch.cuda.Stream(original.device)
         self._stream.wait_stream(torch.cuda.current_stream(original.device))
