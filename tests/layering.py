@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parent.parent
 FLOORS = (
     ("errors",),
     ("base",),
-    ("config", "diffusion"),
+    ("config", "device", "diffusion"),
     ("models", "monitoring"),
     ("data", "runtime"),
     ("parallel", "objectives"),

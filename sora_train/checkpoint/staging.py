@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
-from sora_train.base.page_locked import locked
 from sora_train.checkpoint.layout import Checkpoint
+from sora_train.device.page_locked import locked
 from sora_train.errors import Fault
 from sora_train.parallel.shards import FlatShard, piece
 from sora_train.runtime.control_plane import ControlPlane

@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from sora_train.base.transfer import to_device
 from sora_train.config.sections.model import ModelConfig, TextConfig
+from sora_train.device.transfer import to_device
 from sora_train.errors import ConfigError
 from sora_train.models.text.encoder import TextEncoder
 from sora_train.models.text.published import build_text_encoder

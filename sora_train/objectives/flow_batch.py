@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sora_train.base.clock import DeviceClock
+from sora_train.device.clock import DeviceClock
 from sora_train.diffusion.condition_masks import frame_times
 from sora_train.diffusion.flow import frame_losses, interpolate, velocity_losses
 from sora_train.models.text_to_video import VideoDenoiser

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sora_train.base.clock import DeviceClock
-from sora_train.base.transfer import to_device
 from sora_train.config import Config
 from sora_train.data.sample import Clip, ClipBatch, MicroBatch
+from sora_train.device.clock import DeviceClock
+from sora_train.device.transfer import to_device
 from sora_train.diffusion.condition_frames import (
     condition_channels,
     encode_condition_frames,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentences import refuses
 
-from sora_train.base import page_locked
-from sora_train.base.page_locked import LockedPool, locked
+from sora_train.device import page_locked
+from sora_train.device.page_locked import LockedPool, locked
 from sora_train.errors import Fault
 
 MIB = 1 << 20

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import sora_train
-from sora_train.base.transfer import ToHost, to_device
+from sora_train.device.transfer import ToHost, to_device
 from sora_train.diffusion.draws import draw_noise
 from sora_train.objectives.noise_ahead import NoiseAhead
 from sora_train.training.trainer import Trainer

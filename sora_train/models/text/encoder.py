@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sora_train.base.transfer import to_device
 from sora_train.config.sections.model import TextConfig
+from sora_train.device.transfer import to_device
 from sora_train.models.flops import text_flops
 from sora_train.models.transformer.layers import keyed_generator
 from sora_train.models.work_sharing import NO_SHARING, WorkSharing

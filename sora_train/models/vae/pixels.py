@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_train.base.transfer import to_device
+from sora_train.device.transfer import to_device
 
 
 def from_uint8(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:

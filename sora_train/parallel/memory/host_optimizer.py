@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sora_train.base.page_locked import locked
+from sora_train.device.page_locked import locked
 
 
 class HostCopies:

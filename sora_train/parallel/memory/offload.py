@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sora_train.base.page_locked import LockedPool
+from sora_train.device.page_locked import LockedPool
 from sora_train.parallel.parallelize import sharding_units
 
 SMALLEST = 1024

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sora_train.base.transfer import ToHost, to_device
 from sora_train.data.sample import ClipBatch
+from sora_train.device.transfer import ToHost, to_device
 from sora_train.objectives import LossTerm
 from sora_train.runtime.world import World
 from sora_train.training.outputs.step_metrics import kinds_in, told_apart
