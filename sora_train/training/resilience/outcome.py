@@ -55,9 +55,11 @@ class Outcome:
         """A collective. `totals` is each term's total weight over all ranks; `grad_norm` is 0-d."""
         device = grad_norm.device
         self._parts, self._names = parts, list(totals)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        # A micro-batch may be without a term: an image has none of motion.
         sums = [
-            torch.stack([terms[name].sum.detach().double() for terms in parts]).sum()
-            for name in self._names
+            torch.stack([t[n].sum.detach().double() if n in t else zero for t in parts]).sum()
+            for n in self._names
         ]
         unjudged = unjudged_part(batches, parts, totals, limits, device)
         mine = torch.stack([*sums, unjudged, grad_norm.double()])
