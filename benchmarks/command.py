@@ -8,6 +8,22 @@ from sora_train.tools.terminal import OVERRIDES, Overrides, command_group
 bench_app = command_group("Measure; every number goes with its machine and commit.")
 
 
+@bench_app.command("all", context_settings=OVERRIDES)
+def bench_all(arguments: Overrides = None) -> int:
+    """Measure everything beside its peers, in turns, into one table: what, ours, peer, ratio, floor, target.
+
+    --quick in less than five minutes on two cores, --only PART one part (transformer, loop, sampling, loader,
+    checkpoint), --out DIR where the results go. benchmarks/README.md explains each row.
+
+    \b
+    sora bench all --quick
+    sora bench all --only sampling
+    """
+    from benchmarks.overview import main
+
+    return main(arguments or [])
+
+
 @bench_app.command("train", context_settings=OVERRIDES)
 def bench_train(arguments: Overrides = None) -> int:
     """Measure training steps: warm-up, then median and spread, as JSON and Markdown.
