@@ -42,6 +42,9 @@ def run_command(command: Callable[[], int | None]) -> int:
 
     With SORA_DEBUG=1 the exception passes through with its traceback.
     """
+    # Where it is installed, diffusers and transformers import it, with warnings and seconds, though nothing of it is
+    # used: parallel/memory/float8.py, which does, takes this away.
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
     try:
         return command() or 0
     except KeyboardInterrupt:

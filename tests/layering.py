@@ -90,6 +90,7 @@ OPTIONAL = {
     "s3fs",
     "scenedetect",
     "tensorboard",
+    "torchao",
     "torchcodec",
     "uvicorn",
     "wandb",

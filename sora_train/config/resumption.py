@@ -46,6 +46,7 @@ CLASSES: dict[str, ResumeClass] = {
     "model": "refused",
     "model.attention": "recorded",
     "model.compile": "recorded",
+    "model.float8": "recorded",
     "vae": "refused",
     "vae.tile": "recorded",
     "text": "refused",

@@ -15,6 +15,7 @@ from sora_train.parallel.deepspeed.settings import check_zero
 from sora_train.parallel.degrees import Degrees, check_degrees, resolve_degrees
 from sora_train.parallel.fsdp import FsdpEngine
 from sora_train.parallel.layout import Layout
+from sora_train.parallel.memory.float8 import check_float8
 from sora_train.parallel.protocol import Engine, OptimizerBuilder, resolve_param_dtype
 from sora_train.runtime.world import World
 
@@ -82,7 +83,9 @@ def check_engine(cfg: Config, degrees: Degrees, param_dtype: torch.dtype) -> Non
 
 
 def prepare_kernels(cfg: Config, param_dtype: torch.dtype, device: torch.device) -> None:
-    """Make the transformer's attention kernel ready. Raises ConfigError if it or the compiler asked for is not here."""
+    """Make the transformer's attention kernel ready. Raises ConfigError if it, the compiler or the float8 asked for is
+    not here."""
     if cfg.task == "text_to_video":
         prepare_attention(cfg.model, device, param_dtype)
         check_compiler(cfg, device)
+        check_float8(cfg, param_dtype, device)

@@ -121,6 +121,7 @@ def model_rows(run: RunContext, engine: Engine, tokens: float, flops: float) -> 
     return {
         "a token": f"{flops / 1e9:.3g} GFLOP forward and backward, in clips of {tokens:,.0f} tokens",
         "attention": describe(cfg.model, run.world.device, dtype, masked_captions=masked),
+        **({"products": f"float8 {cfg.model.float8}"} if cfg.model.float8 != "off" else {}),
         "compiled": "no (zero3 gathers weights inside a block)"
         if cfg.parallel.engine == "zero3"
         else compiled(cfg.model.compile, run.world.device),

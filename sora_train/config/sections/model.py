@@ -44,6 +44,9 @@ class ModelConfig(Section):
     compile: Literal["auto", "off", "dynamic", "static"] = "auto"
     """torch.compile of every block: `dynamic` compiles once for all clip sizes, `static` once for each size; `auto`:
     dynamic on a GPU, off on a CPU."""
+    float8: Literal["off", "rowwise"] = "off"
+    """Matrix products of the blocks in float8 with one scale a row, by torchao, for GPUs of compute capability 8.9 or
+    more; the rest stays in `parallel.param_dtype`, which is bfloat16 then."""
     mask_channel: bool = False
     """Add `mask_proj`, which tells the model which latent frames are given (image to video, extension, ...)."""
     fps_embed: bool = False

@@ -1,1 +1,1 @@
-"""Memory for time: recomputed or offloaded activations, the optimizer on the host."""
+"""Memory for time: recomputed or offloaded activations, the optimizer on the host; products in float8."""

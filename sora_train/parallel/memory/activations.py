@@ -1,8 +1,8 @@
 """What a block keeps for its backward pass, chosen from outside the model; parameter names stay.
 
 Each option replaces an instance's own `forward`, as compilation does, so no module wraps another and
-the hooks of engines stay around all of it. The order is fixed, from the inside out: the MLP in parts,
-checkpointing, compilation (which sees a checkpoint as a part of its graph and can then choose what to
+the hooks of engines stay around all of it. The order is fixed, from the inside out: products in float8, the MLP in
+parts, checkpointing, compilation (which sees a checkpoint as a part of its graph and can then choose what to
 save), offloading (whose copies are no part of a graph), the engine's gathering of weights. What is
 computed again therefore meets weights that the engine has gathered for the backward pass.
 
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import (
 
 from sora_train.config import Config
 from sora_train.parallel.compile import Recompiles, compile_blocks, resolve_compile
+from sora_train.parallel.memory.float8 import multiply_in_float8
 from sora_train.parallel.memory.offload import Offloader, offload_blocks
 from sora_train.parallel.parallelize import sharding_units
 
@@ -42,14 +43,22 @@ ATTENTION = (
     "flash_attn_3::_flash_attn_forward",
 )
 """Operators that are an attention core as a whole. The core `math` is products and a softmax: `matmul`."""
-MATMUL = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear")
+MATMUL = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::linear",
+    "aten::_scaled_mm",
+)
 OPERATORS = {"attention": ATTENTION, "matmul": MATMUL}
 
 
 def prepare_blocks(
     model: nn.Module, cfg: Config, device: torch.device, compile: str = ""
 ) -> tuple[Recompiles | None, Offloader | None]:
-    """Give every block of `model` the memory options and compilation of the config, in place, before it is sharded.
+    """Give every block of `model` the products, memory options and compilation of the config, in place, before it is
+    sharded.
 
     `compile` stands for `model.compile` where an engine cannot do what that says.
 
@@ -57,6 +66,8 @@ def prepare_blocks(
     where they are offloaded.
     """
     wanted = cfg.parallel
+    if cfg.model.float8 != "off":
+        multiply_in_float8(model)
     chunk_mlps(model, wanted.mlp_chunks)
     checkpoint_blocks(
         model, wanted.activation_checkpointing, wanted.checkpoint_every, wanted.checkpoint_keep
