@@ -52,7 +52,7 @@ INSIDE = {
     "training": (
         ("run",),
         ("pipeline", "optim"),
-        ("initialise",),
+        ("initialise", "kernels"),
         ("components",),
         ("outputs",),
         ("resilience",),

@@ -1,7 +1,7 @@
 """One run, one folder: its lock, its resolved config, its fingerprint, and where things lie in it.
 
 config.yaml     the resolved configuration        metrics.jsonl   one row a step
-run.json        seed, threads, versions, parts    checkpoints/    step-N folders and `latest`
+run.json        seed, threads, versions, parts, kernels    checkpoints/    step-N folders and `latest`
 samples/        step-N folders                    report.html, summary.json   written at the end
 changes.jsonl   keys that changed when the run went on, with the step from which they count
 """
@@ -77,7 +77,19 @@ class RunFolder:
         )
         facts = fingerprint(cfg) | {"parts": [asdict(part) for part in parts_of(self.path)]}
         facts |= {"forked_from": forked_from} if forked_from else {}
+        kernels = self.noted("kernels")
+        facts |= {"kernels": kernels} if kernels else {}
         write_atomically(self.path / "run.json", json.dumps(facts, indent=1))
+
+    def noted(self, name: str) -> Any:
+        """What run.json says under a name; None where it does not."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text()).get(name) if path.exists() else None
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to run.json, or replace them."""
+        known = json.loads((self.path / "run.json").read_text())
+        write_atomically(self.path / "run.json", json.dumps(known | facts, indent=1))
 
     def record_part(self, cfg: Config, step: int, ranks: int) -> None:
         """Note that the run goes on from `step` on so many ranks with this config; parts that trained steps after
@@ -90,8 +102,7 @@ class RunFolder:
             (self.path / "configs").mkdir(exist_ok=True)
             write_atomically(self.path / config, text)
         parts = [asdict(part) for part in [*kept, Part(step, ranks, config)]]
-        known = json.loads((self.path / "run.json").read_text())
-        write_atomically(self.path / "run.json", json.dumps(known | {"parts": parts}, indent=1))
+        self.note(parts=parts)
 
     @property
     def checkpoints(self) -> Path:

@@ -2,7 +2,6 @@
 
 import time
 
-import numpy as np
 import torch
 from rich.table import Table
 
@@ -15,13 +14,15 @@ from sora_train.data.loader import backend_of
 from sora_train.data.tape.tape import nearby_efficiencies, row_costs, slot_efficiency
 from sora_train.models.text.lengths import CaptionLengths
 from sora_train.models.transformer.attention_backends import describe
+from sora_train.models.transformer.cpu_kernels import in_use
 from sora_train.parallel.checks.self_test import Agreed
 from sora_train.parallel.compile import resolve_compile
 from sora_train.parallel.degrees import Degrees, describe_layout
 from sora_train.parallel.protocol import Engine
 from sora_train.runtime.world import allocator
 from sora_train.training.components import Components
-from sora_train.training.pipeline.data import TrainingData
+from sora_train.training.kernels import is_open
+from sora_train.training.pipeline.data import TrainingData, mean_step
 from sora_train.training.run import RunContext
 
 # Share of a plain matrix product's speed that training steps were seen to reach on CPUs and GPUs.
@@ -122,6 +123,7 @@ def model_rows(run: RunContext, engine: Engine, tokens: float, flops: float) -> 
         "a token": f"{flops / 1e9:.3g} GFLOP forward and backward, in clips of {tokens:,.0f} tokens",
         "attention": describe(cfg.model, run.world.device, dtype, masked_captions=masked),
         **({"products": f"float8 {cfg.model.float8}"} if cfg.model.float8 != "off" else {}),
+        **({"kernels": f"{in_use()} (of this CPU)"} if is_open(run) else {}),
         "compiled": "no (zero3 gathers weights inside a block)"
         if cfg.parallel.engine == "zero3"
         else compiled(cfg.model.compile, run.world.device),
@@ -207,18 +209,6 @@ def details(data: TrainingData, reason: str) -> list[str]:
     manifest, reasons = data.manifest, data.assignment.reasons
     rows = [row for row in range(len(manifest)) if reasons[row] == reason][:3]
     return [f"{manifest.key[row]}: {manifest.drop_detail[row] or 'see buckets'}" for row in rows]
-
-
-def mean_step(data: TrainingData, data_step: int) -> tuple[float, float, float]:
-    """Clips, tokens and operations (forward and backward) of an average step."""
-    part = data.part(data_step)
-    epoch = part.epoch(0)
-    sizes = np.diff(epoch.starts).tolist()
-    buckets = [part.buckets[bucket] for bucket in epoch.bucket]
-    tokens = sum(data.tokens_of(each) * size for each, size in zip(buckets, sizes, strict=True))
-    flops = sum(data.flops_of(each) * size for each, size in zip(buckets, sizes, strict=True))
-    steps = part.per_epoch / data.micro_batches
-    return part.clips_per_epoch / steps, tokens / steps, flops / steps
 
 
 def state_bytes(run: RunContext, parts: Components) -> float:

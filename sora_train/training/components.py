@@ -29,6 +29,7 @@ from sora_train.training.initialise import (
     take_moments,
     take_weights,
 )
+from sora_train.training.kernels import settle_kernels
 from sora_train.training.optim.ema import Ema
 from sora_train.training.optim.optim import build_optimizer
 from sora_train.training.pipeline.data import TrainingData
@@ -90,6 +91,7 @@ def build(builder: Builder, resumed: CheckpointMeta | None) -> None:
         require_same_spec(parts.spec, resumed)
     parts.data = builder.build_data(parts.model)
     builder.run = run = replace(run, cfg=parts.data.with_steps(run.cfg))
+    settle_kernels(run, parts.data)
     parts.objective = builder.build_objective()
     build_for_training(run, parts, initial)
 

@@ -19,8 +19,8 @@ from sora_train.models.vae.geometry import Geometry
 from sora_train.tools.plan.assumptions import Assumptions
 from sora_train.tools.plan.memory.encoders import sizes_of_vae
 from sora_train.tools.plan.time.work import stage_work
-from sora_train.training.card import mean_step
 from sora_train.training.outputs.step_metrics import StepMetrics
+from sora_train.training.pipeline.data import mean_step
 from sora_train.training.pipeline.plan import (
     bucket_table,
     cost_model,

@@ -39,8 +39,9 @@ class ModelConfig(Section):
     """Most latent frames, rows or columns of tokens; a longer clip is refused. The open Wan weights have 1024."""
     attention: Attention = "auto"
     """Attention kernel: PyTorch's `sdpa`, or one of its kernels (`flash`, `cudnn`, `math`, `varlen`); a package of
-    flash-attention (`flash2`, `flash3`, `flash4`); plain matrix products (`gemm`). `auto`: flash4 on a GPU that has
-    it, gemm for bfloat16 on CPU, else sdpa. A kernel that is not available is an error."""
+    flash-attention (`flash2`, `flash3`, `flash4`); on CPUs, a backward pass of matrix products (`gemm`). `auto`: flash4
+    on a GPU that has it; for bfloat16 on a CPU the fastest of those that it has, measured when the run begins; else
+    sdpa. A kernel that is not available is an error."""
     compile: Literal["auto", "off", "dynamic", "static"] = "auto"
     """torch.compile of every block: `dynamic` compiles once for all clip sizes, `static` once for each size; `auto`:
     dynamic on a GPU, off on a CPU."""

@@ -21,7 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from sora_train.config.sections.model import Attention, ModelConfig
 from sora_train.errors import ConfigError
 from sora_train.models.transformer.attention_gemm import gemm_attention
-from sora_train.models.transformer.layers import MULTIPLIES_BFLOAT16
+from sora_train.models.transformer.cpu_kernels import in_use
 
 BACKENDS: tuple[str, ...] = get_args(Attention)
 SDPA_KERNELS = {
@@ -65,16 +65,16 @@ def _is_installed(module: str) -> bool:
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, torch.dtype]:
     """The kernel and the precision it computes in.
 
-    `auto` is FlashAttention-4 where `prepare_attention` found it, else SDPA but for bfloat16 on CPUs,
-    where that is slow: matrix products are faster on those that multiply bfloat16, and SDPA in float32
-    on those that do not.
+    `auto` is FlashAttention-4 where `prepare_attention` found it, for bfloat16 on CPUs what was found to
+    be fast there (`cpu_kernels`), else SDPA.
     """
     if backend != "auto":
         return backend, dtype
     if device.type == "cuda" and dtype in HALF and FASTEST in _active:
         return FASTEST, dtype
     if device.type == "cpu" and dtype == torch.bfloat16:
-        return ("gemm", dtype) if MULTIPLIES_BFLOAT16 else ("sdpa", torch.float32)
+        kernels = in_use()
+        return kernels.attention, torch.float32 if kernels.attention_in_float32 else dtype
     return "sdpa", dtype
 
 
@@ -120,6 +120,8 @@ def missing(
         installed = ", ".join(installed_packages()) or "none"
         package = FLASH_PACKAGES[backend]
         return f"but the package {package} is not installed (flash-attention packages found: {installed})"
+    if backend == "gemm" and device.type != "cpu":
+        return f"which is for CPUs and the run is on {device.type}"
     if backend not in NEED_GPU and not (backend == "flash" and device.type == "cuda"):
         return None
     if device.type != "cuda":

@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_train.base.seeding import key_seed
+from sora_train.models.transformer.cpu_kernels import in_use
 
 # Wan's noise levels run from 0 to 1000; ours from 0 to 1.
 TIME_SCALE = 1000.0
-MULTIPLIES_BFLOAT16: bool = torch.cpu._is_avx512_bf16_supported()
-"""Whether this CPU multiplies bfloat16 in hardware."""
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -30,9 +29,14 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def multiplied_wide(x: Tensor) -> bool:
-    """Whether products of `x` run in float32 although it is bfloat16: on CPUs that would emulate them,
-    several times as slowly and no more precisely."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BFLOAT16
+    """Whether products of `x` run in float32 although it is bfloat16: on CPUs where that was found to be
+    faster."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and in_use().linear_in_float32
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """Precision of the matrix products for values `x`."""
+    return torch.float32 if multiplied_wide(x) else x.dtype
 
 
 class WideLinear(torch.autograd.Function):
@@ -97,13 +101,39 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+class RMSNormOnCpu(torch.autograd.Function):
+    """RMS norm over the last dimension in few passes over memory: PyTorch has no kernel for it on CPUs and
+    makes it of a dozen operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x, scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With s the scale of a row: dx = s w dy - x s^3 mean(x w dy), dw = sum over rows of s x dy."""
+        x, weight, scale = ctx.saved_tensors
+        products = torch.mul(dy, x).view(-1, x.shape[-1])
+        dots = torch.mv(products, weight).view(scale.shape)
+        dweight = torch.mv(products.T, scale.flatten())
+        along = dots.mul_(scale.pow(3)).div_(-x.shape[-1])
+        dx = torch.mul(dy, weight, out=products.view(x.shape)).mul_(scale).addcmul_(x, along)
+        return dx, dweight, None
+
+
 class RMSNorm(nn.RMSNorm):
     """RMS norm (Zhang & Sennrich 2019, arXiv:1910.07467) in at least float32; the output stays
     there."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = at_least_fp32(x)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        x, weight = at_least_fp32(x), self.weight.to(torch.promote_types(x.dtype, torch.float32))
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            y: Tensor = RMSNormOnCpu.apply(x, weight, self.eps)
+            return y
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class GeluProjection(nn.Module):

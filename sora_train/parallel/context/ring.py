@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sora_train.models.transformer.attention_gemm import MAX_SCORES, work_dtype
-from sora_train.models.transformer.layers import at_least_fp32
+from sora_train.models.transformer.layers import at_least_fp32, work_dtype
 from sora_train.parallel.context.collectives import group_named
+
+MAX_SCORES = 1 << 21
+"""Scores of one chunk of queries over all heads and clips: 8 MiB in float32."""
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], group: str) -> Tensor:

@@ -220,6 +220,18 @@ class TrainingData:
         self.loader.close()
 
 
+def mean_step(data: TrainingData, data_step: int) -> tuple[float, float, float]:
+    """Clips, tokens and operations (forward and backward) of an average step."""
+    part = data.part(data_step)
+    epoch = part.epoch(0)
+    sizes = np.diff(epoch.starts).tolist()
+    buckets = [part.buckets[bucket] for bucket in epoch.bucket]
+    tokens = sum(data.tokens_of(each) * size for each, size in zip(buckets, sizes, strict=True))
+    flops = sum(data.flops_of(each) * size for each, size in zip(buckets, sizes, strict=True))
+    steps = part.per_epoch / data.micro_batches
+    return part.clips_per_epoch / steps, tokens / steps, flops / steps
+
+
 def open_together(
     cfg: Config, control: ControlPlane, run_dir: Path, snapshots: Sequence[SourceSnapshot] = ()
 ) -> Sources:

@@ -11,6 +11,7 @@ import torch
 from sora_train.config import Config
 from sora_train.data.sample import Clip
 from sora_train.errors import Fault
+from sora_train.models.transformer.cpu_kernels import in_use
 from sora_train.monitoring.run_folder import fingerprint
 from sora_train.objectives.validation import same_shape
 from sora_train.training.components import Components
@@ -48,7 +49,7 @@ def measure_probe(run: RunContext, parts: Components) -> dict[str, Any] | None:
         "clips": [[clip.row, clip.digest] for clip in clips],
         "ranks": run.world.size,
         "device": run.world.device.type,
-        "fingerprint": fingerprint(run.cfg),
+        "fingerprint": fingerprint(run.cfg) | {"kernels": str(in_use())},
     }
 
 
