@@ -1,13 +1,19 @@
 """`sora bench model`: forward and backward of our transformer and of diffusers' WanTransformer3DModel.
 
-The same weights, the same clip, the same dtype, one run, the contestants taking turns so that a busy
-machine slows all of them alike. Ours is measured with the attention the config asks for and, where
-that is another, with PyTorch's SDPA, which is what diffusers calls: the first ratio is what a run
-gains, the second what it gains besides attention.
+The same weights, the same clip, one run, the contestants taking turns so that a busy machine slows all of
+them alike. Ours has its weights in the dtype, as training computes with them, and is compiled if asked
+for. Diffusers' is what `from_pretrained(torch_dtype=)` makes, with norms and the noise level in float32, and
+always eager. Ours is measured with the attention the config asks for and, where that is another, with
+PyTorch's SDPA, which is what diffusers calls: the first ratio is what a run gains, the second what it
+gains besides attention. `kernels alone` are the matrix products and the attention of ours and nothing else:
+a floor for what is around them.
 """
 
 import argparse
 import gc
+import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +28,16 @@ from sora_train.config import Config, ModelConfig
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
 from sora_train.models.flops import training_flops
-from sora_train.models.transformer.attention_backends import describe, prepare_attention, resolve
+from sora_train.models.transformer.attention_backends import (
+    attend,
+    describe,
+    prepare_attention,
+    resolve,
+)
+from sora_train.models.transformer.cpu_kernels import DEFAULT, ShapeClass, choose, in_use, use
+from sora_train.models.transformer.cpu_trials import step_of as trial_of
 from sora_train.models.transformer.dit import VideoDiT
+from sora_train.models.transformer.layers import linear
 from sora_train.models.transformer.wan_layout import wan_arguments
 from sora_train.monitoring.device_peaks import peak_flops
 from sora_train.parallel.compile import check_compiler, compile_blocks, graphs_compiled
@@ -37,6 +51,7 @@ DEFAULT_SIZES = {
 """20 M parameters, heads of 64: what is measured where no model.* override is given."""
 DTYPES = ("float32", "bfloat16")
 MODES = ("eager", "dynamic", "static")
+FLOOR = "kernels alone"
 
 
 @dataclass(frozen=True)
@@ -48,8 +63,9 @@ class ModelBenchRequest:
     caption: int = 128
     dtypes: tuple[str, ...] = DTYPES
     modes: tuple[str, ...] = ("eager",)
-    repeats: int = 3
+    repeats: int = 7
     warmup: int = 1
+    threads: int = 0
     device: str = "auto"
 
 
@@ -74,6 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--modes", default="eager", help="of eager, dynamic, static")
     parser.add_argument("--repeats", type=int, default=ModelBenchRequest.repeats)
     parser.add_argument("--warmup", type=int, default=ModelBenchRequest.warmup)
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: one a core")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of model.json, .md")
     options, overrides = parser.parse_known_args(list(arguments))
@@ -85,6 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         modes=chosen("--modes", options.modes, MODES),
         repeats=options.repeats,
         warmup=options.warmup,
+        threads=options.threads,
         device=options.device,
     )
     path = run(request).write(options.out)
@@ -122,6 +140,7 @@ def run(request: ModelBenchRequest) -> Result:
             f"{request.warmup}: all but the last must be at least 1"
         )
     device = pick_device(request.device)
+    torch.set_num_threads(request.threads or os.cpu_count() or 1)
     for dtype in request.dtypes:
         prepare_attention(request.model, device, getattr(torch, dtype))
     for mode in request.modes:
@@ -161,6 +180,7 @@ def compare(
     facts: dict[str, str | int | float | None],
 ) -> None:
     """One dtype in one mode: tokens/s of each contestant into `measured`, their ratios into `facts`."""
+    choose_kernels(request, dtype, device)
     batch = batch_of(request, getattr(torch, dtype), device)
     steps = contestants(request, getattr(torch, dtype), mode, device, batch)
     seconds = take_turns(steps, request.warmup, request.repeats)
@@ -168,6 +188,8 @@ def compare(
     facts[f"attention of ours, {dtype}"] = describe(
         request.model, device, getattr(torch, dtype), masked_captions=False
     )
+    if dtype == "bfloat16" and device.type == "cpu":
+        facts["kernels of bfloat16"] = str(in_use())
     speed = {name: request.tokens / Stats.of(taken).median for name, taken in seconds.items()}
     for name, taken in seconds.items():
         rates = Stats.of([request.tokens / second for second in taken])
@@ -181,7 +203,17 @@ def compare(
             if peak and dtype == "bfloat16":
                 facts[f"MFU of {name}, {label}"] = flops / peak
             facts[f"peak GiB of {name}, {label}"] = peak_memory(steps[name], device)
+    facts[f"share of ours that is not kernels, {label}"] = 1 - speed["ours"] / speed[FLOOR]
     gc.collect()
+
+
+def choose_kernels(request: ModelBenchRequest, dtype: str, device: torch.device) -> None:
+    """Compute as a run does that begins on this machine with clips of this size."""
+    cfg = request.model
+    use(DEFAULT)
+    if dtype == "bfloat16" and device.type == "cpu" and cfg.attention == "auto":
+        shape = ShapeClass.of(1, request.tokens, cfg.num_heads, cfg.head_dim, cfg.ffn_dim)
+        use(choose(shape, trial_of))
 
 
 def contestants(
@@ -200,16 +232,60 @@ def contestants(
         model = model.to(device, dtype)
         compile_blocks(model, "off" if mode == "eager" else mode)
         steps[name] = step_of(model, lambda m: m(batch.latents, batch.t, batch.captions), batch)
-    wan = WanTransformer3DModel(**wan_arguments(cfg))
-    wan.load_state_dict(weights)
-    wan = wan.to(device, dtype)
-    if mode != "eager":
-        wan.compile_repeated_blocks(fullgraph=True, dynamic=mode == "dynamic")
+    steps[FLOOR] = kernels_alone(request, dtype, device)
     level = batch.t[:, 0] * 1000
     steps["diffusers"] = step_of(
-        wan, lambda m: m(batch.latents, level, batch.captions, return_dict=False)[0], batch
+        diffusers_model(cfg, weights, dtype).to(device),
+        lambda m: m(batch.latents, level, batch.captions, return_dict=False)[0],
+        batch,
     )
     return steps
+
+
+def diffusers_model(
+    cfg: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
+) -> WanTransformer3DModel:
+    """As its users get it: read from files, which keeps some parts in float32 whatever the dtype."""
+    wan = WanTransformer3DModel(**wan_arguments(cfg))
+    wan.load_state_dict(weights)
+    with tempfile.TemporaryDirectory() as folder:
+        wan.save_pretrained(folder)
+        wan = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
+    return wan.train()
+
+
+def kernels_alone(
+    request: ModelBenchRequest, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """Forward and backward of every large matrix product and attention of the model, on random numbers."""
+    cfg = request.model
+    tokens, caption, dim = request.tokens, request.caption, cfg.dim
+    pixels = math.prod(cfg.patch_size)
+    block = [(tokens, dim, dim)] * 6 + [(caption, dim, dim)] * 2
+    block += [(tokens, dim, cfg.ffn_dim), (tokens, cfg.ffn_dim, dim)]
+    ends = [(tokens, cfg.in_channels * pixels, dim), (tokens, dim, cfg.velocity_channels * pixels)]
+    ends += [(caption, cfg.text_dim, dim), (caption, dim, dim)]
+    draws = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draws).to(device, dtype).requires_grad_()
+
+    operands = {
+        size: [normal(size[0], size[1]), normal(size[2], size[1]), normal(size[2])]
+        for size in {*block, *ends}
+    }
+    heads = cfg.num_heads, cfg.head_dim
+    attended = [[normal(1, n, *heads) for n in (tokens, keys, keys)] for keys in (tokens, caption)]
+
+    def step() -> None:
+        for size in [*block * cfg.num_layers, *ends]:
+            y = linear(*operands[size])
+            torch.autograd.grad(y, operands[size], y.detach())
+        for q, k, v in attended * cfg.num_layers:
+            y = attend(cfg.attention, q, k, v, None)
+            torch.autograd.grad(y, (q, k, v), y.detach())
+
+    return step
 
 
 def step_of(model: nn.Module, forward: Callable[[Any], Tensor], batch: Batch) -> Callable[[], None]:

@@ -1,11 +1,13 @@
 """The transformer's benchmark: contestants share weights and clip, and what cannot be measured is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from sentences import refuses
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import model as bench
 from sora_train.errors import ConfigError, UserError
@@ -27,15 +29,17 @@ def test_a_toy_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert bench.main([*arguments, "--dtype", "float32,bfloat16", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "model.json").read_text())
     assert set(found["measured"]) >= {
-        f"{who}, eager, {dtype}" for who in ("ours", "diffusers") for dtype in bench.DTYPES
+        f"{who}, eager, {dtype}"
+        for who in ("ours", "diffusers", bench.FLOOR)
+        for dtype in bench.DTYPES
     }
-    assert "ours with the same sdpa, eager, bfloat16" in found["measured"]
     assert all(value["n"] == 2 and value["median"] > 0 for value in found["measured"].values())
     facts = found["facts"]
     ours, theirs = (
         found["measured"][f"{who}, eager, float32"]["median"] for who in ("ours", "diffusers")
     )
     assert facts["ours / diffusers, eager, float32"] > 0 and ours > 0 and theirs > 0
+    assert facts["share of ours that is not kernels, eager, float32"] < 1
     assert facts["attention of ours, float32"] == "sdpa (chosen by auto) in float32"
     assert "| ours, eager, float32 |" in capsys.readouterr().out
 
@@ -52,6 +56,32 @@ def test_contestants_compute_the_same():
         theirs = wan(batch.latents, batch.t[:, 0] * 1000, batch.captions, return_dict=False)[0]
     assert ours.abs().max() > 0
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_peer_keeps_in_float32_what_its_users_get_so():
+    made = request()
+    weights = bench.first_weights(made.model)
+    wan = bench.diffusers_model(made.model, weights, torch.bfloat16)
+    dtypes = {name: value.dtype for name, value in wan.named_parameters()}
+    assert dtypes["blocks.0.scale_shift_table"] == dtypes["blocks.0.norm2.weight"] == torch.float32
+    assert dtypes["blocks.0.attn1.to_q.weight"] == torch.bfloat16
+    assert torch.equal(wan.proj_out.weight, weights["proj_out.weight"].bfloat16()) and wan.training
+
+
+def test_the_floor_multiplies_what_the_model_multiplies():
+    """Counted by torch, forward and backward: products alone, as it does not see fused attention on a CPU."""
+    made = replace(request(), model=bench.model_of([*TOY, "model.attention=gemm"]))
+    found = []
+    batch = bench.batch_of(made, torch.float32, torch.device("cpu"))
+    for name, step in bench.contestants(
+        made, torch.float32, "eager", torch.device("cpu"), batch
+    ).items():
+        if name in ("ours", bench.FLOOR):
+            with FlopCounterMode(display=False) as counter:
+                step()
+            found.append(counter.get_total_flops())
+    # The noise level's layers and the gradient of latents and captions, which nobody asks for, differ.
+    assert found[1] == pytest.approx(found[0], rel=0.2)
 
 
 def test_turns_are_taken_and_warm_up_is_not_counted():

@@ -79,7 +79,7 @@ def _backward(
         _backward_of_heads(*some) for some in zip(*(x.split(together) for x in flat), strict=True)
     ]
     dq, dk, dv = (torch.cat(one).unflatten(0, (batch, heads)) for one in zip(*parts, strict=True))
-    return tuple(_as_tokens(x.to(q.dtype)) for x in (dq, dk, dv))  # type: ignore[return-value]
+    return tuple(_as_tokens(x.to(q.dtype)) for x in (dq, dk, dv))
 
 
 def _backward_of_heads(
@@ -92,7 +92,7 @@ def _backward_of_heads(
     k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in at least float32 of heads (N, L, K). The wide ones have the further channels."""
-    q_wide, dy_wide, k_wide, v_wide, q, dy, k = (  # type: ignore[assignment]
+    q_wide, dy_wide, k_wide, v_wide, q, dy, k = (
         _tiles(x) for x in (q_wide, dy_wide, k_wide, v_wide, q, dy, k)
     )
     dq = [torch.zeros_like(at_least_fp32(x)) for x in q]

@@ -17,16 +17,15 @@ def step_of(part: str, shape: ShapeClass) -> Callable[[], object]:
     def normal(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=draws).bfloat16().requires_grad_()
 
+    # The width of all heads is not among what is measured; those that are say as much.
     dim = shape.num_heads * shape.head_dim
+    forward: Callable[..., Tensor]
     if part == "attention":
         size = shape.clips, shape.tokens, shape.num_heads, shape.head_dim
         inputs, forward = [normal(*size) for _ in "qkv"], _attention
     else:
-        # All heads' width is not known from those that are measured, and the inner one says as much.
-        inputs, forward = (
-            [normal(shape.clips * shape.tokens, dim), normal(shape.ffn_dim, dim)],
-            _linear,
-        )
+        tokens = shape.clips * shape.tokens
+        inputs, forward = [normal(tokens, dim), normal(shape.ffn_dim, dim)], _linear
     cotangent = torch.randn(forward(*inputs).shape, generator=draws).bfloat16()
     return lambda: torch.autograd.grad(forward(*inputs), inputs, cotangent)
 
