@@ -189,7 +189,9 @@ def test_rms_norm_and_its_gradients_are_those_of_the_definition() -> None:
     weight = torch.randn(7, generator=draws, dtype=torch.float64).requires_grad_()
     expected = x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * weight
     torch.testing.assert_close(RMSNormOnCpu.apply(x, weight, 1e-3), expected, rtol=1e-13, atol=0)
-    assert torch.autograd.gradcheck(lambda *inputs: RMSNormOnCpu.apply(*inputs, 1e-3), (x, weight))
+    norm = lambda *inputs: RMSNormOnCpu.apply(*inputs, 1e-3)  # noqa: E731
+    assert torch.autograd.gradcheck(norm, (x, weight))
+    assert torch.autograd.gradcheck(lambda *inputs: norm(*inputs).transpose(1, 2), (x, weight))
 
 
 def test_rms_norm_is_exact_to_float32() -> None:

@@ -116,7 +116,7 @@ class RMSNormOnCpu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         """With s the scale of a row: dx = s w dy - x s^3 mean(x w dy), dw = sum over rows of s x dy."""
         x, weight, scale = ctx.saved_tensors
-        products = torch.mul(dy, x).view(-1, x.shape[-1])
+        products = torch.mul(dy, x).reshape(-1, x.shape[-1])
         dots = torch.mv(products, weight).view(scale.shape)
         dweight = torch.mv(products.T, scale.flatten())
         along = dots.mul_(scale.pow(3)).div_(-x.shape[-1])
