@@ -5,7 +5,8 @@ them alike. Ours has its weights in the dtype, as training computes with them, a
 for. Diffusers' is what `from_pretrained(torch_dtype=)` makes, with norms and the noise level in float32, and
 always eager. Ours is measured with the attention the config asks for and, where that is another, with
 PyTorch's SDPA, which is what diffusers calls: the first ratio is what a run gains, the second what it
-gains besides attention. `kernels alone` are the matrix products and the attention of ours and nothing else:
+gains besides attention. With one thread on a CPU its own time counts, to which other programs add little.
+`kernels alone` are the matrix products and the attention of ours and nothing else:
 a floor for what is around them.
 """
 
@@ -34,7 +35,14 @@ from sora_train.models.transformer.attention_backends import (
     prepare_attention,
     resolve,
 )
-from sora_train.models.transformer.cpu_kernels import DEFAULT, ShapeClass, choose, in_use, use
+from sora_train.models.transformer.cpu_kernels import (
+    DEFAULT,
+    ShapeClass,
+    choose,
+    clock,
+    in_use,
+    use,
+)
 from sora_train.models.transformer.cpu_trials import step_of as trial_of
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.transformer.layers import linear
@@ -183,7 +191,12 @@ def compare(
     choose_kernels(request, dtype, device)
     batch = batch_of(request, getattr(torch, dtype), device)
     steps = contestants(request, getattr(torch, dtype), mode, device, batch)
-    seconds = take_turns(steps, request.warmup, request.repeats)
+    seconds = take_turns(
+        steps,
+        request.warmup,
+        request.repeats,
+        clock() if device.type == "cpu" else time.perf_counter,
+    )
     label = f"{mode}, {dtype}"
     facts[f"attention of ours, {dtype}"] = describe(
         request.model, device, getattr(torch, dtype), masked_captions=False
@@ -298,18 +311,21 @@ def step_of(model: nn.Module, forward: Callable[[Any], Tensor], batch: Batch) ->
 
 
 def take_turns(
-    steps: dict[str, Callable[[], None]], warmup: int, repeats: int
+    steps: dict[str, Callable[[], None]],
+    warmup: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of `repeats` calls of each, one after another in turns, after `warmup` rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warmup + repeats):
         for name, step in steps.items():
             synchronize()
-            began = time.perf_counter()
+            began = clock()
             step()
             synchronize()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
     return seconds
 
 

@@ -135,8 +135,8 @@ def choose(
     )
     with suppress(OSError, ValueError, TypeError, KeyError):
         return Kernels(**json.loads(path.read_text())["kernels"])
-    attention, slow = fastest(ATTENTION, step_of("attention", shape))
-    linear, slower = fastest(LINEAR, step_of("linear", shape))
+    attention, slow = fastest(ATTENTION, step_of("attention", shape), clock())
+    linear, slower = fastest(LINEAR, step_of("linear", shape), clock())
     chosen = replace(attention, linear_in_float32=linear.linear_in_float32)
     found = {
         "kernels": asdict(chosen),
@@ -156,10 +156,15 @@ def cache_folder() -> Path:
     return Path(home) / "sora_train" / "kernels"
 
 
+def clock() -> Callable[[], float]:
+    """Seconds as they pass; of a single thread those that it computed, to which other programs add little."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def fastest(
     candidates: tuple[Kernels, ...],
     step: Callable[[], object],
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float],
 ) -> tuple[Kernels, dict[str, float]]:
     """The first candidate that no other beats by more than `WORTH`, and each one's milliseconds.
 
