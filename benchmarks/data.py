@@ -112,7 +112,7 @@ def run(overrides: list[str], effort: Effort, *, out: Path) -> Path:
     ends = time.monotonic() + effort.seconds - soaking
     with (
         bench.open_loader() as loader,
-        bench.raw_pool() as pool,
+        bench.raw_pool(loader) as pool,
         Progress(effort.repeats, "turns of each contender", line_seconds=0.0) as progress,
     ):
         found.up, found.first = bench.begin(loader, pool)
@@ -236,10 +236,10 @@ class DataBench:
             reasons=self.sources.assignment.reasons,
         )
 
-    def raw_pool(self) -> DecodePool:
-        """The bare decoder's processes."""
+    def raw_pool(self, loader: Loader) -> DecodePool:
+        """The bare decoder's processes, for the requests of a loader."""
         deadline = RAW_CLIPS * self.cfg.data.decode_timeout
-        program = "raw_torchcodec_worker" if self.cfg.data.decoder == "torchcodec" else "raw_worker"
+        program = "raw_torchcodec_worker" if loader.program == "torchcodec" else "raw_worker"
         return DecodePool(self.cfg.data.num_workers, deadline, module=f"benchmarks.{program}")
 
     def begin(self, loader: Loader, pool: DecodePool) -> tuple[float, float]:

@@ -27,6 +27,7 @@ from sora_train.data.decode import torchcodec as decode_torchcodec
 from sora_train.data.decode.frames import DecodeRequest
 from sora_train.data.decode.pool import DecodePool, worker_of
 from sora_train.data.decode.probe import ALPHA
+from sora_train.data.index import decoders
 from sora_train.data.latents import members as stored
 from sora_train.data.latents.cache import LatentCache, TextCache, latent_key
 from sora_train.data.latents.provenance import decoder_name
@@ -88,6 +89,7 @@ class Loader:
         self._cache, self._texts = cache, texts
         self.drawn = data_cfg.latents == "sample"
         self._backend = _backend(data_cfg, manifest, tape)
+        self._others = decoders.installed() if data_cfg.decoder == "auto" else []
         require_captions(manifest, data_cfg.caption_weights)
         self._captions = CaptionChoice(
             seed, data_cfg.caption_weights, data_cfg.caption_field_dropout
@@ -113,7 +115,7 @@ class Loader:
         # By micro-batch: the futures of its rows, and the bytes it takes once read.
         self._pending: dict[int, tuple[list[Future], int]] = {}
         self._pool = DecodePool(
-            data_cfg.num_workers, data_cfg.decode_timeout, module=worker_of(self._backend)
+            data_cfg.num_workers, data_cfg.decode_timeout, module=worker_of(self.program)
         )
         self._readers = ThreadPoolExecutor(_CACHE_THREADS, thread_name_prefix="latents")
 
@@ -416,15 +418,35 @@ class Loader:
             fps=float(manifest.fps[row]),
             traits=str(manifest.traits[row]),
             alpha_background=self._cfg.alpha_background,
-            backend=self._backend_of(row),
+            backend=self._fastest(row, times),
             reading=self._reading if is_remote(path) else None,
             digest=str(manifest.sample_digest[row]),
             stamp=manifest.shards.get(str(manifest.shard[row])) if is_remote(path) else None,
         )
 
     def _backend_of(self, row: int) -> str:
-        """The decoder of a row: PyAV where others would give other pixels or times."""
+        """The decoder whose pixels a row has: PyAV where others would give other pixels or times."""
         return "pyav" if self.manifest.traits[row] else self._backend
+
+    def _fastest(self, row: int, times: Sequence[float]) -> str:
+        """The decoder that reads a row: with `auto` the fastest, by what the index measured, that is installed."""
+        if not self._others or not self.manifest.decoders or self.manifest.traits[row]:
+            return self._backend_of(row)
+        known = self.manifest.decoders.get(decoders.kind_of(self.manifest, row), {})
+        pattern = decoders.pattern_of(times, float(self.manifest.fps[row]))
+        chosen = decoders.fastest(known.get(pattern, {}))
+        return chosen if chosen in self._others else "pyav"
+
+    @property
+    def program(self) -> str:
+        """The decoder whose program serves all of a run's: torchcodec's where a clip may be read by it."""
+        chosen = {
+            decoders.fastest(times)
+            for patterns in self.manifest.decoders.values()
+            for times in patterns.values()
+        }
+        is_used = "torchcodec" in self._others and "torchcodec" in chosen
+        return "torchcodec" if is_used else self._backend
 
     def _treated(self, row: int) -> str:
         """What was done about the traits of a row, for the name of its latents."""
@@ -433,6 +455,7 @@ class Loader:
 
     def _decode(self, row: int, epoch: int) -> Future:
         """A future of the sample's Clip or Failure."""
+        request = self.request(row, epoch)
 
         def as_clip(pixels: np.ndarray | Failure) -> Clip | Failure | Future:
             if isinstance(pixels, Failure):
@@ -444,7 +467,18 @@ class Loader:
             return self._readers.submit(self._with_text, clip)
 
         # In the pool, not in a second future: the two would hold each other, and the clip with them.
-        return self._pool.submit(self.request(row, epoch), convert=as_clip)
+        own = self._backend_of(row)
+        if request.backend == own:
+            return self._pool.submit(request, convert=as_clip)
+
+        def or_by_own(pixels: np.ndarray | Failure) -> Clip | Failure | Future:
+            # A clip is lost where its own decoder cannot read it, whatever is the fastest for its kind.
+            if isinstance(pixels, Failure):
+                again = dataclasses.replace(request, backend=own)
+                return self._pool.submit(again, convert=as_clip)
+            return as_clip(pixels)
+
+        return self._pool.submit(request, convert=or_by_own)
 
     def _clip(
         self,

@@ -21,11 +21,12 @@ from sora_train.base.files import renamed_when_whole
 from sora_train.errors import UserError
 
 FILE_NAME = "manifest.parquet"
-VERSION = "4"
-READABLE_VERSIONS = ("1", "2", "3", "4")
+VERSION = "5"
+READABLE_VERSIONS = ("1", "2", "3", "4", "5")
 _DIGEST_VERSION = "1"
 _VERSION_KEY, _ROOT_KEY = b"sora_train.manifest", b"sora_train.root"
 _SHARDS_KEY, _REVISION_KEY = b"sora_train.shards", b"sora_train.revision"
+_DECODERS_KEY = b"sora_train.decoders"
 
 # Name -> numpy dtype; `object` columns hold strings.
 COLUMNS: dict[str, type] = {
@@ -54,15 +55,18 @@ COLUMNS: dict[str, type] = {
     "members": object,
     "scores": object,
     "traits": object,
+    "coding": object,
 }
 # Columns that older versions do not have; they are filled with empty values.
-_ADDED = frozenset({"unverified", "captions", "members", "scores", "traits"})
+_ADDED = frozenset({"unverified", "captions", "members", "scores", "traits", "coding"})
 # Where a source is mounted, how a decoder words its error, how closely a clip was probed and its
-# scores do not change what is trained; its traits follow from its bytes.
-_NOT_DIGESTED = frozenset({"source", "drop_detail", "unverified", "scores", "traits"})
+# scores do not change what is trained; its traits and coding follow from its bytes.
+_NOT_DIGESTED = frozenset({"source", "drop_detail", "unverified", "scores", "traits", "coding"})
 
 Stamp = tuple[int, str]
 """Bytes and fingerprint of a shard when it was indexed."""
+DecoderTimes = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Seconds by codec and coding, pattern of access, and decoder; see `sora_train.data.index.decoders`."""
 
 
 def text_digest(text: str) -> str:
@@ -87,10 +91,11 @@ class Manifest:
     as displayed, `rotation` the degrees counter-clockwise that a stored frame still has to be
     turned, `start` the time of the first frame on the container's own clock, `sample_digest`
     that of the sample's bytes, `traits` words for what needs care when it is read (see TRAITS in
-    decode/probe.py). A shard named by an address (`s3://...`) needs no root. `unverified`
-    marks rows that rest on a header alone. `shards` holds the stamp of each shard that has one, and
-    `revision` counts the times shards were added. `left_out` counts, by kind, the files of a folder
-    that are no clips; it is not saved.
+    decode/probe.py), `coding` what else decides which decoder is fastest (see Probe there). A shard
+    named by an address (`s3://...`) needs no root. `unverified` marks rows that rest on a header
+    alone. `shards` holds the stamp of each shard that has one, `revision` counts the times shards
+    were added, and `decoders` are the times of decoders that were measured when the source was
+    indexed. `left_out` counts, by kind, the files of a folder that are no clips; it is not saved.
 
     Three columns hold JSON objects or '': `captions` the further captions by name
     (`{"short": "...", "dense": "..."}`), `members` the byte ranges of latents and text beside or
@@ -123,6 +128,7 @@ class Manifest:
     members: np.ndarray
     scores: np.ndarray
     traits: np.ndarray
+    coding: np.ndarray
 
     def __init__(
         self,
@@ -130,6 +136,7 @@ class Manifest:
         root: Path | str,
         shards: Mapping[str, Stamp] | None = None,
         revision: int = 1,
+        decoders: DecoderTimes | None = None,
     ):
         lengths = {len(column) for column in columns.values()}
         assert set(columns) == set(COLUMNS) and len(lengths) == 1, (
@@ -138,6 +145,7 @@ class Manifest:
         self.root = Path(root)
         self.shards = dict(shards or {})
         self.revision = revision
+        self.decoders: DecoderTimes = dict(decoders or {})
         self.left_out: Mapping[str, int] = {}
         self._columns = dict(columns)
         for name, column in columns.items():
@@ -172,7 +180,7 @@ class Manifest:
     def select(self, rows: np.ndarray) -> Manifest:
         """The rows of these numbers or this mask, in their order, renumbered."""
         columns = {name: column[rows] for name, column in self._columns.items()}
-        return Manifest(columns, self.root, self.shards, self.revision)
+        return Manifest(columns, self.root, self.shards, self.revision, self.decoders)
 
     @classmethod
     def joined(
@@ -182,16 +190,21 @@ class Manifest:
         shards: Mapping[str, Stamp],
         revision: int = 1,
     ) -> Manifest:
-        """The rows of `parts` one after the other."""
+        """The rows of `parts` one after the other; of times of decoders the first that were measured count."""
         columns = {
             name: np.concatenate([np.empty(0, dtype), *(getattr(part, name) for part in parts)])
             for name, dtype in COLUMNS.items()
         }
-        return cls(columns, root, shards, revision)
+        decoders = {
+            name: times for part in reversed(parts) for name, times in part.decoders.items()
+        }
+        return cls(columns, root, shards, revision, decoders)
 
     def with_columns(self, **changed: np.ndarray) -> Manifest:
         """The same samples with some columns replaced."""
-        return Manifest({**self._columns, **changed}, self.root, self.shards, self.revision)
+        return Manifest(
+            {**self._columns, **changed}, self.root, self.shards, self.revision, self.decoders
+        )
 
     def dropped(self) -> dict[str, int]:
         """How many samples cannot be used, by reason."""
@@ -230,6 +243,8 @@ class Manifest:
         metadata = {_VERSION_KEY: VERSION.encode(), _REVISION_KEY: str(self.revision).encode()}
         if self.shards:
             metadata[_SHARDS_KEY] = json.dumps(self.shards).encode()
+        if self.decoders:
+            metadata[_DECODERS_KEY] = json.dumps(self.decoders, sort_keys=True).encode()
         if self.root.resolve() != path.parent.resolve():
             metadata[_ROOT_KEY] = str(self.root.resolve()).encode()
         arrays = {
@@ -271,7 +286,8 @@ class Manifest:
         stamps = json.loads(metadata.get(_SHARDS_KEY, b"{}"))
         shards = {shard: (int(size), str(digest)) for shard, (size, digest) in stamps.items()}
         revision = int(metadata.get(_REVISION_KEY, b"1"))
-        return cls(columns, stored_root if root is None else root, shards, revision)
+        decoders = json.loads(metadata.get(_DECODERS_KEY, b"{}"))
+        return cls(columns, stored_root if root is None else root, shards, revision, decoders)
 
     @staticmethod
     def is_manifest(path: Path) -> bool:

@@ -53,7 +53,7 @@ def test_a_toy_loader_is_measured(
 def test_turns_decode_what_they_deliver_and_end_by_the_clock_or_the_clips(toy: list[str]):
     """The bare decoder gets the clips that the loader decoded in its turn, each once and none twice."""
     bench = DataBench.open(compose(toy).config)
-    with bench.open_loader() as loader, bench.raw_pool() as pool:
+    with bench.open_loader() as loader, bench.raw_pool(loader) as pool:
         bench.begin(loader, pool)
         last, read = bench.next_step, bench.read
         assert read == last, "as far as data.prefetch=1 allows"

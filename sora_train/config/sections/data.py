@@ -113,8 +113,9 @@ class DataConfig(Section):
     disk_cache_gb: float = Field(50.0, gt=0)
     """Largest size of `data.disk_cache_dir` in GB; the least recently used blocks are removed."""
     decoder: Literal["auto", "pyav", "decord", "torchcodec"] = "auto"
-    """`auto` uses PyAV; `decord` is refused where its wheel is missing or cannot read a clip's codec, `torchcodec`
-    where it is missing."""
+    """`auto` takes for each kind of clip and pattern of access the fastest that the index measured among those with
+    PyAV's pixels, and PyAV where nothing was measured; `decord` is refused where its wheel is missing or cannot read a
+    clip's codec, `torchcodec` where it is missing."""
     alpha_background: str = "black"
     """Colour (a CSS name or `#rrggbb`) that is laid under transparent pictures and videos."""
     hdr: Literal["tonemap", "drop"] = "tonemap"

@@ -8,9 +8,10 @@ only where the probe found that the times themselves are wrong. Times are second
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
 import av
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sora_train.data.decode import picture, rgb
+from sora_train.data.decode.packets import PacketChoice, Unordered
 from sora_train.data.storage.ranges import ByteRange, StorageFault
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ COUNTED, INTERLACED, HIDDEN = "counted", "interlaced", "hidden_frames"
 """What a probe says of a clip that matters to its decoding; see `sora_train.data.decode.probe.TRAITS`."""
 # libav's own decoders of these leave the alpha aside, which WebM keeps beside the picture.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# Their decoders look at each packet anew for what to leave out; dav1d looks once, at the first.
+_DROPPING = frozenset({"h264", "hevc"})
 LONGEST_DETAIL = 200
 _OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 
@@ -126,6 +130,11 @@ class DecodeRequest:
         return self.reading is None and max(self.length, pixels // 8) <= LIGHT_BYTES
 
 
+@dataclass(frozen=True)
+class TimedRequest(DecodeRequest):
+    """Asks for (seconds of the process's cores, frames), so that other work on the machine does not count."""
+
+
 def open_container(file: Any) -> av.container.InputContainer:
     """The container in an open file; its titles and tags may be in any encoding."""
     return av.open(cast(Any, file), mode="r", metadata_errors="replace")
@@ -180,15 +189,21 @@ def decoded(
 
 def _decoder(stream: av.VideoStream) -> Callable[[av.Packet], list[av.VideoFrame]]:
     """What turns packets into frames, their alpha included. Raises BadClip where FFmpeg lacks the decoder for it."""
-    name = _ALPHA_DECODERS.get(stream.codec.canonical_name, "")
-    tags = {key.lower(): value for key, value in stream.metadata.items()}
-    if not name or tags.get("alpha_mode") != "1":
+    name = _alpha_decoder(stream)
+    if not name:
         return stream.codec_context.decode
     if name not in av.codecs_available:
         raise BadClip("unreadable", f"its alpha needs {name}, which this FFmpeg was built without")
     context = cast(av.VideoCodecContext, av.CodecContext.create(name, "r"))
     context.thread_count = 1
     return lambda packet: context.decode(packet if packet.size else None)
+
+
+def _alpha_decoder(stream: av.VideoStream) -> str:
+    """The decoder that a stream's alpha needs, '' where the usual one will do."""
+    name = _ALPHA_DECODERS.get(stream.codec.canonical_name, "")
+    tags = {key.lower(): value for key, value in stream.metadata.items()}
+    return name if tags.get("alpha_mode") == "1" else ""
 
 
 def progressive(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
@@ -253,41 +268,114 @@ def _decode_stream(file: ByteRange, request: DecodeRequest) -> np.ndarray:
         stream = video_stream(container)
         traits = request.traits.split()
         is_sought = COUNTED not in traits and container.format.name not in UNSEEKABLE
+        begin = request.times[0] + request.start
+        if INTERLACED in traits:
+            # A frame is made whole from those around it, and a seek must not change its pixels.
+            begin -= 2 / (request.fps or 25.0)
+        # What a frame is made of besides its own packet must not be left out.
+        is_chosen = is_sought and INTERLACED not in traits and not _alpha_decoder(stream)
         if request.times[0] > SEEK_WORTH_SECONDS and is_sought:
             tick = float(stream.time_base or 1)
-            sought = request.times[0] + request.start
-            if INTERLACED in traits:
-                # A frame is made whole from those around it, and a seek must not change its pixels.
-                sought -= 2 / (request.fps or 25.0)
-            container.seek(int(sought / tick), stream=stream, backward=True)
-            clip = _pick(container, stream, request, sought=True)
+            container.seek(int(begin / tick), stream=stream, backward=True)
+        elif not is_chosen:
+            is_sought = False
+        if is_sought:
+            choice = _choice(container, stream, request) if is_chosen else None
+            clip = _pick(container, stream, request, choice, sought=True)
             if clip is not None:
                 return clip
             # A seek may overshoot where the container has no index; decoding from the start is always right.
             container.seek(0)
             stream.codec_context.flush_buffers()
-        clip = _pick(container, stream, request, sought=False)
-        assert clip is not None, "only a seek can overshoot"
+        clip = _pick(container, stream, request, None, sought=False)
+        assert clip is not None, "only what was left out can be missing"
         return clip
+
+
+def _choice(
+    container: av.container.InputContainer, stream: av.VideoStream, request: DecodeRequest
+) -> PacketChoice:
+    """The packets that show the requested frames, from the current position on."""
+    tolerance = _tolerance(stream)
+    base = stream.time_base or Fraction(1)
+    return PacketChoice(
+        container.demux(stream),
+        [time + tolerance for time in request.times],
+        # In the order in which libav's binding works out the time of a frame, to the last digit.
+        lambda ticks: float(ticks) * base.numerator / base.denominator - request.start,
+    )
+
+
+def _decoded_choice(stream: av.VideoStream, choice: PacketChoice) -> Iterator[av.VideoFrame]:
+    """The frames of chosen packets; the decoder leaves out what it can of those that are not shown.
+
+    Raises Unordered where one of them is damaged, so that all are decoded and it is said which.
+    """
+    context = stream.codec_context
+    may_drop = stream.codec.canonical_name in _DROPPING
+    # Asks for the frames that the decoder still holds, which take their clock from it.
+    end = av.Packet(0)
+    end.time_base = stream.time_base or Fraction(1)
+    try:
+        for step in choice.steps():
+            if step.jumps:
+                yield from context.decode(end)
+                context.flush_buffers()
+            if may_drop:
+                context.skip_frame = "NONREF" if step.droppable else "DEFAULT"
+            for frame in context.decode(cast(av.Packet, step.packet)):
+                if frame.is_corrupt and frame.pts in choice.shown:
+                    raise Unordered("a frame is damaged")
+                yield frame
+        yield from context.decode(end)
+    except av.error.FFmpegError as error:
+        raise Unordered("decoding fails") from error
+    finally:
+        context.skip_frame = "DEFAULT"
+
+
+def _tolerance(stream: av.VideoStream) -> float:
+    tick = float(stream.time_base or 0)
+    return max(TIME_TOLERANCE, tick / 2 if tick <= COARSE_TICK else 0)
 
 
 def _pick(
     container: av.container.InputContainer,
     stream: av.VideoStream,
     request: DecodeRequest,
+    choice: PacketChoice | None,
     *,
     sought: bool,
 ) -> np.ndarray | None:
-    """The requested frames, decoded from the current position; None where a seek overshot the first of them."""
+    """The requested frames, decoded from the current position, all or those of the chosen packets.
+
+    None where a seek overshot the first of them, or the choice missed one.
+    """
+    if choice is None:
+        frames = progressive(decoded(container, stream))
+        return _filled(frames, stream, request, None, sought=sought)
+    try:
+        return _filled(_decoded_choice(stream, choice), stream, request, choice, sought=True)
+    except Unordered:
+        return None
+
+
+def _filled(
+    frames: Iterator[av.VideoFrame],
+    stream: av.VideoStream,
+    request: DecodeRequest,
+    choice: PacketChoice | None,
+    *,
+    sought: bool,
+) -> np.ndarray | None:
     clip = np.empty((len(request.times), request.height, request.width, 3), np.uint8)
     rate = request.fps or 25.0
     counted = COUNTED in request.traits.split()
-    tick = float(stream.time_base or 0)
-    tolerance = max(TIME_TOLERANCE, tick / 2 if tick <= COARSE_TICK else 0)
+    tolerance = _tolerance(stream)
     filled = 0
     shown: av.VideoFrame | None = None
-    for index, frame in enumerate(progressive(decoded(container, stream))):
-        if frame.time is None and sought:
+    for index, frame in enumerate(frames):
+        if sought and (frame.time is None or (choice and frame.interlaced_frame)):
             return None
         by_clock = frame.time is not None and not counted
         time = (frame.time if by_clock else index / rate) - request.start
@@ -297,6 +385,8 @@ def _pick(
         while end < len(request.times) and request.times[end] + tolerance < time:
             end += 1
         if end > filled:
+            if choice and not _are_shown(shown, choice.shown[filled:end]):
+                return None
             clip[filled:end] = _fit(shown or frame, request)
             filled = end
             if filled == len(request.times):
@@ -306,11 +396,19 @@ def _pick(
         if sought:
             return None
         raise BadClip("unreadable", "no frame can be decoded")
+    if choice and not _are_shown(shown, choice.shown[filled:]):
+        return None
     lasts = shown_for(shown) or 1 / rate
-    if request.times[-1] >= shown_at + lasts + tolerance:
+    is_last = choice is None or not choice.holds_more
+    if is_last and request.times[-1] >= shown_at + lasts + tolerance:
         raise too_few_frames(shown_at, request)
     clip[filled:] = _fit(shown, request)
     return clip
+
+
+def _are_shown(frame: av.VideoFrame | None, ticks: Sequence[int]) -> bool:
+    """Whether a frame is the one that was chosen at each of some times."""
+    return frame is not None and all(frame.pts == chosen for chosen in ticks)
 
 
 def too_few_frames(last: float, request: DecodeRequest) -> BadClip:

@@ -52,6 +52,9 @@ TRAITS = {
 """What needs care in a file, and what is done, in the order of the manifest's column `traits`. Such a
 clip is read by PyAV whatever `data.decoder` is, as other decoders give other pixels or times."""
 
+# The classes of a clip's size, by its most pixels, and of how far its keyframes are apart, by their most frames.
+_SIZES = {"sd": 720 * 576, "hd": 1920 * 1088}
+_KEYS = {"keys_unknown": 0.5, "keys_all": 1.5, "keys_near": 32.0}
 # Containers that every decoder reads right.
 _OFFERED = frozenset({"mp4", "matroska"})
 # Frame intervals that differ from the median by more than this share of it make a rate variable.
@@ -97,6 +100,8 @@ class Probe:
     start: float
     digest: str
     traits: str = ""
+    coding: str = ""
+    """What its pixels and the time of its decoding depend on besides the codec; '' for an image. See `_coding`."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +184,13 @@ def _probe_stream(file: Any, count: str, digest: str) -> Probe:
     with open_container(file) as container:
         stream = video_stream(container)
         if count == "decode":
-            first, times, last_duration = _decoded_times(container, stream, traits)
+            first, times, last_duration, keys = _decoded_times(container, stream, traits)
         else:
             first = _look_at_the_start(container, stream, traits)
             begin = first.time or 0.0
             times = _promised_times(container, stream, begin) if count == "header" else []
-            times, last_duration = times or _packet_times(file), 0.0
+            packets, keys = ([], 0) if times else _packet_times(file)
+            times, last_duration = times or packets, 0.0
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         codec = stream.codec.canonical_name
         aspect = stream.sample_aspect_ratio or 1
@@ -216,18 +222,28 @@ def _probe_stream(file: Any, count: str, digest: str) -> Probe:
         timing.start,
         digest,
         _listed(traits),
+        _coding(first, len(times) / keys if keys else 0.0),
     )
+
+
+def _coding(first: av.VideoFrame, key_distance: float) -> str:
+    """Words for a clip's pixel format, colour matrix and range (numbers of H.273), size, and distance of keyframes."""
+    pixels = first.width * first.height
+    size = next((name for name, most in _SIZES.items() if pixels <= most), "uhd")
+    keys = next((name for name, most in _KEYS.items() if key_distance <= most), "keys_far")
+    return f"{first.format.name} matrix{int(first.colorspace)} range{int(first.color_range)} {size} {keys}"
 
 
 def _decoded_times(
     container: av.container.InputContainer, stream: av.VideoStream, traits: set[str]
-) -> tuple[av.VideoFrame, list[float | None], float]:
-    """The first frame, the times of all frames (None: unknown), and the duration of the last one (0: unknown).
+) -> tuple[av.VideoFrame, list[float | None], float, int]:
+    """The first frame, the times of all frames (None: unknown), the duration of the last one (0: unknown), how many
+    are keyframes.
 
     What the frames need is added to `traits`.
     """
     times: list[float | None] = []
-    first, size, last_duration = None, None, 0.0
+    first, size, last_duration, keys = None, None, 0.0, 0
     for frame in decoded(container, stream, traits):
         first = first or frame
         traits |= _traits_of(frame)
@@ -235,10 +251,11 @@ def _decoded_times(
             traits.add("several_sizes")
         size = frame.width, frame.height
         times.append(frame.time)
+        keys += frame.key_frame
         last_duration = shown_for(frame)
     if first is None:
         raise BadClip("unreadable", "no frame can be decoded")
-    return first, times, last_duration
+    return first, times, last_duration, keys
 
 
 def _promised_times(
@@ -250,8 +267,8 @@ def _promised_times(
     return [begin + index / rate for index in range(promised)]
 
 
-def _packet_times(file: Any) -> list[float | None]:
-    """The times that the packets bear, those without one at the end."""
+def _packet_times(file: Any) -> tuple[list[float | None], int]:
+    """The times that the packets bear, those without one at the end; and how many are keyframes."""
     # Opened anew, as a stream without an index cannot go back to its start.
     file.seek(0)
     with open_container(file) as container:
@@ -265,7 +282,8 @@ def _packet_times(file: Any) -> list[float | None]:
     if not packets:
         raise BadClip("unreadable", "no frame can be decoded")
     times = sorted(float((packet.pts or 0) * packet.time_base) for packet in known)
-    return [*times, *[None] * (len(packets) - len(known))]
+    keys = sum(packet.is_keyframe for packet in packets)
+    return [*times, *[None] * (len(packets) - len(known))], keys
 
 
 def _look_at_the_start(

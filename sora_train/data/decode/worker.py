@@ -11,10 +11,13 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
+import numpy as np  # noqa: E402 - the threads above must be set before it loads
 
 from sora_train.data.decode import frames as decode  # noqa: E402 - the threads above must be set before numpy loads
 from sora_train.data.decode import pipe, probe  # noqa: E402 - the threads above must be set before numpy loads
@@ -35,6 +38,14 @@ def answer(request: probe.ProbeRequest | decode.DecodeRequest) -> tuple[str, obj
 def _answer(request: probe.ProbeRequest | decode.DecodeRequest) -> object:
     if isinstance(request, probe.ProbeRequest):
         return probe.probe_video(request)
+    if isinstance(request, decode.TimedRequest):
+        began = time.process_time()
+        frames = _decoded(request)
+        return time.process_time() - began, frames
+    return _decoded(request)
+
+
+def _decoded(request: decode.DecodeRequest) -> np.ndarray:
     if request.backend == "decord" and request.kind == "video":
         from sora_train.data.decode import decord as decode_decord
 

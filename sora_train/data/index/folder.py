@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sora_train.data.decode.pool import DecodePool
 from sora_train.data.decode.probe import HLG, PQ, Probe, ProbeRequest
+from sora_train.data.index.decoders import measured
 from sora_train.data.index.listing import Listed, Member, list_source, require_name
 from sora_train.data.latents import members as stored
 from sora_train.data.manifest import FILE_NAME, Manifest, empty_row
@@ -23,7 +24,7 @@ from sora_train.data.storage.ranges import StorageFault
 from sora_train.data.storage.remote import fingerprint, is_remote, size_of
 from sora_train.errors import Fault, UserError
 
-INDEX_VERSION = "4"
+INDEX_VERSION = "5"
 # Waiting for a disk or a server costs no core.
 CHECK_THREADS = 16
 # Probing decodes a clip whole, training only a few seconds of it.
@@ -89,6 +90,7 @@ def open_source(
                 row["drop_reason"] = "no_caption"
                 row["drop_detail"] = member.lacks or "the clip has no caption"
     manifest = Manifest.from_rows(rows, root)
+    manifest.decoders = measured(manifest, timeout, show=progress is not None)
     manifest.save(cached)
     manifest.left_out = listed.left_out
     return manifest

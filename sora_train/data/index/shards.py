@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from sora_train.data.decode.pool import DecodePool
+from sora_train.data.index.decoders import measured
 from sora_train.data.index.folder import CHECK_THREADS, Progress, begin_probe, member_row
 from sora_train.data.index.kinds import media_kind
 from sora_train.data.index.listing import Member, require_name, require_one_kind
@@ -46,7 +47,7 @@ from sora_train.data.storage.remote import (
 from sora_train.errors import Fault, UserError
 
 PARTS_FOLDER = ".manifest.parts"
-PARTS_VERSION = "4"
+PARTS_VERSION = "5"
 # A server that stalls is given up after some attempts; the child process must outlive them.
 REMOTE_SECONDS = 180.0
 LIST_SECONDS = 1800.0
@@ -136,6 +137,7 @@ def index_shards(
             kept = file.with_name(f"{file.stem}.{known.revision}.parquet")
             if not kept.exists():
                 os.link(file, kept)
+        merged.decoders = measured(merged, how.timeout, show=progress is not None)
         merged.save(file)
     shutil.rmtree(folder, ignore_errors=True)
     return merged

@@ -349,6 +349,7 @@ class _Split:
             "sample_digest": digest(lambda at, count: packed[at : at + count], len(packed)),
             "unverified": False,
             "traits": "",
+            "coding": "",
         }
         writer.write(key, packed, LATENTS, caption, about, beside)
 

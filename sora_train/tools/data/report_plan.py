@@ -148,7 +148,7 @@ def read_thumbnails(plan: DataPlan) -> list[Thumbnail]:
         Loader(
             plan.manifest, tape, plan.cfg.buckets, cfg, seed=plan.cfg.seed, micro_batches=1
         ) as loader,
-        DecodePool(cfg.num_workers, cfg.decode_timeout, module=worker_of(cfg.decoder)) as pool,
+        DecodePool(cfg.num_workers, cfg.decode_timeout, module=worker_of(loader.program)) as pool,
         Progress(len(rows), "decoding examples") as progress,
     ):
         futures = []
