@@ -8,6 +8,7 @@ the clock, and what is measured so far is written after each.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import time
@@ -117,9 +118,16 @@ def run(overrides: list[str], effort: Effort, *, out: Path) -> Path:
     ):
         found.up, found.first = bench.begin(loader, pool)
         for repeat in range(effort.repeats):
+            before = core_seconds()
             delivered, seconds, rows = bench.loader_turn(loader, effort.clips, turn)
             found.loader.append(delivered / seconds)
+            between = core_seconds()
             found.raw.append(bench.raw_turn(loader, pool, rows))
+            if before is not None and between is not None and (after := core_seconds()) is not None:
+                spent = (between - before) / max(1, len(rows))
+                bare = (after - between) / max(1, len(rows))
+                found.loader_cores.append(1e3 * spent)
+                found.raw_cores.append(1e3 * bare)
             if not peer_missing:
                 found.peer.append(bench.peer(loader, effort.clips, turn))
             path = Result("data", found.measured(), facts).write(Path(out))
@@ -135,11 +143,14 @@ def run(overrides: list[str], effort: Effort, *, out: Path) -> Path:
 
 @dataclass
 class Rates:
-    """Clips a second of each contender, turn by turn; seconds until processes were up, and to a first micro-batch."""
+    """Clips a second of each contender, turn by turn; ms of cores a clip, to which other programs on the machine add
+    little; seconds until processes were up, and to a first micro-batch."""
 
     loader: list[float] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     peer: list[float] = field(default_factory=list)
+    loader_cores: list[float] = field(default_factory=list)
+    raw_cores: list[float] = field(default_factory=list)
     up: float = 0.0
     first: float = 0.0
 
@@ -151,6 +162,12 @@ class Rates:
         for name in [name for name in measured if name != "bare decoder"]:
             shares = [100 * a / b for a, b in zip(rates[name], self.raw, strict=True)]
             measured[f"{name} / bare decoder"] = Measured(Stats.of(shares), "%", "{:.1f}")
+        if self.raw_cores:
+            bare, ours = self.raw_cores, self.loader_cores
+            shares = [100 * a / b for a, b in zip(bare, ours, strict=True)]
+            measured["time of cores of the bare decoder"] = Measured(Stats.of(bare), "ms a clip")
+            measured["time of cores of the loader"] = Measured(Stats.of(ours), "ms a clip")
+            measured["bare decoder / loader, by cores"] = Measured(Stats.of(shares), "%", "{:.1f}")
         measured["processes up"] = Measured(Stats.of([self.up]), "s")
         measured["first micro-batch after that"] = Measured(Stats.of([self.first]), "s")
         return measured
@@ -338,6 +355,19 @@ def portioned(requests: Sequence[DecodeRequest]) -> Iterator[tuple[DecodeRequest
         size = RAW_CLIPS if is_light else 1
         for at in range(0, len(together), size):
             yield tuple(together[at : at + size])
+
+
+def core_seconds() -> float | None:
+    """Seconds of cores that this process and its children have taken; None where /proc is missing."""
+    if not Path("/proc/self/statm").exists():
+        return None
+    ticks = 0
+    for pid in _children(os.getpid()):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            # utime and stime, after the name in brackets.
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def resident() -> tuple[int, int] | None:

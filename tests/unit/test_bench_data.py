@@ -2,6 +2,9 @@
 
 import json
 import mmap
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +12,16 @@ import pytest
 from clip_files import write_clip
 
 from benchmarks import webdataset_peer
-from benchmarks.data import DataBench, Effort, Memory, main, portioned, resident, run
+from benchmarks.data import (
+    DataBench,
+    Effort,
+    Memory,
+    core_seconds,
+    main,
+    portioned,
+    resident,
+    run,
+)
 from benchmarks.raw_worker import RawRequest, answer
 from sora_train.config.compose import compose
 from sora_train.data.index.folder import open_source
@@ -40,7 +52,9 @@ def test_a_toy_loader_is_measured(
     shares = {"loader / bare decoder", "webdataset / bare decoder"}
     times = {"processes up", "first micro-batch after that"}
     memory = {"RSS of this process", "RSS of its decoders"}
-    assert set(measured) == rates | shares | times | memory
+    cores = {"time of cores of the bare decoder", "time of cores of the loader"}
+    shares |= {"bare decoder / loader, by cores"}
+    assert set(measured) == rates | shares | times | memory | cores
     assert all(value["median"] > 0 for value in measured.values())
     loader, raw = (measured[name]["median"] for name in ("loader", "bare decoder"))
     assert measured["loader / bare decoder"]["median"] == pytest.approx(100 * loader / raw)
@@ -123,3 +137,19 @@ def test_memory_that_grows_is_told():
 def test_nothing_to_measure_is_refused(change: dict[str, int]):
     with pytest.raises(UserError, match="--clips"):
         Effort(**change)
+
+
+def test_the_time_of_cores_is_that_of_this_process_and_its_children():
+    before = core_seconds()
+    if before is None:
+        pytest.skip("/proc tells what children take")
+    spin = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        mine = time.process_time()
+        while time.process_time() < mine + 0.25:
+            pass
+        spent = (core_seconds() or 0.0) - before
+        child.kill()
+    assert 0.7 < spent < 2.0
