@@ -104,7 +104,7 @@ def test_every_kind_is_measured_in_every_pattern_and_kept(
     # What is known is never measured again.
     monkeypatch.setattr(decoders, "LIGHT_BYTES", 0)
     monkeypatch.setattr(decoders, "DecodePool", None)
-    assert decoders.measured(again, 60.0) == manifest.decoders
+    assert decoders.measured(again, 60.0).decoders == manifest.decoders
     joined = Manifest.joined([with_times(again, AV1, pyav=1.0), again], tmp_path, {})
     assert joined.decoders == {**again.decoders, kinds[AV1]: joined.decoders[kinds[AV1]]}
     assert joined.decoders[kinds[AV1]][decoders.RUN] == {"pyav": 1.0}, "the first counts"
@@ -129,7 +129,7 @@ def test_a_decoder_with_another_pixel_is_never_taken(
     monkeypatch.setattr(decoders, "LIGHT_BYTES", 0)
     manifest = manifest.select(np.array([row_of(manifest, H264)]))
     manifest.decoders = {}
-    (times,) = decoders.measured(manifest, 60.0).values()
+    (times,) = decoders.measured(manifest, 60.0).decoders.values()
     assert all(set(each) == {"pyav", "torchcodec"} for each in times.values())
 
 

@@ -61,8 +61,8 @@ def installed() -> list[str]:
     return [name for name in OTHERS if importlib.util.find_spec(name) is not None]
 
 
-def measured(manifest: Manifest, timeout: float, *, show: bool = False) -> DecoderTimes:
-    """The manifest's times of decoders, and those of its kinds that have none yet.
+def measured(manifest: Manifest, timeout: float, *, show: bool = False) -> Manifest:
+    """The manifest with the times of decoders of its kinds that had none yet.
 
     Left out are light clips, which PyAV is quickest to open, clips with traits, which PyAV reads, and clips that lie
     on a server. `timeout` is a clip's deadline in seconds. Kinds are measured from the most frequent on, for some
@@ -70,8 +70,9 @@ def measured(manifest: Manifest, timeout: float, *, show: bool = False) -> Decod
     """
     others, found = installed(), dict(manifest.decoders)
     kinds = _rows_by_kind(manifest, found)
+    manifest.decoders = found
     if not others or not kinds:
-        return found
+        return manifest
     program = worker_of("torchcodec" if "torchcodec" in others else "pyav")
     with (
         DecodePool(1, timeout, module=program) as pool,
@@ -83,13 +84,13 @@ def measured(manifest: Manifest, timeout: float, *, show: bool = False) -> Decod
                 found[kind] = _times(pool, manifest, rows, ["pyav", *others])
             except Fault:
                 # The storage is the run's to complain of; torchcodec may not load.
-                return found
+                return manifest
             progress.update(done)
             # The first kind pays for the process's start.
             ends = min(ends, time.monotonic() + SECONDS)
             if time.monotonic() > ends:
                 break
-    return found
+    return manifest
 
 
 def _rows_by_kind(manifest: Manifest, known: DecoderTimes) -> dict[str, list[int]]:

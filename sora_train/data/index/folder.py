@@ -89,8 +89,7 @@ def open_source(
             if not row["caption"] and not row["drop_reason"]:
                 row["drop_reason"] = "no_caption"
                 row["drop_detail"] = member.lacks or "the clip has no caption"
-    manifest = Manifest.from_rows(rows, root)
-    manifest.decoders = measured(manifest, timeout, show=progress is not None)
+    manifest = measured(Manifest.from_rows(rows, root), timeout, show=progress is not None)
     manifest.save(cached)
     manifest.left_out = listed.left_out
     return manifest

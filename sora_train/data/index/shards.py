@@ -137,8 +137,7 @@ def index_shards(
             kept = file.with_name(f"{file.stem}.{known.revision}.parquet")
             if not kept.exists():
                 os.link(file, kept)
-        merged.decoders = measured(merged, how.timeout, show=progress is not None)
-        merged.save(file)
+        measured(merged, how.timeout, show=progress is not None).save(file)
     shutil.rmtree(folder, ignore_errors=True)
     return merged
 
