@@ -188,7 +188,6 @@ def compare(
     facts: dict[str, str | int | float | None],
 ) -> None:
     """One dtype in one mode: tokens/s of each contestant into `measured`, their ratios into `facts`."""
-    choose_kernels(request, dtype, device)
     batch = batch_of(request, getattr(torch, dtype), device)
     steps = contestants(request, getattr(torch, dtype), mode, device, batch)
     seconds = take_turns(
@@ -220,11 +219,11 @@ def compare(
     gc.collect()
 
 
-def choose_kernels(request: ModelBenchRequest, dtype: str, device: torch.device) -> None:
-    """Compute as a run does that begins on this machine with clips of this size."""
+def choose_kernels(request: ModelBenchRequest, dtype: torch.dtype, device: torch.device) -> None:
+    """Compute from now on as a run does that begins on this machine with clips of this size."""
     cfg = request.model
     use(DEFAULT)
-    if dtype == "bfloat16" and device.type == "cpu" and cfg.attention == "auto":
+    if dtype == torch.bfloat16 and device.type == "cpu" and cfg.attention == "auto":
         shape = ShapeClass.of(1, request.tokens, cfg.num_heads, cfg.head_dim, cfg.ffn_dim)
         use(choose(shape, trial_of))
 
@@ -233,6 +232,7 @@ def contestants(
     request: ModelBenchRequest, dtype: torch.dtype, mode: str, device: torch.device, batch: Batch
 ) -> dict[str, Callable[[], None]]:
     """A forward and backward pass of each, by name. They share the same first weights."""
+    choose_kernels(request, dtype, device)
     cfg = request.model
     ours = {"ours": cfg}
     if resolve(cfg.attention, device, dtype) != ("sdpa", dtype):

@@ -187,6 +187,7 @@ def transformer(effort: Effort) -> list[Row]:
                     seconds(taken["diffusers"]),
                     ratio_of(taken["ours"], taken["diffusers"]),
                     target,
+                    ratio_of(taken[model_bench.FLOOR], taken["diffusers"]).median,
                 )
             )
     return rows
