@@ -36,7 +36,7 @@ from sora_train.training.pipeline.plan import cost_model, memory_cap, plan
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
 DEFAULT_OUT = Path("benchmarks/results")
-SECONDS, QUICK_SECONDS = 75.0, 20.0
+SECONDS, QUICK_SECONDS = 60.0, 20.0
 # The part of the time in which memory is watched.
 SOAK_SHARE = 0.2
 # Light clips in a request to the bare decoder: enough that asking costs nothing.
