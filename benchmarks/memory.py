@@ -1,8 +1,10 @@
 """`sora bench memory`: what each memory option saves and costs, and how long a clip then fits.
 
-One card, one model, one clip: forward and backward with each option on the same weights. On a GPU the
-numbers are the allocator's peak, model FLOPs utilisation and the longest clip that trains; on a CPU they
-are counted from the storages that are alive, at any size, so the same table can be made at a desk.
+One card, one model, one clip: forward and backward with each option on the same weights. On a GPU blocks
+are compiled as a run compiles them, and the numbers are the allocator's peak, model FLOPs utilisation and
+the longest clip that trains; on a CPU they are counted from the storages that are alive, at any size, so
+the same table can be made at a desk. How long a clip fits is asked of an attention that keeps what
+attention keeps and computes nothing. What was measured is on disk after each option.
 """
 
 import argparse
@@ -28,21 +30,26 @@ from benchmarks.model import (
     model_of,
     on_meta,
 )
+from benchmarks.stub_attention import stubbed
 from sora_train.config import Config, ModelConfig, ParallelConfig, TextConfig
 from sora_train.errors import UserError
 from sora_train.models.memory import fixed_bytes, transformer_parameters
 from sora_train.models.transformer.attention_backends import prepare_attention
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.monitoring.device_peaks import peak_flops
-from sora_train.parallel.materialise import fill, materialise
+from sora_train.parallel.compile import resolve_compile
+from sora_train.parallel.materialise import materialise
 from sora_train.parallel.memory.activations import prepare_blocks
 from sora_train.parallel.memory.offload import Offloader
 from sora_train.parallel.shards import local
 from sora_train.runtime.world import grow_segments, pick_device
+from sora_train.tools import measuring
 from sora_train.tools.measuring import Measured, Result, Stats
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "nothing": {},
+    "memory budget 0.7": {"activation_memory_budget": 0.7},
+    "memory budget 0.5": {"activation_memory_budget": 0.5},
     "selective": {"activation_checkpointing": "selective"},
     "selective, attention": {
         "activation_checkpointing": "selective", "checkpoint_keep": ("attention",),
@@ -57,6 +64,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 MIB = 2**20
+START = 16_384
+"""Tokens from which the longest clip is looked for on a GPU."""
+Facts = dict[str, str | int | float | None]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -106,6 +116,8 @@ class Wanted:
     options: tuple[str, ...]
     longest: bool
     budget: float
+    fits: int = 0
+    """A number of tokens of which is asked whether a clip of them trains, 0: none."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -119,11 +131,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--options", default="all", help="names of options, parted by ';'")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--longest", action="store_true", help="look for the longest clip too")
+    parser.add_argument("--fits", type=int, default=0, help="whether a clip of N tokens trains")
     parser.add_argument("--budget-mib", type=float, default=0.0, help="with --longest on a CPU")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of memory.json, .md")
     options, overrides = parser.parse_known_args(list(arguments))
-    names = tuple(OPTIONS) if options.options == "all" else tuple(options.options.split(";"))
+    names = chosen_options(options.options)
     wrong = [name for name in names if name not in OPTIONS]
     if wrong:
         raise UserError(f"--options {wrong[0]!r} is not one of {'; '.join(OPTIONS)}")
@@ -137,92 +150,142 @@ def main(arguments: Sequence[str]) -> int:
         device=options.device,
     )
     wanted = Wanted(
-        request, getattr(torch, options.dtype), names, options.longest, options.budget_mib * MIB
-    )
-    path = run(wanted).write(options.out)
+        request, getattr(torch, options.dtype), names, options.longest, options.budget_mib * MIB, options.fits,
+    )  # fmt: skip
+    path = run(wanted, options.out)
     print(path.with_suffix(".md").read_text())
     print(f"wrote {path} and {path.with_suffix('.md')}")
     return 0
 
 
-def run(wanted: Wanted) -> Result:
-    """Measure every option. Raises UserError where something asked for is not on this machine."""
+def chosen_options(text: str) -> tuple[str, ...]:
+    """Names parted by ';', or all of them."""
+    return tuple(OPTIONS) if text == "all" else tuple(text.split(";"))
+
+
+def run(wanted: Wanted, out: Path) -> Path:
+    """Measure option by option and write `out`/memory.json and memory.md after each.
+
+    Raises:
+        UserError: something asked for is not on this machine.
+    """
     grow_segments()
     device = pick_device(wanted.request.device)
     prepare_attention(wanted.request.model, device, wanted.dtype)
-    if wanted.longest and device.type == "cpu" and not wanted.budget:
-        raise UserError("--longest on a CPU needs --budget-mib, the memory that a clip may take")
+    if (wanted.longest or wanted.fits) and device.type == "cpu" and not wanted.budget:
+        raise UserError(
+            "--longest and --fits on a CPU need --budget-mib, the memory that a clip may take"
+        )
     cfg = wanted.request.model
     measured: dict[str, Measured] = {}
-    facts: dict[str, str | int | float | None] = {
+    facts: Facts = {
         "tokens": wanted.request.tokens,
         "caption tokens": wanted.request.caption,
         "dtype": str(wanted.dtype).removeprefix("torch."),
         "device": str(device),
         "parameters": sum(p.numel() for p in on_meta(cfg).parameters()),
     }
+    result = Result("memory", measured, facts)
+    weights = first_weights(cfg, wanted.dtype, device)
+    compiled = resolve_compile(cfg.compile, device) != "off"
     for name in wanted.options:
-        measure_option(wanted, name, device, measured, facts)
+        if "activation_memory_budget" in OPTIONS[name] and not compiled:
+            facts[f"not measured, {name}"] = "blocks are not compiled"
+            continue
+        measure_option(wanted, name, weights, device, result)
+        result.write(out)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return Result("memory", measured, facts)
+    return result.write(out)
 
 
 def measure_option(
-    wanted: Wanted,
-    name: str,
-    device: torch.device,
-    measured: dict[str, Measured],
-    facts: dict[str, str | int | float | None],
+    wanted: Wanted, name: str, weights: dict[str, Tensor], device: torch.device, result: Result
 ) -> None:
-    """Seconds of a step into `measured`; bytes, MFU and the longest clip into `facts`."""
-    request = wanted.request
-    model, offloader = built(request.model, OPTIONS[name], wanted.dtype, device)
+    """Seconds of a step, bytes, MFU and what fits into `result`."""
+    request, facts = wanted.request, result.facts
+    model, offloader = built(request.model, OPTIONS[name], weights, device)
     batch = batch_of(request, wanted.dtype, device)
     step = step_of(model, batch)
-    peak, saved = peak_of(model, batch, device, offloader)
+    try:
+        # The first step compiles.
+        step()
+        peak, saved = peak_of(model, batch, device, offloader)
+    except torch.OutOfMemoryError:
+        facts[f"peak MiB, {name}"] = "out of memory"
+        return ask_what_fits(wanted, name, weights, device, facts)
     facts[f"peak MiB, {name}"] = peak / MIB
     if saved is not None:
         facts[f"saved for backward MiB, {name}"] = saved / MIB
     seconds = []
     for _ in range(request.repeats):
-        synchronize(device)
+        measuring.synchronize()
         began = time.perf_counter()
         step()
-        synchronize(device)
+        measuring.synchronize()
         seconds.append(time.perf_counter() - began)
     taken = Stats.of(seconds)
-    measured[f"step, {name}"] = Measured(taken, "s")
+    result.measured[f"step, {name}"] = Measured(taken, "s")
     if device.type == "cuda":
-        flops = clip_flops(request)
         peak_rate = peak_flops(torch.cuda.get_device_name(device))
+        flops = clip_flops(request)
         facts[f"MFU, {name}"] = flops / taken.median / peak_rate if peak_rate else None
-    if wanted.longest:
+    del model, step, batch
+    ask_what_fits(wanted, name, weights, device, facts)
+
+
+def ask_what_fits(
+    wanted: Wanted, name: str, weights: dict[str, Tensor], device: torch.device, facts: Facts
+) -> None:
+    """The longest clip that trains, and whether one of `wanted.fits` tokens does, beside the rest of a run's state."""
+    if not (wanted.longest or wanted.fits):
+        return
+    with stubbed():
+        model, offloader = built(wanted.request.model, OPTIONS[name], weights, device)
         rest = state_beside(wanted, device)
-        facts[f"longest clip in tokens, {name}"] = longest(
-            lambda tokens: fits(wanted, tokens, model, device, offloader)
-        )
+
+        def fitting(tokens: int) -> bool:
+            return fits(wanted, tokens, model, device, offloader)
+
+        if wanted.fits:
+            facts[f"{wanted.fits} tokens, {name}"] = (
+                "trains" if fitting(wanted.fits) else "too long"
+            )
+        if wanted.longest:
+            first = START if device.type == "cuda" else 64
+            facts[f"longest clip in tokens, {name}"] = longest(fitting, first, first)
         del rest
 
 
+def first_weights(cfg: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Weights of all options, drawn once where they are used: small normal numbers, since sizes and not values are
+    measured."""
+    draws = torch.Generator(device).manual_seed(0)
+    weights = {}
+    for name, value in on_meta(cfg).state_dict().items():
+        if value.is_floating_point():
+            weights[name] = torch.empty(value.shape, dtype=dtype, device=device).normal_(
+                0, 0.02, generator=draws
+            )
+    return weights
+
+
 def built(
-    cfg: ModelConfig, option: dict[str, Any], dtype: torch.dtype, device: torch.device
+    cfg: ModelConfig, option: dict[str, Any], weights: dict[str, Tensor], device: torch.device
 ) -> tuple[VideoDiT, Offloader | None]:
-    """The transformer with one option, filled weight by weight, its output layer not at zero."""
+    """The transformer with one option on these weights, which it does not copy."""
     whole = Config()
-    whole = whole.model_copy(
-        update={
-            "model": cfg.model_copy(update={"compile": "off"}),
-            "parallel": whole.parallel.model_copy(update=option),
-        }
-    )
+    parallel = whole.parallel.model_copy(update=option)
+    whole = whole.model_copy(update={"model": cfg, "parallel": parallel})
     model = on_meta(cfg)
     materialise(model, device)
-    fill(model, model.initial_values(seed=0))
-    torch.nn.init.normal_(model.proj_out.weight, std=0.02)
+    missing = model.load_state_dict(weights, strict=False, assign=True).missing_keys
+    assert not missing, missing
+    # `assign` takes the tensors as they are: parameters that ask for gradients again.
+    model.requires_grad_(True)
     _, offloader = prepare_blocks(model, whole, device)
-    return model.to(dtype), offloader
+    return model, offloader
 
 
 def step_of(model: VideoDiT, batch: Batch) -> Callable[[], None]:
@@ -242,7 +305,7 @@ def peak_of(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step_of(model, batch)()
-        synchronize(device)
+        measuring.synchronize()
         return float(torch.cuda.max_memory_allocated(device)), None
     before = offloader.bytes_moved if offloader else 0
     with LiveBytes() as live:
@@ -295,8 +358,3 @@ def fits(
         torch.cuda.empty_cache()
         return False
     return device.type == "cuda" or peak <= wanted.budget
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -14,13 +14,16 @@ import torch
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.errors import Fault, UserError
+from sora_train.models.flops import FORMULA
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.tools.measuring import Measured, Result, Stats
 
 DEFAULT_EXPERIMENT = "experiment=parity_tiny"
 DEFAULT_OUT = Path("benchmarks/results")
-# Only the steps are measured: no checkpoint, validation or sample falls between them.
-BARE = ("checkpoint.every=0", "validation.every=0", "sample.every=0", "sample.oracle_prompts=0")
+# Only the steps are measured: no checkpoint, validation or sample falls between them, and none is rehearsed. `sync`
+# needs no memory for saves.
+BARE = ("checkpoint.every=0", "checkpoint.rehearse=false", "checkpoint.mode=sync", "validation.every=0",
+        "sample.every=0", "sample.oracle_prompts=0")  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -70,9 +73,15 @@ def _train(cfg: Config) -> tuple[int, int | None]:
     """Train as `cfg` says; returns trained parameters and the GPU's peak memory in bytes."""
     from sora_train.training.trainer import Trainer
 
+    class Steps(Trainer):
+        """A run that leaves no checkpoint, which for a model of a billion weights takes longer than its steps."""
+
+        def save(self) -> None:
+            pass
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(cfg)
+    trainer = Steps(cfg)
     trainer.train()
     on_gpu = trainer.world.device.type == "cuda"
     return trainer.parts.num_params, torch.cuda.max_memory_allocated() if on_gpu else None
@@ -87,6 +96,8 @@ def _measured(rows: list[dict[str, float]]) -> dict[str, Measured]:
         "throughput": Measured(stats("train/tokens_per_second"), "tokens/s", "{:,.0f}"),
         "data wait": Measured(stats("train/data_wait", 100), "% of the step", "{:.2f}"),
     }
+    if "train/recompiles" in rows[0]:
+        found["recompiles"] = Measured(stats("train/recompiles"), "graphs", "{:.0f}")
     if "train/mfu" in rows[0]:
         found["MFU"] = Measured(stats("train/mfu", 100), "% of the peak", "{:.2f}")
     return found
@@ -102,5 +113,7 @@ def _facts(
         "threads": torch.get_num_threads(),
         "trained parameters": params,
         "steps before measuring": warmup,
+        "micro-batches a step": cfg.train.micro_batches,
+        "FLOPs of a clip": FORMULA,
         "peak GPU memory, GiB": None if memory is None else memory / 2**30,
     }

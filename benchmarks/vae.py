@@ -17,6 +17,7 @@ from sora_train.objectives import to_pixels
 from sora_train.objectives.quality import psnr, ssim
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World, pick_device
+from sora_train.tools import measuring
 from sora_train.tools.measuring import Measured, Result, Stats
 from sora_train.training.pipeline.plan import bucket_table
 from sora_train.training.pipeline.validation_clips import read_validation
@@ -99,11 +100,11 @@ def measure(vae: VideoVAE, clips: list[Clip]) -> dict[str, Measured]:
     }
     for clip in clips:
         pixels = to_pixels([clip], device)
-        began = time.perf_counter()
+        began = now()
         latents = vae.encode(pixels)
-        encoded = time.perf_counter()
+        encoded = now()
         back = vae.decode(latents)
-        decoded = time.perf_counter()
+        decoded = now()
         values = (
             float(psnr(back, pixels)),
             float(ssim(back, pixels)),
@@ -117,6 +118,12 @@ def measure(vae: VideoVAE, clips: list[Clip]) -> dict[str, Measured]:
         name: Measured(Stats.of(values), unit)
         for (name, values), unit in zip(found.items(), units, strict=True)
     }
+
+
+def now() -> float:
+    """Seconds, once the device has done everything so far."""
+    measuring.synchronize()
+    return time.perf_counter()
 
 
 def compression(vae: VideoVAE, clips: list[Clip]) -> float:

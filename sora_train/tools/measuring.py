@@ -55,15 +55,16 @@ def measure(fn: Callable[[], object], warmup: int, repeats: int) -> Stats:
         fn()
     seconds = []
     for _ in range(repeats):
-        _synchronize()
+        synchronize()
         began = time.perf_counter()
         fn()
-        _synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - began)
     return Stats.of(seconds)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait until the GPU has done what it was told; a clock that is read before tells of the telling."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from sentences import refuses
 
+from benchmarks import scaling
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.config.yaml_files import find_configs
@@ -38,6 +39,8 @@ from sora_train.tools.plan.time.rates import kernel_of, measured_on
 from sora_train.tools.plan.time.step import Bench, step_plan
 from sora_train.tools.plan.time.work import Imbalance, stage_work
 
+REPO = Path(__file__).resolve().parents[2]
+PARITY = (REPO / "docs" / "parity.md").read_text()
 SILENT = lambda what, done, of: None  # noqa: E731
 ONE_BUCKET = 'buckets.classes=[{name: one, pixels: 399360, frames: [93], aspect_ratios: ["16:9"]}]'
 WAN = (
@@ -112,6 +115,22 @@ def test_bytes_are_those_of_the_formula(degrees: Degrees):
     assert found.keys() == expected.keys()
     for kind, value in expected.items():
         assert found[kind] == pytest.approx(value)
+
+
+@pytest.mark.parametrize("row", scaling.counted(PARITY), ids=str)
+def test_bytes_of_the_plan_are_those_counted_on_two_and_four_ranks(row: tuple):
+    layout, slots, size, kind, found = row
+    assert scaling.by_formula(layout, slots, size)[kind] == found
+
+
+def test_the_page_of_scaling_has_every_counted_layout_and_the_plan_of_today():
+    written = (REPO / "docs" / "scaling.md").read_text()
+    assert len(scaling.counted(PARITY)) >= 11
+    for layout in scaling.COUNTED:
+        assert f"| {layout} | " in written
+    eight = scaling.planned_on(8)
+    cells = f"| 8 | {eight['layout']}; {eight['options']} | {eight['step']['seconds']:.2f} | "
+    assert cells in written, "run `python -m benchmarks.scaling`"
 
 
 def test_parts_of_a_step_add_up_and_mfu_is_the_models_flops_over_the_peak():

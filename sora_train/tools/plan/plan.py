@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from sora_train.config import Config
 from sora_train.errors import ConfigError, UserError
@@ -88,7 +87,7 @@ def plan_run(
 
 
 class _Units:
-    """Shapes of the parameters by model, each built once, without memory."""
+    """Shapes of the parameters by model, each built once."""
 
     def __init__(self) -> None:
         self._known: dict[str, list[list[torch.Size]]] = {}
@@ -96,14 +95,17 @@ class _Units:
     def of(self, cfg: Config) -> list[list[torch.Size]]:
         key = cfg.model.model_dump_json() + cfg.text.model_dump_json()
         if key not in self._known:
-            # A frozen text encoder is no part of what is sharded, and may not be on this machine.
-            if cfg.text.trainable:
-                model: nn.Module = TextToVideo(cfg.model, cfg.text, empty=True)
-            else:
-                with torch.device("meta"):
-                    model = VideoDiT(cfg.model)
-            self._known[key] = units_of(model)
+            self._known[key] = units_of_config(cfg)
         return self._known[key]
+
+
+def units_of_config(cfg: Config) -> list[list[torch.Size]]:
+    """Shapes of the parameters of each unit that is gathered at once, from a model without memory."""
+    # A frozen text encoder is no part of what is sharded, and may not be on this machine.
+    if cfg.text.trainable:
+        return units_of(TextToVideo(cfg.model, cfg.text, empty=True))
+    with torch.device("meta"):
+        return units_of(VideoDiT(cfg.model))
 
 
 def _stage(name: str, bench: Bench, caching: Caching, asked: str, progress: Progress) -> Values:
