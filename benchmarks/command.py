@@ -43,8 +43,8 @@ def bench_train(arguments: Overrides = None) -> int:
 def bench_data(arguments: Overrides = None) -> int:
     """Measure the loader beside the bare decoder and plain webdataset, on the same clips and processes.
 
-    Overrides choose the clips and the loader. They take turns for --seconds S in all (60), at most --clips N a turn and
-    --repeats N turns each; memory is watched over --soak N clips. --quick takes 20 seconds. --out DIR is where the
+    Overrides choose the clips and the loader. They take turns for --seconds S in all (90), at most --clips N a turn and
+    --repeats N turns each; memory is watched over --soak N clips. --quick takes 30 seconds. --out DIR is where the
     results go, which are written after each round.
 
     \b

@@ -64,13 +64,16 @@ def test_a_toy_loader_is_measured(
     assert "| loader / bare decoder |" in capsys.readouterr().out
 
 
-def test_turns_decode_what_they_deliver_and_end_by_the_clock_or_the_clips(toy: list[str]):
+@pytest.mark.parametrize(("prefetch_mb", "ahead"), [(2048, 1), (0, 0)])
+def test_turns_decode_what_they_deliver_and_end_by_the_clock_or_the_clips(
+    toy: list[str], prefetch_mb: int, ahead: int
+):
     """The bare decoder gets the clips that the loader decoded in its turn, each once and none twice."""
-    bench = DataBench.open(compose(toy).config)
+    bench = DataBench.open(compose([*toy, f"data.prefetch_mb={prefetch_mb}"]).config)
     with bench.open_loader() as loader, bench.raw_pool(loader) as pool:
         bench.begin(loader, pool)
         last, read = bench.next_step, bench.read
-        assert read == last, "as far as data.prefetch=1 allows"
+        assert read == last - 1 + ahead, "as far as data.prefetch and data.prefetch_mb allow"
         for clips, seconds, most in ((10, 600.0, None), (10**6, 0.0, 1)):
             delivered, _, rows = bench.loader_turn(loader, clips, seconds)
             steps = range(last, bench.next_step)
