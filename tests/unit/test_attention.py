@@ -111,8 +111,8 @@ def test_gemm_does_not_depend_on_its_tiles(
 
 
 def test_gemm_is_nearly_as_precise_as_pytorch_in_bfloat16():
-    """Diffuse attention, as it begins, and attention that rests on a few keys. The first term, a score's own rounding,
-    would make it three times worse, and without the shift of the logarithms it would be so in the first case."""
+    """Diffuse attention, as a run begins with, and attention that rests on a few keys. Without its shift of logarithms
+    the first would be three times as far off as PyTorch's; with twice the shift the second."""
     for sharpness in (1.0, 4.0):
         inputs = [draw(i, 1, 2, 1024, 64).bfloat16() for i in range(3)]
         inputs[0] *= sharpness
