@@ -1,7 +1,7 @@
 """Attention for CPUs whose bfloat16 products are fast: PyTorch's kernel forward, plain matrix products backward.
 
-PyTorch's CPU kernel multiplies in float32 in its backward pass. Here scores are made again tile by tile
-as products of narrow numbers. A weight is exp(q k + bias - lse), with the log-sum-exp that forward kept, and
+PyTorch's CPU kernel reaches half the rate of such products in its backward pass. Here scores are made again tile by
+tile as products of narrow numbers. A weight is exp(q k + bias - lse), with the log-sum-exp that forward kept, and
 the gradient of a score is weight * (dy v - dy y) (Dao 2023, arXiv:2307.08691, section 3.1.2): what is
 subtracted rides in the products, as further channels of queries and cotangents that meet ones. So a
 product's rounding is relative to the logarithm of a weight and not to the score, and only an exponential
