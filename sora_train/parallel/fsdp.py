@@ -71,9 +71,9 @@ class FsdpEngine:
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         # Squares are summed over the axis that shards, not over replicas, which hold the same ones.
-        for name, parameter in self.named.items():
-            self.shards[name].grad = None if parameter.grad is None else local(parameter.grad)
-            parameter.grad = None
+        taken = self.masters.take_gradients() if self.masters else gradients_of(self.named)
+        for name, shard in self.shards.items():
+            shard.grad = taken.get(name)
         # Of float64 in float64, or layouts would differ by the order of float32 sums alone.
         dtype = torch.float64 if self.param_dtype == torch.float64 else None
         square = torch.stack(torch._foreach_norm(self._grads(), 2, dtype)).square().sum()
@@ -148,3 +148,13 @@ class FsdpEngine:
 def local_parameter(parameter: Tensor) -> nn.Parameter:
     """This rank's part of a parameter, sharing its memory."""
     return nn.Parameter(local(parameter.detach()), requires_grad=parameter.requires_grad)
+
+
+def gradients_of(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's parts of the gradients, which the parameters let go of."""
+    found = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            found[name] = local(parameter.grad)
+            parameter.grad = None
+    return found

@@ -32,8 +32,8 @@ from sora_train.training.resilience.spike_report import ComputedStep, record_spi
 
 WORKER = Path(__file__).with_name("context_worker.py")
 EXACT = 1e-13
-BFLOAT16 = 0.03
-"""Largest difference over the largest value: some roundings of 2^-8 each."""
+BFLOAT16 = 0.05
+"""Largest difference over the largest value: some roundings of 2^-8 each, on both sides."""
 SAME = [
     "parallel.param_dtype=float64", "optim=sgd", "optim.lr=0.05", "optim.grad_clip=0", "optim.warmup_steps=0",
     "train.steps=3", "sample.every=2",

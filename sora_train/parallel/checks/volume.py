@@ -42,7 +42,9 @@ from sora_train.parallel.parallelize import sharding_units
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "reduce", "broadcast", "all_to_all", "send")
 """What the formula tells of."""
 SMALL = ("control", "frozen", "scalars")
-"""Listed apart: the control plane's exchanges, what frozen networks have made, and sums of single numbers."""
+"""Listed apart: the control plane's exchanges, what frozen networks have made, and sums of a few numbers, as those
+that judge a step."""
+FEW = 16
 
 # Operator -> kind, and the number of the argument whose tensors are counted.
 _OPS = {
@@ -100,7 +102,7 @@ class CountedVolume(TorchDispatchMode):
             kind = "control"
         elif all(tensor.dtype == torch.uint8 for tensor in tensors):
             kind = "frozen"
-        elif kind == "all_reduce" and all(tensor.numel() == 1 for tensor in tensors):
+        elif kind == "all_reduce" and sum(tensor.numel() for tensor in tensors) <= FEW:
             kind = "scalars"
         self.bytes[kind] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -222,7 +222,7 @@ def engine_kinds(held: Held) -> Iterator[None]:
         for owner, name, kind in (
             (FSDPParamGroup, "unshard", "buffers"),
             (FSDPParamGroup, "wait_for_unshard", "buffers"),
-            (masters, "_hand_over", "gradients"),
+            (masters.Masters, "_hand_over", "gradients"),
             (FSDPParamGroup, "post_backward", "gradients"),
             (FSDPParamGroup, "finalize_backward", "gradients"),
             (host_optimizer, "_on_host", "host"),
