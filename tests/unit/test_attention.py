@@ -269,7 +269,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch):
     """A GPU that has FlashAttention-4, as far as facts about it are asked for; afterwards it is gone again."""
     monkeypatch.setattr(attention_backends, "installed_packages", lambda: ("flash4",))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    # A run on a CPU before this one may have left it on.
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
     yield
+    torch.use_deterministic_algorithms(before)
     attention_backends._active.clear()
 
 

@@ -57,7 +57,7 @@ def test_the_flag_on_the_device_is_the_verdict_of_the_host(
     held, parts = step_of(batches)
     totals = {"velocity": 8.0}
     limits = Limits(loss_limit, norm_limit, frozenset(unjudged))
-    outcome = Outcome(held, parts, totals, torch.tensor(norm), limits, ALONE)
+    outcome = Outcome(held, parts, totals, torch.tensor(norm, dtype=torch.float64), limits, ALONE)
     found = outcome.read()
     loss = found.sums["velocity"] / 8.0
     verdict = judge(loss, found.judged, found.grad_norm, limits)
