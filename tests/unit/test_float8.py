@@ -142,6 +142,7 @@ def test_checkpoints_and_parts_of_the_mlp_multiply_in_float8_too():
     assert products.seen["float8"] == SIZES["num_layers"] * (3 * 8 + 4 * 2 * 3)
 
 
+@pytest.mark.slow
 def test_blocks_compile_to_one_graph_for_all_sizes(monkeypatch: pytest.MonkeyPatch):
     """Traced as the code generator has it, and run as it is."""
     compile_ = torch.compile

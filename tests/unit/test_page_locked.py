@@ -76,7 +76,7 @@ def test_a_step_that_is_repeated_locks_nothing_anew(driver: Driver) -> None:
     assert pool.total == pool.most_used == sum(sizes) == sum(driver.held.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=8))
 def test_the_pool_stays_near_its_height_and_no_two_hold_one_buffer(steps: list) -> None:
     driver = Driver()
