@@ -70,6 +70,7 @@ SHORT: dict[str, list[str]] = {
     "fetch": [],
     "launch": ["--print"],
     "watch": [],
+    "bench all": ["--toy", "--only", "sampling"],
     "doctor experiment=quickstart": ["--no-bandwidth"],
     "doctor parity": [
         "--layouts",
