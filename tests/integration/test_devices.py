@@ -12,6 +12,7 @@ import pytest
 
 WORKER = Path(__file__).parent / "device_worker.py"
 DEVICE = "card:0"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,7 @@ def copy_clip(clip: Path, folder: Path, *, copies: int) -> None:
         (folder / f"{i:02d}.txt").write_text(CAPTION)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_clip_comes_back(real_videos: Path, tmp_path: Path) -> None:
     source, run = tmp_path / "clips", tmp_path / "run"

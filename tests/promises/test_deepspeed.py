@@ -222,6 +222,7 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_moves_between_engines(parity_config: Callable, tmp_path: Path) -> None:
     """One process, ZeRO-2 and ZeRO-3 on two ranks, one process: a step each, then the checkpoint.

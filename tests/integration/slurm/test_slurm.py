@@ -126,6 +126,7 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if not is_clocked(key)} for row in found]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_job_that_is_requeued_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
