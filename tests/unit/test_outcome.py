@@ -176,5 +176,11 @@ def test_gradients_are_clipped_to_the_norm_and_no_further(engine: FsdpEngine, sc
     engine.step(0.1, norm, torch.tensor(False))
     for name, weight in engine.model_state().items():
         torch.testing.assert_close(weight.double(), masters[name].detach(), rtol=1e-5, atol=1e-6)
+    # AdamW's first update does not tell how large a gradient was; its moments do.
+    for name, moment in engine.optimizer_state().items():
+        parameter, _, key = name.rpartition(".")
+        if key in ("exp_avg", "exp_avg_sq"):
+            wanted = reference.state[masters[parameter]][key]
+            torch.testing.assert_close(moment.double(), wanted, rtol=1e-4, atol=1e-12)
     for name, computed in engine.model.named_parameters():
         assert torch.equal(computed, engine.model_state()[name].to(computed.dtype)), name
