@@ -101,11 +101,9 @@ def now() -> float:
     return time.perf_counter()
 
 
-def measure(
-    folder: Path, tensors: dict[str, Tensor], repeats: int, world: World
-) -> tuple[dict[str, Measured], dict[str, str | int | float | None]]:
-    """Seconds that the training waits for a save of each kind, and what follows from them."""
-    savers = {
+def savers_in(folder: Path, world: World) -> dict[str, Saver]:
+    """One that saves at once and one that saves behind the training, each in a folder of its own."""
+    return {
         mode: Saver(
             folder / mode,
             CheckpointConfig(mode=mode, keep_last=1),
@@ -114,6 +112,13 @@ def measure(
         )
         for mode in ("sync", "async")
     }
+
+
+def measure(
+    folder: Path, tensors: dict[str, Tensor], repeats: int, world: World
+) -> tuple[dict[str, Measured], dict[str, str | int | float | None]]:
+    """Seconds that the training waits for a save of each kind, and what follows from them."""
+    savers = savers_in(folder, world)
     began = now()
     savers["async"].prepare(tensors)
     prepared = now() - began

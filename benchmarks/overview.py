@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,14 +22,12 @@ from torch import Tensor
 
 from benchmarks import data as data_bench
 from benchmarks import model as model_bench
-from benchmarks.ckpt import a_state
+from benchmarks.ckpt import a_state, savers_in
 from benchmarks.ddp_loop import DdpLoop
 from benchmarks.model import take_turns
 from sora_train.base.progress import Progress
-from sora_train.checkpoint.saver import Saver
 from sora_train.config import Config
 from sora_train.config.compose import compose
-from sora_train.config.sections.outputs import CheckpointConfig
 from sora_train.errors import SoraError
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.dit import VideoDiT
@@ -280,15 +277,7 @@ def checkpoint(effort: Effort) -> list[Row]:
         folder = Path(place)
         tensors = a_state(effort.mib, torch.device("cpu"))
         world = distributed.World(0, 1, 0, 1, torch.device("cpu"))
-        savers = {
-            mode: Saver(
-                folder / mode,
-                CheckpointConfig(mode=mode, keep_last=1),
-                world,
-                timedelta(minutes=10),
-            )
-            for mode in ("async", "sync")
-        }
+        savers = savers_in(folder, world)
         savers["async"].prepare(tensors)
         numbers = iter(range(1, 10_000))
         taken = take_turns(

@@ -471,6 +471,8 @@ class Trainer:
         state.pending = [action for action in state.pending if action != "save"]
         if self.saved == (state.step, state.pending):
             return
+        # The probe computes with the averages in the place of the weights, which a save may still be copying.
+        self.saver.let_write()
         with self.health.phase("probe"):
             self.probe = measure_probe(self.run, self.parts)
         with self.health.phase("save"):
