@@ -1,6 +1,6 @@
 """The optimizer with its learning rate schedule, and the averages of the weights."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,10 @@ class OptimConfig(Section):
     """Peak learning rate."""
     text_lr_scale: float = Field(1.0, gt=0)
     """Factor on the learning rate of a trainable text encoder."""
+    lr_scales: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Factors on the learning rate by shell pattern of whole parameter names, as in
+    'optim.lr_scales={transformer.blocks.*.attn2.*: 0.5}'; those of several patterns that a name matches are multiplied.
+    LoRA+ (arXiv:2402.12354) is {*.lora_B.*: 16}. 0 is refused: to leave weights as they are, train an adapter."""
     betas: FloatList = (0.9, 0.99)
     """AdamW's decay of the first and the second moment."""
     eps: float = Field(1e-10, gt=0)

@@ -1,11 +1,15 @@
 """Parameter groups by name, the optimizer, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from sora_train.config import OptimConfig
+from sora_train.errors import ConfigError
 
 # Of two dimensions or more, yet no matrices: modulation and look-up tables, and the gains of the VAE's norms.
 NOT_DECAYED = {"scale_shift_table", "shared", "relative_attention_bias", "gamma"}
@@ -16,20 +20,35 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not NOT_DECAYED & set(name.split("."))
 
 
+def lr_scale(name: str, cfg: OptimConfig) -> float:
+    """The factor on a parameter's learning rate: the product of all that its name matches."""
+    is_text = name.startswith("text_encoder.")
+    factors = [factor for pattern, factor in cfg.lr_scales.items() if fnmatchcase(name, pattern)]
+    return math.prod([cfg.text_lr_scale if is_text else 1.0, *factors])
+
+
+def require_matches(names: Sequence[str], cfg: OptimConfig) -> None:
+    """Raises ConfigError for the first pattern of `optim.lr_scales` that matches no trained parameter."""
+    for pattern in cfg.lr_scales:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = get_close_matches(pattern, names, n=3, cutoff=0.0)
+            raise ConfigError(
+                f"optim.lr_scales has the pattern {pattern!r}, which no trained parameter's whole name matches; near "
+                f"it are {', '.join(near)}; write one of them with * for what varies"
+            )
+
+
 def parameter_groups(parameters: dict[str, nn.Parameter], cfg: OptimConfig) -> list[dict]:
-    """Four groups at most: (decayed or not) x (text encoder or not), each with its `lr_scale`."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        if parameter.requires_grad:
-            key = (decays(name, parameter), name.startswith("text_encoder."))
-            groups.setdefault(key, []).append(parameter)
+    """A group for each weight decay and learning rate, the latter as `lr_scale`. Raises as `require_matches`."""
+    trained = {name: value for name, value in parameters.items() if value.requires_grad}
+    require_matches(list(trained), cfg)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        key = (cfg.weight_decay if decays(name, parameter) else 0.0, lr_scale(name, cfg))
+        groups.setdefault(key, []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "weight_decay": cfg.weight_decay if decayed else 0.0,
-            "lr_scale": cfg.text_lr_scale if is_text else 1.0,
-        }
-        for (decayed, is_text), parameters in groups.items()
+        {"params": members, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), members in groups.items()
     ]
 
 
