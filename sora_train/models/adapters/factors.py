@@ -37,17 +37,14 @@ class Factors:
         return self.up.shape[0], self.down.shape[1]
 
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """The adapted weight, (out, in), in at least float32.
+        """The adapted weight, in at least float32: (out, in), or a convolution's with as many values a row.
 
         `strength` multiplies the scale, as peft's `set_scale` does: 0 gives back the weight of LoRA's module, and of
         DoRA's its rows at the adapter's lengths.
         """
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        up, down = (
-            factor.to(weight.device, torch.promote_types(factor.dtype, dtype))
-            for factor in (self.up, self.down)
-        )
-        total = weight.to(up.dtype) + (strength * self.scale) * (up @ down)
+        dtype = torch.promote_types(weight.dtype, torch.promote_types(self.up.dtype, torch.float32))
+        up, down = (factor.to(weight.device, dtype) for factor in (self.up, self.down))
+        total = weight.to(dtype) + (strength * self.scale) * (up @ down).view(weight.shape)
         if self.magnitude is None:
             return total
         lengths = torch.linalg.vector_norm(total, dim=1, keepdim=True)
@@ -78,3 +75,23 @@ class AdapterWeights:
 
     modules: Mapping[str, Factors]
     about: AdapterFacts = field(default_factory=AdapterFacts)
+    differences: Mapping[str, Tensor] = field(default_factory=dict)
+    """What is added to whole parameters, by their names: biases and norms in distilled models' files."""
+
+    def adapted(self, name: str, value: Tensor, strength: float = 1.0) -> Tensor:
+        """The parameter `name` as this adapter makes it of `value`, in at least float32; `value` where it has none."""
+        factors = (
+            self.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        )
+        if factors is not None:
+            value = factors.merged(value, strength)
+        if name in self.differences:
+            dtype = torch.promote_types(value.dtype, torch.float32)
+            value = value.to(dtype) + strength * self.differences[name].to(value.device, dtype)
+        return value
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters that it changes; a weight's as a matrix."""
+        weights = {f"{name}.weight": factors.shape for name, factors in self.modules.items()}
+        return {**{name: tuple(one.shape) for name, one in self.differences.items()}, **weights}

@@ -1,0 +1,1 @@
+"""Adapters as single safetensors files, in the layouts that other tools write and read."""
