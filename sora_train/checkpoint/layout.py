@@ -9,6 +9,7 @@ latest             the name of the newest one
 rehearsal/         the rehearsal before step 1, removed again
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -102,6 +103,17 @@ def listed_files(path: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise Fault(f"{manifest} cannot be read ({error}); the checkpoint is damaged") from error
     return files
+
+
+def weights_digest(checkpoint: Checkpoint, weights: str) -> str:
+    """SHA-256 that tells a checkpoint's weights from others', from the digests in its manifest; nothing is read anew.
+
+    Args:
+        weights: which of them, `ema` or `live`.
+    """
+    files = listed_files(checkpoint.path)
+    stored = [f"{name} {entry['sha256']}" for name, entry in sorted(files.items()) if name != STATE]
+    return hashlib.sha256("\n".join([weights, *stored]).encode()).hexdigest()
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:

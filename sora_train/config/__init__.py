@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from sora_train.config.sections.adapter import AdapterConfig
 from sora_train.config.sections.base import Section
 from sora_train.config.sections.data import (
     BucketClass,
@@ -12,8 +13,8 @@ from sora_train.config.sections.data import (
     MixConfig,
     SourceConfig,
 )
-from sora_train.config.sections.health import HealthConfig
-from sora_train.config.sections.launch import LaunchConfig
+from sora_train.config.sections.health import HealthConfig, SpikeDetectionConfig
+from sora_train.config.sections.launch import LaunchConfig, SweepConfig
 from sora_train.config.sections.model import ModelConfig, TextConfig, VaeConfig
 from sora_train.config.sections.objective import (
     ConditioningConfig,
@@ -37,10 +38,9 @@ from sora_train.config.sections.run import (
     StageConfig,
     TrainConfig,
 )
-from sora_train.config.sections.spike_detection import SpikeDetectionConfig
-from sora_train.config.sections.sweep import SweepConfig
 
 __all__ = [
+    "AdapterConfig",
     "BucketClass",
     "BucketsConfig",
     "CheckpointConfig",
@@ -100,6 +100,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     spike_detection: SpikeDetectionConfig = SpikeDetectionConfig()
     vae_objective: VaeObjectiveConfig = VaeObjectiveConfig()
+    adapter: AdapterConfig = AdapterConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     train: TrainConfig = TrainConfig()
@@ -133,6 +134,27 @@ class Config(Section):
                     )
         elif self.train.steps:
             self.vae_objective.require_start_before(self.train.steps)
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_has_a_base(self) -> "Config":
+        if not self.adapter.on:
+            return self
+        if self.task != "text_to_video":
+            raise ValueError(
+                f"adapter.rank={self.adapter.rank} is for task=text_to_video, and this run's is {self.task}; set "
+                "adapter.rank=0"
+            )
+        if not self.init.run:
+            raise ValueError(
+                f"adapter.rank={self.adapter.rank} needs a base and init.run is empty; give the folder of a run, or of "
+                "open weights that `sora ckpt import` has written"
+            )
+        if self.init.optimizer:
+            raise ValueError(
+                "init.optimizer=true takes over the moments of all weights, and with adapter.rank="
+                f"{self.adapter.rank} only the adapter has any; set init.optimizer=false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,9 +17,18 @@ FORMULA = (
 
 
 def training_flops(
-    model: ModelConfig, text: TextConfig | None, num_tokens: int, num_frames: int, text_tokens: int
+    model: ModelConfig,
+    text: TextConfig | None,
+    num_tokens: int,
+    num_frames: int,
+    text_tokens: int,
+    *,
+    frozen: bool = False,
 ) -> int:
     """Operations of training on one clip: the forward pass of what is trained, and twice as much for backward.
+
+    With a `frozen` base, beside which an adapter is trained, backward goes through the base once, and a trainable text
+    encoder has no backward pass; the adapter's own products, a hundredth, are left out.
 
     Frozen networks and what backward computes again are left out, as MFU has it (Chowdhery et al. 2022,
     arXiv:2204.02311, appendix B). The card, `train/tflops`, `sora plan`, `sora models` and `sora bench` all
@@ -32,6 +41,8 @@ def training_flops(
         num_frames: latent frames of the clip, each with its own time embedding.
         text_tokens: caption tokens attended to, S.
     """
+    if frozen:
+        return 2 * transformer_flops(model, num_tokens, text_tokens, num_frames)
     return 3 * trained_forward_flops(model, text, num_tokens, text_tokens, num_frames)
 
 

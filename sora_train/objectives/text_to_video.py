@@ -22,6 +22,7 @@ from sora_train.diffusion.condition_masks import HEAD_KINDS
 from sora_train.diffusion.draws import SampleKey, draw_noise, draw_uniform
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
+from sora_train.models.adapters.dropout import draw_dropout
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.work_sharing import NO_SHARING, WorkSharing
 from sora_train.objectives.base import LossTerm, Objective, SampleInfo
@@ -74,6 +75,8 @@ class TextToVideoObjective(Objective):
         # Not self.weights(): a subclass may give its terms other names.
         weight = TextToVideoObjective.weights(self, batch)["velocity"]
         flow = self.flow_batch(batch)
+        if self.cfg.adapter.dropout:
+            draw_dropout(model, self.cfg.seed, sample_keys(batch.clips or placeholder(batch)))
         if self.cfg.loss.reduce == "per_sample":
             losses_B = flow.losses(model)
             loss_sum = losses_B.sum()

@@ -13,7 +13,12 @@ from sora_train.parallel.memory.activations import prepare_blocks
 from sora_train.parallel.memory.host_optimizer import HostCopies, placed_on_host
 from sora_train.parallel.memory.masters import Masters
 from sora_train.parallel.parallelize import apply_fsdp
-from sora_train.parallel.protocol import OptimizerBuilder, Weights
+from sora_train.parallel.protocol import (
+    NamedWeights,
+    OptimizerBuilder,
+    Weights,
+    kept_parameters,
+)
 from sora_train.parallel.shards import local, placed_as
 from sora_train.runtime.world import World
 
@@ -41,11 +46,10 @@ class FsdpEngine:
         self.model = apply_fsdp(placed, self.mesh, self.param_dtype)
         if empty:
             materialise(self.model, world.device)
-        copied = self.mesh.size() == 1 and any(
-            p.dtype != self.param_dtype for p in self.model.parameters()
-        )
-        self.masters = Masters(self.model, self.param_dtype) if copied else None
-        self.weights: Weights = self.masters or self.model
+        kept = kept_parameters(self.model, cfg)
+        copied = self.mesh.size() == 1 and any(p.dtype != self.param_dtype for p in kept.values())
+        self.masters = Masters(kept, self.param_dtype) if copied else None
+        self.weights: Weights = self.masters or NamedWeights(kept)
         self.named = dict(self.weights.named_parameters())
         # The optimizer works on this rank's own parts as plain tensors: they share the parameters' memory,
         # and an elementwise update needs no DTensor, whose dispatch cost a fifth of a small model's step.

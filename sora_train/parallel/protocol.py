@@ -1,10 +1,12 @@
 """What a training loop asks of an engine, whichever shards the model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from sora_train.config import Config
 
 OptimizerBuilder = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 """From parameters by name to the optimizer of them."""
@@ -14,6 +16,26 @@ class Weights(Protocol):
     """Master weights by name: a module, or what an engine has whose module holds them in another form."""
 
     def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+class NamedWeights:
+    """Master weights by name, wherever an engine has them."""
+
+    def __init__(self, named: Mapping[str, Tensor]):
+        self.named = named
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        return self.named.items()
+
+
+def kept_parameters(model: nn.Module, cfg: Config) -> dict[str, nn.Parameter]:
+    """What a checkpoint holds and an average is made of: all parameters, but of a model with an adapter the adapter's
+    alone, since the frozen base is another run's."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or not cfg.adapter.on
+    }
 
 
 class Engine(Protocol):
@@ -48,7 +70,7 @@ class Engine(Protocol):
         """Graphs this rank has compiled needlessly so far; None where nothing is compiled."""
 
     def model_state(self) -> dict[str, Tensor]:
-        """Parameter name -> float32 master weight, sharded as it lies, in place loadable."""
+        """Name of each of `kept_parameters` -> float32 master weight, sharded as it lies, in place loadable."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """`<parameter name>.<exp_avg|exp_avg_sq|step>` -> tensor, in place loadable."""

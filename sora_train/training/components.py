@@ -12,9 +12,11 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from sora_train import checkpoint as checkpoints
+from sora_train.checkpoint.layout import weights_digest
 from sora_train.checkpoint.meta import CheckpointMeta
 from sora_train.config import Config
 from sora_train.diffusion.spec import DiffusionSpec
+from sora_train.models.adapters.inject import adapter_weights, add_adapter
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import Objective, TextToVideoObjective, VaeObjective
@@ -23,7 +25,9 @@ from sora_train.parallel.engine import build_engine
 from sora_train.parallel.materialise import fill
 from sora_train.parallel.protocol import Engine
 from sora_train.training.initialise import (
+    begin_adapter,
     require_fitting,
+    require_same_base,
     require_same_spec,
     source_of,
     take_moments,
@@ -50,6 +54,8 @@ class Components:
     ema: Ema
     num_params: int
     """Trainable parameters."""
+    base: str = ""
+    """Digest of the frozen base of an adapter."""
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside the block the model computes with the averaged weights."""
@@ -84,7 +90,11 @@ def build(builder: Builder, resumed: CheckpointMeta | None) -> None:
     """
     parts, run = builder.parts, builder.run
     build_networks(builder, empty=run.cfg.parallel.engine == "fsdp")
-    initial = None if resumed else initial_weights(run, parts)
+    # The base of an adapter is in no checkpoint of its run.
+    initial = initial_weights(run, parts) if run.cfg.adapter.on or not resumed else None
+    if run.cfg.adapter.on and initial is not None:
+        parts.base = weights_digest(initial, run.cfg.init.weights)
+        require_same_base(run.cfg, parts.base, resumed)
     assert parts.model is not None
     parts.spec = build_spec(run.cfg, parts.vae, parts.model)
     if resumed:
@@ -101,6 +111,8 @@ def build_networks(builder: Builder, *, empty: bool) -> None:
     parts, run = builder.parts, builder.run
     options = {"empty": True} if empty and takes_empty(builder.build_model) else {}
     parts.model = model = builder.build_model(**options)
+    if run.cfg.adapter.on:
+        add_adapter(model, run.cfg.adapter, run.layout.param_dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts.num_params = sum(parameter.numel() for parameter in trained)
     parts.vae = build_vae(run, model)
@@ -138,10 +150,16 @@ def build_for_training(
     cfg, model = run.cfg, parts.model
     assert model is not None
     empty = any(parameter.is_meta for parameter in model.parameters())
+    if cfg.adapter.on and initial is not None and not empty:
+        begin_adapter(cfg, initial, model, adapter_weights(model))
     parts.engine = engine = build_engine(
         model, cfg, run.world, run.layout, lambda named: build_optimizer(named, cfg.optim)
     )
-    if initial is not None:
+    if cfg.adapter.on and initial is not None:
+        if empty:
+            begin_adapter(cfg, initial, engine.model, engine.model_state())
+            engine.weights_changed()
+    elif initial is not None:
         take_weights(cfg, initial, engine.model_state())
         engine.weights_changed()
         if cfg.init.optimizer:

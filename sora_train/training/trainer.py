@@ -456,6 +456,7 @@ class Trainer:
             digests={
                 "vae": spec.vae_digest if spec else "",
                 "text_encoder": spec.text_digest if spec else "",
+                "base": self.parts.base,
                 "manifest": sources.digest(),
                 "config": config_digest(cfg),
             },

@@ -31,7 +31,7 @@ def clips() -> Iterator[Tensor]:
 def test_gradients_of_copies_add_up_in_float32() -> None:
     """Each micro-batch's gradient is bfloat16's, their sum is not rounded to it."""
     model = build()
-    masters = Masters(model, BF16)
+    masters = Masters(dict(model.named_parameters()), BF16)
     for x in clips():
         model(x).float().square().sum().backward()
     plain = build().to(BF16)
@@ -56,7 +56,7 @@ def test_gradients_of_copies_add_up_in_float32() -> None:
 
 def test_gradients_in_float64_are_rounded_once() -> None:
     model = build()
-    masters = Masters(model, torch.float64)
+    masters = Masters(dict(model.named_parameters()), torch.float64)
     for x in clips():
         model(x.double()).square().sum().backward()
     plain = build().double()
@@ -70,7 +70,7 @@ def test_gradients_in_float64_are_rounded_once() -> None:
 def test_copies_follow_their_masters_and_masters_lose_nothing() -> None:
     first = {name: p.detach().clone() for name, p in build().named_parameters()}
     model = build()
-    masters = Masters(model, BF16)
+    masters = Masters(dict(model.named_parameters()), BF16)
     for name, master in masters.named_parameters():
         assert torch.equal(master, first[name])
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_copies_follow_their_masters_and_masters_lose_nothing() -> None:
 def test_frozen_weights_are_copied_and_get_no_gradient() -> None:
     model = build()
     model[0].requires_grad_(False)
-    masters = Masters(model, BF16)
+    masters = Masters(dict(model.named_parameters()), BF16)
     model(next(clips())).float().sum().backward()
     assert masters.take_gradients().keys() == {"1.weight", "1.bias"}
 
@@ -94,7 +94,7 @@ def test_no_second_copy_of_weights_or_gradients_is_made_in_backward() -> None:
     """Above weights and copies: float32 gradients once, and the bfloat16 gradient of one weight at a time."""
     width, layers = 256, 8
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
-    masters = Masters(model, BF16)
+    masters = Masters(dict(model.named_parameters()), BF16)
     x = torch.ones(1, width, dtype=BF16)
     with LiveBytes() as live:
         model(x).float().sum().backward()

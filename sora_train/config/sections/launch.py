@@ -1,4 +1,4 @@
-"""How a job is started on one machine or on many; nothing that is trained depends on it."""
+"""How jobs are started, one or the many of a sweep, here or on a cluster; nothing that is trained depends on it."""
 
 import re
 from typing import Literal
@@ -105,3 +105,19 @@ def limit_seconds(time: str) -> int:
     else:
         hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts]}.get(len(parts), parts)
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+class SweepConfig(Section):
+    method: Literal["grid", "random", "tpe"] = "grid"
+    """`grid`: every combination of values; `random` and `tpe` (Optuna) draw `sweep.trials` combinations, also from
+    intervals."""
+    trials: int = Field(20, ge=1)
+    """Number of runs of a search, counting those of earlier calls in the same folder."""
+    metric: str = "val/loss"
+    """Metric that a search compares: its last value in a run (docs/metrics.md)."""
+    goal: Literal["minimize", "maximize"] = "minimize"
+    """Whether lower or higher values of `sweep.metric` are better."""
+    seed: int = Field(0, ge=0)
+    """Seed of a search; run n depends on it, on n and on the results so far."""
+    at_once: int = Field(1, ge=1)
+    """Runs at the same time on this machine, which divide its GPUs among them."""

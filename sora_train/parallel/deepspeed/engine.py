@@ -9,7 +9,7 @@ parameter's values, which are named, saved, loaded and averaged as FlatShards, w
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ from sora_train.parallel.deepspeed.settings import STAGES, deepspeed_config
 from sora_train.parallel.layout import Layout
 from sora_train.parallel.memory.activations import prepare_blocks
 from sora_train.parallel.parallelize import sharding_units
-from sora_train.parallel.protocol import OptimizerBuilder
+from sora_train.parallel.protocol import NamedWeights, OptimizerBuilder, kept_parameters
 from sora_train.parallel.shards import FlatShard
 from sora_train.runtime.world import World, set_timeout
 
@@ -53,16 +53,6 @@ class FlatRun:
         )
 
 
-class Masters:
-    """Master weights by name, each rank's own runs."""
-
-    def __init__(self, named: dict[str, FlatShard]):
-        self.named = named
-
-    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
-        return self.named.items()
-
-
 class ZeroEngine:
     """ZeRO-1, 2 or 3 over all ranks."""
 
@@ -83,8 +73,8 @@ class ZeroEngine:
         # ZeRO-3 gathers weights inside a block, which is no one graph then.
         wanted = "off" if self.stage == 3 else cfg.model.compile
         self._recompiles, _ = prepare_blocks(model, cfg, world.device, wanted)
-        require_trainable(cfg.parallel.engine, model)
-        parameters = dict(model.named_parameters())
+        parameters = kept_parameters(model, cfg)
+        require_trainable(cfg.parallel.engine, parameters)
         # DeepSpeed makes masters of the weights as they compute, which would lose what bfloat16 cannot hold.
         first = {name: parameter.detach() for name, parameter in parameters.items()}
         told = deepspeed_config(
@@ -105,11 +95,13 @@ class ZeroEngine:
             if self.stage == 3
             else self.zero.single_partition_of_fp32_groups
         )
-        self.places = self._places_by_parameter() if self.stage == 3 else self._places_by_group()
-        self.weights = Masters(
-            {name: place.of(self.flats[place.flat]) for name, place in self.places.items()}
+        trained = kept_parameters(model, cfg)
+        self.places = (self._places_by_parameter if self.stage == 3 else self._places_by_group)(
+            trained
         )
-        for name, master in self.weights.named.items():
+        masters = {name: place.of(self.flats[place.flat]) for name, place in self.places.items()}
+        self.weights = NamedWeights(masters)
+        for name, master in masters.items():
             master.part.copy_(local_run(first[name], self.places[name]))
         self.weights_changed()
 
@@ -175,7 +167,7 @@ class ZeroEngine:
     # --- state ---
 
     def model_state(self) -> dict[str, Tensor]:
-        return dict(self.weights.named)
+        return dict(self.weights.named_parameters())
 
     def optimizer_state(self) -> dict[str, Tensor]:
         if not isinstance(self.optimizer, torch.optim.AdamW):
@@ -220,7 +212,7 @@ class ZeroEngine:
             state["exp_avg_sq"] = torch.zeros_like(flat)
         return state
 
-    def _places_by_group(self) -> dict[str, FlatRun]:
+    def _places_by_group(self, trained: dict[str, nn.Parameter]) -> dict[str, FlatRun]:
         """ZeRO-1 and 2: the parameters of a group lie end to end, cut into as many runs as there are ranks."""
         found: dict[int, FlatRun] = {}
         for flat, parameters in enumerate(self.zero.bit16_groups):
@@ -231,12 +223,12 @@ class ZeroEngine:
                     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
                     place = FlatRun(flat, here.start, there.start, here.numel, parameter.shape)
                 found[id(parameter)] = place
-        return {name: found[id(value)] for name, value in self.model.named_parameters()}
+        return {name: found[id(value)] for name, value in trained.items()}
 
-    def _places_by_parameter(self) -> dict[str, FlatRun]:
+    def _places_by_parameter(self, trained: dict[str, nn.Parameter]) -> dict[str, FlatRun]:
         """ZeRO-3: each parameter is cut into as many runs as there are ranks, the last ones padded."""
         found: dict[str, FlatRun] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in trained.items():
             flat, offset, padded = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = min(self.world.rank * int(padded), parameter.ds_numel)
             values = min(int(padded), parameter.ds_numel - start)
@@ -253,9 +245,9 @@ def zero_offloads(zero: Any) -> bool:
     return bool(getattr(zero, "offload_optimizer", False) or getattr(zero, "cpu_offload", False))
 
 
-def require_trainable(engine: str, model: nn.Module) -> None:
-    """Raises ConfigError where a parameter is not trained: ZeRO keeps no master of it that could be saved."""
-    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
+def require_trainable(engine: str, kept: dict[str, nn.Parameter]) -> None:
+    """Raises ConfigError where a parameter is kept and not trained: ZeRO has no master of it that could be saved."""
+    frozen = [name for name, value in kept.items() if not value.requires_grad]
     if frozen:
         raise ConfigError(
             f"parallel.engine={engine} saves trained weights only, and {frozen[0]} is not trained; set "

@@ -5,7 +5,7 @@ that dtype and are added up in the masters', one weight at a time during backwar
 copies nor the gradients ever exist twice.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 class Masters:
     """Master weights by name; the model's parameters become copies of them."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
-        self.copies = dict(model.named_parameters())
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype):
+        self.copies = dict(parameters)
         self.named: dict[str, nn.Parameter] = {}
         self._sums: dict[str, Tensor] = {}
         for name, copy in self.copies.items():

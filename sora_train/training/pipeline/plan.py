@@ -84,7 +84,7 @@ def flops_counter(
         if own is not None:
             return 3 * int(own(tokens, caption))
         frames = vae.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
-        return training_flops(cfg.model, cfg.text, tokens, frames, caption)
+        return training_flops(cfg.model, cfg.text, tokens, frames, caption, frozen=cfg.adapter.on)
 
     return flops
 
