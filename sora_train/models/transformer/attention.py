@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import ConfigError
 from sora_train.models.transformer.attention_backends import BACKENDS, attend
-from sora_train.models.transformer.layers import Linear, RMSNorm, at_least_fp32
+from sora_train.models.transformer.layers import Linear, RMSNorm, at_least_fp32, computes_in
 from sora_train.models.transformer.rope import apply_rope
 
 
@@ -58,7 +58,7 @@ class Attention(nn.Module):
     def attend_self(self, x_BTPD: Tensor, table: Tensor) -> Tensor:
         """Every token to every token of the clip, with rotary positions. Returns (B, T, P, D)."""
         # Cast once, not once a projection.
-        x_BTPD = x_BTPD.to(self.to_q.weight.dtype)
+        x_BTPD = x_BTPD.to(computes_in(self.to_q))
         q_BLNK = apply_rope(
             at_least_fp32(self._heads(self.norm_q(self.to_q(x_BTPD)))), table
         ).flatten(1, 2)

@@ -81,6 +81,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def computes_in(layer: nn.Module) -> torch.dtype:
+    """The dtype in which a linear layer multiplies: that of its weight, or its own word where the weight is codes. An
+    adapter around the layer has a `base_layer`."""
+    base = getattr(layer, "base_layer", layer)
+    dtype: torch.dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
+    return dtype
+
+
 class PreciseLinear(nn.Linear):
     """A linear layer that computes in at least float32 even when its weight arrives in bfloat16:
     for the noise level."""
