@@ -59,12 +59,27 @@ def read_adapter(path: Path) -> AdapterWeights:
     """
     header, tensors = _content(path)
     config = _lora_config(path, header, tensors)
-    parts = _sorted(path, tensors)
+    return adapter_of_tensors(str(path), tensors, config, facts_of(header))
+
+
+def adapter_of_tensors(
+    where: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], about: AdapterFacts
+) -> AdapterWeights:
+    """The adapter in tensors of a known layout's names.
+
+    Args:
+        where: what a message calls the place they come from.
+        config: peft's LoraConfig, or as much of it as is known: `lora_alpha`, `alpha_pattern`, `use_rslora`.
+
+    Raises:
+        UserError: keys of no known layout, or parts that do not fit each other.
+    """
+    parts = _sorted(where, tensors)
     modules, differences = dict[str, Factors](), dict[str, Tensor]()
     for module, held in parts.items():
         if {"down", "up"} & held.keys():
-            modules[module] = _factors(path, module, held, config)
-        differences |= _differences(path, module, held, modules.get(module))
+            modules[module] = _factors(where, module, held, config)
+        differences |= _differences(where, module, held, modules.get(module))
     stray = [
         name
         for name, held in parts.items()
@@ -72,11 +87,11 @@ def read_adapter(path: Path) -> AdapterWeights:
     ]
     if stray:
         raise UserError(
-            f"{path} holds an alpha or a magnitude of {_some(stray)} and no factors for it; fetch the file again"
+            f"{where} holds an alpha or a magnitude of {_some(stray)} and no factors for it; fetch the file again"
         )
     if not parts:
-        raise UserError(f"{path} holds no tensors; known layouts of an adapter are {KNOWN}")
-    return AdapterWeights(modules, _facts(header, modules, config), differences)
+        raise UserError(f"{where} holds no tensors; known layouts of an adapter are {KNOWN}")
+    return AdapterWeights(modules, _completed(about, modules, config), differences)
 
 
 # -- the file -------------------------------------------------------------------------------------
@@ -130,7 +145,7 @@ def _lora_config(path: Path, header: Mapping[str, str], tensors: Iterable[str]) 
         ) from error
 
 
-def _sorted(path: Path, tensors: Mapping[str, Tensor]) -> Parts:
+def _sorted(where: str, tensors: Mapping[str, Tensor]) -> Parts:
     """The tensors by our modules' names and their parts. Raises UserError that names keys of no known layout."""
     parts, unknown = Parts(), list[str]()
     for key, tensor in tensors.items():
@@ -149,12 +164,12 @@ def _sorted(path: Path, tensors: Mapping[str, Tensor]) -> Parts:
         held = parts.setdefault(module, {})
         if part in held:
             raise UserError(
-                f"{path} holds {key} beside another {part} of {module}; give a file of one adapter"
+                f"{where} holds {key} beside another {part} of {module}; give a file of one adapter"
             )
         held[part] = tensor
     if unknown:
         raise UserError(
-            f"{path} holds {len(unknown)} keys of {len(tensors)} that are not known: {_some(unknown)}; known are "
+            f"{where} holds {len(unknown)} keys of {len(tensors)} that are not known: {_some(unknown)}; known are "
             f"{KNOWN}"
         )
     return parts
@@ -179,25 +194,25 @@ def _some(names: list[str]) -> str:
 
 
 def _factors(
-    path: Path, module: str, held: Mapping[str, Tensor], config: Mapping[str, Any]
+    where: str, module: str, held: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> Factors:
     for part, other in (("down", "up"), ("up", "down")):
         if part not in held:
             raise UserError(
-                f"{path} holds the {other} factor of {module} and no {part}; fetch it again"
+                f"{where} holds the {other} factor of {module} and no {part}; fetch it again"
             )
     down, up = (held[part].flatten(1) for part in ("down", "up"))
     rank = down.shape[0]
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != rank:
         raise UserError(
-            f"{path}: the factors of {module} are {list(held['up'].shape)} and {list(held['down'].shape)}, which have "
+            f"{where}: the factors of {module} are {list(held['up'].shape)} and {list(held['down'].shape)}, which have "
             "no rank in common; fetch the file again"
         )
     magnitude = held.get("magnitude")
     if magnitude is not None:
         if magnitude.numel() != up.shape[0] or magnitude.shape[0] != up.shape[0]:
             raise UserError(
-                f"{path}: the magnitude of {module} is {list(magnitude.shape)}; only DoRA with a length for each of "
+                f"{where}: the magnitude of {module} is {list(magnitude.shape)}; only DoRA with a length for each of "
                 f"the {up.shape[0]} outputs is known"
             )
         magnitude = magnitude.flatten()
@@ -222,7 +237,7 @@ def _pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any
 
 
 def _differences(
-    path: Path, module: str, held: Mapping[str, Tensor], factors: Factors | None
+    where: str, module: str, held: Mapping[str, Tensor], factors: Factors | None
 ) -> dict[str, Tensor]:
     """What is added to whole parameters of a module; a bias of `lora_B` has the factors' scale."""
     found = {
@@ -235,17 +250,16 @@ def _differences(
     if "bias" in held:
         if factors is None:
             raise UserError(
-                f"{path} holds a bias of {module}'s factors and no factors; fetch it again"
+                f"{where} holds a bias of {module}'s factors and no factors; fetch it again"
             )
         found[f"{module}.bias"] = factors.scale * held["bias"]
     return found
 
 
-def _facts(
-    header: Mapping[str, str], modules: Mapping[str, Factors], config: Mapping[str, Any]
+def _completed(
+    about: AdapterFacts, modules: Mapping[str, Factors], config: Mapping[str, Any]
 ) -> AdapterFacts:
-    """The header's, and rank and alpha of factors that all have the same."""
-    about = facts_of(header)
+    """With rank and alpha, where those are not known, of factors that all have the same."""
     rslora = about.rslora if about.rslora is not None else config.get("use_rslora")
     ranks = {factors.rank for factors in modules.values()}
     scales = {factors.scale for factors in modules.values()}
