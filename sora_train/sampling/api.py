@@ -1,18 +1,17 @@
 """The public API: `sora_train.load(RUN).sample(prompts)`; `sora sample` is a thin skin over it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint.layout import STATE, split_step
-from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.config import Config, ModelConfig
 from sora_train.config.messages import validated
 from sora_train.config.renamed import with_new_names
@@ -25,6 +24,7 @@ from sora_train.models.transformer.dit import check_patches
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.geometry import Geometry
 from sora_train.runtime.world import pick_device
+from sora_train.sampling.adapters import AdaptedBase, NamedAdapter, adapted_base
 from sora_train.sampling.files import save_clips, save_stills
 from sora_train.sampling.operations import Prepared, SampleRequest, prepare
 from sora_train.sampling.pipeline import ClipShape, sample_clips
@@ -61,9 +61,11 @@ class Model:
         vae: VideoVAE,
         shape: ClipShape,
         step: int,
+        adapted: AdaptedBase,
     ):
         self.cfg, self.spec, self.shape, self.step = cfg, spec, shape, step
         self.model, self.vae = model.eval(), vae
+        self.adapted = adapted
 
     def sample(
         self,
@@ -155,6 +157,22 @@ class Model:
         seeds = [seed] * len(clips)
         paths = save_clips(Path(out), clips, labels, fps=fps or self.shape.fps, seeds=seeds)
         return paths + save_stills(clips, paths)
+
+    def set_strengths(self, *strengths: float) -> None:
+        """Use the adapters at other strengths, one for each in their order, an adapter run's own first.
+
+        The base's values of what they change are read again; nothing else is.
+
+        Raises:
+            UserError: there are more or fewer adapters.
+        """
+        adapters = self.adapted.adapters
+        if len(strengths) != len(adapters):
+            names = ", ".join(adapter.source for adapter in adapters) or "none"
+            raise UserError(
+                f"{len(strengths)} strengths are given for {len(adapters)} adapters ({names}); give one for each"
+            )
+        self.adapted.set_strengths(dict(self.model.named_parameters()), strengths)
 
     def clip_shape(
         self, size: tuple[int, int] | None, frames: int | None, fps: float | None
@@ -298,22 +316,32 @@ def load(
     weights: str = "ema",
     device: str = "auto",
     project: Project | None = None,
+    adapters: Sequence[str | Path | NamedAdapter] = (),
+    base: str = "",
+    any_base: bool = False,
 ) -> Model:
-    """The model of a run folder, or of `RUN@STEP`.
+    """The model of a run folder, or of `RUN@STEP`; of an adapter's run, that of its base with the adapter.
 
     Args:
         run: a folder that `sora train` wrote, optionally with `@step` behind it.
         step: which checkpoint; default: the newest complete one.
-        weights: `ema` (averaged, what samples are meant to be made with), `live`, or one of `ema.more`: `0.9999`.
+        weights: `ema` (averaged, what samples are meant to be made with), `live`, or one of `ema.more`: `0.9999`; of
+            adapters' runs too.
         project: the Recipe of a run with a model, or with keys, of its own.
+        adapters: files or runs of adapters that are merged in, `:0.8` behind one for its strength.
+        base: FOLDER or FOLDER@STEP of the base of an adapter's run, if it is no longer where `init.run` says.
+        any_base: take adapters of another base too, and leave out what the model lacks.
 
     Raises:
-        UserError: no such run or checkpoint, or the checkpoint is not one of a text-to-video model.
+        UserError: no such run or checkpoint, the checkpoint is not one of a text-to-video model, or an adapter does
+            not fit it.
     """
     folder, named_step = split_step(str(run))
     config_cls = project.config if project else Config
     info = checkpoint_info(folder, named_step if step is None else step, config_cls)
-    prefix = StoredTensors(info.checkpoint).prefix(weights)
+    adapted = adapted_base(
+        info.cfg, info.checkpoint, weights, adapters, base=base, any_base=any_base
+    )
     cfg, spec = info.cfg, info.spec
     vae = VideoVAE.from_config(cfg.vae)
     if vae.digest() != spec.vae_digest:
@@ -323,6 +351,14 @@ def load(
         )
     target = pick_device(device)
     cfg = cfg.model_copy(update={"model": attending_here(cfg.model, target)})
+    model = _filled(cfg, project, adapted)
+    return Model(
+        cfg, spec, model.to(target), vae.to(target), info.shape, info.checkpoint.step, adapted
+    )
+
+
+def _filled(cfg: Config, project: Project | None, adapted: AdaptedBase) -> Any:
+    """The model with the base's weights and the adapters."""
     built = project.model(cfg) if project else TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
     if not isinstance(built, VideoDenoiser):
         raise UserError(
@@ -330,9 +366,9 @@ def load(
             "(sora_train/models/text_to_video.py)"
         )
     model: Any = built
-    names = dict(model.named_parameters())
-    tensors: dict[str, Tensor] = {
-        f"{prefix}{name}": value.detach() for name, value in names.items()
-    }
-    checkpoints.load_part(info.checkpoint, tensors, prefix)
-    return Model(cfg, spec, model.to(target), vae.to(target), info.shape, info.checkpoint.step)
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    prefix = adapted.base.prefix
+    tensors = {f"{prefix}{name}": value for name, value in parameters.items()}
+    checkpoints.load_part(adapted.base.checkpoint, tensors, prefix)
+    adapted.merge_into(parameters)
+    return model

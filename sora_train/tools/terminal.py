@@ -28,6 +28,21 @@ ProjectFile = Annotated[
         help="The file that trained a run of your own: its `recipe`.",
     ),
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="FILE|RUN[:WEIGHT]",
+        help="An adapter to add; may be given several times.",
+    ),
+]
+AdapterBase = Annotated[
+    str,
+    typer.Option("--base", metavar="RUN[@STEP]", help="Where the base of an adapter's run is now."),
+]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Take adapters that were trained on another base.")
+]
 JsonFile = Annotated[
     str,
     typer.Option(

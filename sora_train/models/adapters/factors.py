@@ -3,8 +3,8 @@
 Dimension key: r rank, in and out the module's widths.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -95,3 +95,9 @@ class AdapterWeights:
         """The parameters that it changes; a weight's as a matrix."""
         weights = {f"{name}.weight": factors.shape for name, factors in self.modules.items()}
         return {**{name: tuple(one.shape) for name, one in self.differences.items()}, **weights}
+
+    def without(self, names: Collection[str]) -> "AdapterWeights":
+        """The same, but it leaves the parameters `names` as they are."""
+        kept = {name: one for name, one in self.modules.items() if f"{name}.weight" not in names}
+        added = {name: one for name, one in self.differences.items() if name not in names}
+        return replace(self, modules=kept, differences=added)

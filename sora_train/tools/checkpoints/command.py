@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sora_train.errors import UserError
-from sora_train.tools.terminal import Run, RunAtStep, table_of
+from sora_train.tools.terminal import AdapterBase, Adapters, AnyBase, Run, RunAtStep, table_of
 
 
 def ls(run_dir: Run) -> None:
@@ -160,6 +160,33 @@ def average(
     print(average_post_hoc(run_dir, step, sigma_rel, out))
 
 
+def merge(
+    ckpt: RunAtStep,
+    out: Annotated[Path, typer.Option(help="The run folder to write.")],
+    adapter: Adapters = None,
+    base: AdapterBase = "",
+    any_base: AnyBase = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="The weights as trained, not their average.")
+    ] = False,
+) -> None:
+    """Merge adapters into the weights of a run, in float32, and write a run folder that needs no adapter any more.
+
+    RUN may be an adapter's own: its base and its adapter are merged, and those given too. The result samples, exports
+    and is started from (init.run) like imported weights.
+
+    \b
+    sora ckpt merge runs/zork --out runs/zork_whole
+    sora ckpt merge runs/wan --adapter zork.safetensors:0.8 --adapter runs/style --out runs/both
+    """
+    from sora_train.checkpoint.layout import split_step
+    from sora_train.tools.checkpoints.merging import merge_adapters
+
+    folder, step = split_step(ckpt)
+    weights = "live" if live else "ema"
+    print(merge_adapters(folder, step, adapter or [], out, weights, base=base, any_base=any_base))
+
+
 def prune(
     run_dir: Run,
     keep_last: Annotated[int, typer.Option("--keep-last", help="Newest checkpoints kept.")],
@@ -189,6 +216,7 @@ CHECKPOINT_COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "diff": diff,
     "average": average,
+    "merge": merge,
     "prune": prune,
 }
 """Those of `sora ckpt`, in the order of the help."""

@@ -65,9 +65,11 @@ def ckpt_import(
 
 def ckpt_export(
     run_dir: Annotated[str, typer.Argument(metavar="RUN[@STEP]")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    out: Annotated[
+        Path, typer.Option(help="The folder to write; of an adapter the .safetensors file.")
+    ],
     layout: Annotated[
-        str, typer.Option("--to", help="Layout of the folder: diffusers.")
+        str, typer.Option("--to", help="Layout: diffusers, or for an adapter comfyui.")
     ] = "diffusers",
     live: Annotated[
         bool, typer.Option("--live", help="The weights as trained, not their average.")
@@ -80,31 +82,35 @@ def ckpt_export(
     ] = None,
     max_shard_gb: Annotated[float, typer.Option(help="Largest file of weights in GB.")] = 5.0,
 ) -> None:
-    """Write a run as a folder that diffusers' WanPipeline loads and samples from as it is.
+    """Write a run as a folder that diffusers' WanPipeline samples from, or an adapter's run as one file.
+
+    An adapter's file is loaded by `WanPipeline.load_lora_weights` in both layouts, by ComfyUI in its own. RUN may be
+    such a file itself, which is then written in the other layout.
 
     \b
     sora ckpt export runs/mine --out my_pipeline
     sora ckpt export runs/mine@2000 --out my_pipeline --live --fps 16
+    sora ckpt export runs/zork --to comfyui --out zork.safetensors
     """
-    _require_diffusers("--to", layout)
     if live and ema != "ema":
         raise UserError(f"--live and --ema {ema} name two sets of weights; give one of them")
     if max_shard_gb <= 0:
         raise UserError(f"--max-shard-gb {max_shard_gb:g} holds nothing; 5 is usual")
+    from sora_train.tools.convert.adapter_file import export_adapter, holds_adapter
+
+    weights = "live" if live else ema
+    if holds_adapter(run_dir):
+        if fps is not None:
+            raise UserError(f"--fps {fps:g} is for a whole model, and {run_dir} is an adapter")
+        print(export_adapter(run_dir, out, layout, weights))
+        return
+    _require_diffusers("--to", layout)
     from sora_train.checkpoint.layout import split_step
     from sora_train.tools.convert.to_diffusers import export_pipeline
 
     folder, step = split_step(run_dir)
-    print(
-        export_pipeline(
-            folder,
-            out,
-            step=step,
-            weights="live" if live else ema,
-            fps=fps,
-            max_shard_bytes=int(max_shard_gb * 1e9),
-        )
-    )
+    shard = int(max_shard_gb * 1e9)
+    print(export_pipeline(folder, out, step=step, weights=weights, fps=fps, max_shard_bytes=shard))
 
 
 def fetch(arguments: RunArguments = None, config_dir: ConfigDir = None) -> None:
@@ -125,5 +131,9 @@ CHECKPOINT_COMMANDS: dict[str, Callable[..., None]] = {"import": ckpt_import, "e
 
 
 def _require_diffusers(flag: str, layout: str) -> None:
+    if layout == "comfyui":
+        raise UserError(
+            f"{flag} comfyui is a layout of adapters, and this is a whole model; the layout for it is: diffusers"
+        )
     if layout != "diffusers":
         raise UserError(f"{flag} {layout} is not known; the layout there is: diffusers")

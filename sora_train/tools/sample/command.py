@@ -8,7 +8,7 @@ import typer
 
 from sora_train.base.text import NotText, lines_of, read_text, require_text
 from sora_train.errors import UserError
-from sora_train.tools.terminal import ProjectFile
+from sora_train.tools.terminal import AdapterBase, Adapters, AnyBase, ProjectFile
 
 if TYPE_CHECKING:
     from sora_train.diffusion.spec import DiffusionSpec
@@ -105,6 +105,9 @@ def sample(
     guidance_rescale: GuidanceRescale = None,
     num: Num = 1,
     ema: Weights = "ema",
+    adapter: Adapters = None,
+    base: AdapterBase = "",
+    any_base: AnyBase = False,
     project: ProjectFile = None,
 ) -> None:
     """Sample clips from a checkpoint into mp4 files and a contact sheet.
@@ -118,6 +121,7 @@ def sample(
     sora sample --ckpt RUN --prompt "..." --op connect --video a.mp4 --video b.mp4
     sora sample --ckpt RUN --prompt "..." --op loop --video a.mp4
     sora sample --ckpt RUN --prompt "..." --op edit --video a.mp4 --strength 0.6
+    sora sample --ckpt RUN --prompt "..." --adapter zork.safetensors:0.8 --adapter runs/style
     """
     from sora_train.sampling.operations import SampleRequest
 
@@ -132,8 +136,9 @@ def sample(
     shape = _size(size), frames, fps
     options: dict[str, Any] = {"seed": seed, "num": num, "condition_noise": condition_noise}
     options["negative_prompt"] = require_text(negative_prompt, "--negative-prompt")
+    adapting = {"adapters": adapter or [], "base": base, "any_base": any_base}
     written = sample_to_folder(
-        ckpt, ema, all_prompts, request, shape, settings, options, out, project
+        ckpt, ema, all_prompts, request, shape, settings, options, out, adapting, project
     )
     for path in written:
         print(path)
@@ -148,6 +153,7 @@ def sample_to_folder(
     settings: dict[str, Any],
     options: dict[str, Any],
     out: Path,
+    adapting: dict[str, Any],
     project: Path | None = None,
 ) -> list[Path]:
     """Sample every prompt from a checkpoint into `out`; returns the files written.
@@ -158,6 +164,7 @@ def sample_to_folder(
         weights: as `sora_train.load` takes them.
         shape: size, frames and fps, None for the run's own.
         settings: of the sampler, as `Model.sample` takes them.
+        adapting: the arguments adapters, base and any_base of `sora_train.load`.
         project: the file of a run with a model of its own.
         options: the arguments seed, num, condition_noise and negative_prompt of `Model.sample`.
     """
@@ -191,7 +198,11 @@ def sample_to_folder(
     notes += lengths.cut_notes([options["negative_prompt"]], "the negative prompt")
     for note in filter(None, notes):
         print(note, file=sys.stderr)
-    model = api.load(run_dir, step=info.checkpoint.step, weights=weights, project=recipe)
+    model = api.load(
+        run_dir, step=info.checkpoint.step, weights=weights, project=recipe, **adapting
+    )
+    for note in model.adapted.notes:
+        print(note, file=sys.stderr)
     clips = model.sample(prompts, prepared=prepared, **options, **settings)
     labels = [prompt for prompt in prompts for _ in range(options["num"])]
     return model.save(clips, labels, out, fps=prepared.shape.fps, seed=options["seed"])
