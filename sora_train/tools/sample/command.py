@@ -13,6 +13,7 @@ from sora_train.tools.terminal import AdapterBase, Adapters, AnyBase, ProjectFil
 if TYPE_CHECKING:
     from sora_train.diffusion.spec import DiffusionSpec
     from sora_train.sampling.operations import SampleRequest
+    from sora_train.training.recipe import Recipe
 
 Ckpt = Annotated[str, typer.Option(help="A run folder, or RUN@STEP for an older checkpoint.")]
 Weights = Annotated[
@@ -131,17 +132,13 @@ def sample(
     request = SampleRequest(
         op, image, last_image, tuple(video or ()), frames_given, _gap(gap), _levels(strength)
     )
-    given = [require_text(text, "--prompt") for text in prompt or []]
-    all_prompts = [*given, *prompt_lines(prompts)]
+    given = [require_text(text, "--prompt") for text in prompt or []] + prompt_lines(prompts)
     shape = _size(size), frames, fps
     options: dict[str, Any] = {"seed": seed, "num": num, "condition_noise": condition_noise}
     options["negative_prompt"] = require_text(negative_prompt, "--negative-prompt")
     adapting = {"adapters": adapter or [], "base": base, "any_base": any_base}
-    written = sample_to_folder(
-        ckpt, ema, all_prompts, request, shape, settings, options, out, adapting, project
-    )
-    for path in written:
-        print(path)
+    asked = ckpt, ema, given, request, shape, settings, options, out, adapting, project
+    print(*sample_to_folder(*asked), sep="\n")
 
 
 def sample_to_folder(
@@ -179,11 +176,7 @@ def sample_to_folder(
     from sora_train.sampling import api
     from sora_train.sampling.operations import prepare
 
-    recipe = None
-    if project is not None:
-        from sora_train.training.recipe import load_recipe
-
-        recipe = load_recipe(project)
+    recipe = _recipe(project)
     run_dir, step = split_step(ckpt)
     info = api.checkpoint_info(run_dir, step, recipe.config if recipe else Config)
     StoredTensors(info.checkpoint).prefix(weights)
@@ -206,6 +199,15 @@ def sample_to_folder(
     clips = model.sample(prompts, prepared=prepared, **options, **settings)
     labels = [prompt for prompt in prompts for _ in range(options["num"])]
     return model.save(clips, labels, out, fps=prepared.shape.fps, seed=options["seed"])
+
+
+def _recipe(project: Path | None) -> "Recipe | None":
+    """The recipe of a run with a model of its own."""
+    if project is None:
+        return None
+    from sora_train.training.recipe import load_recipe
+
+    return load_recipe(project)
 
 
 def _require_use(
