@@ -59,6 +59,7 @@ CLASSES: dict[str, ResumeClass] = {
     "adapter.trigger": "free",
     "optim": "recorded",
     "optim.name": "refused",
+    "optim.state": "refused",
     "ema": "recorded",
     "train": "recorded",
     "train.log_every": "free",

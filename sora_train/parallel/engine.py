@@ -53,10 +53,12 @@ def build_engine(
 
 
 def require_precise(engine: Engine) -> None:
-    """Raises Fault naming the first master or moment that is kept in less than float32."""
+    """Raises Fault naming the first master or moment that is kept in less than float32, and is not coded: a code has
+    its scale beside it."""
     for what, state in (("weight", engine.model_state()), ("state", engine.optimizer_state())):
         for name, tensor in state.items():
-            if torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:
+            coded = tensor.dtype == torch.uint8 and f"{name}_scale" in state
+            if torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype and not coded:
                 raise Fault(
                     f"the optimizer's {what} of {name} is kept in {tensor.dtype}, where small updates are lost; "
                     "masters and moments are float32, so build the model and its optimizer in that"
@@ -66,6 +68,7 @@ def require_precise(engine: Engine) -> None:
 def check_engine(cfg: Config, degrees: Degrees, param_dtype: torch.dtype) -> None:
     """Raises ConfigError where the engine cannot do what is asked, or its package is missing."""
     parallel = cfg.parallel
+    check_optimizer(cfg)
     if parallel.engine != "fsdp":
         require_deepspeed(parallel.engine)
         check_zero(cfg, degrees, param_dtype)
@@ -79,6 +82,26 @@ def check_engine(cfg: Config, degrees: Degrees, param_dtype: torch.dtype) -> Non
         raise ConfigError(
             f"parallel.deepspeed_json={parallel.deepspeed_json} is DeepSpeed's, and parallel.engine=fsdp is not; leave "
             "it empty, or set parallel.engine=zero1, zero2 or zero3"
+        )
+
+
+def check_optimizer(cfg: Config) -> None:
+    """Raises ConfigError where the engine cannot do what the optimizer needs."""
+    name, state, parallel = cfg.optim.name, cfg.optim.state, cfg.parallel
+    if name == "muon" and parallel.engine != "fsdp":
+        raise ConfigError(
+            f"optim.name=muon needs rows of matrices, and parallel.engine={parallel.engine} cuts weights anywhere; set "
+            "parallel.engine=fsdp, or optim.name=adamw"
+        )
+    if state != "float32" and parallel.engine != "fsdp":
+        raise ConfigError(
+            f"optim.state={state} has a scale for every part of a row, and parallel.engine={parallel.engine} cuts "
+            "weights anywhere; set parallel.engine=fsdp, or optim.state=float32"
+        )
+    if (name in ("muon", "schedule_free") or state != "float32") and parallel.offload_optimizer:
+        raise ConfigError(
+            f"parallel.offload_optimizer=true and optim.name={name} with optim.state={state}, which steps on the "
+            "device; set parallel.offload_optimizer=false, or optim.name=adamw and optim.state=float32"
         )
 
 

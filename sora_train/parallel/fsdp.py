@@ -12,6 +12,7 @@ from sora_train.parallel.materialise import materialise
 from sora_train.parallel.memory.activations import prepare_blocks
 from sora_train.parallel.memory.host_optimizer import HostCopies, placed_on_host
 from sora_train.parallel.memory.masters import Masters
+from sora_train.parallel.memory.moments import moments_of
 from sora_train.parallel.parallelize import apply_fsdp
 from sora_train.parallel.protocol import (
     NamedWeights,
@@ -56,7 +57,7 @@ class FsdpEngine:
         self.shards = {name: local_parameter(p) for name, p in self.named.items()}
         self.on_host = HostCopies(self.shards) if cfg.parallel.offload_optimizer else None
         stepped = self.on_host.copies if self.on_host else self.shards
-        self.optimizer: torch.optim.Optimizer = build_optimizer(stepped)
+        self.optimizer: torch.optim.Optimizer = build_optimizer(stepped, self.named)
         # The kernels that do both, step and judge, take their scale in float32.
         self.judges_on_device = (
             getattr(self.optimizer, "_step_supports_amp_scaling", False)
@@ -119,16 +120,12 @@ class FsdpEngine:
         return {name: parameter.detach() for name, parameter in self.named.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        if not isinstance(self.optimizer, torch.optim.AdamW):
-            return {}
         state: dict[str, Tensor] = {}
         stepped = self.on_host.copies if self.on_host else self.shards
         placed = placed_on_host if self.on_host else placed_as
         for name, parameter in self.named.items():
-            moments = self._moments(stepped[name])
-            state[f"{name}.step"] = moments["step"]
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[f"{name}.{key}"] = placed(moments[key], parameter)
+            for key, kept in moments_of(self.optimizer, stepped[name]).items():
+                state[f"{name}.{key}"] = placed(kept, parameter) if kept.ndim else kept
         return state
 
     def weights_changed(self) -> None:
@@ -138,15 +135,6 @@ class FsdpEngine:
 
     def close(self) -> None:
         """Nothing outlives it."""
-
-    def _moments(self, shard: nn.Parameter) -> dict[str, Tensor]:
-        """AdamW's state of one parameter; made before its first step so that it can be loaded into."""
-        state = self.optimizer.state[shard]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=shard.device)
-            state["exp_avg"] = torch.zeros_like(shard)
-            state["exp_avg_sq"] = torch.zeros_like(shard)
-        return state
 
 
 def local_parameter(parameter: Tensor) -> nn.Parameter:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from sora_train.config import Config
 
-OptimizerBuilder = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
-"""From parameters by name to the optimizer of them."""
+OptimizerBuilder = Callable[[dict[str, nn.Parameter], Mapping[str, Tensor]], torch.optim.Optimizer]
+"""From parameters by name to the optimizer of them. The second argument has the same names and says how each lies:
+where the first holds this rank's part of a weight, it is the whole one's DTensor."""
 
 
 class Weights(Protocol):
@@ -73,7 +74,7 @@ class Engine(Protocol):
         """Name of each of `kept_parameters` -> float32 master weight, sharded as it lies, in place loadable."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """`<parameter name>.<exp_avg|exp_avg_sq|step>` -> tensor, in place loadable."""
+        """`<parameter name>.<what the optimizer keeps>`, such as `.exp_avg` -> tensor, in place loadable."""
 
     def weights_changed(self) -> None:
         """Compute with the tensors of `model_state` as they are now, after they were filled; on all ranks."""

@@ -136,18 +136,22 @@ def piece(like: Tensor, part: Tensor, index: MetadataIndex) -> Tensor:
 
 
 def placed_as(part: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of a tensor that is sharded as `parameter` is, sharing memory with the part."""
+    """This rank's part of a tensor that is sharded as `parameter` is, sharing memory with the part.
+
+    Its rows are the parameter's; what a row holds may be of another shape.
+    """
     if isinstance(parameter, FlatShard):
         return parameter.placed(part)
     if not isinstance(parameter, DTensor):
         return part
+    whole = torch.Size((*parameter.shape[:1], *part.shape[1:]))
     return DTensor.from_local(
         part,
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=whole,
+        stride=torch.empty(whole, device="meta").stride(),
     )
 
 

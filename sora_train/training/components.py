@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from sora_train.training.initialise import (
 from sora_train.training.kernels import settle_kernels
 from sora_train.training.optim.ema import Ema
 from sora_train.training.optim.optim import build_optimizer
+from sora_train.training.optim.schedule_free import average_of
 from sora_train.training.pipeline.data import TrainingData
 from sora_train.training.run import RunContext
 
@@ -153,7 +155,7 @@ def build_for_training(
     if cfg.adapter.on and initial is not None and not empty:
         begin_adapter(cfg, initial, model, adapter_weights(model))
     parts.engine = engine = build_engine(
-        model, cfg, run.world, run.layout, lambda named: build_optimizer(named, cfg.optim)
+        model, cfg, run.world, run.layout, partial(build_optimizer, cfg.optim)
     )
     if cfg.adapter.on and initial is not None:
         if empty:
@@ -168,7 +170,12 @@ def build_for_training(
         fill(engine.model_state(), engine.model.initial_values(cfg.seed))
         engine.weights_changed()
     parts.ema = Ema(
-        engine.weights, cfg.ema.decay, cfg.ema.more, cfg.ema.post_hoc, engine.weights_changed
+        engine.weights,
+        cfg.ema.decay,
+        cfg.ema.more,
+        cfg.ema.post_hoc,
+        engine.weights_changed,
+        average_of(cfg.optim, engine.optimizer_state()),
     )
 
 

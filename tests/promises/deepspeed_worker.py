@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,9 +114,7 @@ def make(overrides: list[str], world: World) -> tuple[Engine, Config]:
     model: nn.Module = TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
     if cfg.task == "vae":
         model = VideoVAE.from_config(cfg.vae, trainable=True, seed=cfg.seed)
-    return build_engine(
-        model, cfg, world, layout, lambda named: build_optimizer(named, cfg.optim)
-    ), cfg
+    return build_engine(model, cfg, world, layout, partial(build_optimizer, cfg.optim)), cfg
 
 
 def run_cell(overrides: list[str], world: World, steps: int = 5) -> dict[str, Any]:

@@ -7,6 +7,7 @@ model were made to FOLDER/built-RANK.json.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,9 +51,7 @@ def watch_building(folder: Path, cfg: Config) -> None:
     with LiveBytes() as live:
         model = build_model(cfg, empty=True)
         frozen = live.now
-        engine = build_engine(
-            model, cfg, world, layout, lambda named: build_optimizer(named, cfg.optim)
-        )
+        engine = build_engine(model, cfg, world, layout, partial(build_optimizer, cfg.optim))
         fill(engine.model_state(), model.initial_values(cfg.seed))
     sizes = [4 * p.numel() for p in model.parameters()]
     found = {"peak": live.peak - frozen, "model": sum(sizes), "largest": max(sizes)}

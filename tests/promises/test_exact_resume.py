@@ -149,6 +149,37 @@ def test_what_a_step_still_asks_for_is_done_after_a_resume(
     assert all(torch.equal(value, expected[name]) for name, value in tensors(broken).items())
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ("optim.name=muon",),
+        ("optim.name=schedule_free", "optim.decay=constant"),
+        ("optim.state=int8",),
+    ],
+    ids=str,
+)
+def test_other_optimizers_go_on_as_if_never_stopped(
+    parity_config: Callable, optimizer: tuple[str, ...]
+) -> None:
+    """Killed one step behind a checkpoint; the average of schedule-free is its own, told from its state."""
+    one, other = (parity_config(*ADAMW, *optimizer, name=name) for name in ("one", "other"))
+    Trainer(one).train()
+    DyingTrainer.dies_after = 4
+    with pytest.raises(Killed):
+        DyingTrainer(other).train()
+    Trainer(other).train()
+    assert rows(Path(one.run.dir)) == rows(Path(other.run.dir))
+    expected, found = tensors(one), tensors(other)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    for name, ahead in found.items():
+        if name.endswith(".ahead"):
+            parameter = name.removeprefix("optim.").removesuffix(".ahead")
+            average = found[f"model.{parameter}"] - ahead * (1 - 0.9) / 0.9
+            torch.testing.assert_close(found[f"ema.{parameter}"], average, rtol=1e-6, atol=1e-7)
+
+
 def test_everything_that_trains_is_in_the_checkpoint(parity_config: Callable) -> None:
     cfg = parity_config(*ADAMW, "train.steps=1")
     Trainer(cfg).train()

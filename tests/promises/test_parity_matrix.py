@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from sora_train.errors import UserError
-from sora_train.tools.doctor.parity.layouts import LAYOUTS, Cell, chosen, matrix, with_references
+from sora_train.tools.doctor.parity.layouts import (
+    LAYOUTS,
+    OPTIMIZERS,
+    Cell,
+    chosen,
+    matrix,
+    with_references,
+)
 from sora_train.tools.doctor.parity.parity import (
     MatrixSelection,
     compare,
@@ -41,6 +48,8 @@ TRIMMED = [
     cell("ulysses 2", 2, "sgd"),
     cell("ring 2", 2, "sgd"),
     SHARDED,
+    cell("hsdp 2x2", 1, "muon"),
+    cell("fsdp x2", 1, "schedule_free"),
 ]  # fmt: skip
 
 
@@ -68,7 +77,9 @@ def test_layouts_are_one_process(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_every_cell_is_one_process(tmp_path: Path) -> None:
     """The whole matrix, and a run that moves from layout to layout."""
-    cells = [one for one in matrix(chosen([])) if one.layout.world > 1]
+    cells = [
+        one for one in matrix(chosen([]), optimizers=tuple(OPTIMIZERS)) if one.layout.world > 1
+    ]
     run(tmp_path, launches(with_references(cells), chain=True), progress=False)
     require(tmp_path, cells)
     assert compare_chain(tmp_path).agrees

@@ -15,7 +15,7 @@ from sora_train.config import OptimConfig
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError
 from sora_train.models.text_to_video import TextToVideo
-from sora_train.training.optim.optim import decays, parameter_groups
+from sora_train.training.optim.optim import build_optimizer, decays, parameter_groups
 
 CFG = compose(["experiment=parity_tiny"]).config
 MODEL = dict(TextToVideo(CFG.model, CFG.text, seed=0).named_parameters())
@@ -70,14 +70,15 @@ def test_a_pattern_that_matches_nothing_is_told_with_names_near_it() -> None:
         "blocks.0.attn3.*",
         "transformer.blocks.0.attn2.to_v.bias",
     ):
-        parameter_groups(MODEL, OptimConfig(lr_scales={"transformer.blocks.0.attn3.*": 2.0}))
+        build_optimizer(OptimConfig(lr_scales={"transformer.blocks.0.attn3.*": 2.0}), MODEL, MODEL)
 
 
 def test_a_frozen_parameter_is_matched_by_nothing() -> None:
     layer = nn.Linear(2, 2)
     layer.bias.requires_grad_(False)
     with refuses(ConfigError, "bias", "weight"):
-        parameter_groups(dict(layer.named_parameters()), OptimConfig(lr_scales={"bias": 2.0}))
+        named = dict(layer.named_parameters())
+        build_optimizer(OptimConfig(lr_scales={"bias": 2.0}), named, named)
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0])

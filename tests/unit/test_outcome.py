@@ -1,6 +1,8 @@
 """A step is judged on the device as the host would judge it, and a bad one leaves no trace in weights and moments."""
 
 import math
+from collections import OrderedDict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -93,7 +95,9 @@ def engine(request):
     cfg = compose(overrides).config
     world = distributed.start("cpu", 1)
     dtype = getattr(torch, request.param[0].partition("=")[2])
-    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    # Named as the matrices that Muon takes, and large enough for moments in 8 bits.
+    layers = OrderedDict(blocks=nn.Sequential(nn.Linear(7, 600), nn.Linear(600, 3)))
+    model = nn.Sequential(layers)
     if dtype == torch.float64:
         model.double()
     found = FsdpEngine(
@@ -101,7 +105,7 @@ def engine(request):
         cfg,
         world,
         Layout(Degrees(1, 1, 1, 1), dtype),
-        lambda named: build_optimizer(named, cfg.optim),
+        partial(build_optimizer, cfg.optim),
     )
     yield found
     found.close()
@@ -129,7 +133,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("engine", CASES, indirect=True, ids=str)
+NAMED = ("optim.name=muon", "optim.name=schedule_free", "optim.state=int8", "optim.state=fp8")
+MORE = [
+    (f"parallel.param_dtype={dtype}", "optim=adamw", optimizer)
+    for dtype in ("float32", "bfloat16", "float64")
+    for optimizer in NAMED
+]
+
+
+@pytest.mark.parametrize("engine", CASES + MORE, indirect=True, ids=str)
 @pytest.mark.parametrize("scale", [1.0, math.inf])
 def test_a_bad_step_leaves_no_trace(engine: FsdpEngine, scale: float) -> None:
     backward(engine, 1.0)
@@ -184,3 +196,25 @@ def test_gradients_are_clipped_to_the_norm_and_no_further(engine: FsdpEngine, sc
             torch.testing.assert_close(moment.double(), wanted, rtol=1e-4, atol=1e-12)
     for name, computed in engine.model.named_parameters():
         assert torch.equal(computed, engine.model_state()[name].to(computed.dtype)), name
+
+
+@pytest.mark.parametrize("engine", MORE, indirect=True, ids=str)
+@pytest.mark.parametrize("scale", [0.001, 1.0])
+def test_optimizers_of_ours_are_given_clipped_gradients(engine: FsdpEngine, scale: float) -> None:
+    """Their first moments are known parts of the gradient and its square."""
+    backward(engine, scale)
+    norm = engine.gradient_norm()
+    clip = min(1.0, 0.5 / float(norm))
+    assert (clip < 1.0) == (scale == 1.0)
+    grads = {name: shard.grad.double() * clip for name, shard in engine.shards.items()}
+    engine.step(0.1, norm, torch.tensor(False))
+    beta1, beta2 = 0.9, 0.99
+    for name, moment in engine.optimizer_state().items():
+        parameter, _, key = name.rpartition(".")
+        wanted = {
+            "momentum": (1 - 0.95) * grads[parameter],
+            "exp_avg": (1 - beta1) * grads[parameter],
+            "exp_avg_sq": (1 - beta2) * grads[parameter].square(),
+        }.get(key)
+        if wanted is not None and moment.dtype != torch.uint8:
+            torch.testing.assert_close(moment.double(), wanted, rtol=1e-4, atol=1e-12)

@@ -177,7 +177,9 @@ def by_all_ranks(cfg: Config, world: World, layout: Layout) -> dict[str, Tensor]
         cfg,
         replace(world, owns_group=False),
         layout,
-        lambda named: torch.optim.SGD([{"params": list(named.values()), "lr_scale": 1.0}], lr=1.0),
+        lambda named, _: torch.optim.SGD(
+            [{"params": list(named.values()), "lr_scale": 1.0}], lr=1.0
+        ),
     )
     try:
         loss = loss_of(engine.model, world.dp_rank, world)

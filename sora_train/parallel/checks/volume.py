@@ -11,6 +11,7 @@ values of the weights with the first dimension of each filled up to a multiple o
                  reduce-scatter   R * n r                after the last backward, times A where
                                                          parallel.accumulate=sharded; both 0 where S = 1
                  all-reduce       R * n / S * r          over replicas; 0 where there are none
+    Muon         all-to-all       R * 2 m r / S          its matrices' m values to their owners and back; 0 where S = 1
     ZeRO-1       all-reduce       R * N r                after the last backward; N values of weights, not filled up
     ZeRO-2       all-reduce       R * A N r              after every backward
     ZeRO-3       reduce-scatter   R * A N r              after every backward
@@ -174,6 +175,12 @@ def fsdp_volume(
         volume["all_gather"] = 2 * slots * padded * size
         reductions = slots if cfg.parallel.accumulate == "sharded" else 1
         volume["reduce_scatter"] = reductions * padded * wide
+    if parts > 1 and cfg.optim.name == "muon":
+        *blocks, rest = units
+        matrices = [shape for unit in blocks for shape in unit if len(shape) == 2]
+        # The patch embedding's kernel is over time, height and width; the mask's has one channel, and AdamW.
+        matrices += [shape for shape in rest if len(shape) == 5 and shape[1] > 1]
+        volume["all_to_all"] = 2 * sum(map(math.prod, matrices)) * wide // parts
     if degrees.dp_replicate > 1:
         volume["all_reduce"] = padded // parts * wide
     return volume

@@ -25,6 +25,7 @@ from sora_train.errors import ConfigError, Fault
 from sora_train.parallel.deepspeed.settings import STAGES, deepspeed_config
 from sora_train.parallel.layout import Layout
 from sora_train.parallel.memory.activations import prepare_blocks
+from sora_train.parallel.memory.moments import moments_of
 from sora_train.parallel.parallelize import sharding_units
 from sora_train.parallel.protocol import NamedWeights, OptimizerBuilder, kept_parameters
 from sora_train.parallel.shards import FlatShard
@@ -86,7 +87,7 @@ class ZeroEngine:
         # Said of every gather of ZeRO-3, wherever the model is called.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
         with quiet():
-            self.engine = initialised(model, build_optimizer(parameters), told, world)
+            self.engine = initialised(model, build_optimizer(parameters, parameters), told, world)
         self.model = model
         self.zero = self.engine.optimizer
         self.optimizer: torch.optim.Optimizer = self.zero.optimizer
@@ -170,14 +171,11 @@ class ZeroEngine:
         return dict(self.weights.named_parameters())
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        if not isinstance(self.optimizer, torch.optim.AdamW):
-            return {}
         state: dict[str, Tensor] = {}
-        moments = [self._moments(flat) for flat in self.flats]
+        moments = [moments_of(self.optimizer, flat) for flat in self.flats]
         for name, place in self.places.items():
-            state[f"{name}.step"] = moments[place.flat]["step"]
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[f"{name}.{key}"] = place.of(moments[place.flat][key])
+            for key, kept in moments[place.flat].items():
+                state[f"{name}.{key}"] = place.of(kept) if kept.ndim else kept
         return state
 
     @torch.no_grad()
@@ -202,15 +200,6 @@ class ZeroEngine:
             # A process alone makes a group anew for each run; that of a launcher is there to the end.
             if self.world.owns_group and self.world.size == 1:
                 forget_groups()
-
-    def _moments(self, flat: Tensor) -> dict[str, Tensor]:
-        """AdamW's state of one flat tensor; made before its first step so that it can be loaded into."""
-        state = self.optimizer.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            state["exp_avg"] = torch.zeros_like(flat)
-            state["exp_avg_sq"] = torch.zeros_like(flat)
-        return state
 
     def _places_by_group(self, trained: dict[str, nn.Parameter]) -> dict[str, FlatRun]:
         """ZeRO-1 and 2: the parameters of a group lie end to end, cut into as many runs as there are ranks."""

@@ -72,7 +72,9 @@ def parity(
     accumulations: Annotated[
         str, typer.Option(help="Micro-batches of each rank in a step, by comma.")
     ] = "1,3",
-    optimizers: Annotated[str, typer.Option(help="sgd, adamw or both.")] = "sgd,adamw",
+    optimizers: Annotated[
+        str, typer.Option(help="Of sgd, adamw, muon and schedule_free, any.")
+    ] = "sgd,adamw",
     dtype: Annotated[
         str,
         typer.Option(

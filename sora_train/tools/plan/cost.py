@@ -12,6 +12,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -161,9 +162,7 @@ def measure_lengths(cfg: Config, lengths: Sequence[int], repeats: int) -> dict[i
     try:
         world, layout = resolve_layout(cfg, world)
         model = TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
-        engine = build_engine(
-            model, cfg, world, layout, lambda named: build_optimizer(named, cfg.optim)
-        )
+        engine = build_engine(model, cfg, world, layout, partial(build_optimizer, cfg.optim))
         seconds = {}
         for length in lengths:
             batch = clip_of(cfg, length, world.device)

@@ -43,9 +43,13 @@ class Ema:
         more: Sequence[float] = (),
         post_hoc: Sequence[float] = (),
         changed: Callable[[], None] = lambda: None,
+        own: Callable[[str, Tensor], Tensor] | None = None,
     ):
-        """`changed` is called, on all ranks, when the weights were exchanged in place."""
-        self._changed = changed
+        """`changed` is called, on all ranks, when the weights were exchanged in place.
+
+        `own` gives the optimizer's own average of a parameter, from its name and this rank's part; the average that is
+        always kept is that one then, without a decay."""
+        self._changed, self._own = changed, own
         self.decays: dict[str, Decay] = {"": ramped(decay)}
         self.decays |= {tag_of(value): ramped(value) for value in more}
         self.decays |= {tag_of(value, "s"): power(value) for value in post_hoc}
@@ -74,7 +78,11 @@ class Ema:
         parts = self._parts[""]
         weights = [weight.to(part.dtype) for weight, part in zip(self._weights, parts, strict=True)]
         for tag, decay in self.decays.items():
-            torch._foreach_lerp_(self._parts[tag], weights, 1.0 - decay(step))
+            if self._own is not None and not tag:
+                for name, weight, part in zip(self.shadow, weights, parts, strict=True):
+                    part.copy_(self._own(name, weight))
+            else:
+                torch._foreach_lerp_(self._parts[tag], weights, 1.0 - decay(step))
 
     @torch.no_grad()
     def begin_with(self, model: Weights, names: set[str]) -> None:

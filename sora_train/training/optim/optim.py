@@ -1,15 +1,18 @@
 """Parameter groups by name, the optimizer, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sora_train.config import OptimConfig
 from sora_train.errors import ConfigError
+from sora_train.training.optim.eight_bit import EightBitAdamW
+from sora_train.training.optim.muon import Muon, is_matrix, require_matrices
+from sora_train.training.optim.schedule_free import ScheduleFreeAdamW
 
 # Of two dimensions or more, yet no matrices: modulation and look-up tables, and the gains of the VAE's norms.
 NOT_DECAYED = {"scale_shift_table", "shared", "relative_attention_bias", "gamma"}
@@ -39,11 +42,9 @@ def require_matches(names: Sequence[str], cfg: OptimConfig) -> None:
 
 
 def parameter_groups(parameters: dict[str, nn.Parameter], cfg: OptimConfig) -> list[dict]:
-    """A group for each weight decay and learning rate, the latter as `lr_scale`. Raises as `require_matches`."""
-    trained = {name: value for name, value in parameters.items() if value.requires_grad}
-    require_matches(list(trained), cfg)
+    """A group for each weight decay and learning rate, the latter as `lr_scale`."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in trained.items():
+    for name, parameter in parameters.items():
         key = (cfg.weight_decay if decays(name, parameter) else 0.0, lr_scale(name, cfg))
         groups.setdefault(key, []).append(parameter)
     return [
@@ -52,11 +53,39 @@ def parameter_groups(parameters: dict[str, nn.Parameter], cfg: OptimConfig) -> l
     ]
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], cfg: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), or plain SGD for parity tests."""
-    groups = parameter_groups(parameters, cfg)
-    if cfg.name == "sgd":
-        return torch.optim.SGD(groups, lr=cfg.lr)
+def build_optimizer(
+    cfg: OptimConfig, parameters: dict[str, nn.Parameter], placed: Mapping[str, Tensor]
+) -> torch.optim.Optimizer:
+    """The optimizer of `optim.name` over the parameters that are trained.
+
+    `placed` has the same names, and says how each parameter lies over the ranks (`OptimizerBuilder`).
+
+    Raises:
+        ConfigError: a pattern of `optim.lr_scales` matches nothing, or Muon finds no matrix.
+    """
+    trained = {name: value for name, value in parameters.items() if value.requires_grad}
+    require_matches(list(trained), cfg)
+    if cfg.name == "muon":
+        matrices = {name: value for name, value in trained.items() if is_matrix(name, value)}
+        require_matrices(matrices)
+        rest = {name: value for name, value in trained.items() if name not in matrices}
+        return Muon(
+            parameter_groups(matrices, cfg),
+            adamw(parameter_groups(rest, cfg), cfg) if rest else None,
+            {value: placed[name] for name, value in matrices.items()},
+            cfg,
+        )
+    groups = parameter_groups(trained, cfg)
+    if cfg.name == "schedule_free":
+        return ScheduleFreeAdamW(groups, cfg)
+    if cfg.state != "float32":
+        return EightBitAdamW(groups, {value: placed[name] for name, value in trained.items()}, cfg)
+    # Plain, for parity tests.
+    return torch.optim.SGD(groups, lr=cfg.lr) if cfg.name == "sgd" else adamw(groups, cfg)
+
+
+def adamw(groups: list[dict], cfg: OptimConfig) -> torch.optim.AdamW:
+    """Loshchilov & Hutter 2019, arXiv:1711.05101."""
     beta1, beta2 = cfg.betas
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(beta1, beta2), eps=cfg.eps, fused=True)
 

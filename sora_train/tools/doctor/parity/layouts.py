@@ -19,8 +19,29 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
         "optim.text_lr_scale=0.5",
         "optim.weight_decay=0.1",
     ),
+    "muon": (
+        "optim=adamw",
+        "optim.name=muon",
+        "optim.lr=5e-3",
+        "optim.momentum=0.8",
+        "optim.grad_clip=0.1",
+        "optim.warmup_steps=2",
+        "optim.eps=1e-4",
+        "optim.lr_scales={transformer.blocks.*.attn2.*:2}",
+        "optim.weight_decay=0.1",
+    ),
+    "schedule_free": (
+        "optim=adamw",
+        "optim.name=schedule_free",
+        "optim.lr=1e-3",
+        "optim.grad_clip=0.1",
+        "optim.warmup_steps=2",
+        "optim.eps=1e-4",
+        "optim.weight_decay=0.1",
+    ),
 }
-"""Plain SGD without clipping, since AdamW and clipping both hide a wrong gradient scale; and both with it."""
+"""Plain SGD without clipping, since AdamW and clipping both hide a wrong gradient scale; and others with it."""
+USUAL = ("sgd", "adamw")
 COMMON = (
     "experiment=parity_tiny",
     f"train.steps={STEPS}",
@@ -130,14 +151,15 @@ def matrix(
     layouts: Sequence[ParityLayout],
     dtype: str = "auto",
     accumulations: Sequence[int] = ACCUMULATIONS,
-    optimizers: Sequence[str] = tuple(OPTIMIZERS),
+    optimizers: Sequence[str] = USUAL,
 ) -> list[Cell]:
-    """The cells of these layouts; `references` are what they are compared with."""
+    """The cells of these layouts; `references` are what they are compared with. ZeRO has no Muon."""
     return [
         Cell(layout, accumulation, optimizer, layout.dtype(dtype))
         for layout in layouts
         for accumulation in accumulations
         for optimizer in optimizers
+        if not (layout.zero and optimizer == "muon")
     ]
 
 

@@ -29,6 +29,7 @@ from sora_train.tools.doctor.parity.layouts import (
     OPTIMIZERS,
     STEPS,
     TOLERANCE,
+    USUAL,
     Cell,
     chosen,
     matrix,
@@ -221,7 +222,7 @@ class MatrixSelection:
 
     layouts: tuple[str, ...] = ()
     accumulations: tuple[str, ...] = tuple(map(str, ACCUMULATIONS))
-    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    optimizers: tuple[str, ...] = USUAL
     dtype: str = "auto"
 
     def cells(self) -> list[Cell]:

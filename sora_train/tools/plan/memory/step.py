@@ -6,6 +6,7 @@ the largest part of what does not divide. Runs in a process of its own (memory_w
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class FakeRun:
         with held.making("buffers"):
             self.model = model_of(cfg, world.size)
             self.engine: Engine = build_engine(
-                self.model, cfg, world, layout, lambda named: build_optimizer(named, cfg.optim)
+                self.model, cfg, world, layout, partial(build_optimizer, cfg.optim)
             )
         held.mark(self.model.parameters(), "weights")
         held.mark((weight for _, weight in self.engine.weights.named_parameters()), "weights")
