@@ -327,6 +327,17 @@ def test_a_pickle_is_refused_unread_with_the_remedy(tmp_path: Path, name: str):
         read_adapter(tmp_path / name)
 
 
+def test_a_header_of_any_length_is_no_pickle(tmp_path: Path):
+    """A safetensors file begins with that length: 128 times some number reads like the first byte of a pickle."""
+    file, begins = tmp_path / "a.safetensors", set[int]()
+    for pad in range(0, 256, 8):
+        save_file({"blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 2)}, file, {"pad": "x" * pad})
+        begins.add(file.read_bytes()[0])
+        with refuses(UserError, "no up"):
+            read_adapter(file)
+    assert 0x80 in begins
+
+
 def test_parts_that_do_not_fit_each_other_are_named(tmp_path: Path):
     file, key = tmp_path / "a.safetensors", "diffusion_model.blocks.0.ffn.0"
     down, up = (
