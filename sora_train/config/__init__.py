@@ -15,7 +15,7 @@ from sora_train.config.sections.data import (
 )
 from sora_train.config.sections.health import HealthConfig, SpikeDetectionConfig
 from sora_train.config.sections.launch import LaunchConfig, SweepConfig
-from sora_train.config.sections.model import ModelConfig, TextConfig, VaeConfig
+from sora_train.config.sections.model import ImageConfig, ModelConfig, TextConfig, VaeConfig
 from sora_train.config.sections.objective import (
     ConditioningConfig,
     LossConfig,
@@ -50,6 +50,7 @@ __all__ = [
     "ElasticConfig",
     "EmaConfig",
     "HealthConfig",
+    "ImageConfig",
     "InitConfig",
     "LaunchConfig",
     "LossConfig",
@@ -96,6 +97,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     vae: VaeConfig = VaeConfig()
     text: TextConfig = TextConfig()
+    image: ImageConfig = ImageConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     loss: LossConfig = LossConfig()
     spike_detection: SpikeDetectionConfig = SpikeDetectionConfig()

@@ -50,6 +50,7 @@ CLASSES: dict[str, ResumeClass] = {
     "vae": "refused",
     "vae.tile": "recorded",
     "text": "refused",
+    "image": "refused",
     "objective": "refused",
     "loss": "refused",
     "vae_objective": "refused",

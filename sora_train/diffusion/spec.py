@@ -42,7 +42,7 @@ _SHARES = (
     "guidance_rescale",
 )
 
-VERSION = 2
+VERSION = 3
 """Version of what `to_dict` writes; files without a version are of version 1."""
 
 _SINCE: dict[int, dict[str, Any]] = {
@@ -65,6 +65,7 @@ _SINCE: dict[int, dict[str, Any]] = {
         "vae_normalisation": "per_channel",
         "text_dtype": "float32",
     },
+    3: {"image_digest": "", "image_dtype": "float32"},
 }
 """Fields by the version that brought them, each with what all earlier checkpoints did. Whoever adds
 a field after a release adds a version, so that a lost field and one that did not exist yet
@@ -127,6 +128,10 @@ class DiffusionSpec:
     """Digest of the text encoder."""
     text_dtype: str
     """Precision in which the text encoder computes."""
+    image_digest: str
+    """Digest of the image encoder; empty: the model has none."""
+    image_dtype: str
+    """Precision in which the image encoder computes."""
     text_padding: str
     """`wan` (attend to zero padding) or `masked`."""
     caption_dropout: float

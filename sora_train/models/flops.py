@@ -69,12 +69,19 @@ def transformer_flops(
     ends = 2 * tokens * patch * d + 2 * text * (cfg.text_dim * d + d * d)
     time = 2 * num_frames * (cfg.freq_dim * d + 7 * d * d)
     cores = attention_flops(cfg, num_tokens, text_tokens)
-    return cfg.num_layers * (projections + feed_forward) + cores + ends + time
+    return cfg.num_layers * (projections + feed_forward) + cores + ends + time + _image_flops(cfg)
 
 
 def attention_flops(cfg: ModelConfig, num_tokens: int, text_tokens: int) -> int:
-    """The part of `transformer_flops` in softmax(Q K^T) V, of attention to video and to caption tokens."""
-    return 4 * cfg.num_layers * num_tokens * (num_tokens + text_tokens) * cfg.dim
+    """The part of `transformer_flops` in softmax(Q K^T) V, of attention to video, to caption and to image tokens."""
+    keys = num_tokens + text_tokens + cfg.images * cfg.image_tokens
+    return 4 * cfg.num_layers * num_tokens * keys * cfg.dim
+
+
+def _image_flops(cfg: ModelConfig) -> int:
+    """Image tokens to the model width, and to keys and values in every block."""
+    d, width, tokens = cfg.dim, cfg.image_dim, cfg.images * cfg.image_tokens
+    return tokens * (2 * width * (width + d) + 4 * cfg.num_layers * d * d)
 
 
 def text_flops(cfg: TextConfig, text_tokens: int) -> int:

@@ -15,7 +15,8 @@ from sora_train.config import Config
 from sora_train.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-TOKENIZER = "tokenizer"
+BESIDE = {"text_encoder": ("tokenizer",), "image_encoder": ("image_processor",)}
+"""Parts of a pipeline that go with another."""
 CONFIG = "config.json"
 ROOT_FILES = (".json", ".safetensors", ".model", ".txt")
 """Endings of what is taken from a repository that is one model, not a pipeline of several in folders."""
@@ -50,6 +51,7 @@ def weights_named(cfg: Config) -> list[Named]:
     weights = [
         Named("vae.path", cfg.vae.path, "vae"),
         Named("text.path", cfg.text.path, "text_encoder"),
+        Named("image.path", cfg.image.path, "image_encoder"),
     ]
     return [named for named in weights if named.path and not named.path.startswith("shipped:")]
 
@@ -95,9 +97,7 @@ def listed(named: Named) -> list[File]:
         HfApi().model_info(named.path, timeout=10)
         answer: Any = snapshot_download(named.path, dry_run=True, etag_timeout=10)
     files = [File(info.filename, info.file_size, not info.will_download) for info in answer]
-    folders = (
-        (f"{named.part}/", f"{TOKENIZER}/") if named.part == "text_encoder" else (f"{named.part}/",)
-    )
+    folders = (f"{named.part}/", *(f"{other}/" for other in BESIDE.get(named.part, ())))
     inside = [file for file in files if file.name.startswith(folders)]
     if any(file.name.startswith(folders[0]) for file in inside):
         return without_copies(inside)

@@ -61,12 +61,18 @@ def transformer_parameters(cfg: ModelConfig) -> tuple[int, int]:
     d, patch = cfg.dim, math.prod(cfg.patch_size)
     attention = 4 * (d * d + d) + (2 * d if cfg.qk_norm else 0)
     block = 2 * attention + 2 * d + (2 * d * cfg.ffn_dim + cfg.ffn_dim + d) + 6 * d
+    image = 0
+    if cfg.image_dim:
+        e = cfg.image_dim
+        block += 2 * (d * d + d) + (d if cfg.qk_norm else 0)
+        image = 2 * e + (e * e + e) + (d * e + d) + 2 * d
+        image += 2 * cfg.image_tokens * e if cfg.image_pair else 0
     embedding = cfg.in_channels * patch * d + d
     time = (cfg.freq_dim * d + d) + (d * d + d) + (6 * d * d + 6 * d)
     text = (cfg.text_dim * d + d) + (d * d + d)
     out = (d + 1) * cfg.velocity_channels * patch + 2 * d
     extras = (patch * d if cfg.mask_channel else 0) + (cfg.freq_dim * d if cfg.fps_embed else 0)
-    return cfg.num_layers * block + embedding + time + text + out + extras, block
+    return cfg.num_layers * block + embedding + time + text + image + out + extras, block
 
 
 def text_parameters(cfg: TextConfig) -> int:
@@ -95,13 +101,19 @@ def block_bytes(
     statistics = (9 if cfg.qk_norm else 6) * f + 2 * cfg.num_heads * f
     token = 7 * d * f + 9 * d * w + 3 * normed + 2 * cfg.ffn_dim * w + statistics
     caption = normed + 2 * d * w
+    images = cfg.images * cfg.image_tokens
+    if images:
+        # The result of the second attention core and its statistics.
+        token += d * w + cfg.num_heads * f
     if core_wide:
         token += 6 * d * (f - w)
         caption += 2 * d * (f - w)
-    total = clip.tokens * token + clip.caption * caption + clip.frames * 8 * d * f
+    # The tokens of images are keys and values as a caption's are.
+    keys = clip.caption + images
+    total = clip.tokens * token + keys * caption + clip.frames * 8 * d * f
     if scores_kept:
         score = cfg.num_heads * (f + (w if w < f else 0))
-        total += clip.tokens * (clip.tokens + clip.caption) * score
+        total += clip.tokens * (clip.tokens + keys) * score
     return float(total)
 
 

@@ -1,4 +1,5 @@
-"""The model that is trained: the transformer and, when it is trainable, the text encoder before it.
+"""The model that is trained: the transformer and, when it is trainable, the text encoder before it. Frozen encoders
+stand beside it.
 
 Dimension key: B batch, C latent channels, T, H, W latent frames, rows, columns, S caption tokens,
 E caption width.
@@ -8,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_train.config.sections.model import ModelConfig, TextConfig
+from sora_train.config.sections.model import ImageConfig, ModelConfig, TextConfig
 from sora_train.device.transfer import to_device
 from sora_train.errors import ConfigError
+from sora_train.models.image_encoder import ImageEncoder
 from sora_train.models.text.encoder import TextEncoder
 from sora_train.models.text.published import build_text_encoder
 from sora_train.models.transformer.dit import VideoDiT
@@ -59,12 +62,21 @@ class VideoDenoiser(Protocol):
 class TextToVideo(nn.Module):
     """`transformer` and, with `text.trainable`, `text_encoder`: sharded, averaged, saved as one."""
 
-    def __init__(self, model: ModelConfig, text: TextConfig, *, seed: int = 0, empty: bool = False):
+    def __init__(
+        self,
+        model: ModelConfig,
+        text: TextConfig,
+        image: ImageConfig | None = None,
+        *,
+        seed: int = 0,
+        empty: bool = False,
+    ):
         """Every weight is drawn from `seed` and its own name. An `empty` model has no memory for the
-        weights that are trained: whoever places them fills them with `initial_values`.
+        weights that are trained: whoever places them fills them with `initial_values`. Without `image` a
+        model of `model.image_dim` is given embeddings of images that are known already.
 
         Raises:
-            ConfigError: caption embeddings would have two widths.
+            ConfigError: caption embeddings would have two widths, or those of images others than the model's.
         """
         super().__init__()
         if model.text_dim != text.d_model:
@@ -79,6 +91,9 @@ class TextToVideo(nn.Module):
         self.text_encoder = encoder if text.trainable else None
         # In a tuple it is no sub-module: a frozen encoder is neither sharded, averaged nor saved.
         self._frozen: tuple[TextEncoder, ...] = () if text.trainable else (encoder,)
+        self._images: tuple[ImageEncoder, ...] = ()
+        if image is not None and model.image_dim:
+            self._images = (ImageEncoder(image, model),)
         # The frozen encoder's embedding of the empty caption, kept at its first use.
         self._null: tuple[Tensor, ...] = ()
         self.text_padding = text.padding
@@ -95,6 +110,7 @@ class TextToVideo(nn.Module):
         *,
         mask_BT: Tensor | None = None,
         fps_B: Tensor | None = None,
+        images_BIE: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, C, T, H, W) in at least float32.
 
@@ -104,6 +120,7 @@ class TextToVideo(nn.Module):
             text: what `tokenize` returned; ids are encoded here, embeddings are taken as they are.
             mask_BT: 1 for condition frames; only for models with `mask_proj`.
             fps_B: frames a second of the clips; only models with `fps_proj` read it.
+            images_BIE: what `embed_images` returned; only for models of `model.image_dim`.
 
         Raises:
             ValueError: ids without a trainable encoder, or a mask missing where it is needed.
@@ -118,7 +135,13 @@ class TextToVideo(nn.Module):
         if self.transformer.fps_proj is None:
             fps_B = None
         return self.transformer(
-            latents_BCTHW, t_BT, captions, mask_BS, mask_BT=mask_BT, fps_B=fps_B
+            latents_BCTHW,
+            t_BT,
+            captions,
+            mask_BS,
+            mask_BT=mask_BT,
+            fps_B=fps_B,
+            images_BIE=images_BIE,
         )
 
     @property
@@ -177,6 +200,16 @@ class TextToVideo(nn.Module):
             self._null = (self.frozen_encoder.to(device).embedding(""),)
         return self._null[0]
 
+    def embed_images(self, pictures_BNHW3: np.ndarray, sharing: WorkSharing = NO_SHARING) -> Tensor:
+        """Embeddings (B, I, E) of `model.images` pictures of each clip, as `forward` takes them."""
+        encoder = self._images[0]
+        return encoder.to(self.transformer.proj_out.weight.device).embed(pictures_BNHW3, sharing)
+
+    @property
+    def images(self) -> int:
+        """Frames of a clip whose embeddings the model is given."""
+        return self.transformer.cfg.images
+
     @property
     def frozen_encoder(self) -> TextEncoder:
         """The text encoder of `text.trainable=false`, outside the parameters of this model."""
@@ -191,6 +224,10 @@ class TextToVideo(nn.Module):
     def text_digest(self) -> str:
         """Digest of the text encoder; see TextEncoder.digest."""
         return (self.text_encoder or self.frozen_encoder).digest()
+
+    def image_encoder(self) -> ImageEncoder | None:
+        """The frozen encoder of images, outside the parameters of this model."""
+        return self._images[0] if self._images else None
 
     def _encode(self, ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
         if self.text_encoder is None:

@@ -2,15 +2,33 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sora_train.config.sections.model import ModelConfig
 from sora_train.device.clock import DeviceClock
 from sora_train.diffusion.condition_masks import frame_times
 from sora_train.diffusion.flow import frame_losses, interpolate, velocity_losses
 from sora_train.models.text_to_video import VideoDenoiser
 from sora_train.models.work_sharing import NO_SHARING, WorkSharing
+
+
+def blank_inputs(
+    model: ModelConfig, clips: int, size: tuple[int, int, int], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """What a model takes of clips with latents of this size (T, H, W) beside noisy latents and captions, by the name in
+    FlowBatch: without values, for whoever measures it."""
+    found = {}
+    channels = model.in_channels - model.velocity_channels
+    if channels:
+        found["condition_channels"] = torch.zeros(clips, channels, *size, device=device)
+    if model.images:
+        shape = clips, model.images * model.image_tokens, model.image_dim
+        found["images"] = torch.zeros(shape, device=device)
+    return found
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,11 @@ class FlowBatch:
     condition_channels: Tensor | None = None
     """With cond_mode=concat: mask channels and condition latents (B, factor + C, T, H, W), an input beside the noisy
     latents. Every frame is then noisy and counts."""
+    pictures: np.ndarray | None = None
+    """First frames of the clips, for a model of two the last ones too, uint8 (B, N, height, width, 3), whose embeddings
+    the model takes; None: it takes none, or `images` are known."""
+    images: Tensor | None = None
+    """These embeddings (B, I, E)."""
     t_cond_B: Tensor | None = None
     """Noise level of each clip's condition frames; None: 0."""
     time_weight_B: Tensor | None = None
@@ -48,10 +71,11 @@ class FlowBatch:
         assert isinstance(model, VideoDenoiser)
         with self.encoding.running() if self.encoding else nullcontext():
             text = model.embed(self.prompts, self.text or [None] * len(self.prompts), self.sharing)
+            beside = self._beside(model)
         if self.condition_channels is not None:
             t_BT = self.t_B[:, None].expand_as(self.mask_BT)
             z = torch.cat([interpolate(self.x, self.noise, t_BT), self.condition_channels], dim=1)
-            return model(z, t_BT, text, fps_B=self.fps_B)
+            return model(z, t_BT, text, fps_B=self.fps_B, **beside)
         t_BT = frame_times(self.t_B, self.mask_BT, 0.0 if self.t_cond_B is None else self.t_cond_B)
         clean = self.x
         if self.condition_latents is not None:
@@ -61,6 +85,12 @@ class FlowBatch:
         z = interpolate(clean, self.noise, t_BT)
         mask_BT = self.mask_BT if model.takes_mask else None
         return model(z, t_BT, text, mask_BT=mask_BT, fps_B=self.fps_B)
+
+    def _beside(self, model: Any) -> dict[str, Tensor]:
+        """Embeddings of images, where the model takes some."""
+        if self.pictures is None:
+            return {} if self.images is None else {"images_BIE": self.images}
+        return {"images_BIE": model.embed_images(self.pictures, self.sharing)}
 
     @property
     def counted_BT(self) -> Tensor:

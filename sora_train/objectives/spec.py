@@ -17,11 +17,13 @@ def build_spec(cfg: Config, vae: VideoVAE, model: nn.Module) -> DiffusionSpec | 
         return None
     if isinstance(model, TextToVideo):
         check_channels(cfg.objective.cond_mode, vae, model)
-    return spec_of(cfg, vae, "" if cfg.text.trainable else model.text_digest())
+    encoder = model.image_encoder() if isinstance(model, TextToVideo) else None
+    text_digest = "" if cfg.text.trainable else model.text_digest()
+    return spec_of(cfg, vae, text_digest, encoder.digest() if encoder else "")
 
 
-def spec_of(cfg: Config, vae: VideoVAE, text_digest: str) -> DiffusionSpec:
-    """The spec of a config, its VAE, and its text encoder's digest, where that is frozen."""
+def spec_of(cfg: Config, vae: VideoVAE, text_digest: str, image_digest: str = "") -> DiffusionSpec:
+    """The spec of a config, its VAE, and the digests of its frozen text encoder and of its image encoder."""
     objective = cfg.objective
     return DiffusionSpec(
         prediction="velocity",
@@ -51,6 +53,8 @@ def spec_of(cfg: Config, vae: VideoVAE, text_digest: str) -> DiffusionSpec:
         vae_normalisation=vae.kind.normalisation,
         text_dtype=cfg.text.dtype,
         text_digest="trained with the model" if cfg.text.trainable else text_digest,
+        image_digest=image_digest,
+        image_dtype=cfg.image.dtype,
         text_padding=cfg.text.padding,
         conditioning=objective.mix,
         cond_mode=objective.cond_mode,
@@ -63,6 +67,11 @@ def spec_of(cfg: Config, vae: VideoVAE, text_digest: str) -> DiffusionSpec:
 def check_channels(cond_mode: str, vae: VideoVAE, model: TextToVideo) -> None:
     """Raises ConfigError when the model's input or output does not fit the VAE's latents."""
     latents, transformer = vae.channels, model.transformer
+    if transformer.cfg.images and cond_mode != "concat":
+        raise ConfigError(
+            f"model.image_dim={transformer.cfg.image_dim} and objective.cond_mode={cond_mode}: a model that is given "
+            "embeddings of its first frame has that frame as input channels too; set objective.cond_mode=concat"
+        )
     extra = f" (latents, a mask of {vae.temporal_factor} and condition latents)"
     needed, source = (
         (2 * latents + vae.temporal_factor, f"objective.cond_mode=concat{extra}")

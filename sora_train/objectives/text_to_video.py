@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from sora_train.diffusion.draws import SampleKey, draw_noise, draw_uniform
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.adapters.dropout import draw_dropout
+from sora_train.models.image_encoder import pictures_of
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.work_sharing import NO_SHARING, WorkSharing
 from sora_train.objectives.base import LossTerm, Objective, SampleInfo
@@ -121,6 +123,7 @@ class TextToVideoObjective(Objective):
             text=stored_text(clips, draws.prompts),
             condition_latents=encoded.condition_latents,
             condition_channels=encoded.condition_channels,
+            pictures=encoded.pictures,
             t_cond_B=to_device(draws.t_cond_B, x.device),
             time_weight_B=to_device(self.spec.loss_weight(draws.t_B), x.device),
             sharing=self.sharing,
@@ -225,6 +228,7 @@ class TextToVideoObjective(Objective):
                 text=stored_text(clips, prompts),
                 condition_latents=encoded.condition_latents,
                 condition_channels=encoded.condition_channels,
+                pictures=encoded.pictures,
                 sharing=self.sharing,
             )
             sums.append(float(flow.loss_sum(model)))
@@ -263,7 +267,7 @@ class TextToVideoObjective(Objective):
         mask_BT = to_device(mask_BT, x.device)
         if self.spec.cond_mode == "concat":
             channels = torch.cat(self.sharing(rows, lambda row: self.condition_channels_of(*row)))
-            return ConditionedLatents(x, mask_BT, None, channels)
+            return ConditionedLatents(x, mask_BT, None, channels, self.pictures_of(rows))
         # With a causal VAE the first frames depend on no later ones, so their latents are the clip's own.
         own = HEAD_KINDS if self.vae.causal and not drawn else ("t2v",)
         apart = [row for row, kind in enumerate(kinds) if kind not in own]
@@ -294,6 +298,20 @@ class TextToVideoObjective(Objective):
         known_F = pixel_mask(kind, mask_T, self.vae.temporal_factor).to(self.device)
         latents = encode_whole(self.vae.encode, self.pixels_of(clip, kind), known_F).float()
         return condition_channels(latents, known_F[None], self.vae.temporal_factor)
+
+    def pictures_of(self, rows: list[tuple[Clip, str, Tensor]]) -> np.ndarray | None:
+        """The first frames of clips, and where the model takes two the last ones, uint8 (B, N, height, width, 3), grey
+        where they are not among the given ones; None for a model that takes none."""
+        count = self.cfg.model.images
+        if not count:
+            return None
+        found = []
+        for clip, kind, mask_T in rows:
+            known_F = pixel_mask(kind, mask_T, self.vae.temporal_factor).numpy()
+            assert clip.pixels is not None, "condition channels were made of them"
+            frames = there_and_back(torch.from_numpy(clip.pixels), dim=0).numpy()
+            found.append(pictures_of(frames if kind == "loop" else clip.pixels, known_F, count))
+        return np.stack(found)
 
     def pixels_of(self, clip: Clip, kind: str) -> Tensor:
         """Pixels (1, 3, F, H, W) of a clip as its kind plays it. Raises UserError without pixels."""
@@ -353,6 +371,7 @@ class ConditionedLatents:
     mask_BT: Tensor
     condition_latents: Tensor | None
     condition_channels: Tensor | None
+    pictures: np.ndarray | None = None
 
 
 def sample_keys(clips: list[Clip]) -> tuple[SampleKey, ...]:

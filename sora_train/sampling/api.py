@@ -359,7 +359,11 @@ def load(
 
 def _filled(cfg: Config, project: Project | None, adapted: AdaptedBase) -> Any:
     """The model with the base's weights and the adapters."""
-    built = project.model(cfg) if project else TextToVideo(cfg.model, cfg.text, seed=cfg.seed)
+    built = (
+        project.model(cfg)
+        if project
+        else TextToVideo(cfg.model, cfg.text, cfg.image, seed=cfg.seed)
+    )
     if not isinstance(built, VideoDenoiser):
         raise UserError(
             f"{type(built).__name__} cannot be sampled from: it lacks what VideoDenoiser asks of a model "

@@ -23,7 +23,8 @@ from sora_train.diffusion.sampler import sample_ode
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import Fault
 from sora_train.models.finite_weights import is_finite
-from sora_train.models.text_to_video import Text, VideoDenoiser
+from sora_train.models.image_encoder import pictures_of
+from sora_train.models.text_to_video import Text, TextToVideo, VideoDenoiser
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.pixels import from_uint8, to_uint8
 
@@ -73,6 +74,10 @@ class ConditionLatents:
     """With cond_mode=concat the channels beside the noisy latents, (1, factor + C, T, H, W)."""
     null_channels: Tensor | None = None
     """The same without condition frames."""
+    frames: np.ndarray | None = None
+    """The clip's pixels, uint8 (F, height, width, 3), of which a model may be given embeddings."""
+    known_F: np.ndarray | None = None
+    """Above 0 for those that are known."""
 
 
 @torch.no_grad()
@@ -85,15 +90,17 @@ def encode_conditions(
     mask_T = frames.mask_T.to(device)
     if spec.cond_mode == "concat":
         known_F = frames.known_frames(vae).to(device)
-        channels = [
+        given, none = (
             condition_channels(
                 encode_whole(vae.encode, pixels, mask_F).float(), mask_F[None], vae.temporal_factor
             )
             for mask_F in (known_F, torch.zeros_like(known_F))
-        ]
+        )
         # Every frame is noisy there, so nothing is kept: only an edited clip is started from.
-        latents = vae.encode(pixels).float() if frames.strength_T is not None else channels[0]
-        return ConditionLatents(latents, None, frames.strength_T, *channels)
+        latents = vae.encode(pixels).float() if frames.strength_T is not None else given
+        return ConditionLatents(
+            latents, None, frames.strength_T, given, none, frames.pixels, known_F.cpu().numpy()
+        )
     if frames.strength_T is not None:
         return ConditionLatents(vae.encode(pixels).float(), None, frames.strength_T.to(device))
     latents = encode_condition_frames(
@@ -236,6 +243,7 @@ class GuidedVelocity:
         self.plain = None if always else model.tokenize(prompts)
         copies = [*prompts, *nulls, *(nulls if self.by_condition else [])]
         self.text = model.tokenize(copies) if self.guided else None
+        self.images = embedded_images(model, conditions)
 
     def __call__(self, z: Tensor, t_BT: Tensor) -> Tensor:
         """v (B, C, T, H, W) from z of that shape and the noise level of each latent frame."""
@@ -287,7 +295,11 @@ class GuidedVelocity:
             mask_BT = torch.cat([one[2] for one in views])
         fps_B = torch.full((len(z),), self.fps, device=z.device)
         t_BT = torch.cat([one[1] for one in views])
-        return self.model(z, t_BT, text, mask_BT=mask_BT, fps_B=fps_B)
+        beside: dict[str, Tensor] = {}
+        if self.images is not None:
+            rows = [self.images[0 if one[3] else 1].expand(len(one[0]), -1, -1) for one in views]
+            beside["images_BIE"] = torch.cat(rows)
+        return self.model(z, t_BT, text, mask_BT=mask_BT, fps_B=fps_B, **beside)
 
     def _with_channels(self, z: Tensor, *, conditioned: bool) -> Tensor:
         """z, and with cond_mode=concat the condition channels after its own."""
@@ -296,6 +308,22 @@ class GuidedVelocity:
         channels = self.conditions.channels if conditioned else self.conditions.null_channels
         assert channels is not None
         return torch.cat([z, channels.to(z).expand(len(z), -1, -1, -1, -1)], dim=1)
+
+
+def embedded_images(
+    model: nn.Module, conditions: ConditionLatents | None
+) -> tuple[Tensor, Tensor] | None:
+    """Embeddings (1, I, E) of the frames that a model is given in that form, and of a clip without condition frames;
+    None for a model that is given none."""
+    count = getattr(model, "images", 0)
+    if not count:
+        return None
+    assert isinstance(model, TextToVideo)
+    assert conditions is not None and conditions.frames is not None
+    assert conditions.known_F is not None
+    known = [conditions.known_F, np.zeros_like(conditions.known_F)]
+    pictures = [pictures_of(conditions.frames, known_F, count)[None] for known_F in known]
+    return model.embed_images(pictures[0]), model.embed_images(pictures[1])
 
 
 def no_condition_frames(shape: ClipShape, num_frames: int) -> ConditionFrames:

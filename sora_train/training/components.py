@@ -190,7 +190,7 @@ def build_model(cfg: Config, empty: bool = False) -> nn.Module:
     """
     if cfg.task == "vae":
         return VideoVAE.from_config(cfg.vae, trainable=True, seed=cfg.seed)
-    return TextToVideo(cfg.model, cfg.text, seed=cfg.seed, empty=empty)
+    return TextToVideo(cfg.model, cfg.text, cfg.image, seed=cfg.seed, empty=empty)
 
 
 def build_objective(run: RunContext, parts: Components) -> Objective:

@@ -108,7 +108,9 @@ def refuse_imported(run_dir: str, resumed: CheckpointMeta | None) -> None:
 
 def require_same_spec(now: DiffusionSpec | None, resumed: CheckpointMeta) -> None:
     """Raises ConfigError where the diffusion spec, digests of VAE and text encoder included, is another."""
-    before = json.loads(json.dumps(resumed.spec))
+    before = json.loads(
+        json.dumps(resumed.spec and DiffusionSpec.from_dict(resumed.spec).to_dict())
+    )
     spec = json.loads(json.dumps(now.to_dict() if now else None))
     different = differences(before, spec, "spec")
     if different:

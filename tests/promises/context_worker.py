@@ -46,6 +46,8 @@ MODEL = ModelConfig(
     num_layers=2, num_heads=4, head_dim=16, ffn_dim=48, in_channels=4, out_channels=4, text_dim=24, freq_dim=16,
     mask_channel=True,
 )  # fmt: skip
+IMAGES = MODEL.model_copy(update={"image_dim": 12, "image_tokens": 3})
+"""With attention to embeddings of an image, in float64; in bfloat16 its roundings come on top of those allowed."""
 LAYOUTS = {2: [(2, 1), (1, 2)], 4: [(4, 1), (1, 4), (2, 2)]}
 """(ulysses, ring) by world size."""
 CLIPS = [(2, 3, 1, 13), (1, 1, 1, 7), (2, 1, 1, 3), (1, 2, 1, 1), (1, 3, 2, 5)]
@@ -70,7 +72,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def make_model(dtype: torch.dtype) -> VideoDiT:
-    model = VideoDiT(MODEL).double()
+    model = VideoDiT(IMAGES if dtype == torch.float64 else MODEL).double()
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             # Zeros, as layers start, would hide what lies behind them.
@@ -80,7 +82,8 @@ def make_model(dtype: torch.dtype) -> VideoDiT:
 
 def inputs(clip: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
     batch, frames, rows, columns = clip
-    return {
+    images = {"images_BIE": random(batch, 3, 12, seed=5)} if dtype == torch.float64 else {}
+    return images | {
         "latents_BCTHW": random(batch, 4, frames, 2 * rows, 2 * columns, seed=1).to(dtype),
         "t_BT": random(batch, frames, seed=2).sigmoid(),
         "captions_BSE": random(batch, 5, 24, seed=3).to(dtype),
@@ -94,9 +97,7 @@ def backward(
     """Velocity, and the gradients of a loss of it, of which this rank takes 1 / share."""
     model.zero_grad()
     batch = inputs(clip, dtype)
-    v = model(
-        batch["latents_BCTHW"], batch["t_BT"], batch["captions_BSE"], batch["caption_mask_BS"]
-    )
+    v = model(**batch)
     loss = (v * random(*v.shape, seed=4).to(v.dtype)).sum() + v.square().sum()
     (loss / share).backward()
     return v.detach()

@@ -13,8 +13,9 @@ from benchmarks.model import clip_flops, grid_of
 from benchmarks.train import _measured
 from sora_train.config import Config
 from sora_train.config.compose import compose
-from sora_train.models.flops import training_flops
+from sora_train.models.flops import training_flops, transformer_flops
 from sora_train.models.text_to_video import TextToVideo
+from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.vae.geometry import Geometry
 from sora_train.tools.plan.assumptions import Assumptions
 from sora_train.tools.plan.memory.encoders import sizes_of_vae
@@ -68,6 +69,24 @@ def test_the_count_is_that_of_the_real_model(
         cfg.model, cfg.text, frames * rows * columns, frames, cfg.text.max_length
     )
     assert stated == 3 * counter.get_total_flops()
+
+
+def test_attention_to_images_is_counted():
+    cfg = config(
+        {
+            "model.in_channels": 9, "model.out_channels": 4, "model.image_dim": 24, "model.image_tokens": 6,
+            "model.image_pair": True, "text.trainable": False, "model.mask_channel": False,
+        }
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = VideoDiT(cfg.model)
+        latents, images = torch.empty(1, 9, 2, 4, 6), torch.empty(1, 12, 24)
+        with FlopCounterMode(display=False) as counter:
+            model(
+                latents, torch.empty(1, 2), torch.empty(1, 16, cfg.text.d_model), images_BIE=images
+            )
+    stated = transformer_flops(cfg.model, 2 * 6, 16, 2)
+    assert stated == counter.get_total_flops()
 
 
 @settings(max_examples=5, deadline=None, phases=[Phase.generate])

@@ -47,6 +47,8 @@ SPEC = DiffusionSpec(
     vae_dtype="float32",
     vae_normalisation="per_channel",
     text_dtype="float32",
+    image_digest="",
+    image_dtype="float32",
     text_digest="t",
     text_padding="masked",
     caption_dropout=0.1,
@@ -391,7 +393,7 @@ def test_a_spec_of_the_first_version_says_what_it_meant_then():
     old = {k: v for k, v in SPEC.to_dict().items() if k not in {*new, "version"}}
     spec = DiffusionSpec.from_dict(json.loads(json.dumps(old)))
     assert spec == SPEC
-    assert spec.to_dict()["version"] == 2
+    assert spec.to_dict()["version"] == 3
     u = torch.rand(50, generator=torch.Generator().manual_seed(0))
     plain = timesteps.shift_t(timesteps.logit_normal(u, 0.0, 1.0), 3.0)
     assert torch.equal(spec.training_times(u, SIZE), plain), "bit for bit what it was"

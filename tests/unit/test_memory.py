@@ -24,6 +24,7 @@ from sora_train.models.memory import (
 )
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.cpu_kernels import Kernels, using
+from sora_train.objectives.flow_batch import blank_inputs
 from sora_train.parallel.memory.activations import prepare_blocks
 
 WITHIN = 0.08
@@ -54,10 +55,15 @@ def measured_bytes(
         return tensor
 
     x = torch.randn(clips, 16, 3, rows, 8)
+    images = blank_inputs(model, clips, (3, rows, 8)).get("images")
     prompts = ["x" * (text.max_length - 1)] * clips
     with saved_tensors_hooks(save, lambda tensor: tensor):
         v = net(
-            x, torch.full((clips, 3), 0.5), net.tokenize(prompts), fps_B=torch.full((clips,), 8.0)
+            x,
+            torch.full((clips, 3), 0.5),
+            net.tokenize(prompts),
+            fps_B=torch.full((clips,), 8.0),
+            images_BIE=images,
         )
         velocity_losses(v, x, torch.randn_like(x), torch.ones(clips, 3))
     return sum(found.values())
@@ -92,6 +98,7 @@ def test_saved_bytes_are_those_that_autograd_saves(
         {"mask_channel": True, "fps_embed": True},
         {"num_layers": 4, "ffn_dim": 64},
         {"num_heads": 8, "ffn_dim": 1024},
+        {"image_dim": 48, "image_tokens": 40},
     ],
     ids=str,
 )

@@ -53,7 +53,13 @@ def test_a_size_has_the_parameters_its_header_says(path: Path):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("wan_1_3b", 1_418_996_800), ("wan_5b", 4_999_787_712), ("wan_14b", 14_288_491_584)],
+    [
+        ("wan_1_3b", 1_418_996_800),
+        ("wan_5b", 4_999_787_712),
+        ("wan_14b", 14_288_491_584),
+        ("wan_i2v_14b", 16_394_878_784),
+        ("wan_flf2v_14b", 16_395_536_704),
+    ],
 )
 def test_sizes_of_wan_are_those_of_diffusers(name: str, expected: int):
     from diffusers import WanTransformer3DModel

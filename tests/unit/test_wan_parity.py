@@ -1,5 +1,5 @@
-"""The transformer is Wan's, number for number: Wan 2.1, Wan 2.2 with a noise level a token, and the layout
-that takes given latents beside the noisy ones."""
+"""The transformer is Wan's, number for number: Wan 2.1, Wan 2.2 with a noise level a token, the layout that takes
+given latents beside the noisy ones, and those that attend to embeddings of the first frame, or of first and last."""
 
 import math
 
@@ -15,6 +15,10 @@ KINDS = {
     "wan 2.1": dict(in_channels=16),
     "wan 2.2 ti2v": dict(in_channels=48),
     "wan 2.1 i2v, 36 channels": dict(in_channels=36, out_channels=16),
+    "wan 2.1 i2v": dict(in_channels=36, out_channels=16, image_dim=20, image_tokens=5),
+    "wan 2.1 flf2v": dict(
+        in_channels=36, out_channels=16, image_dim=20, image_tokens=5, image_pair=True
+    ),
     "wan 2.1, one wide head": dict(in_channels=16, num_heads=1, head_dim=128),
 }
 SHAPES = [(1, 2, 2, 1, 1), (3, 6, 10, 7, 2), (5, 2, 14, 3, 1)]
@@ -36,6 +40,9 @@ def diffusers_wan(cfg: ModelConfig) -> torch.nn.Module:
         ffn_dim=cfg.ffn_dim,
         num_layers=cfg.num_layers,
         rope_max_seq_len=64,
+        image_dim=cfg.image_dim or None,
+        added_kv_proj_dim=cfg.dim if cfg.image_dim else None,
+        pos_embed_seq_len=2 * cfg.image_tokens if cfg.image_pair else None,
     )
 
 
@@ -76,12 +83,29 @@ def pair(kind: str, dtype: torch.dtype) -> tuple[VideoDiT, torch.nn.Module]:
 
 def batch(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     frames, rows, columns, text, clips = shape
+    # Where there are images, diffusers takes the last 512 of all keys for the caption's.
+    text = 512 if "image_dim" in KINDS[kind] else text
     draws = torch.Generator().manual_seed(2)
     size = clips, KINDS[kind]["in_channels"], frames, rows, columns
     latents = torch.randn(size, generator=draws, dtype=torch.float64)
     t_BT = torch.rand(clips, frames, generator=draws, dtype=torch.float64)
     captions = torch.randn(clips, text, SIZES["text_dim"], generator=draws, dtype=torch.float64)
     return latents.to(dtype), t_BT.to(dtype), captions.to(dtype)
+
+
+def images(kind: str, clips: int, dtype: torch.dtype) -> Tensor | None:
+    """Embeddings of every clip's images, one image after the other."""
+    cfg = ModelConfig(**(SIZES | KINDS[kind]))
+    size = clips, cfg.images * cfg.image_tokens, cfg.image_dim
+    draws = torch.Generator().manual_seed(3)
+    drawn = torch.randn(size, generator=draws, dtype=torch.float64).to(dtype)
+    return drawn if cfg.image_dim else None
+
+
+def as_diffusers(found: Tensor | None, kind: str) -> Tensor | None:
+    """The same as the pipeline gives them: a row an image, two rows a clip where there are two."""
+    pair = KINDS[kind].get("image_pair")
+    return found.reshape(2 * len(found), -1, found.shape[-1]) if pair else found
 
 
 def levels(kind: str, t_BT: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -110,10 +134,11 @@ def test_forward_and_every_gradient_are_those_of_diffusers_in_float64(
             module.backend = attention
     latents, t_BT, captions = batch(kind, shape, torch.float64)
     mine, theirs = levels(kind, t_BT, shape)
-    inputs = [x.requires_grad_() for x in (latents, captions)]
+    seen = images(kind, len(latents), torch.float64)
+    inputs = [x.requires_grad_() for x in (latents, captions, seen) if x is not None]
 
-    expected = wan(latents, theirs, captions, return_dict=False)[0]
-    found = ours(latents, mine, captions)
+    expected = wan(latents, theirs, captions, as_diffusers(seen, kind), return_dict=False)[0]
+    found = ours(latents, mine, captions, images_BIE=seen)
     assert expected.dtype == found.dtype == torch.float64
     assert relative(found, expected) <= 1e-12
 
@@ -123,10 +148,12 @@ def test_forward_and_every_gradient_are_those_of_diffusers_in_float64(
     got = torch.autograd.grad(
         (found * cotangent).sum(), [*(named[name] for name, _ in wan.named_parameters()), *inputs]
     )
-    assert len(wanted) == len(named) + 2
+    assert len(wanted) == len(named) + len(inputs)
     # A lone caption token gets all attention whatever the query: those gradients are zero but for rounding.
     scale = max(float(gradient.abs().max()) for gradient in wanted)
-    for name, a, b in zip([*dict(wan.named_parameters()), "x", "c"], got, wanted, strict=True):
+    for name, a, b in zip(
+        [*dict(wan.named_parameters()), *"xci"[: len(inputs)]], got, wanted, strict=True
+    ):
         if float(b.abs().max()) > 1e-12 * scale:
             assert relative(a, b) <= 1e-11, (
                 name
@@ -142,8 +169,9 @@ def test_stock_diffusers_agrees_in_float32(kind: str, shape: tuple[int, ...]):
     latents, t_BT, captions = batch(kind, shape, torch.float32)
     mine, theirs = levels(kind, t_BT, shape)
     with torch.no_grad():
-        expected = wan(latents, theirs, captions, return_dict=False)[0]
-        assert relative(ours(latents, mine, captions), expected) <= 1e-5
+        seen = images(kind, len(latents), torch.float32)
+        expected = wan(latents, theirs, captions, as_diffusers(seen, kind), return_dict=False)[0]
+        assert relative(ours(latents, mine, captions, images_BIE=seen), expected) <= 1e-5
 
 
 def test_wan_padding_is_that_of_the_pipeline():

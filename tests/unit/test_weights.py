@@ -407,10 +407,6 @@ def test_missing_files_and_full_folders_are_told(pipeline: Path, source: Path, t
     [
         ({"text_padding": "masked"}, ("text.padding=masked", "text.padding=wan")),
         (
-            {"cond_mode": "concat"},
-            ("objective.cond_mode=concat", "cond_mode=replace"),
-        ),
-        (
             {"conditioning": [["t2v", 0.0], ["i2v", 0.5], ["extend", 0.5]]},
             ("objective.conditioning", "i2v, extend", "mask_proj", "sora sample --op"),
         ),

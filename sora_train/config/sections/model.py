@@ -1,4 +1,4 @@
-"""The three networks: the diffusion transformer, the video VAE and the text encoder."""
+"""The networks: the diffusion transformer, the video VAE, the text encoder and the image encoder."""
 
 from typing import Annotated, Any, Literal
 
@@ -52,6 +52,13 @@ class ModelConfig(Section):
     """Add `mask_proj`, which tells the model which latent frames are given (image to video, extension, ...)."""
     fps_embed: bool = False
     """Add `fps_proj`, which tells the model the clip's frame rate."""
+    image_dim: int = Field(0, ge=0)
+    """Width of the embeddings of a clip's first frame, to which all tokens attend beside the caption (1280 in Wan 2.1's
+    image-to-video models, from `image.path`); 0: the model sees none."""
+    image_tokens: int = Field(257, ge=1)
+    """Embeddings of one image."""
+    image_pair: bool = False
+    """Embed the last frame of a clip too, with learned positions of both (Wan 2.1's first-last-frame model)."""
 
     @property
     def dim(self) -> int:
@@ -62,6 +69,11 @@ class ModelConfig(Section):
     def velocity_channels(self) -> int:
         """Latent channels of the prediction."""
         return self.out_channels or self.in_channels
+
+    @property
+    def images(self) -> int:
+        """Frames of a clip whose embeddings the model is given."""
+        return (2 if self.image_pair else 1) if self.image_dim else 0
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "ModelConfig":
@@ -80,6 +92,15 @@ class ModelConfig(Section):
                 "others at least 1"
             )
         return self
+
+
+class ImageConfig(Section):
+    path: str = ""
+    """The frozen encoder of `model.image_dim`: a folder of a CLIPVisionModel that transformers wrote, with its
+    preprocessor_config.json in it or beside it in `image_processor`; a pipeline's folder; or a hub id such as
+    Wan-AI/Wan2.1-I2V-14B-480P-Diffusers."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the image encoder; its embeddings are float32 either way."""
 
 
 class VaeConfig(Section):

@@ -1,8 +1,8 @@
 """Attention: projections, QK-norm and rotary positions around a softmax core that can be replaced
 from outside.
 
-Dimension key: B batch, T latent frames, P tokens of a frame, L = T * P queries, S keys, N heads, K
-head width, D = N * K.
+Dimension key: B batch, T latent frames, P tokens of a frame, L = T * P queries, S keys, I image tokens, N
+heads, K head width, D = N * K.
 """
 
 from torch import Tensor, nn
@@ -41,10 +41,11 @@ class Attention(nn.Module):
     """Multi-head attention over all tokens of a clip, or from them to its caption.
 
     Queries and keys are RMS-normalised over the full width, before the split into heads, as in Wan
-    (arXiv:2503.20314). Parameter names are those of diffusers' WanAttention.
+    (arXiv:2503.20314). Parameter names are those of diffusers' WanAttention. With `images` it has keys and values
+    of images too, which share the queries and the output and have a softmax of their own.
     """
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, *, images: bool = False):
         super().__init__()
         self.num_heads = cfg.num_heads
         self.to_q = Linear(cfg.dim, cfg.dim)
@@ -53,6 +54,10 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(cfg.dim, cfg.dim)])
         self.norm_q = RMSNorm(cfg.dim, eps=cfg.eps) if cfg.qk_norm else nn.Identity()
         self.norm_k = RMSNorm(cfg.dim, eps=cfg.eps) if cfg.qk_norm else nn.Identity()
+        self.add_k_proj = Linear(cfg.dim, cfg.dim) if images else None
+        self.add_v_proj = Linear(cfg.dim, cfg.dim) if images else None
+        if images:
+            self.norm_added_k = RMSNorm(cfg.dim, eps=cfg.eps) if cfg.qk_norm else nn.Identity()
         self.core = AttentionCore(cfg.attention)
 
     def attend_self(self, x_BTPD: Tensor, table: Tensor) -> Tensor:
@@ -69,13 +74,22 @@ class Attention(nn.Module):
         return self.to_out[0](self.core(q_BLNK, k_BLNK, v_BLNK).reshape(x_BTPD.shape))
 
     def attend_caption(
-        self, x_BTPD: Tensor, captions_BSD: Tensor, key_mask_BS: Tensor | None
+        self,
+        x_BTPD: Tensor,
+        captions_BSD: Tensor,
+        key_mask_BS: Tensor | None,
+        images_BID: Tensor | None = None,
     ) -> Tensor:
-        """Every token to the caption's tokens. Returns (B, T, P, D)."""
+        """Every token to the caption's tokens, and to those of images. Returns (B, T, P, D)."""
         q_BLNK = self._heads(self.norm_q(self.to_q(x_BTPD))).flatten(1, 2)
         k_BSNK = self._heads(self.norm_k(self.to_k(captions_BSD)))
         v_BSNK = self._heads(self.to_v(captions_BSD))
-        return self.to_out[0](self.core(q_BLNK, k_BSNK, v_BSNK, key_mask_BS).reshape(x_BTPD.shape))
+        y_BLNK = self.core(q_BLNK, k_BSNK, v_BSNK, key_mask_BS)
+        if self.add_k_proj is not None and self.add_v_proj is not None:
+            k_BINK = self._heads(self.norm_added_k(self.add_k_proj(images_BID)))
+            v_BINK = self._heads(self.add_v_proj(images_BID))
+            y_BLNK = y_BLNK + self.core(q_BLNK, k_BINK, v_BINK)
+        return self.to_out[0](y_BLNK.reshape(x_BTPD.shape))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))

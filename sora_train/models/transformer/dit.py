@@ -1,7 +1,7 @@
 """The video diffusion transformer: plain modules that know nothing of ranks or meshes.
 
-Parameter names and shapes are those of diffusers' `WanTransformer3DModel` (text-to-video), so open
-Wan weights load and trained ones export back. `mask_proj` and `fps_proj` are optional extras; both
+Parameter names and shapes are those of diffusers' `WanTransformer3DModel`, so open Wan weights load
+and trained ones export back. `mask_proj` and `fps_proj` are optional extras; both
 start at zero.
 
 Tokens travel as (B, T, P, D): modulation is one row a latent frame and broadcasts over the frame's
@@ -10,7 +10,7 @@ tokens, and context parallelism can cut the P dimension without cutting a frame'
 
 Dimension key, used as suffixes of tensor names:
   B batch    C latent channels    T, H, W latent frames, rows, columns    P tokens of a frame
-  S caption tokens    E caption width    D model width
+  S caption tokens    I image tokens    E caption or image width    D model width
 """
 
 import math
@@ -57,16 +57,16 @@ class PatchEmbedding(nn.Conv3d):
 
 
 class Block(nn.Module):
-    """Self-attention, attention to the caption and an MLP; the first and last are shifted, scaled
-    and gated by noise level."""
+    """Self-attention, attention to the caption and to images, and an MLP; the first and last are shifted,
+    scaled and gated by noise level."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.norm1 = LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
         self.attn1 = Attention(cfg)
-        self.attn2 = Attention(cfg)
+        self.attn2 = Attention(cfg, images=cfg.image_dim > 0)
         self.norm2 = LayerNorm(cfg.dim, cfg.eps, elementwise_affine=True)
-        self.ffn = FeedForward(cfg.dim, cfg.ffn_dim)
+        self.ffn = FeedForward(cfg.dim, cfg.ffn_dim, cfg.dim)
         self.norm3 = LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, cfg.dim))
 
@@ -77,13 +77,16 @@ class Block(nn.Module):
         modulation_BT6D: Tensor,
         table: Tensor,
         key_mask_BS: Tensor | None,
+        images_BID: Tensor | None = None,
     ) -> Tensor:
         rows = (at_least_fp32(self.scale_shift_table) + modulation_BT6D).unsqueeze(3)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = rows.unbind(2)
 
         h_BTPD = modulate(self.norm1(x_BTPD), shift_a, scale_a)
         x_BTPD = torch.addcmul(x_BTPD, at_least_fp32(self.attn1.attend_self(h_BTPD, table)), gate_a)
-        x_BTPD = x_BTPD + self.attn2.attend_caption(self.norm2(x_BTPD), captions_BSD, key_mask_BS)
+        x_BTPD = x_BTPD + self.attn2.attend_caption(
+            self.norm2(x_BTPD), captions_BSD, key_mask_BS, images_BID
+        )
         h_BTPD = modulate(self.norm3(x_BTPD), shift_f, scale_f)
         return torch.addcmul(x_BTPD, at_least_fp32(self.ffn(h_BTPD)), gate_f)
 
@@ -100,7 +103,7 @@ class VideoDiT(nn.Module):
             PatchEmbedding(1, cfg.dim, cfg.patch_size, bias=False) if cfg.mask_channel else None
         )
         self.fps_proj = PreciseLinear(cfg.freq_dim, cfg.dim, bias=False) if cfg.fps_embed else None
-        self.condition_embedder = ConditionEmbedder(cfg.dim, cfg.freq_dim, cfg.text_dim)
+        self.condition_embedder = ConditionEmbedder(cfg)
         # Where context parallelism cuts the tokens and their rotary table along P, and joins them
         # again.
         self.enter = TokenSeam()
@@ -119,6 +122,7 @@ class VideoDiT(nn.Module):
         *,
         mask_BT: Tensor | None = None,
         fps_B: Tensor | None = None,
+        images_BIE: Tensor | None = None,
     ) -> Tensor:
         """Velocity of every latent, (B, C, T, H, W) with `model.velocity_channels` for C, in at least
         float32.
@@ -131,12 +135,14 @@ class VideoDiT(nn.Module):
             mask_BT: 1 for condition frames, only with `model.mask_channel`; None means
                 none is.
             fps_B: frames a second, with `model.fps_embed` only, and needed there.
+            images_BIE: embeddings of `model.images` frames of each clip, one after the other, with
+                `model.image_dim` only, and needed there.
 
         Raises:
             UserError: latents that do not divide into patches, or reach past the rotary positions.
             ValueError: other sizes that do not fit, or an input the model has no layer for.
         """
-        self._check(latents_BCTHW, t_BT, mask_BT, fps_B)
+        self._check(latents_BCTHW, t_BT, mask_BT, fps_B, images_BIE)
         _, num_frames, num_rows, num_columns = latents_BCTHW.shape[1:]
         _, p, q = self.cfg.patch_size
 
@@ -149,18 +155,17 @@ class VideoDiT(nn.Module):
             x_BTPD.device,
             x_BTPD.dtype,
         )
-        time_BTD = self.condition_embedder.embed_time(t_BT)
-        if self.fps_proj is not None and fps_B is not None:
-            time_BTD = (
-                time_BTD
-                + self.fps_proj(sinusoid(fps_B.to(time_BTD.dtype), self.cfg.freq_dim))[:, None]
-            )
+        time_BTD = self._embed_time(t_BT, fps_B)
         modulation_BT6D = self.condition_embedder.modulation(time_BTD)
         captions_BSD = self.condition_embedder.text_embedder(captions_BSE)
+        embed_images = self.condition_embedder.image_embedder
+        images_BID = None if embed_images is None else embed_images(images_BIE)
 
         x_BTPD, table = self.enter(x_BTPD), self.enter(table)
         for block in self.blocks:
-            x_BTPD = block(x_BTPD, captions_BSD, modulation_BT6D, table, caption_mask_BS)
+            x_BTPD = block(
+                x_BTPD, captions_BSD, modulation_BT6D, table, caption_mask_BS, images_BID
+            )
 
         rows = (at_least_fp32(self.scale_shift_table) + time_BTD.unsqueeze(2)).unsqueeze(3)
         shift, scale = rows.unbind(2)
@@ -169,8 +174,21 @@ class VideoDiT(nn.Module):
             self.leave(v_BTPX), "B T (h w) (p q C) -> B C T (h p) (w q)", h=num_rows // p, p=p, q=q
         ).contiguous()
 
+    def _embed_time(self, t_BT: Tensor, fps_B: Tensor | None) -> Tensor:
+        """Noise levels and frame rates as embeddings (B, T, D)."""
+        time_BTD = self.condition_embedder.embed_time(t_BT)
+        if self.fps_proj is None or fps_B is None:
+            return time_BTD
+        rates_BF = sinusoid(fps_B.to(time_BTD.dtype), self.cfg.freq_dim)
+        return time_BTD + self.fps_proj(rates_BF)[:, None]
+
     def _check(
-        self, latents_BCTHW: Tensor, t_BT: Tensor, mask_BT: Tensor | None, fps_B: Tensor | None
+        self,
+        latents_BCTHW: Tensor,
+        t_BT: Tensor,
+        mask_BT: Tensor | None,
+        fps_B: Tensor | None,
+        images_BIE: Tensor | None,
     ) -> None:
         batch, channels, num_frames, num_rows, num_columns = latents_BCTHW.shape
         check_patches(self.cfg, num_frames, num_rows, num_columns)
@@ -192,6 +210,13 @@ class VideoDiT(nn.Module):
             raise ValueError(
                 f"fps was {'left out' if fps_B is None else 'given'} but model.fps_embed is "
                 f"{self.cfg.fps_embed}"
+            )
+        count, width = self.cfg.images * self.cfg.image_tokens, self.cfg.image_dim
+        expected = (batch, count, width) if width else None
+        if (None if images_BIE is None else tuple(images_BIE.shape)) != expected:
+            raise ValueError(
+                f"embeddings of images have shape {None if images_BIE is None else tuple(images_BIE.shape)}, and "
+                f"the model takes {expected} (model.image_dim, image_tokens, image_pair)"
             )
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -257,7 +282,10 @@ def _initial_value(name: str, shape: torch.Size, dim: int, seed: int) -> Tensor:
     """Xavier for matrices, one for norms, zero for biases, the output layer and the extras: the
     first prediction is 0."""
     leaf = name.rsplit(".", 1)[-1]
-    if name in ("proj_out.weight", "mask_proj.weight", "fps_proj.weight") or leaf == "bias":
+    if name in ("proj_out.weight", "mask_proj.weight", "fps_proj.weight") or leaf in (
+        "bias",
+        "pos_embed",
+    ):
         return torch.zeros(shape)
     if leaf == "scale_shift_table":
         return torch.randn(shape, generator=keyed_generator(seed, name)) / dim**0.5

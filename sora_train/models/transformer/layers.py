@@ -6,7 +6,7 @@ product (norms, modulation, the residual stream, the noise level's embedding) ru
 float32. "At least", so that a float64 model stays float64.
 
 Dimension key: B batch, T latent frames, P tokens of a frame, L = T * P video tokens, S caption
-tokens, D width, F sinusoid.
+tokens, I image tokens, D width, F sinusoid.
 """
 
 import math
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_train.base.seeding import key_seed
+from sora_train.config.sections.model import ModelConfig
 from sora_train.models.transformer.cpu_kernels import in_use
 
 # Wan's noise levels run from 0 to 1000; ours from 0 to 1.
@@ -145,25 +146,25 @@ class RMSNorm(nn.RMSNorm):
 
 
 class GeluProjection(nn.Module):
-    """Linear, then tanh-GELU. A module of its own because diffusers names the weight
-    `ffn.net.0.proj`."""
+    """Linear, then GELU. A module of its own because diffusers names the weight `ffn.net.0.proj`."""
 
-    def __init__(self, dim: int, inner_dim: int):
+    def __init__(self, dim: int, inner_dim: int, gelu: str):
         super().__init__()
         self.proj = Linear(dim, inner_dim)
+        self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return F.gelu(self.proj(x), approximate=self.gelu)
 
 
 class FeedForward(nn.Module):
-    """Two-layer MLP with tanh-GELU."""
+    """Two-layer MLP with GELU: `tanh` is its approximation, `none` the exact one."""
 
-    def __init__(self, dim: int, inner_dim: int):
+    def __init__(self, dim: int, inner_dim: int, out_dim: int, gelu: str = "tanh"):
         super().__init__()
         # Index 1 is diffusers' dropout: kept, without effect, so that the names agree.
         self.net = nn.ModuleList(
-            [GeluProjection(dim, inner_dim), nn.Identity(), Linear(inner_dim, dim)]
+            [GeluProjection(dim, inner_dim, gelu), nn.Identity(), Linear(inner_dim, out_dim)]
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,6 +183,26 @@ class TextProjection(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(captions_BSE), approximate="tanh"))
 
 
+class ImageEmbedder(nn.Module):
+    """Embeddings of a clip's first frame, and with `pair` of its last one, to the model width: norm, MLP, norm.
+
+    Names, epsilon and the exact GELU are those of diffusers' WanImageEmbedding.
+    """
+
+    def __init__(self, image_dim: int, dim: int, tokens: int, *, pair: bool):
+        super().__init__()
+        self.norm1 = LayerNorm(image_dim)
+        self.ff = FeedForward(image_dim, image_dim, dim, gelu="none")
+        self.norm2 = LayerNorm(dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 2 * tokens, image_dim)) if pair else None
+
+    def forward(self, images_BIE: Tensor) -> Tensor:
+        """(B, I, E) of all images of a clip, one after the other, to (B, I, D)."""
+        if self.pos_embed is not None:
+            images_BIE = images_BIE + at_least_fp32(self.pos_embed)
+        return self.norm2(self.ff(self.norm1(images_BIE)))
+
+
 class TimeEmbedder(nn.Module):
     """Sinusoid to the model width: linear, SiLU, linear."""
 
@@ -195,15 +216,21 @@ class TimeEmbedder(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """Noise levels and captions as the blocks want them. Names are those of diffusers'
+    """Noise levels, captions and images as the blocks want them. Names are those of diffusers'
     WanTimeTextImageEmbedding."""
 
-    def __init__(self, dim: int, freq_dim: int, text_dim: int):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.freq_dim = freq_dim
-        self.time_embedder = TimeEmbedder(freq_dim, dim)
+        dim = cfg.dim
+        self.freq_dim = cfg.freq_dim
+        self.time_embedder = TimeEmbedder(cfg.freq_dim, dim)
         self.time_proj = PreciseLinear(dim, 6 * dim)
-        self.text_embedder = TextProjection(text_dim, dim)
+        self.text_embedder = TextProjection(cfg.text_dim, dim)
+        self.image_embedder = (
+            ImageEmbedder(cfg.image_dim, dim, cfg.image_tokens, pair=cfg.image_pair)
+            if cfg.image_dim
+            else None
+        )
 
     def embed_time(self, t_BT: Tensor) -> Tensor:
         """Noise levels in [0, 1], (B, T), to embeddings (B, T, D)."""

@@ -23,6 +23,7 @@ from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.errors import UserError
 from sora_train.models.finite_weights import require_finite
+from sora_train.models.image_encoder import ENCODER, ImageEncoder, read_sizes, tokens_of
 from sora_train.models.text.published import build_text_encoder
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.transformer.wan_layout import model_values
@@ -33,8 +34,10 @@ from sora_train.tools.convert.stored_weights import StoredWeights
 
 Shapes = dict[str, tuple[int, ...]]
 WAN_2_1_CLIP = ClipShape(81, 480, 832, 16.0)
+WAN_2_1_720P_CLIP = ClipShape(81, 720, 1280, 16.0)
 WAN_2_2_TI2V_CLIP = ClipShape(121, 704, 1280, 24.0)
 """What the models were trained on, by their cards (Wan 2.2: wan/configs/wan_ti2v_5B.py)."""
+SHIFT_OF_720P = 5.0
 SHOWN = 10
 # Of a scheduler: its class -> solver, grid, rounding and the name of its shift.
 SCHEDULERS = {
@@ -69,13 +72,9 @@ def import_pipeline(
     shapes, report = _check(transformer, stored, cfg)
     _require_numbers(transformer, stored)
     vae = VideoVAE.from_config(cfg.vae)
-    if vae.channels != cfg.model.velocity_channels or vae.channels != cfg.model.in_channels:
-        raise UserError(
-            f"{transformer} takes {cfg.model.in_channels} channels and makes "
-            f"{cfg.model.velocity_channels}, but the latents of {source}/vae have {vae.channels}; what can be "
-            "imported is a text-to-video pipeline"
-        )
-    spec = spec_of(cfg, vae, build_text_encoder(cfg.text).digest())
+    _require_channels(transformer, source, cfg, vae)
+    images = ImageEncoder(cfg.image, cfg.model).digest() if cfg.model.image_dim else ""
+    spec = spec_of(cfg, vae, build_text_encoder(cfg.text).digest(), images)
     with folder_when_whole(out) as partial:
         values = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
         write_atomically(partial / "config.yaml", values)
@@ -99,9 +98,26 @@ def import_pipeline(
 
 
 def usual_clip(source: Path, base: Path | None) -> ClipShape:
-    """The clip that a pipeline is for, where nobody says: that of Wan 2.2's TI2V, or of Wan 2.1."""
-    index = _transformer_and_rest(source, base)[1] / "model_index.json"
-    return WAN_2_2_TI2V_CLIP if _json(index).get("expand_timesteps") else WAN_2_1_CLIP
+    """The clip that a pipeline is for, where nobody says: that of Wan 2.2's TI2V, or of Wan 2.1, whose image-to-video
+    models for 480p and 720p differ by the shift of their schedulers alone."""
+    transformer, rest = _transformer_and_rest(source, base)
+    if _json(rest / "model_index.json").get("expand_timesteps"):
+        return WAN_2_2_TI2V_CLIP
+    shift = _json(rest / "scheduler" / "scheduler_config.json").get("flow_shift") or 0.0
+    takes_images = _json(transformer / "config.json").get("image_dim")
+    return WAN_2_1_720P_CLIP if takes_images and shift >= SHIFT_OF_720P else WAN_2_1_CLIP
+
+
+def _require_channels(transformer: Path, source: Path, cfg: Config, vae: VideoVAE) -> None:
+    """Raises UserError where the transformer takes or makes other channels than the VAE's latents have."""
+    model, concat = cfg.model, cfg.objective.cond_mode == "concat"
+    taken = 2 * vae.channels + vae.temporal_factor if concat else vae.channels
+    if (model.velocity_channels, model.in_channels) != (vae.channels, taken):
+        raise UserError(
+            f"{transformer} takes {model.in_channels} channels and makes {model.velocity_channels}, but the latents of "
+            f"{source}/vae have {vae.channels}; what can be imported makes {vae.channels} and takes as many, or "
+            f"{2 * vae.channels + vae.temporal_factor} with given frames and their mask"
+        )
 
 
 def _transformer_and_rest(source: Path, base: Path | None) -> tuple[Path, Path]:
@@ -150,6 +166,8 @@ def _require_one_transformer(source: Path) -> None:
 def _config(transformer: Path, source: Path, out: Path, extras: Mapping[str, bool]) -> Config:
     """The config of a run that has this model, and the pipeline's VAE, text encoder and scheduler."""
     model = model_values(_json(transformer / "config.json"), f"{transformer}/config.json")
+    if "image_dim" in model and not model.get("image_pair"):
+        model["image_tokens"] = tokens_of(read_sizes(source / ENCODER))
     text = _json(source / "text_encoder" / "config.json")
     if text.get("model_type") != "umt5":
         raise UserError(
@@ -182,12 +200,24 @@ def _config(transformer: Path, source: Path, out: Path, extras: Mapping[str, boo
         "objective.shift_rule": "constant",
         "objective.num_steps": 50,
         "objective.guidance_scale": 5.0,
-        # Wan 2.2's TI2V is trained on both; half each, as the shares are not published.
-        "objective.conditioning.i2v": 0.5 if pipeline.get("expand_timesteps") else 0.0,
+        **_conditioning(model, expand_timesteps=bool(pipeline.get("expand_timesteps"))),
+        "image.path": str(source.absolute()) if "image_dim" in model else "",
         "name": out.name,
         "run.dir": str(out),
     }
     return compose([f"{key}={json.dumps(value)}" for key, value in values.items()]).config
+
+
+def _conditioning(model: Mapping[str, Any], *, expand_timesteps: bool) -> dict[str, Any]:
+    """Which given frames a pipeline is trained on, and how they reach the model."""
+    concat = bool(model["out_channels"]) and model["out_channels"] < model["in_channels"]
+    # Wan 2.2's TI2V is trained on both; half each, as the shares are not published.
+    share = 1.0 if concat else 0.5 if expand_timesteps else 0.0
+    kinds = {"i2v": 0.0, "i2v_both": 0.0, "i2v_both" if model.get("image_pair") else "i2v": share}
+    return {
+        "objective.cond_mode": "concat" if concat else "replace",
+        **{f"objective.conditioning.{kind}": value for kind, value in kinds.items()},
+    }
 
 
 def _json(file: Path) -> dict[str, Any]:

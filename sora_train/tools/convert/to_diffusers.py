@@ -1,4 +1,4 @@
-"""A run as a pipeline's folder that `diffusers.WanPipeline.from_pretrained` runs as it is: `sora ckpt export`.
+"""A run as a pipeline's folder that diffusers' WanPipeline, or WanImageToVideoPipeline, runs: `sora ckpt export`.
 
 Parameter names are diffusers' own, so weights are copied, shard by shard; no more than one is in
 memory. What the pipeline has no place for is left out where that changes nothing, folded in where that
@@ -21,6 +21,7 @@ from sora_train.base.progress import Progress
 from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.errors import Fault, UserError
 from sora_train.models.finite_weights import require_finite
+from sora_train.models.image_encoder import ENCODER, PROCESSOR, ImageEncoder
 from sora_train.models.text.published import build_text_encoder
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.models.transformer.layers import sinusoid
@@ -28,6 +29,7 @@ from sora_train.models.transformer.wan_layout import CLASS_NAME, wan_arguments
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.published import WAN
 from sora_train.sampling.api import CheckpointInfo, checkpoint_info
+from sora_train.tools.convert.model_card import departures, model_card
 
 WEIGHTS = "diffusion_pytorch_model"
 EXTRAS = ("mask_proj.weight", "fps_proj.weight")
@@ -64,13 +66,19 @@ def export_pipeline(
         notes += _about_images(info, images)
         vae.save(partial / "vae")
         _write_text_encoder(info, weights, partial)
+        _write_image_encoder(info, partial)
         scheduler = _write_scheduler(info, vae, partial / "scheduler")
-        notes += _departures(info, scheduler)
-        _write_index(scheduler, partial, expand_timesteps=images)
-        (partial / "README.md").write_text(
-            _card(info, run, weights, fps, scheduler, _departures(info, scheduler))
-        )
-    return "\n".join([*notes, f"wrote {out}", f"next: WanPipeline.from_pretrained({str(out)!r})"])
+        differences, name = departures(info, scheduler), _pipeline_class(info)
+        _write_index(name, scheduler, partial, expand_timesteps=images)
+        card = model_card(info, run, weights, fps, scheduler, differences, name)
+        (partial / "README.md").write_text(card)
+    done = [f"wrote {out}", f"next: {name}.from_pretrained({str(out)!r})"]
+    return "\n".join([*notes, *differences, *done])
+
+
+def _pipeline_class(info: CheckpointInfo) -> str:
+    """The pipeline of diffusers that samples from the folder: with condition channels a clip has a first image."""
+    return "WanImageToVideoPipeline" if info.spec.cond_mode == "concat" else "WanPipeline"
 
 
 def _require(info: CheckpointInfo, fps: float | None) -> None:
@@ -79,11 +87,6 @@ def _require(info: CheckpointInfo, fps: float | None) -> None:
         raise UserError(
             "text.padding=masked cannot be exported, because WanPipeline attends to the padding; train with "
             "text.padding=wan"
-        )
-    if spec.cond_mode != "replace":
-        raise UserError(
-            f"objective.cond_mode={spec.cond_mode} cannot be exported as a text-to-video pipeline; export a run of "
-            "cond_mode=replace"
         )
     if cfg.text.kind not in ("umt5_bytes", "umt5"):
         raise UserError(
@@ -98,19 +101,27 @@ def _require(info: CheckpointInfo, fps: float | None) -> None:
         raise UserError(
             f"--fps {fps:g} has no effect: this model is not told the frame rate; leave it out"
         )
-    if cfg.model.velocity_channels != cfg.model.in_channels:
-        raise UserError(
-            f"model.out_channels={cfg.model.out_channels} cannot be exported: WanPipeline gives noisy latents "
-            f"alone, {cfg.model.velocity_channels} channels, and it takes {cfg.model.in_channels}"
-        )
     if not cfg.model.qk_norm:
         raise UserError("model.qk_norm=false cannot be exported: diffusers' class always has it")
-    if spec.conditioning and not dict(spec.conditioning).get("t2v"):
+    if spec.cond_mode == "concat":
+        _require_images(info)
+    elif spec.conditioning and not dict(spec.conditioning).get("t2v"):
         kinds = ", ".join(kind for kind, share in spec.conditioning if share)
         through = " through mask_proj" if cfg.model.mask_channel else ""
         raise UserError(
             f"objective.conditioning has trained no text to video, which is all that WanPipeline does, but {kinds}"
             f"{through}; sample with `sora sample --op`, or train on with shares of less than 1 in sum and export that"
+        )
+
+
+def _require_images(info: CheckpointInfo) -> None:
+    """Raises UserError where a model of condition channels was not trained on the frames that its pipeline gives it."""
+    needed = ("i2v_both",) if info.cfg.model.image_pair else ("i2v", "i2v_both")
+    kinds = [kind for kind, share in info.spec.conditioning if share]
+    if not set(needed) & set(kinds):
+        raise UserError(
+            f"objective.conditioning has trained {', '.join(kinds)} and not {needed[0]}, which is what "
+            "WanImageToVideoPipeline does; sample with `sora sample --op`, or train on with a share of it"
         )
 
 
@@ -179,6 +190,8 @@ def _takes_images(info: CheckpointInfo, weights: str) -> bool:
     """Whether the model makes a video of an image as Wan 2.2's TI2V does, whose pipeline has `expand_timesteps`: the
     image's tokens are told noise level 0, and nothing else tells of it."""
     cfg, stored = info.cfg.model, StoredTensors(info.checkpoint)
+    if info.spec.cond_mode == "concat":
+        return False
     if not dict(info.spec.conditioning).get("i2v") or tuple(cfg.patch_size) != EXPANDED_PATCH:
         return False
     if not cfg.mask_channel:
@@ -191,6 +204,10 @@ def _about_images(info: CheckpointInfo, images: bool) -> list[str]:
     """Which kinds of conditioning the pipeline has, and which it lacks."""
     kinds = [kind for kind, share in info.spec.conditioning if kind != "t2v" and share]
     notes = []
+    if info.spec.cond_mode == "concat":
+        given = ("i2v", "i2v_both")
+        kinds = [kind for kind in kinds if kind not in given]
+        notes.append("WanImageToVideoPipeline makes videos of images from the folder")
     if images:
         kinds.remove("i2v")
         notes.append(
@@ -198,7 +215,7 @@ def _about_images(info: CheckpointInfo, images: bool) -> list[str]:
         )
     if kinds:
         notes.append(
-            f"WanPipeline does text to video alone; {', '.join(kinds)} stay with `sora sample --op`"
+            f"{_pipeline_class(info)} does no other kind; {', '.join(kinds)} stay with `sora sample --op`"
         )
     return notes
 
@@ -274,6 +291,18 @@ def _write_text_encoder(info: CheckpointInfo, weights: str, folder: Path) -> Non
     encoder.tokenizer.save_pretrained(folder / "tokenizer")
 
 
+def _write_image_encoder(info: CheckpointInfo, folder: Path) -> None:
+    """Nothing for a model that has none."""
+    if not info.cfg.model.image_dim:
+        return
+    encoder = ImageEncoder(info.cfg.image, info.cfg.model)
+    if encoder.digest() != info.spec.image_digest:
+        raise UserError(
+            f"image.path={info.cfg.image.path!r} no longer holds the encoder this run was trained with; restore it"
+        )
+    encoder.save(folder)
+
+
 def _write_scheduler(info: CheckpointInfo, vae: VideoVAE, folder: Path) -> dict[str, Any]:
     """The scheduler of the spec's solver with its shift for the run's usual clip; class and shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -289,12 +318,14 @@ def _write_scheduler(info: CheckpointInfo, vae: VideoVAE, folder: Path) -> dict[
     return {"class": "FlowMatchEulerDiscreteScheduler", "shift": shift, "grid": "flow_match_euler"}
 
 
-def _write_index(scheduler: Mapping[str, Any], folder: Path, *, expand_timesteps: bool) -> None:
+def _write_index(
+    name: str, scheduler: Mapping[str, Any], folder: Path, *, expand_timesteps: bool
+) -> None:
     import diffusers
 
     tokenizer = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
     parts: dict[str, Any] = {
-        "_class_name": "WanPipeline",
+        "_class_name": name,
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", scheduler["class"]],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -303,93 +334,15 @@ def _write_index(scheduler: Mapping[str, Any], folder: Path, *, expand_timesteps
         "vae": ["diffusers", WAN],
         "expand_timesteps": expand_timesteps,
     }
+    if name == "WanImageToVideoPipeline":
+        has = (folder / ENCODER).is_dir()
+        parts[ENCODER] = ["transformers", "CLIPVisionModel"] if has else [None, None]
+        parts[PROCESSOR] = ["transformers", "CLIPImageProcessor"] if has else [None, None]
     (folder / "model_index.json").write_text(json.dumps(parts, indent=2) + "\n")
     missing = [
         name
         for name, part in parts.items()
-        if isinstance(part, list) and not (folder / name).is_dir()
+        if isinstance(part, list) and part[0] and not (folder / name).is_dir()
     ]
     if missing:
         raise Fault(f"the pipeline's folder lacks {', '.join(missing)}")
-
-
-def _departures(info: CheckpointInfo, scheduler: Mapping[str, Any]) -> list[str]:
-    """In what the pipeline's sampling is not that of `sora sample` on this run, a sentence each."""
-    spec, shape = info.spec, info.shape
-    unipc = scheduler["grid"] == "unipc"
-    steps = (spec.solver, spec.time_grid, spec.time_rounding)
-    same = ("unipc", "unipc", "truncate") if unipc else ("euler", "flow_match_euler", "none")
-    notes = []
-    if steps != same:
-        notes.append(
-            f"differs: it samples with objective.solver={steps[0]}, time_grid={steps[1]}, time_rounding={steps[2]}, "
-            f"but {scheduler['class']} as {same[0]}, {same[1]}, {same[2]}, so its clips are a little different"
-        )
-    if spec.shift_rule != "constant":
-        notes.append(
-            f"differs: objective.shift_rule={spec.shift_rule} gives each size its own shift; the scheduler has that of "
-            f"{shape.frames} frames of {shape.width}x{shape.height}, {scheduler['shift']:g}"
-        )
-    plain = {"guidance_from": 0.0, "guidance_to": 1.0, "guidance_rescale": 0.0}
-    notes += [
-        f"differs: WanPipeline has no objective.{key}, which is {getattr(spec, key):g} here"
-        for key, value in plain.items()
-        if getattr(spec, key) != value
-    ]
-    return notes
-
-
-def _captions_cut(info: CheckpointInfo) -> str:
-    """The share of captions that training cut there, as the end of a sentence; nothing where it is not known."""
-    state = info.checkpoint.state()
-    seen, cut = state.get("samples_seen", 0), state.get("captions_cut", 0)
-    return f"; {100 * cut / seen:.3g} % of the captions trained were longer and cut" if seen else ""
-
-
-def _card(
-    info: CheckpointInfo,
-    run: Path,
-    weights: str,
-    fps: float | None,
-    scheduler: Mapping[str, Any],
-    departures: list[str],
-) -> str:
-    cfg, spec, shape = info.cfg, info.spec, info.shape
-    kind = {"ema": "averaged", "live": "live"}.get(weights, f"averaged ({weights})")
-    sources = ", ".join(source.source for source in cfg.data.sources) or cfg.data.source
-    sampler = f"{scheduler['class']}, shift {scheduler['shift']:g}, {spec.num_steps} steps"
-    departed = "\n".join(f"- {note}" for note in departures)
-    rate = f"\nThe frame rate {fps:g} is folded into the weights.\n" if fps is not None else "\n"
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-video
-license: other
----
-
-# {cfg.name}
-
-A text-to-video model trained with sora_train, step {info.checkpoint.step}, {kind} weights.
-
-| | |
-|---|---|
-| base | {cfg.text.path or "trained from scratch"} (text encoder), {cfg.vae.path or "random"} (VAE) |
-| data | {sources} |
-| usual clip | {shape.frames} frames of {shape.width}x{shape.height} at {shape.fps:g} a second |
-| sampler | {sampler}, guidance {spec.guidance_scale:g} |
-| longest caption | {cfg.text.max_length} tokens (`max_sequence_length`){_captions_cut(info)} |
-{rate}
-{departed}
-
-Licences: those of the data, of the VAE and of the text encoder hold; fill in your own before you publish.
-
-```python
-from diffusers import WanPipeline
-
-pipeline = WanPipeline.from_pretrained("{run.name}")
-video = pipeline(
-    prompt="...", height={shape.height}, width={shape.width}, num_frames={shape.frames},
-    num_inference_steps={spec.num_steps}, guidance_scale={spec.guidance_scale:g},
-    max_sequence_length={cfg.text.max_length},
-).frames[0]
-```
-"""

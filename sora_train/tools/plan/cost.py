@@ -23,6 +23,7 @@ from sora_train.config.compose import compose
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.objectives import FlowBatch
+from sora_train.objectives.flow_batch import blank_inputs
 from sora_train.parallel.engine import build_engine, resolve_layout
 from sora_train.runtime import world as distributed
 from sora_train.tools.measuring import Measured, Result, Stats, grid_of, measure
@@ -181,7 +182,8 @@ def clip_of(cfg: Config, tokens: int, device: torch.device) -> FlowBatch:
     """A random clip of so many tokens, as square as they allow, with a caption of half the limit."""
     frames, rows, columns = grid_of(tokens)
     patch, p, q = cfg.model.patch_size
-    shape = (1, cfg.model.in_channels, frames * patch, rows * p, columns * q)
+    size = (frames * patch, rows * p, columns * q)
+    shape = (1, cfg.model.velocity_channels, *size)
     generator = torch.Generator().manual_seed(cfg.seed)
     return FlowBatch(
         x=torch.randn(shape, generator=generator).to(device),
@@ -190,6 +192,7 @@ def clip_of(cfg: Config, tokens: int, device: torch.device) -> FlowBatch:
         mask_BT=torch.zeros(1, frames * patch, device=device),
         prompts=["x" * (cfg.text.max_length // 2 - 1)],
         fps_B=torch.full((1,), cfg.buckets.fps, device=device),
+        **blank_inputs(cfg.model, 1, size, device),
     )
 
 

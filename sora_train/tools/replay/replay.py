@@ -322,7 +322,8 @@ def rebuilt(request: ReplayRequest, plan: Plan, builder: Builder) -> Components:
         _fill(parts.model, plan, parts.vae)
         parts.spec = build_spec(run.cfg, parts.vae, parts.model)
     else:
-        parts.spec = spec_of(run.cfg, parts.vae, stored.text_digest if stored else "")
+        digests = (stored.text_digest, stored.image_digest) if stored else ("", "")
+        parts.spec = spec_of(run.cfg, parts.vae, *digests)
     parts.data = builder.build_data(parts.model)
     parts.data.loader.quarantine.detach()
     if meta:

@@ -38,11 +38,11 @@ def sizes_of_vae(cfg: Config) -> dict[str, object]:
         config = json.loads((stored_folder(cfg.vae) / "config.json").read_text())
         if config.get("_class_name", WAN) == WAN:
             return {key: value for key, value in config.items() if not key.startswith("_")}
-    name = BY_CHANNELS.get(cfg.model.in_channels)
+    name = BY_CHANNELS.get(cfg.model.velocity_channels)
     if name is None:
         raise ConfigError(
-            f"vae.path={cfg.vae.path} is not on this machine, and no published VAE has model.in_channels="
-            f"{cfg.model.in_channels}; fetch it first, or give vae.arch"
+            f"vae.path={cfg.vae.path} is not on this machine, and no published VAE has the "
+            f"{cfg.model.velocity_channels} channels that the model makes; fetch it first, or give vae.arch"
         )
     arch = load_yaml(find_configs() / "vae" / f"{name}.yaml")["arch"]
     assert isinstance(arch, dict)

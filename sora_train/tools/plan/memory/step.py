@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from sora_train.config import Config
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.objectives import FlowBatch
+from sora_train.objectives.flow_batch import blank_inputs
 from sora_train.parallel import fsdp
 from sora_train.parallel.context.context import ContextGroups, neighbours
 from sora_train.parallel.deepspeed.engine import rank_checks
@@ -158,6 +159,7 @@ def batch_of(cfg: Config, shape: tuple[int, int, int, int], clips: int, caption:
         text=text,
         t_cond_B=torch.empty(clips),
         time_weight_B=torch.empty(clips),
+        **blank_inputs(cfg.model, clips, shape[1:]),
     )
 
 
