@@ -17,6 +17,7 @@ from sora_train.checkpoint.layout import weights_digest
 from sora_train.checkpoint.meta import CheckpointMeta
 from sora_train.config import Config
 from sora_train.diffusion.spec import DiffusionSpec
+from sora_train.models.adapters.factors import AdapterWeights
 from sora_train.models.adapters.inject import adapter_weights, add_adapter
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
@@ -26,11 +27,13 @@ from sora_train.parallel.engine import build_engine
 from sora_train.parallel.materialise import fill
 from sora_train.parallel.protocol import Engine
 from sora_train.training.initialise import (
+    adapter_start,
     begin_adapter,
     require_fitting,
     require_same_base,
     require_same_spec,
     source_of,
+    take_adapter,
     take_moments,
     take_weights,
 )
@@ -94,9 +97,12 @@ def build(builder: Builder, resumed: CheckpointMeta | None) -> None:
     build_networks(builder, empty=run.cfg.parallel.engine == "fsdp")
     # The base of an adapter is in no checkpoint of its run.
     initial = initial_weights(run, parts) if run.cfg.adapter.on or not resumed else None
+    start = None
     if run.cfg.adapter.on and initial is not None:
         parts.base = weights_digest(initial, run.cfg.init.weights)
         require_same_base(run.cfg, parts.base, resumed)
+        assert parts.model is not None
+        start = None if resumed else adapter_start(run.cfg, initial, parts.model)
     assert parts.model is not None
     parts.spec = build_spec(run.cfg, parts.vae, parts.model)
     if resumed:
@@ -105,7 +111,7 @@ def build(builder: Builder, resumed: CheckpointMeta | None) -> None:
     builder.run = run = replace(run, cfg=parts.data.with_steps(run.cfg))
     settle_kernels(run, parts.data)
     parts.objective = builder.build_objective()
-    build_for_training(run, parts, initial)
+    build_for_training(run, parts, initial, start)
 
 
 def build_networks(builder: Builder, *, empty: bool) -> None:
@@ -146,20 +152,26 @@ def initial_weights(run: RunContext, parts: Components) -> checkpoints.Checkpoin
 
 
 def build_for_training(
-    run: RunContext, parts: Components, initial: checkpoints.Checkpoint | None
+    run: RunContext,
+    parts: Components,
+    initial: checkpoints.Checkpoint | None,
+    start: AdapterWeights | None,
 ) -> None:
-    """The engine and the averages, with the weights that the run begins with: those of `initial`, or drawn ones."""
+    """The engine and the averages, with the weights that the run begins with: those of `initial`, or drawn ones; an
+    adapter's those of `start`."""
     cfg, model = run.cfg, parts.model
     assert model is not None
     empty = any(parameter.is_meta for parameter in model.parameters())
     if cfg.adapter.on and initial is not None and not empty:
         begin_adapter(cfg, initial, model, adapter_weights(model))
+        take_adapter(cfg, start, adapter_weights(model))
     parts.engine = engine = build_engine(
         model, cfg, run.world, run.layout, partial(build_optimizer, cfg.optim)
     )
     if cfg.adapter.on and initial is not None:
         if empty:
             begin_adapter(cfg, initial, engine.model, engine.model_state())
+            take_adapter(cfg, start, engine.model_state())
             engine.weights_changed()
     elif initial is not None:
         take_weights(cfg, initial, engine.model_state())

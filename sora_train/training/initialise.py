@@ -4,22 +4,32 @@ Step and data begin anew, the optimizer's moments too unless `init.optimizer` ta
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from sora_train import checkpoint as checkpoints
-from sora_train.checkpoint.layout import split_step
+from sora_train.checkpoint.layout import split_step, weights_digest
 from sora_train.checkpoint.meta import CheckpointMeta, read_meta
 from sora_train.config import Config
 from sora_train.config.resumption import differences
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import ConfigError, UserError
-from sora_train.models.adapters.inject import base_weights, first_values, lengths_of_base
+from sora_train.models.adapters.factors import AdapterWeights
+from sora_train.models.adapters.inject import (
+    DOWN,
+    MAGNITUDE,
+    UP,
+    adapter_weights,
+    base_weights,
+    first_values,
+    lengths_of_base,
+)
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.parallel.materialise import fill
 from sora_train.parallel.shards import local
+from sora_train.sampling.adapters import open_adapter
 
 PREFIX = {"ema": "ema.", "live": "model."}
 """What names of tensors begin with in a checkpoint, by `init.weights`."""
@@ -119,3 +129,55 @@ def require_same_spec(now: DiffusionSpec | None, resumed: CheckpointMeta) -> Non
             f"the checkpoint of step {resumed.step} was trained with another diffusion spec: {sentences}; give the VAE "
             "and the text encoder of that run, or another run.dir"
         )
+
+
+def adapter_start(
+    cfg: Config, base: checkpoints.Checkpoint, model: nn.Module
+) -> AdapterWeights | None:
+    """The adapter of `adapter.init`, which is trained on; None without one.
+
+    Raises UserError where it was trained on another base, or has other modules, ranks or kind than this run's.
+    """
+    if not cfg.adapter.init:
+        return None
+    opened, where = open_adapter(cfg.adapter.init), f"adapter.init={cfg.adapter.init}"
+    start, digest = opened.weights, weights_digest(base, cfg.init.weights)
+    if opened.strength != 1.0:
+        raise UserError(f"{where} is trained on as it is; leave :{opened.strength:g} out")
+    if start.about.base_digest not in ("", digest):
+        raise UserError(
+            f"{where} was trained on another base, {start.about.base or 'without a name'} (digest "
+            f"{start.about.base_digest[:12]}), than init.run={cfg.init.run} holds (digest {digest[:12]}); give its own"
+        )
+    given = {name: tuple(value.shape) for name, value in _named_factors(start, 1.0)}
+    for name, parameter in adapter_weights(model).items():
+        shape = given.pop(name, None)
+        if shape != tuple(parameter.shape):
+            held = "nothing" if shape is None else f"{list(shape)}"
+            raise UserError(
+                f"{where} holds {held} for {name}, and this run trains {list(parameter.shape)}; set adapter.rank, "
+                "adapter.targets and adapter.dora as it was trained"
+            )
+    if given or start.differences:
+        extra = next(iter([*given, *start.differences]))
+        raise UserError(
+            f"{where} holds {extra}, which this run would not train; set adapter.targets and adapter.dora as it was "
+            "trained, or merge it into the base (`sora ckpt merge`)"
+        )
+    return start
+
+
+@torch.no_grad()
+def take_adapter(cfg: Config, start: AdapterWeights | None, weights: Mapping[str, Tensor]) -> None:
+    """Fill the adapter's own `weights`, sharded as they lie, with those of `adapter_start`, if there is one."""
+    if start is not None:
+        fill(weights, _named_factors(start, cfg.adapter.scale))
+
+
+def _named_factors(start: AdapterWeights, scale: float) -> Iterator[tuple[str, Tensor]]:
+    """By the names of parameters; what comes out of each product is as large under `scale` as it was under its own."""
+    for name, factors in start.modules.items():
+        yield f"transformer.{name}.{DOWN}", factors.down
+        yield f"transformer.{name}.{UP}", factors.up * (factors.scale / scale)
+        if factors.magnitude is not None:
+            yield f"transformer.{name}.{MAGNITUDE}", factors.magnitude

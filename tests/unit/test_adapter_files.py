@@ -189,7 +189,7 @@ def test_a_file_that_diffusers_saved_is_read_as_peft_merges_it(
 
     config = LoraConfig(
         r=4, lora_alpha=6, target_modules=["to_q", "to_out.0", "ffn.net.2"], init_lora_weights=False,
-        rank_pattern={"attn2.to_q": 3}, alpha_pattern={"blocks.1.ffn.net.2": 1}, **how,
+        rank_pattern={"attn2.to_q": 3}, alpha_pattern={"ffn.net.2": 1, "blocks.1.attn1.to_q": 9}, **how,
     )  # fmt: skip
     model = inject_adapter_in_model(config, adapted(wan))
     WanPipeline.save_lora_weights(

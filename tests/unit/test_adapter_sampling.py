@@ -217,6 +217,51 @@ def test_an_export_that_cannot_be_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+# -- trained on -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_training_begins_with_the_adapter_of_adapter_init(base: Path, tmp_path: Path, dora: bool):
+    """From a run and from a file, at another alpha too; going on from a checkpoint needs it no more."""
+    kind = [*ADAPTER, f"adapter.dora={str(dora).lower()}", f"init.run={base}"]
+    first = train(tmp_path / "first", *kind)
+    export_adapter(str(first), tmp_path / "first.safetensors", "diffusers")
+    still = [*kind, "optim.lr=1e-12", "train.steps=1", "adapter.alpha=9"]
+    again = train(tmp_path / "run", *still, f"adapter.init={first}")
+    file = train(tmp_path / "file", *still, f"adapter.init={tmp_path / 'first.safetensors'}")
+    expected = weights(load(first))
+    for run in (again, file):
+        for kind_of_weights in ("ema", "live"):
+            got = weights(load(run, weights=kind_of_weights, base=str(base)))
+            for name, value in got.items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    (tmp_path / "first.safetensors").unlink()
+    train(
+        tmp_path / "file", *still, f"adapter.init={tmp_path / 'first.safetensors'}", "train.steps=2"
+    )
+
+
+def test_an_adapter_that_this_run_cannot_train_on_is_refused(
+    base: Path, zork: Path, shapes: dict[str, tuple[int, int]], tmp_path: Path
+):
+    def begin(*more: str) -> None:
+        train(tmp_path / "run", *ADAPTER, f"init.run={base}", f"adapter.init={zork}", *more)
+
+    with refuses(UserError, "adapter.init", str(zork), "[3, ", "[4, ", "adapter.rank"):
+        begin("adapter.rank=4")
+    with refuses(UserError, "adapter.init", "text_embedder", "would not train", "adapter.targets"):
+        begin("adapter.targets=[attention+mlp]")
+    with refuses(UserError, "adapter.init", "nothing", "lora_magnitude_vector", "adapter.dora"):
+        begin("adapter.dora=true")
+    with refuses(UserError, "adapter.init", "leave :0.5 out"):
+        begin(f"adapter.init={zork}:0.5")
+    other = some_adapter(shapes, about=AdapterFacts(base_digest="cd" * 32, base="wan_14b"))
+    write_adapter(other, tmp_path / "other.safetensors", "comfyui")
+    with refuses(UserError, "adapter.init", "wan_14b", "cdcdcdcdcdcd", f"init.run={base}"):
+        begin(f"adapter.init={tmp_path / 'other.safetensors'}")
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
 # -- merged ---------------------------------------------------------------------------------------
 
 
