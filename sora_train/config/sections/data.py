@@ -39,8 +39,8 @@ class MixConfig(Section):
 
 class DataConfig(Section):
     source: str = "shapes"
-    """`shapes` (the built-in procedural world), a folder of shards, a plain folder of clips, or a
-    CSV/JSONL/Parquet table."""
+    """`shapes` (the built-in procedural world; `shapes:orange` is in a colour that it does not have otherwise), a
+    folder of shards, a plain folder of clips, or a CSV/JSONL/Parquet table."""
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
     """Several sources at once, instead of `data.source` (set that to '')."""
     mix: Annotated[tuple[MixConfig, ...], Field(strict=False)] = ()

@@ -64,9 +64,9 @@ class SourceSettings(Section):
     @field_validator("source")
     @classmethod
     def _not_built_in(cls, source: str) -> str:
-        if source == "shapes":
+        if source.partition(":")[0] == "shapes":
             raise ValueError(
-                "source=shapes is rendered by a run; train with `sora train experiment=quickstart` and "
+                f"source={source} is rendered by a run; train with `sora train experiment=quickstart` and "
                 "look at the shards in its run folder"
             )
         return source

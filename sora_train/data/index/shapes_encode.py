@@ -27,6 +27,7 @@ class ShapesRequest:
     first: int
     count: int
     image_share: float
+    colour: str = ""
 
 
 @dataclass(frozen=True)

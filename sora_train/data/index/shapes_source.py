@@ -29,6 +29,7 @@ def prepare_shapes(
     num_clips: int,
     seed: int,
     image_share: float = IMAGE_SHARE,
+    colour: str = "",
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
@@ -39,13 +40,14 @@ def prepare_shapes(
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r} is none of the shapes world's: {', '.join(SPLITS)}")
-    name = f"{split}-{num_clips}-seed{seed}-images{image_share:g}-v{VERSION}"
+    kind = f"{split}-{colour}" if colour else split
+    name = f"{kind}-{num_clips}-seed{seed}-images{image_share:g}-v{VERSION}"
     folder = Path(dir) / name
     if (folder / FILE_NAME).exists():
         return Manifest.load(folder / FILE_NAME, root=folder)
     partial = folder.with_name(f".{name}.{os.getpid()}.tmp")
     try:
-        _write(partial, split, num_clips, seed, image_share, workers, progress)
+        _write(partial, split, num_clips, seed, image_share, colour, workers, progress)
         try:
             os.rename(partial, folder)
         except OSError:
@@ -64,6 +66,7 @@ def _write(
     num_clips: int,
     seed: int,
     image_share: float,
+    colour: str,
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -81,6 +84,7 @@ def _write(
                     first,
                     min(_SCENES_A_REQUEST, num_clips - first),
                     image_share,
+                    colour,
                 )
             )
             for first in range(0, num_clips, _SCENES_A_REQUEST)

@@ -10,7 +10,13 @@ def answer(request: ShapesRequest) -> tuple[str, object]:
     numbers = range(request.first, request.first + request.count)
     try:
         scenes = (
-            sample_scene(request.seed, number, request.split, image_share=request.image_share)
+            sample_scene(
+                request.seed,
+                number,
+                request.split,
+                image_share=request.image_share,
+                colour=request.colour,
+            )
             for number in numbers
         )
         return "ok", [encode_scene(scene) for scene in scenes]

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from sora_train.base.progress import Progress
-from sora_train.config import Config, SourceConfig
+from sora_train.config import Config, DataConfig, SourceConfig
 from sora_train.data.index.folder import open_source, without_hdr
 from sora_train.data.index.shapes_source import prepare_shapes
 from sora_train.data.manifest import Manifest, text_digest
+from sora_train.data.shapes.world import NEW_COLOURS, PALETTE
 from sora_train.data.storage.remote import is_remote
 from sora_train.errors import Fault, UserError
 
@@ -198,12 +199,34 @@ def _whole(path: str) -> str:
     return path if is_remote(path) else str(Path(path).absolute())
 
 
+def colour_of(source: str) -> str | None:
+    """The colour in which a source of the shapes world is rendered, empty for those of the world; None for clips.
+
+    Raises UserError for a colour that there is not.
+    """
+    world, colon, colour = source.partition(":")
+    if world != SHAPES or source == f"{SHAPES}:":
+        return None
+    if colon and colour not in PALETTE:
+        raise UserError(
+            f"data.source={source}: the shapes world has no colour {colour!r}; choose one of {', '.join(PALETTE)}"
+        )
+    return colour
+
+
+def new_colour(data: DataConfig) -> str:
+    """The colour among the sources that the shapes world does not have otherwise; empty without one."""
+    asked = [colour_of(source.source) for source in data.sources] or [colour_of(data.source)]
+    return next((colour for colour in asked if colour in NEW_COLOURS), "") or ""
+
+
 def _open(
     source: SourceConfig, split: str, count: int, cfg: Config, work_dir: Path
 ) -> tuple[Manifest, bool]:
     """A manifest, and whether the source is the shapes world (which has splits of its own)."""
     data = cfg.data
-    if source.source == SHAPES:
+    colour = colour_of(source.source)
+    if colour is not None:
         folder = work_dir / f"shapes-{split}"
         with Progress(count, f"rendering {split} clips") as progress:
             manifest = prepare_shapes(
@@ -212,6 +235,7 @@ def _open(
                 num_clips=count,
                 seed=cfg.seed,
                 image_share=data.shapes_image_share,
+                colour=colour,
                 workers=data.num_workers,
                 progress=lambda done, total: progress.update(done),
             )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,8 +76,12 @@ class Reading:
     match: float
 
 
-def read(clip: np.ndarray) -> list[Reading]:
-    """All things seen in `clip`, uint8 (T, H, W, 3) RGB, the largest first.
+Palette = Mapping[str, tuple[int, int, int]]
+"""The colours that a thing may have, by name."""
+
+
+def read(clip: np.ndarray, palette: Palette = COLOURS) -> list[Reading]:
+    """All things seen in `clip`, uint8 (T, H, W, 3) RGB, the largest first, each of the nearest colour of `palette`.
 
     Two things of one colour are seen as one; the world never makes them. Raises UserError when
     the array is not a clip.
@@ -85,9 +89,9 @@ def read(clip: np.ndarray) -> list[Reading]:
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8:
         raise UserError(f"clip is {clip.dtype} {clip.shape}: give uint8 (frames, height, width, 3)")
     pixels = clip.astype(np.float32)
-    hue_THW, is_thing_THW = _hues(pixels)
+    hue_THW, is_thing_THW = _hues(pixels, palette)
     seeds = []
-    for index, colour in enumerate(COLOURS):
+    for index, colour in enumerate(palette):
         seed_THW = is_thing_THW & (hue_THW == index)
         counts_T = seed_THW.sum(axis=(1, 2))
         area = float(counts_T.mean() / seed_THW[0].size)
@@ -109,7 +113,9 @@ def read(clip: np.ndarray) -> list[Reading]:
     return sorted(readings, key=lambda reading: -reading.area)
 
 
-def score(clips: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, float]:
+def score(
+    clips: Sequence[np.ndarray], prompts: Sequence[Prompt], palette: Palette = COLOURS
+) -> dict[str, float]:
     """Fractions in [0, 1] of clips whose largest thing has its prompt's colour, shape and motion.
 
     A clip where nothing is seen is wrong in all three. Raises UserError unless there is one clip
@@ -119,7 +125,7 @@ def score(clips: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict[str, f
         raise UserError(f"score got {len(clips)} clips for {len(prompts)} prompts: give one each")
     hits = dict.fromkeys(CHANCE, 0)
     for clip, prompt in zip(clips, prompts, strict=True):
-        readings = read(clip)
+        readings = read(clip, palette)
         for factor in hits:
             hits[factor] += bool(readings) and (
                 getattr(readings[0], factor) == getattr(prompt, factor)
@@ -133,7 +139,7 @@ def _opponent(rgb: np.ndarray) -> np.ndarray:
     return (red - (green + blue) / 2) + 1j * (math.sqrt(0.75) * (green - blue))
 
 
-def _hues(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _hues(pixels: np.ndarray, palette: Palette) -> tuple[np.ndarray, np.ndarray]:
     """Nearest palette colour of each pixel, and whether it is coloured enough to be a thing.
 
     The background's own tint is taken off first, which keeps a thing's hue up to its soft edge.
@@ -142,9 +148,9 @@ def _hues(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pale = plane_THW[np.abs(plane_THW) < MIN_CHROMA]
     if pale.size:
         plane_THW = plane_THW - (np.median(pale.real) + 1j * np.median(pale.imag))
-    palette = _opponent(np.asarray(list(COLOURS.values()), np.float32))
-    palette /= np.abs(palette)
-    nearness = np.stack([(plane_THW * np.conj(hue)).real for hue in palette])
+    hues = _opponent(np.asarray(list(palette.values()), np.float32))
+    hues /= np.abs(hues)
+    nearness = np.stack([(plane_THW * np.conj(hue)).real for hue in hues])
     return nearness.argmax(axis=0), np.abs(plane_THW) >= MIN_CHROMA
 
 

@@ -34,6 +34,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "magenta": (228, 48, 220),
     "cyan": (36, 220, 232),
 }
+# Colours that no scene has unless it is asked for: what a trained model has never seen. Their hues lie between two
+# of the others, and far enough from both to be told apart.
+NEW_COLOURS: dict[str, tuple[int, int, int]] = {"orange": (248, 132, 20)}
+PALETTE = COLOURS | NEW_COLOURS
 # Circumradius of each shape when its nominal radius is 1; the areas are then about equal.
 SHAPES: dict[str, float] = {
     "circle": 1.0,
@@ -158,11 +162,17 @@ class _Draws:
 
 
 def sample_scene(
-    seed: int, index: int, split: str = "train", *, image_share: float = IMAGE_SHARE
+    seed: int,
+    index: int,
+    split: str = "train",
+    *,
+    image_share: float = IMAGE_SHARE,
+    colour: str = "",
 ) -> Scene:
     """Scene number `index` of a split, the same whatever was drawn before.
 
-    `train` and `val` hold the combinations training may see, `held_out` only those it may not.
+    `train` and `val` hold the combinations training may see, `held_out` only those it may not. With a `colour` of
+    `PALETTE` every thing is of that one, and none has another beside it.
     Raises UserError on an unknown split or a negative seed or index.
     """
     if split not in SPLITS:
@@ -177,7 +187,7 @@ def sample_scene(
     if draws.chance(image_share):
         num_frames, fps = 1, 1.0
     held_out = split == "held_out"
-    is_pair = draws.chance(PAIR_SHARE)
+    is_pair = draws.chance(PAIR_SHARE) and not colour
     is_panned = draws.chance(PAN_SHARE) and num_frames > 1 and not is_pair
     if is_pair or num_frames == 1:
         motions: tuple[str, ...] = ("still",)
@@ -185,8 +195,8 @@ def sample_scene(
         motions = PAN_MOTIONS if is_panned else MOTIONS
     motion = draws.pick(motions)
     choices = [c for c in combinations(held_out=held_out) if c[2] == motion]
-    colour, shape, _ = draws.pick(choices)
-    scene = _stage(draws, colour, shape, motion, num_frames, fps, height, width, is_panned)
+    drawn, shape, _ = draws.pick(choices)
+    scene = _stage(draws, colour or drawn, shape, motion, num_frames, fps, height, width, is_panned)
     if is_pair:
         scene = _pair(draws, scene, choices)
     scene = replace(scene, key=f"shapes-{split}-{seed}-{index:06d}", held_out=held_out)
@@ -212,13 +222,16 @@ def scene_of(
     return replace(scene, caption=prompt.text, held_out=held_out, key=f"shapes-prompt-{seed}")
 
 
-def eval_prompts(n: int, *, held_out: bool, seed: int = 0) -> list[Prompt]:
-    """`n` prompts for single things under a static camera, balanced over colour, shape and motion.
+def eval_prompts(n: int, *, held_out: bool, seed: int = 0, colour: str = "") -> list[Prompt]:
+    """`n` prompts for single things under a static camera, balanced over colour, shape and motion; with a `colour` all
+    of that one.
 
     Each next combination is one whose factors were used least so far; ties are drawn from `seed`.
     """
     draws = _Draws(seed, len(SPLITS) + 1, int(held_out))
     pool = combinations(held_out=held_out)
+    if colour:
+        pool = list(dict.fromkeys((colour, shape, motion) for _, shape, motion in pool))
     used: dict[tuple[int, str], int] = {}
     times: dict[tuple[str, str, str], int] = {}
     prompts = []
@@ -410,7 +423,7 @@ def render(scene: Scene) -> np.ndarray:
         v = (y_HW[None, top:bottom, left:right] - centre_y) / radius
         outline = distance(thing.shape, cos * u + sin * v, cos * v - sin * u)
         alpha = np.clip(0.5 - outline * radius, 0.0, 1.0)[..., None]
-        paint = np.asarray(COLOURS[thing.colour], np.float32)
+        paint = np.asarray(PALETTE[thing.colour], np.float32)
         if scene.style == "shaded":
             shade = np.clip(0.86 - 0.14 * (u + v), 0.6, 1.0)
             paint = shade[..., None] * paint

@@ -5,6 +5,7 @@ What peft lacks is here: first values keyed by name, dropout keyed by clip, mast
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,22 @@ def first_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
             bound = 1.0 / math.sqrt(parameter.shape[1])
             values = torch.empty(parameter.shape)
             yield name, values.uniform_(-bound, bound, generator=keyed_generator(seed, name))
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model computes as if it had no adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    # Not enable_adapters(), which would also change what is trained.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def lengths_of_base(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -137,14 +137,9 @@ def oracle_table(oracle: dict[str, Any]) -> Table:
     """What share of clips show what their prompt asks for, beside chance and the two ceilings."""
     table = Table(title="oracle: share of clips that show what was asked", title_justify="left")
     table.add_column("")
-    rows = [
-        key
-        for key in ("seen", "held_out", "chance", "ceiling_clean", "ceiling_vae")
-        if key in oracle
-    ]
     factors = list(oracle["seen"])
     for factor in factors:
         table.add_column(factor, justify="right")
-    for key in rows:
+    for key in oracle:
         table.add_row(key.replace("_", " "), *[f"{oracle[key][factor]:.1%}" for factor in factors])
     return table

@@ -83,7 +83,7 @@ class PlannedRun:
             return []
         data = self.cfg.data
         places = [data.source] if data.source else [source.source for source in data.sources]
-        return [place for place in places if place != SHAPES]
+        return [place for place in places if place.partition(":")[0] != SHAPES]
 
 
 def examine(place: RankPlace, run: PlannedRun) -> tuple[list[Finding], dict[str, str]]:
