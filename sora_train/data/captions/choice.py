@@ -110,3 +110,21 @@ def without_weighted(manifest: Manifest, weights: Mapping[str, float]) -> int:
             manifest.drop_reason, manifest.caption, manifest.captions, strict=True
         )
     )
+
+
+def require_trigger(manifest: Manifest, trigger: str) -> None:
+    """Raises UserError where an adapter's trigger word is in no caption that could be trained on."""
+    word = trigger.lower()
+    used = np.flatnonzero(manifest.drop_reason == "")
+    for row in used:
+        if (
+            word in str(manifest.caption[row]).lower()
+            or word in str(manifest.captions[row]).lower()
+        ):
+            return
+    if len(used):
+        raise UserError(
+            f"adapter.trigger={trigger!r} is in none of the {len(used):,} captions, the first of which is "
+            f"{str(manifest.caption[used[0]])!r}; write the word into the captions of what is new, or leave "
+            "adapter.trigger empty"
+        )

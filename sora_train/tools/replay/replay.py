@@ -17,6 +17,7 @@ from torch import nn
 from sora_train import checkpoint as checkpoints
 from sora_train.base.files import write_atomically
 from sora_train.checkpoint import Checkpoint
+from sora_train.checkpoint.layout import weights_digest
 from sora_train.checkpoint.meta import read_meta
 from sora_train.config import Config, ParallelConfig
 from sora_train.data.manifest import Manifest
@@ -26,6 +27,7 @@ from sora_train.data.storage.remote import is_remote
 from sora_train.diffusion.draws import DRAWS, OLDEST_DRAWS
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import Fault, UserError
+from sora_train.models.adapters.inject import adapter_weights
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.run_folder import Part, RunFolder, parts_of
@@ -41,7 +43,13 @@ from sora_train.runtime.health import Health
 from sora_train.runtime.world import World
 from sora_train.sampling.api import attending_here, shipped_config
 from sora_train.training.components import Builder, Components, build_networks, build_vae
-from sora_train.training.initialise import require_fitting, source_of, take_weights
+from sora_train.training.initialise import (
+    begin_adapter,
+    require_fitting,
+    require_same_base,
+    source_of,
+    take_weights,
+)
 from sora_train.training.outputs.step_picture import draw_sheet, table_of
 from sora_train.training.outputs.step_samples import StepSample, finite, samples_of
 from sora_train.training.pipeline.data import TrainingData
@@ -335,15 +343,22 @@ def rebuilt(request: ReplayRequest, plan: Plan, builder: Builder) -> Components:
 
 def _fill(model: nn.Module, plan: Plan, vae: VideoVAE) -> None:
     """Give the model the weights of the plan's checkpoint, or those its run began with."""
+    cfg, trained = plan.cfg, dict(model.named_parameters())
+    if cfg.adapter.on:
+        trained = adapter_weights(model)
+        origin = source_of(cfg)
+        require_fitting(cfg, model, vae, origin)
+        meta = read_meta(plan.weights) if plan.weights else None
+        require_same_base(cfg, weights_digest(origin, cfg.init.weights), meta)
+        begin_adapter(cfg, origin, model, trained)
+    values = {name: parameter.detach() for name, parameter in trained.items()}
     if plan.weights is not None:
-        tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+        tensors = {f"model.{name}": value for name, value in values.items()}
         checkpoints.load_part(plan.weights, tensors, "model.")
-    elif plan.cfg.init.run:
-        origin = source_of(plan.cfg)
-        require_fitting(plan.cfg, model, vae, origin)
-        take_weights(
-            plan.cfg, origin, {name: value.detach() for name, value in model.named_parameters()}
-        )
+    elif cfg.init.run and not cfg.adapter.on:
+        origin = source_of(cfg)
+        require_fitting(cfg, model, vae, origin)
+        take_weights(cfg, origin, values)
 
 
 def _computing(model: nn.Module, cfg: Config, world: World) -> nn.Module:

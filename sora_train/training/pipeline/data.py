@@ -11,6 +11,7 @@ from torch import nn
 
 from sora_train.checkpoint.meta import CheckpointMeta
 from sora_train.config import Config
+from sora_train.data.captions.choice import require_trigger
 from sora_train.data.index.sources import Sources, SourceSnapshot, open_sources
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
@@ -89,6 +90,7 @@ class TrainingData:
         require_efficiency(cfg.train.micro_batches, world.dp_size, cfg.elastic.min_efficiency)
         snapshots = SourceSnapshot.listed(resumed.snapshots) if resumed else []
         sources = open_together(cfg, control, run.folder.path, snapshots)
+        require_trigger(sources.train, cfg.adapter.trigger)
         reads_vae_latents = cfg.task == "text_to_video"
         patch = cfg.model.patch_size if reads_vae_latents else (1, 1, 1)
         table = bucket_table(cfg, vae, patch)
