@@ -5,13 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
-from sora_train.config.sections.model import ModelConfig
 from sora_train.models.adapters.factors import AdapterFacts, AdapterWeights, Factors
 
-SIZES = dict(
-    num_layers=2, num_heads=2, head_dim=12, ffn_dim=40, text_dim=12, freq_dim=32, in_channels=16
-)
-CONFIG = ModelConfig(**SIZES)
 IN_BLOCK = (
     "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k",
     "attn2.to_v", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2",
@@ -21,17 +16,23 @@ OUTSIDE = (
     "condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.linear_2",
     "condition_embedder.time_proj", "proj_out",
 )  # fmt: skip
+IMAGE = (
+    "blocks.0.attn2.add_k_proj", "blocks.0.attn2.add_v_proj", "blocks.1.attn2.add_k_proj",
+    "blocks.1.attn2.add_v_proj", "condition_embedder.image_embedder.ff.net.0.proj",
+    "condition_embedder.image_embedder.ff.net.2",
+)  # fmt: skip
+"""What an image-to-video model of Wan 2.1 has beside."""
 MODULES = (*(f"blocks.{index}.{name}" for index in (0, 1) for name in IN_BLOCK), *OUTSIDE)
 
 
-def tiny_wan() -> torch.nn.Module:
-    """diffusers' own transformer of these sizes, its weights random."""
+def tiny_wan(**more: int) -> torch.nn.Module:
+    """diffusers' own transformer, its weights random."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
     wan = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16,
-        out_channels=16, text_dim=12, freq_dim=32, ffn_dim=40, num_layers=2, rope_max_seq_len=64,
+        out_channels=16, text_dim=12, freq_dim=32, ffn_dim=40, num_layers=2, rope_max_seq_len=64, **more,
     )  # fmt: skip
     with torch.no_grad():
         for parameter in wan.parameters():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_adapters import MODULES, OUTSIDE, adapted, random_adapter, shapes_of, tiny_wan
+from random_adapters import IMAGE, MODULES, OUTSIDE, adapted, random_adapter, shapes_of, tiny_wan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentences import refuses
@@ -147,6 +147,18 @@ def test_diffusers_loads_the_weights_that_we_mean(
         for name, value in theirs.items():
             torch.testing.assert_close(value, ours[name], rtol=1e-6, atol=1e-6, msg=name)
             assert (ours[name] - wan.get_parameter(name)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_diffusers_loads_the_modules_of_image_to_video(tmp_path: Path, layout: str):
+    wan = tiny_wan(image_dim=20, added_kv_proj_dim=24)
+    adapter = random_adapter(shapes_of(wan), dict.fromkeys(IMAGE, 3), dict.fromkeys(IMAGE, 5.0))
+    write_adapter(adapter, tmp_path / "a.safetensors", layout)
+    theirs = merged_by_peft(loaded(wan, one=tmp_path / "a.safetensors"), one=0.5)
+    assert theirs.keys() == {f"{name}.weight" for name in IMAGE}
+    ours = adapted(wan, (adapter, 0.5))
+    for name, value in theirs.items():
+        torch.testing.assert_close(value, ours.get_parameter(name), rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_diffusers_loads_dora_as_we_mean_it(
@@ -291,9 +303,9 @@ def test_whole_differences_of_distilled_models_are_added(tmp_path: Path):
 
 
 def test_names_of_wans_own_code_are_diffusers_names_both_ways():
-    for name in MODULES:
+    for name in (*MODULES, *IMAGE):
         spelled = wan_name(name)
-        assert spelled is not None and spelled != name or name == "patch_embedding"
+        assert spelled is not None and spelled != name
         assert our_name(spelled) == our_name(spelled.replace(".", "_")) == our_name(name) == name
     assert {wan_name(name) for name in OUTSIDE} == {
         "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
