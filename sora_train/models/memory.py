@@ -22,10 +22,13 @@ import math
 from dataclasses import dataclass
 
 from sora_train.config.sections.model import ModelConfig, TextConfig
+from sora_train.config.sections.optim import OptimConfig
 from sora_train.config.sections.parallel import ParallelConfig
 
 COMPUTE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 MASTER = 4
+CODED = 0.25 + 1 / 256
+"""Of a float32 moment: its code of a byte, and its part of the float32 scale of 256."""
 COMPILED = 0.84
 """What a compiled block saves, its input included, of what eager PyTorch saves: torch 2.11 partitioned a block of
 `wan_1_3b` at 32,760 tokens for sm_90 so that it saves 3.25 GB and its input of 0.2 GB, where eager saves 4.10 GB."""
@@ -80,6 +83,27 @@ def text_parameters(cfg: TextConfig) -> int:
     inner, d = cfg.num_heads * cfg.d_kv, cfg.d_model
     layer = 4 * d * inner + 3 * d * cfg.d_ff + 2 * d + RELATIVE_BUCKETS * cfg.num_heads
     return VOCABULARY * d + cfg.num_layers * layer + d
+
+
+def moment_copies(optim: OptimConfig, model: ModelConfig, text: TextConfig) -> float:
+    """What the optimizer keeps for a trained weight, on average, in float32 values.
+
+    Two moments; Muon one for matrices of the blocks and the patch embedding; a byte a moment and its part of a scale
+    where matrices are coded. Biases outside of the blocks count as matrices, of which they are a thousandth.
+    """
+    if optim.name == "sgd":
+        return 0.0
+    if optim.name != "muon" and optim.state == "float32":
+        return 2.0
+    transformer, block = transformer_parameters(model)
+    trained = transformer + (text_parameters(text) if text.trainable else 0)
+    in_block = 8 * model.dim**2 + 2 * model.dim * model.ffn_dim
+    matrices = model.num_layers * in_block
+    if optim.name == "muon":
+        matrices += model.in_channels * math.prod(model.patch_size) * model.dim
+        return 2.0 - matrices / trained
+    matrices = trained - model.num_layers * (block - in_block)
+    return 2.0 - matrices / trained * 2 * (1 - CODED)
 
 
 def block_bytes(
@@ -254,7 +278,7 @@ def fixed_bytes(
     parallel: ParallelConfig,
     *,
     w: int,
-    moments: int,
+    moments: float,
     micro_batches: int,
     averages: int = 1,
 ) -> float:

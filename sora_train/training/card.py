@@ -19,6 +19,7 @@ from sora_train.parallel.checks.self_test import Agreed
 from sora_train.parallel.compile import resolve_compile
 from sora_train.parallel.degrees import Degrees, describe_layout
 from sora_train.parallel.protocol import Engine
+from sora_train.parallel.shards import local
 from sora_train.runtime.world import allocator
 from sora_train.training.components import Components
 from sora_train.training.kernels import is_open
@@ -212,15 +213,16 @@ def details(data: TrainingData, reason: str) -> list[str]:
 
 
 def state_bytes(run: RunContext, parts: Components) -> float:
-    """float32 weights, gradients, two moments (unless they are on the host) and the averages, over the ranks that
-    share them.
+    """float32 weights, gradients and averages, over the ranks that share them, and what the optimizer keeps here
+    (unless it is on the host).
 
     Counted on the model that is built, so it holds for every task and for a model of one's own; `models/memory.py`
     estimates from the sizes alone, activations and gathered weights included, before anything is built."""
     shards = run.world.size // run.degrees.dp_replicate
-    moments = run.cfg.optim.name == "adamw" and not run.cfg.parallel.offload_optimizer
-    copies = (4 if moments else 2) + len(parts.ema.shadows)
-    return parts.num_params * 4 * copies / shards
+    kept = 0
+    if not run.cfg.parallel.offload_optimizer:
+        kept = sum(local(value).nbytes for value in parts.engine.optimizer_state().values())
+    return parts.num_params * 4 * (2 + len(parts.ema.shadows)) / shards + kept
 
 
 def step_seconds(run: RunContext, parts: Components, data_step: int) -> float:

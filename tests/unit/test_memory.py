@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.memory import LiveBytes
-from sora_train.config import Config, ParallelConfig
+from sora_train.config import Config, OptimConfig, ParallelConfig
 from sora_train.config.sections.model import ModelConfig, TextConfig
 from sora_train.diffusion.flow import velocity_losses
 from sora_train.models.memory import (
@@ -17,6 +17,7 @@ from sora_train.models.memory import (
     compute_bytes,
     fixed_bytes,
     kept_bytes,
+    moment_copies,
     precise_bytes,
     saved_bytes,
     text_parameters,
@@ -26,6 +27,8 @@ from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.cpu_kernels import Kernels, using
 from sora_train.objectives.flow_batch import blank_inputs
 from sora_train.parallel.memory.activations import prepare_blocks
+from sora_train.parallel.memory.moments import moments_of
+from sora_train.training.optim.optim import build_optimizer
 
 WITHIN = 0.08
 """Share by which the model may miss the measured bytes."""
@@ -215,7 +218,7 @@ def fixed(
     text: TextConfig = TEXT,
     *,
     w: int = 4,
-    moments: int = 2,
+    moments: float = 2,
     micro_batches: int = 1,
     **parallel: object,
 ) -> float:
@@ -234,6 +237,31 @@ def test_fixed_bytes_count_masters_gradients_moments_and_average():
     once = precise_bytes(model_config(num_layers=8), 2)
     assert fixed(w=2) == (20 + 2) * trained + once > 22 * trained, "one rank keeps copies of all"
     assert fixed(w=2, micro_batches=4) == fixed(w=2), "gradients are added up in the masters'"
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize(
+    "optim",
+    [
+        OptimConfig(), OptimConfig(name="sgd"), OptimConfig(name="muon"), OptimConfig(name="schedule_free"),
+        OptimConfig(state="int8"), OptimConfig(state="fp8"),
+    ],
+    ids=lambda optim: f"{optim.name} {optim.state}",
+)  # fmt: skip
+def test_moments_are_as_large_as_what_an_optimizer_keeps(optim: OptimConfig, trainable: bool):
+    model = model_config(num_layers=4, num_heads=8, ffn_dim=1024)
+    text = TEXT.model_copy(update={"trainable": trainable})
+    net = TextToVideo(model, TEXT)
+    named = {
+        n: p for n, p in net.named_parameters() if trainable or not n.startswith("text_encoder.")
+    }
+    optimizer = build_optimizer(optim, named, named)
+    kept = [
+        state for p in named.values() for state in moments_of(optimizer, p).values() if state.ndim
+    ]
+    trained = sum(parameter.numel() for parameter in named.values())
+    found = sum(state.nbytes for state in kept)
+    assert moment_copies(optim, model, text) * 4 * trained == pytest.approx(found, rel=0.01)
 
 
 def test_fixed_bytes_fall_with_the_shards_and_not_with_the_replicas():

@@ -14,6 +14,7 @@ from sora_train.data.sample import Bucket
 from sora_train.errors import ConfigError
 from sora_train.tools.plan.memory.count import Held
 from sora_train.tools.plan.memory.plan import KINDS, MemoryPlan, memory_of
+from sora_train.training.optim.muon import is_matrix
 
 MODEL = (
     "experiment=parity_tiny", "model.num_heads=4", "model.head_dim=32", "model.ffn_dim=256",
@@ -79,6 +80,26 @@ def test_parts_sum_to_the_peak_and_states_are_the_closed_form() -> None:
     assert found.weights == shards
     assert found.ema == shards
     assert found.optimizer == 2 * shards + 4 * values
+
+
+def test_what_other_optimizers_keep_is_counted() -> None:
+    adamw, muon, int8 = plan(2), plan(2, "optim.name=muon"), plan(2, "optim.state=int8")
+    from sora_train.models.transformer.dit import VideoDiT
+
+    with torch.device("meta"):
+        model = VideoDiT(compose([*MODEL, "model.num_layers=3"]).config.model)
+    named = {f"transformer.{name}": p for name, p in model.named_parameters()}
+    rows = {name: -(-p.shape[0] // 2) for name, p in named.items()}
+    # A second moment and a count of steps fewer for each matrix.
+    matrices = [name for name, p in named.items() if is_matrix(name, p)]
+    saved = sum(4 * rows[n] * named[n].numel() // named[n].shape[0] + 4 for n in matrices)
+    assert adamw.optimizer - muon.optimizer == saved > 0.2 * adamw.optimizer
+    # 3 bytes of 4 for each coded moment, but for a scale of each row's 256 values.
+    coded = [n for n, p in named.items() if p.ndim > 1 and p.numel() >= 4096]
+    widths = {n: named[n].shape[1:].numel() for n in coded}
+    saved = sum(2 * rows[n] * (3 * widths[n] - 4 * -(-widths[n] // 256)) for n in coded)
+    assert adamw.optimizer - int8.optimizer == saved > 0.5 * adamw.optimizer
+    assert muon.weights == int8.weights == adamw.weights
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from sora_train.config import Config
 from sora_train.errors import ConfigError, UserError
 from sora_train.models.flops import FORMULA
-from sora_train.models.memory import text_parameters, transformer_parameters
+from sora_train.models.memory import moment_copies, text_parameters, transformer_parameters
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.parallel.checks.volume import units_of
@@ -225,7 +225,8 @@ def _saves(bench: Bench, best: Candidate) -> Values:
     cfg, assume, cluster = best.cfg, bench.assume, bench.cluster
     trained = transformer_parameters(cfg.model)[0]
     trained += text_parameters(cfg.text) if cfg.text.trainable else 0
-    copies = 2 + len(cfg.ema.more) + len(cfg.ema.post_hoc) + (2 if cfg.optim.name == "adamw" else 0)
+    moments = moment_copies(cfg.optim, cfg.model, cfg.text)
+    copies = 2 + len(cfg.ema.more) + len(cfg.ema.post_hoc) + moments
     total = 4.0 * trained * copies
     shards = best.degrees.shards if cfg.parallel.engine == "fsdp" else cluster.gpus
     stall = SAVE_SECONDS + total / shards / (cluster.gpu.host_gb_s * GB)

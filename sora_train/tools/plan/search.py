@@ -17,6 +17,7 @@ from sora_train.models.memory import (
     clip_bytes,
     compiles,
     fixed_bytes,
+    moment_copies,
     text_parameters,
     transformer_parameters,
 )
@@ -183,7 +184,7 @@ def estimate_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, 
     """Bytes of a rank by models/memory.py, and the bucket that needs most."""
     model, text, w = cfg.model, cfg.text, bench.size
     shards, cp = degrees.shards, degrees.cp
-    moments = 2 if cfg.optim.name == "adamw" else 0
+    moments = moment_copies(cfg.optim, model, text)
     averages = 1 + len(cfg.ema.more) + len(cfg.ema.post_hoc)
     split = cfg.parallel.model_copy(
         update={"dp_shard": shards, "dp_replicate": degrees.dp_replicate}

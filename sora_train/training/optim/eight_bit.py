@@ -81,8 +81,8 @@ def in_blocks(values: Tensor) -> Tensor:
 
 
 def out_of_blocks(blocks: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `in_blocks`, for a tensor of this shape."""
-    return blocks.flatten(1)[:, : like.shape[1:].numel()].reshape(like.shape)
+    """The inverse of `in_blocks`, for a tensor of this shape; without the memory of what was filled up."""
+    return blocks.flatten(1)[:, : like.shape[1:].numel()].contiguous().view(like.shape)
 
 
 class EightBitAdamW(Judged):

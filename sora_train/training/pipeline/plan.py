@@ -306,7 +306,7 @@ def memory_cap(
         cfg.text,
         cfg.parallel,
         w=w,
-        moments=2 if cfg.optim.name == "adamw" else 0,
+        moments=sizes_in_memory.moment_copies(cfg.optim, cfg.model, cfg.text),
         micro_batches=cfg.train.micro_batches,
         averages=1 + len(cfg.ema.more) + len(cfg.ema.post_hoc),
     )

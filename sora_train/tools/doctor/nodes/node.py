@@ -182,11 +182,11 @@ def _folder(run: PlannedRun) -> list[Finding]:
 
 def checkpoint_bytes(cfg: Config) -> float:
     """Bytes of all checkpoints kept at once: the transformer's weights, moments and averages in float32."""
-    from sora_train.models.memory import transformer_parameters
+    from sora_train.models.memory import moment_copies, transformer_parameters
 
     if cfg.task != "text_to_video":
         return 0.0
-    moments = 2 if cfg.optim.name == "adamw" else 0
+    moments = moment_copies(cfg.optim, cfg.model, cfg.text)
     one = transformer_parameters(cfg.model)[0] * 4.0 * (2 + moments + len(cfg.ema.more))
     return one * (cfg.checkpoint.keep_last + cfg.checkpoint.keep_best + 1)
 
