@@ -81,18 +81,10 @@ def _nearest(values: Tensor) -> Tensor:
     return torch.bucketize(values.contiguous(), middles, out_int32=True).to(torch.uint8)
 
 
+@functools.cache
 def _pairs_of(dtype: torch.dtype, device: torch.device) -> Tensor:
     """(256, 2): the two values that a byte of nf4 stands for, the high half first."""
-    return _pairs(dtype, device) if torch.compiler.is_compiling() else _kept_pairs(dtype, device)
-
-
-@functools.cache
-def _kept_pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
     # Made on real memory, even where sizes alone are counted.
     with _disable_current_modes(), torch.inference_mode(False):
-        return _pairs(dtype, device)
-
-
-def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
-    levels = torch.tensor(NF4, dtype=dtype, device=device)
-    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+        levels = torch.tensor(NF4, dtype=dtype, device=device)
+        return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)

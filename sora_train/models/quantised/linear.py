@@ -13,15 +13,25 @@ from sora_train.models.quantised.codes import dequantise, quantise, row_bytes
 from sora_train.models.transformer.layers import Linear, work_dtype
 
 
+def product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """x W^T + b with W of codes, in the dtype of x."""
+    weight, wide = dequantise(codes, scales, kind, x.dtype), work_dtype(x)
+    offset = None if bias is None else bias.to(wide)
+    return F.linear(x.to(wide), weight.to(wide), offset).to(x.dtype)
+
+
+def product_back(dy: Tensor, codes: Tensor, scales: Tensor, kind: str) -> Tensor:
+    """dy W, the gradient of the layer's input."""
+    weight, wide = dequantise(codes, scales, kind, dy.dtype), work_dtype(dy)
+    return (dy.to(wide) @ weight.to(wide)).to(dy.dtype)
+
+
 class FrozenProduct(torch.autograd.Function):
-    """x W^T + b with W of codes; the gradient of x alone."""
+    """`product`, whose backward pass is `product_back`."""
 
     @staticmethod
     def forward(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        weight = dequantise(codes, scales, kind, x.dtype)
-        wide = work_dtype(x)
-        offset = None if bias is None else bias.to(wide)
-        return F.linear(x.to(wide), weight.to(wide), offset).to(x.dtype)
+        return product(x, codes, scales, bias, kind)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -30,9 +40,31 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
-        codes, scales = ctx.saved_tensors
-        weight, wide = dequantise(codes, scales, ctx.kind, dy.dtype), work_dtype(dy)
-        return (dy.to(wide) @ weight.to(wide)).to(dy.dtype), None, None, None, None
+        return product_back(dy, *ctx.saved_tensors, ctx.kind), None, None, None, None
+
+
+# For a compiler both passes are one step each: of a graph that it sees through it keeps the wide weight of every
+# layer for backward, which is the whole model.
+_PRODUCT = torch.library.custom_op("sora::frozen_product", product, mutates_args=())
+_BACK = torch.library.custom_op("sora::frozen_product_back", product_back, mutates_args=())
+
+
+@_PRODUCT.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@_BACK.register_fake
+def _(dy: Tensor, codes: Tensor, scales: Tensor, kind: str) -> Tensor:
+    inputs = codes.shape[1] * (2 if kind == "nf4" else 1)
+    return dy.new_empty(*dy.shape[:-1], inputs)
+
+
+def _differentiated(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return _BACK(dy.contiguous(), *ctx.saved_tensors, ctx.kind), None, None, None, None
+
+
+_PRODUCT.register_autograd(_differentiated, setup_context=FrozenProduct.setup_context)
 
 
 class QuantisedLinear(nn.Module):
@@ -63,8 +95,8 @@ class QuantisedLinear(nn.Module):
             return dequantise(self.codes, self.scales, self.kind, self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.compute_dtype)
-        y: Tensor = FrozenProduct.apply(x, self.codes, self.scales, self.bias, self.kind)
+        run = _PRODUCT if torch.compiler.is_compiling() else FrozenProduct.apply
+        y: Tensor = run(x.to(self.compute_dtype), self.codes, self.scales, self.bias, self.kind)
         return y
 
     def extra_repr(self) -> str:
