@@ -15,7 +15,7 @@ from sora_train.checkpoint.layout import (
     list_checkpoints,
     why_incomplete,
 )
-from sora_train.checkpoint.reading import damaged, load, load_part, require_part, verify
+from sora_train.checkpoint.reading import damaged, load, load_part, load_some, require_part, verify
 from sora_train.checkpoint.retention import prune
 from sora_train.checkpoint.saving import canonical, save, save_streamed, state_versions
 
@@ -31,6 +31,7 @@ __all__ = [
     "list_checkpoints",
     "load",
     "load_part",
+    "load_some",
     "prune",
     "require_part",
     "save",

@@ -50,6 +50,11 @@ def load_part(checkpoint: Checkpoint, tensors: dict[str, Tensor], prefix: str) -
     """Fill `tensors`, which are all there is under `prefix` (`model.`, `ema.`), in one process; as strict as `load`."""
     verify(checkpoint)
     require_part(checkpoint, tensors, prefix)
+    load_some(checkpoint, tensors)
+
+
+def load_some(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors`, some of those of a checkpoint whose files and names were compared before, in one process."""
     reader = FileSystemReader(checkpoint.path)
     with warnings.catch_warnings():
         # torch warns of every load in a process without a group, and here there is none on purpose.

@@ -15,6 +15,7 @@ from sora_train.config.sections.data import (
 )
 from sora_train.config.sections.health import HealthConfig, SpikeDetectionConfig
 from sora_train.config.sections.launch import LaunchConfig, SweepConfig
+from sora_train.config.sections.memory import MemoryConfig
 from sora_train.config.sections.model import ImageConfig, ModelConfig, TextConfig, VaeConfig
 from sora_train.config.sections.objective import (
     ConditioningConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "LaunchConfig",
     "LossConfig",
     "SpikeDetectionConfig",
+    "MemoryConfig",
     "MixConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -108,6 +110,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     elastic: ElasticConfig = ElasticConfig()
     parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
     launch: LaunchConfig = LaunchConfig()
     sweep: SweepConfig = SweepConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -156,6 +159,48 @@ class Config(Section):
             raise ValueError(
                 "init.optimizer=true takes over the moments of all weights, and with adapter.rank="
                 f"{self.adapter.rank} only the adapter has any; set init.optimizer=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_fits_the_base(self) -> "Config":
+        base, swapped = self.memory.base, self.memory.swap_blocks
+        asked = f"memory.base={base}" if base != "compute" else f"memory.swap_blocks={swapped}"
+        if (base != "compute" or swapped) and not self.adapter.on:
+            raise ValueError(
+                f"{asked} is for frozen weights, and with adapter.rank=0 all are trained; set adapter.rank, or drop "
+                "the key"
+            )
+        if swapped > self.model.num_layers:
+            raise ValueError(
+                f"{asked} and model.num_layers={self.model.num_layers}; swap at most as many blocks as there are"
+            )
+        if base != "compute" and self.model.float8 != "off":
+            raise ValueError(
+                f"{asked} widens weights before they are multiplied, and model.float8={self.model.float8} narrows "
+                "them; set one of the two"
+            )
+        widths = {"num_heads * head_dim": self.model.dim, "ffn_dim": self.model.ffn_dim}
+        for name, width in widths.items() if base == "nf4" else ():
+            if width % 64:
+                raise ValueError(
+                    f"memory.base=nf4 has a scale for 64 weights of a row, and model.{name}={width} is no multiple of "
+                    "64; set memory.base=int8 or fp8"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _all_is_encoded_before_the_encoders_go(self) -> "Config":
+        if self.memory.encode_first and self.data.cache != "latents":
+            raise ValueError(
+                f"memory.encode_first=true encodes all clips before step 1, and data.cache={self.data.cache} does not "
+                "keep them; set data.cache=latents"
+            )
+        drawn = self.data.caption_weights and self.data.caption_field_dropout
+        if self.memory.encode_first and drawn:
+            raise ValueError(
+                "memory.encode_first=true embeds all captions before step 1, and data.caption_field_dropout="
+                f"{self.data.caption_field_dropout:g} makes new ones in every epoch; set one of them to 0"
             )
         return self
 

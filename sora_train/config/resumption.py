@@ -66,6 +66,8 @@ CLASSES: dict[str, ResumeClass] = {
     "train.log_every": "free",
     "elastic": "free",
     "parallel": "recorded",
+    "memory": "free",
+    "memory.base": "recorded",
     "launch": "free",
     "sweep": "free",
     "checkpoint": "free",

@@ -21,9 +21,11 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from sora_train.config import Config
 from sora_train.config.sections.model import ModelConfig, TextConfig
 from sora_train.config.sections.optim import OptimConfig
 from sora_train.config.sections.parallel import ParallelConfig
+from sora_train.models.quantised.sizes import FrozenSizes
 
 COMPUTE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 MASTER = 4
@@ -107,7 +109,13 @@ def moment_copies(optim: OptimConfig, model: ModelConfig, text: TextConfig) -> f
 
 
 def block_bytes(
-    cfg: ModelConfig, clip: ClipSize, w: int, *, scores_kept: bool = False, core_wide: bool = False
+    cfg: ModelConfig,
+    clip: ClipSize,
+    w: int,
+    *,
+    scores_kept: bool = False,
+    core_wide: bool = False,
+    frozen: FrozenSizes | None = None,
 ) -> float:
     """Bytes that one block saves for the backward pass of one clip.
 
@@ -115,6 +123,10 @@ def block_bytes(
     norms and of the two gated branches, and the input of each RMS-normalised query or key. In w:
     the inputs of the matrix products and of both attention cores, and the MLP's inner width before
     and after its GELU. A frame adds its modulation (8 D).
+
+    Of a `frozen` block nothing is saved for gradients of weights: in f the inputs of the three norms and of the
+    RMS-normalised ones; in w queries, keys, values and answers of both cores, and the MLP's inner width before its
+    GELU. An adapter adds the inputs of its layers, and its rank.
 
     Args:
         scores_kept: the attention core is `math`, which saves the softmax of every score.
@@ -129,6 +141,10 @@ def block_bytes(
     if images:
         # The result of the second attention core and its statistics.
         token += d * w + cfg.num_heads * f
+    if frozen is not None:
+        token -= (4 * d * f + 3 * d * w) + cfg.ffn_dim * w
+        token += frozen.attention * 2 * d * w + frozen.mlp * (d + cfg.ffn_dim) * w
+        token += frozen.ranks * w
     if core_wide:
         token += 6 * d * (f - w)
         caption += 2 * d * (f - w)
@@ -150,6 +166,7 @@ def kept_bytes(
     scores_kept: bool = False,
     core_wide: bool = False,
     compiled: bool = False,
+    frozen: FrozenSizes | None = None,
 ) -> float:
     """Bytes that all blocks together keep on the device for one clip, with the memory options of `parallel`.
 
@@ -162,9 +179,11 @@ def kept_bytes(
     offloaded.
     """
     f, d = max(MASTER, w), cfg.dim
-    whole = block_bytes(cfg, clip, w, scores_kept=scores_kept, core_wide=core_wide)
-    if parallel.mlp_chunks > 1:
+    whole = block_bytes(cfg, clip, w, scores_kept=scores_kept, core_wide=core_wide, frozen=frozen)
+    if parallel.mlp_chunks > 1 and frozen is None:
         whole -= clip.tokens * (2 * cfg.ffn_dim * w - d * (f - w))
+    elif parallel.mlp_chunks > 1 and frozen is not None:
+        whole -= clip.tokens * ((1 + frozen.mlp) * cfg.ffn_dim * w + frozen.mlp * d * w - d * f)
     if compiled:
         whole *= COMPILED * budget_kept(parallel.activation_memory_budget)
     mode, layers = parallel.activation_checkpointing, cfg.num_layers
@@ -234,6 +253,7 @@ def saved_bytes(
     core_wide: bool = False,
     compiled: bool = False,
     parallel: ParallelConfig | None = None,
+    frozen: FrozenSizes | None = None,
 ) -> float:
     """Bytes that the forward pass of one clip saves for its backward pass, parameters left out."""
     blocks = kept_bytes(
@@ -244,6 +264,7 @@ def saved_bytes(
         scores_kept=scores_kept,
         core_wide=core_wide,
         compiled=compiled,
+        frozen=frozen,
     )
     encoder = text_bytes(text, clip.caption, w) if text.trainable else 0.0
     return blocks + ends_bytes(model, clip, w) + encoder
@@ -256,6 +277,7 @@ def clip_bytes(
     w: int,
     device: str,
     parallel: ParallelConfig | None = None,
+    frozen: FrozenSizes | None = None,
 ) -> float:
     """Bytes that one more clip in a micro-batch takes: what is saved, one block's gradients, and where blocks are
     checkpointed, what one of them computes again."""
@@ -265,11 +287,32 @@ def clip_bytes(
     wide = device == "cpu" and model.attention == "auto"
     compiled = compiles(model, parallel, device)
     saved = saved_bytes(
-        model, text, clip, w, scores_kept=kept, core_wide=wide, compiled=compiled, parallel=parallel
-    )
-    block = block_bytes(model, clip, w, scores_kept=kept, core_wide=wide)
+        model, text, clip, w, scores_kept=kept, core_wide=wide, compiled=compiled, parallel=parallel,
+        frozen=frozen,
+    )  # fmt: skip
+    block = block_bytes(model, clip, w, scores_kept=kept, core_wide=wide, frozen=frozen)
     block *= COMPILED if compiled else 1
     return saved + block * (1 if parallel.activation_checkpointing == "none" else 2)
+
+
+def adapter_bytes(
+    cfg: Config, sizes: FrozenSizes, *, w: int, moments: float, averages: int, shards: int = 1
+) -> float:
+    """Bytes of a rank before any clip where an adapter is trained beside a frozen base.
+
+    Of the adapter float32 weights, gradients, `moments` and `averages`, and its copies in the compute precision; the
+    base as `memory` keeps it, and what widening its largest matrix takes. Over `shards` ranks each has its part, and
+    two blocks with what is no block are gathered.
+    """
+    moments = 0 if cfg.parallel.offload_optimizer else moments
+    trained = sizes.trained * MASTER * (2 + averages + moments) / shards
+    copies = sizes.trained * w if w < MASTER else 0
+    memory = cfg.memory
+    base: float = sizes.resident_bytes(memory.base, memory.swap_blocks, w)
+    if shards > 1:
+        base = base / shards + 2 * sizes.block_bytes(memory.base, w) + sizes.rest * w
+    wide = sizes.widened_bytes(memory.base, w) + precise_bytes(cfg.model, w)
+    return trained + copies + base + wide
 
 
 def fixed_bytes(

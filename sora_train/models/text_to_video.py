@@ -195,6 +195,10 @@ class TextToVideo(nn.Module):
             encoder.spare()
         return encoder.batched(rows)
 
+    def keep_null_embedding(self, device: torch.device) -> None:
+        """Embed the empty caption now, by a frozen encoder; steps that drop captions then do without it."""
+        self._null_embedding(device)
+
     def _null_embedding(self, device: torch.device) -> Tensor:
         if not self._null:
             self._null = (self.frozen_encoder.to(device).embedding(""),)

@@ -69,6 +69,7 @@ def check_engine(cfg: Config, degrees: Degrees, param_dtype: torch.dtype) -> Non
     """Raises ConfigError where the engine cannot do what is asked, or its package is missing."""
     parallel = cfg.parallel
     check_optimizer(cfg)
+    check_base(cfg, degrees)
     if parallel.engine != "fsdp":
         require_deepspeed(parallel.engine)
         check_zero(cfg, degrees, param_dtype)
@@ -102,6 +103,22 @@ def check_optimizer(cfg: Config) -> None:
         raise ConfigError(
             f"parallel.offload_optimizer=true and optim.name={name} with optim.state={state}, which steps on the "
             "device; set parallel.offload_optimizer=false, or optim.name=adamw and optim.state=float32"
+        )
+
+
+def check_base(cfg: Config, degrees: Degrees) -> None:
+    """Raises ConfigError where the engine cannot hold a frozen base as `memory` asks."""
+    engine, memory = cfg.parallel.engine, cfg.memory
+    ranks = degrees.dp_replicate * degrees.shards
+    if memory.swap_blocks and (engine != "fsdp" or ranks > 1):
+        raise ConfigError(
+            f"memory.swap_blocks={memory.swap_blocks} is for one rank with parallel.engine=fsdp, and here are {ranks} "
+            f"with {engine}; set it to 0: parallel.dp_shard divides the base over the ranks instead"
+        )
+    if memory.base != "compute" and engine == "zero3":
+        raise ConfigError(
+            f"memory.base={memory.base} keeps frozen weights as bytes, and parallel.engine=zero3 divides weights of "
+            "one floating type only; set parallel.engine=fsdp, which divides the bytes, or memory.base=compute"
         )
 
 

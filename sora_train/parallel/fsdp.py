@@ -13,6 +13,7 @@ from sora_train.parallel.memory.activations import prepare_blocks
 from sora_train.parallel.memory.host_optimizer import HostCopies, placed_on_host
 from sora_train.parallel.memory.masters import Masters
 from sora_train.parallel.memory.moments import moments_of
+from sora_train.parallel.memory.swap import swap_blocks
 from sora_train.parallel.parallelize import apply_fsdp
 from sora_train.parallel.protocol import (
     NamedWeights,
@@ -45,6 +46,8 @@ class FsdpEngine:
         empty = any(p.is_meta for p in model.parameters())
         placed = model if empty else model.to(world.device)
         self.model = apply_fsdp(placed, self.mesh, self.param_dtype)
+        swapped = cfg.memory.swap_blocks
+        self.swapper = swap_blocks(self.model, swapped, world.device) if swapped else None
         if empty:
             materialise(self.model, world.device)
         kept = kept_parameters(self.model, cfg)

@@ -14,7 +14,8 @@ from sora_train.errors import Fault
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:
-    """Give the parameters of a meta model memory on `device`, in place and unfilled; shared ones stay shared."""
+    """Give the parameters of a meta model memory on `device`, in place and unfilled; shared ones stay shared, and those
+    that have memory keep it."""
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:
         raise Fault(
@@ -24,7 +25,7 @@ def materialise(model: nn.Module, device: torch.device) -> None:
     # Swapped, a parameter stays the object that several modules may hold.
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        model.to_empty(device=device)
+        model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.detach())
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swaps)
 

@@ -19,6 +19,7 @@ from sora_train.config import Config
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.models.adapters.factors import AdapterWeights
 from sora_train.models.adapters.inject import adapter_weights, add_adapter
+from sora_train.models.quantised.linear import quantise_base
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import Objective, TextToVideoObjective, VaeObjective
@@ -42,6 +43,7 @@ from sora_train.training.optim.ema import Ema
 from sora_train.training.optim.optim import build_optimizer
 from sora_train.training.optim.schedule_free import average_of
 from sora_train.training.pipeline.data import TrainingData
+from sora_train.training.pipeline.release import release_encoders
 from sora_train.training.run import RunContext
 
 
@@ -110,6 +112,8 @@ def build(builder: Builder, resumed: CheckpointMeta | None) -> None:
     parts.data = builder.build_data(parts.model)
     builder.run = run = replace(run, cfg=parts.data.with_steps(run.cfg))
     settle_kernels(run, parts.data)
+    if run.cfg.memory.encode_first and not run.cfg.dry_run:
+        release_encoders(parts.vae, parts.model, run.world.device)
     parts.objective = builder.build_objective()
     build_for_training(run, parts, initial, start)
 
@@ -165,6 +169,8 @@ def build_for_training(
     if cfg.adapter.on and initial is not None and not empty:
         begin_adapter(cfg, initial, model, adapter_weights(model))
         take_adapter(cfg, start, adapter_weights(model))
+    if cfg.adapter.on:
+        quantise_base(model, cfg.memory.base)
     parts.engine = engine = build_engine(
         model, cfg, run.world, run.layout, partial(build_optimizer, cfg.optim)
     )

@@ -5,6 +5,7 @@ Step and data begin anew, the optimizer's moments too unless `init.optimizer` ta
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,11 @@ from sora_train.models.adapters.inject import (
     first_values,
     lengths_of_base,
 )
+from sora_train.models.quantised.codes import dequantise, quantise
+from sora_train.models.quantised.linear import QuantisedLinear, quantised_layers
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.parallel.materialise import fill
-from sora_train.parallel.shards import local
+from sora_train.parallel.shards import local, placed_as
 from sora_train.sampling.adapters import open_adapter
 
 PREFIX = {"ema": "ema.", "live": "model."}
@@ -76,13 +79,60 @@ def begin_adapter(
 
     Both may be sharded as they lie, for DoRA by rows.
     """
-    take_weights(cfg, base, {name: value.detach() for name, value in base_weights(model).items()})
+    layers = quantised_layers(model)
+    coded = {f"{name}.{part}" for name in layers for part in ("codes", "scales")}
+    plain = {name: value for name, value in base_weights(model).items() if name not in coded}
+    if not layers:
+        take_weights(cfg, base, {name: value.detach() for name, value in plain.items()})
+    else:
+        checkpoints.verify(base)
+        take_some(cfg, base, {name: value.detach() for name, value in plain.items()})
+        take_codes(cfg, base, layers)
     lengths = lengths_of_base(model)
     factors = {name: value for name, value in weights.items() if name not in lengths}
     fill(factors, first_values(model, cfg.seed))
-    for name, weight in lengths.items():
+    for name, layer in lengths.items():
         length = local(weights[name])
-        length.copy_(local(weight).to(length.dtype).norm(dim=1))
+        length.copy_(own_rows(layer, length.dtype).norm(dim=1))
+
+
+def take_some(
+    cfg: Config, checkpoint: checkpoints.Checkpoint, parameters: Mapping[str, Tensor]
+) -> None:
+    """`take_weights` for some of them, where the checkpoint was compared with the whole model before."""
+    prefix = PREFIX[cfg.init.weights]
+    checkpoints.load_some(
+        checkpoint, {f"{prefix}{name}": value for name, value in parameters.items()}
+    )
+
+
+def take_codes(
+    cfg: Config, base: checkpoints.Checkpoint, layers: Mapping[str, QuantisedLinear]
+) -> None:
+    """Fill layers of codes, by name, from `base`; each rank reads its own rows, those of one block at a time."""
+    for _, group in groupby(layers.items(), key=lambda item: item[0].split(".")[:3]):
+        block = dict(group)
+        rows = {
+            name: torch.empty(len(codes), layer.in_features, device=codes.device)
+            for name, layer in block.items()
+            for codes in [local(layer.codes)]
+        }
+        placed = {
+            f"{name}.weight": placed_as(rows[name], layer.codes) for name, layer in block.items()
+        }
+        take_some(cfg, base, placed)
+        for name, layer in block.items():
+            codes, scales = quantise(rows[name], layer.kind)
+            local(layer.codes).copy_(codes)
+            local(layer.scales).copy_(scales)
+
+
+def own_rows(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """This rank's rows of a layer's weight, widened where they are codes."""
+    if isinstance(layer, QuantisedLinear):
+        return dequantise(local(layer.codes), local(layer.scales), layer.kind, dtype)
+    weight: Tensor = layer.weight
+    return local(weight).to(dtype)
 
 
 def require_same_base(cfg: Config, digest: str, resumed: CheckpointMeta | None) -> None:

@@ -6,7 +6,7 @@ To make it your own, hand it a `Recipe`, or subclass it and override `build_mode
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -48,6 +48,7 @@ from sora_train.training.outputs.saving import config_digest, make_saver, tracke
 from sora_train.training.outputs.step_metrics import FAILURES, KindOfClips, StepMetrics
 from sora_train.training.pipeline.data import TrainingData
 from sora_train.training.pipeline.frame_rates import rate_range
+from sora_train.training.pipeline.release import encoders_at_hand
 from sora_train.training.recipe import Callback, Recipe
 from sora_train.training.resilience import resume, rollback
 from sora_train.training.resilience.debug_mode import start_debug
@@ -184,7 +185,13 @@ class Trainer:
 
     def write_samples(self) -> None:
         """Sample clips of the averaged weights into the run folder."""
-        self.recipe.sample(self.run, self.parts, self.step)
+        with self.encoders():
+            self.recipe.sample(self.run, self.parts, self.step)
+
+    def encoders(self) -> AbstractContextManager[None]:
+        """Inside the block the frozen networks are at hand where `memory.encode_first` has sent them away."""
+        assert self.parts.model is not None
+        return encoders_at_hand(self.vae, self.parts.model, self.world.device)
 
     # --- the loop ---
 
@@ -214,7 +221,10 @@ class Trainer:
                 self.commit()
                 # What follows can fail without losing the training.
                 self.write_samples()
-                finish(self.run, self.parts, self.state, seconds=time.monotonic() - self.started)
+                with self.encoders():
+                    finish(
+                        self.run, self.parts, self.state, seconds=time.monotonic() - self.started
+                    )
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over this step's slots of the tape; returns the step's metrics.

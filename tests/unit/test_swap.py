@@ -14,7 +14,13 @@ from sora_train.parallel.memory.swap import swap_blocks
 
 CPU = torch.device("cpu")
 CFG = ModelConfig(
-    num_layers=8, num_heads=2, head_dim=32, ffn_dim=128, in_channels=4, text_dim=16, attention="math"
+    num_layers=8,
+    num_heads=2,
+    head_dim=32,
+    ffn_dim=128,
+    in_channels=4,
+    text_dim=16,
+    attention="math",
 )
 INPUTS = (
     torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0)),
@@ -53,7 +59,11 @@ def losses(model: nn.Module, steps: int = 3) -> list[float]:
     [
         {},
         {"activation_checkpointing": "full"},
-        {"activation_checkpointing": "selective", "checkpoint_every": 2, "offload_activations": True},
+        {
+            "activation_checkpointing": "selective",
+            "checkpoint_every": 2,
+            "offload_activations": True,
+        },
     ],
     ids=lambda options: ", ".join(map(str, options.values())) or "nothing",
 )
@@ -68,7 +78,9 @@ def test_losses_are_bit_for_bit_those_without(kind: str, options: dict, count: i
     assert losses(model) == plain and len(set(plain)) == 3
 
 
-def test_each_block_comes_once_a_pass_before_it_is_needed() -> None:
+def test_each_block_comes_once_a_pass_before_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = model_of()
     swapper = swap_blocks(model, 4, CPU)
     there: list[tuple[int, ...]] = []
@@ -78,7 +90,7 @@ def test_each_block_comes_once_a_pass_before_it_is_needed() -> None:
         need(place, after)
         there.append(tuple(n for n, each in enumerate(swapper.swapped) if each.present))
 
-    swapper.need = seen
+    monkeypatch.setattr(swapper, "need", seen)
     losses(model, 2)
     # Forward, backward; at each turn the two blocks that are needed again are still there.
     assert there == 2 * [(0, 1), (1, 2), (2, 3), (2, 3), (2, 3), (1, 2), (0, 1), (0, 1)]

@@ -106,11 +106,10 @@ def base_alone(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def lengths_of_base(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name of each of DoRA's vectors of lengths -> the base's weight (out, in) of whose rows they are; none without."""
-    weights = dict(model.named_parameters())
+def lengths_of_base(model: nn.Module) -> dict[str, nn.Module]:
+    """Name of each of DoRA's vectors of lengths -> the base's layer of whose weight's rows they are; none without."""
     return {
-        name: weights[name.replace(MAGNITUDE, "base_layer.weight")]
-        for name in weights
+        name: model.get_submodule(name.replace(MAGNITUDE, "base_layer"))
+        for name in adapter_weights(model)
         if name.endswith(MAGNITUDE)
     }

@@ -40,7 +40,8 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return product_back(dy, *ctx.saved_tensors, ctx.kind), None, None, None, None
+        codes, scales = ctx.saved_tensors
+        return product_back(dy, codes, scales, ctx.kind), None, None, None, None
 
 
 # For a compiler both passes are one step each: of a graph that it sees through it keeps the wide weight of every
@@ -101,6 +102,15 @@ class QuantisedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.kind}"
+
+
+def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
+    """The layers of codes, by the names of the layers that they stand for."""
+    return {
+        name.removesuffix(".base_layer"): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantisedLinear)
+    }
 
 
 def quantise_base(model: nn.Module, kind: str, dtype: torch.dtype | None = None) -> None:

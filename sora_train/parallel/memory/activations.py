@@ -50,6 +50,7 @@ MATMUL = (
     "aten::baddbmm",
     "aten::linear",
     "aten::_scaled_mm",
+    "sora::frozen_product",
 )
 OPERATORS = {"attention": ATTENTION, "matmul": MATMUL}
 

@@ -34,13 +34,15 @@ def plan(
 ) -> None:
     """Plan a run: memory, communication, step time, MFU, days and cost, and the layout to choose.
 
-    cluster=8xH100 names GPUs (H100, H200, A100-80, B200, L40S, 4090, cpu, or 8xmy_gpu.yaml); cluster.price=2.1 and the
-    like change its numbers, plan.gemm=0.7 and the like what is assumed. Nothing is read but the config: no clips, no
-    weights. docs/plan.md tells how each number is made.
+    cluster=8xH100, or hardware=8xH100, names GPUs (H100, H200, A100-80, B200, L40S, 5090, 4090, 4080, 4070, cpu; by
+    their memory 1x24GB; or 8xmy_gpu.yaml); cluster.price=2.1 and the like change its numbers, plan.gemm=0.7 and the
+    like what is assumed. Nothing is read but the config: no clips, no weights. docs/plan.md tells how each number is
+    made.
 
     \b
     sora plan experiment=quickstart cluster=2xcpu
     sora plan experiment=wan_1_3b_curriculum cluster=64xH100 --html plan.html
+    sora plan experiment=wan_1_3b_lora hardware=1x24GB
     sora plan experiment=wan_14b_finetune cluster=64xH100 plan.keep_layout=true --json plan.json
     sora plan model=wan_14b text.d_model=4096 buckets=480p cluster=16xH200 cluster.price=3
     """  # fmt: skip
@@ -81,7 +83,7 @@ def parse_command(
     for text in arguments:
         key, _, value = text.partition("=")
         section, _, field = key.partition(".")
-        if key == "cluster":
+        if key in ("cluster", "hardware"):
             name = value
         elif section in settings and field:
             settings[section][field] = parse_overrides([f"value={value}"])[0].value()

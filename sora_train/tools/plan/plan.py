@@ -12,7 +12,7 @@ import torch
 from sora_train.config import Config
 from sora_train.errors import ConfigError, UserError
 from sora_train.models.flops import FORMULA
-from sora_train.models.memory import moment_copies, text_parameters, transformer_parameters
+from sora_train.models.memory import moment_copies, text_parameters
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.parallel.checks.volume import units_of
@@ -31,7 +31,7 @@ from sora_train.tools.plan.search import (
 from sora_train.tools.plan.time.caching import Caching, caching_of
 from sora_train.tools.plan.time.cluster import GB, GIB, Cluster
 from sora_train.tools.plan.time.failures import schedule
-from sora_train.tools.plan.time.step import Bench, step_plan
+from sora_train.tools.plan.time.step import Bench, step_plan, trained_values
 from sora_train.tools.plan.time.work import Imbalance, StageWork, stage_work
 
 Values = dict[str, Any]
@@ -66,8 +66,7 @@ def plan_run(
 
         work = stage_work(stage, assume)
         caching = caching_of(work, cluster, assume)
-        data = stage.data.model_copy(update={"cache": caching.mode})
-        work = replace(work, cfg=stage.model_copy(update={"data": data}), spilled=caching.spilled)
+        work = replace(work, cfg=with_caching(stage, caching, assume), spilled=caching.spilled)
         bench = Bench(work, cluster, assume, units.of(stage), Imbalance(work))
         notes.update(dict.fromkeys((*work.notes, *bench.rates.sources)))
         planned.append(_stage(name, bench, caching, stage.data.cache, stage_progress))
@@ -77,13 +76,34 @@ def plan_run(
         "name": cfg.name,
         "cluster": {"name": str(cluster), "gpus": cluster.gpus, "nodes": cluster.nodes,
                     "memory_gib": cluster.gpu.memory_gib, **cluster.gpu.model_dump()},
-        "parameters": transformer_parameters(cfg.model)[0]
-        + (text_parameters(cfg.text) if cfg.text.trainable else 0),
+        "parameters": trained_parameters(cfg),
         "stages": planned,
         "total": {**total, "days": total["hours"] / 24},
         "notes": [f"shares of the clips are assumed: {mix}", *notes],
         "assumptions": assume.model_dump(),
     }  # fmt: skip
+
+
+def with_caching(cfg: Config, caching: Caching, assume: Assumptions) -> Config:
+    """The config with the cache that was chosen; an adapter's run then encodes all before the model is there."""
+    data = cfg.data.model_copy(update={"cache": caching.mode})
+    first = cfg.memory.encode_first
+    if cfg.adapter.on and not assume.keep_layout:
+        first = caching.mode == "latents" and not caching.spilled
+    memory = cfg.memory.model_copy(update={"encode_first": first})
+    return cfg.model_copy(update={"data": data, "memory": memory})
+
+
+def formula_of(cfg: Config) -> str:
+    """FORMULA, in which backward through a frozen base is one forward pass and not two."""
+    return FORMULA.replace("3 (", "2 (", 1) if cfg.adapter.on else FORMULA
+
+
+def trained_parameters(cfg: Config) -> int:
+    """Of an adapter, or of the transformer and a text encoder that is trained with it."""
+    if cfg.adapter.on:
+        return trained_values(cfg)
+    return trained_values(cfg) + (text_parameters(cfg.text) if cfg.text.trainable else 0)
 
 
 class _Units:
@@ -140,7 +160,7 @@ def _stage(name: str, bench: Bench, caching: Caching, asked: str, progress: Prog
             "tflop": step.flops / 1e12, "recomputed_tflop": step.recomputed / 1e12,
             "mfu": step.mfu, "tokens_per_second": step.tokens / step.seconds,
             "imbalance": step.imbalance, "floors": step.floors, "kernel": asdict(bench.rates),
-            "formula": FORMULA, "at_bar": step.seconds * step.mfu / bench.assume.bar, "bar": bench.assume.bar,
+            "formula": formula_of(cfg), "at_bar": step.seconds * step.mfu / bench.assume.bar, "bar": bench.assume.bar,
         },
         "communication": {
             "gb": {kind: value / GB for kind, value in sorted(step.volume.items())},
@@ -223,8 +243,7 @@ def _buckets(stage: StageWork, best: Candidate) -> list[Values]:
 
 def _saves(bench: Bench, best: Candidate) -> Values:
     cfg, assume, cluster = best.cfg, bench.assume, bench.cluster
-    trained = transformer_parameters(cfg.model)[0]
-    trained += text_parameters(cfg.text) if cfg.text.trainable else 0
+    trained = trained_parameters(cfg)
     moments = moment_copies(cfg.optim, cfg.model, cfg.text)
     copies = 2 + len(cfg.ema.more) + len(cfg.ema.post_hoc) + moments
     total = 4.0 * trained * copies

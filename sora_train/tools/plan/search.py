@@ -14,18 +14,20 @@ from sora_train.data.tape.tape import slot_efficiency
 from sora_train.errors import ConfigError
 from sora_train.models.memory import (
     ClipSize,
+    adapter_bytes,
     clip_bytes,
     compiles,
     fixed_bytes,
     moment_copies,
     text_parameters,
-    transformer_parameters,
 )
+from sora_train.models.quantised.codes import GROUP
+from sora_train.models.quantised.sizes import frozen_sizes
 from sora_train.parallel.degrees import Degrees, check_degrees, describe_layout
 from sora_train.tools.plan.memory.encoders import frozen_text_bytes
 from sora_train.tools.plan.memory.plan import ALLOWANCE, SLACK, MemoryPlan, memory_of
 from sora_train.tools.plan.time.cluster import GIB
-from sora_train.tools.plan.time.step import Bench, StepPlan, step_plan
+from sora_train.tools.plan.time.step import Bench, StepPlan, step_plan, trained_values
 from sora_train.tools.plan.time.work import BucketWork
 
 MOST_CP = 64
@@ -52,6 +54,11 @@ MEMORY_OPTIONS: tuple[dict[str, Any], ...] = (
     {"activation_checkpointing": "full", "offload_activations": True, "mlp_chunks": 8},
 )  # fmt: skip
 """From the fastest to the smallest; a budget is for blocks that are compiled."""
+BASES: dict[str, float] = {"compute": 1.0, "int8": 1.03, "nf4": 1.2}
+"""How a frozen base may be kept, and how many times as long a step may take without it to be preferred: what is lost is
+quality. fp8 is as large as int8, and further from the weights."""
+SWAPPED = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the blocks that are tried on the host, beside none."""
 PLAIN: dict[str, Any] = {
     "activation_checkpointing": "none", "checkpoint_every": 1, "checkpoint_keep": ("attention", "matmul"),
     "mlp_chunks": 1, "offload_activations": False, "offload_optimizer": False, "offload_params": False,
@@ -73,7 +80,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return describe_layout(self.cfg.parallel.engine, self.degrees)
+        return name_of(self.cfg, self.cfg.parallel.engine, self.degrees)
 
     @property
     def options(self) -> str:
@@ -83,7 +90,7 @@ class Candidate:
     def rank(self) -> tuple[float, float]:
         """The smaller the better."""
         handicap = 1 if self.cfg.parallel.engine == "fsdp" else 1 + DEEPSPEED_MUST_SAVE
-        return self.step.seconds * handicap, self.bytes
+        return self.step.seconds * handicap * BASES.get(self.cfg.memory.base, 1.0), self.bytes
 
     @property
     def bytes(self) -> float:
@@ -108,6 +115,12 @@ class SearchResult:
     tried: int
 
 
+def name_of(cfg: Config, engine: str, degrees: Degrees) -> str:
+    """`fsdp x2`, and with an adapter how the base is kept: `single, base int8`."""
+    layout = describe_layout(engine, degrees)
+    return f"{layout}, base {cfg.memory.base}" if cfg.adapter.on else layout
+
+
 def describe_options(cfg: Config) -> str:
     """Memory options in words."""
     parallel = cfg.parallel
@@ -123,6 +136,8 @@ def describe_options(cfg: Config) -> str:
         "offload activations" if parallel.offload_activations else "",
         "offload moments" if parallel.offload_optimizer else "",
         "sharded gradients" if parallel.accumulate == "sharded" else "",
+        f"{cfg.memory.swap_blocks} blocks swapped" if cfg.memory.swap_blocks else "",
+        "encoded first" if cfg.memory.encode_first else "",
     ]
     return ", ".join(filter(None, options)) or "none"
 
@@ -140,6 +155,10 @@ def overrides_of(cfg: Config) -> list[str]:
     for name in ("offload_activations", "offload_optimizer"):
         if getattr(parallel, name):
             overrides.append(f"parallel.{name}=true")
+    if cfg.adapter.on:
+        memory = cfg.memory
+        overrides += [f"memory.base={memory.base}", f"memory.swap_blocks={memory.swap_blocks}"]
+        overrides.append(f"memory.encode_first={str(memory.encode_first).lower()}")
     return overrides
 
 
@@ -172,12 +191,49 @@ def layouts(bench: Bench) -> Iterator[tuple[str, Degrees]]:
 
 
 def with_layout(cfg: Config, engine: str, degrees: Degrees, options: dict[str, Any]) -> Config:
-    """The configuration with this layout; the whole is checked as a fresh one is."""
+    """The configuration with this layout and these options, those of the section `memory` among them."""
+    memory: dict[str, Any] = {
+        name: options[name] for name in ("base", "swap_blocks") if name in options
+    }
+    rest = {name: value for name, value in options.items() if name not in memory}
     parallel = {
-        **PLAIN, **options, "engine": engine, "dp_replicate": degrees.dp_replicate,
+        **PLAIN, **rest, "engine": engine, "dp_replicate": degrees.dp_replicate,
         "dp_shard": degrees.dp_shard, "ulysses": degrees.ulysses, "ring": degrees.ring,
     }  # fmt: skip
-    return cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update=parallel)})
+    return cfg.model_copy(
+        update={
+            "parallel": cfg.parallel.model_copy(update=parallel),
+            "memory": cfg.memory.model_copy(update=memory),
+        }
+    )
+
+
+def variants(bench: Bench, engine: str, degrees: Degrees, base: str) -> tuple[dict[str, Any], ...]:
+    """The memory options to try, from the fastest on: MEMORY_OPTIONS, and with a frozen base on one card how many
+    blocks are swapped."""
+    cfg = bench.stage.cfg
+    if not cfg.adapter.on:
+        return MEMORY_OPTIONS
+    layers, alone = cfg.model.num_layers, bench.cluster.gpus == 1
+    swaps = sorted({0, *(round(share * layers) for share in SWAPPED if alone and layers > 3)})
+    tried = [
+        {**options, "base": base, "swap_blocks": swap}
+        for options in MEMORY_OPTIONS
+        for swap in swaps
+    ]
+
+    def seconds(options: dict[str, Any]) -> float:
+        return step_plan(bench, with_layout(cfg, engine, degrees, options), degrees).seconds
+
+    return tuple(sorted(tried, key=seconds))
+
+
+def bases(cfg: Config) -> tuple[str, ...]:
+    """Ways to keep the base that are tried; one that the config asks for is the only one."""
+    if not cfg.adapter.on or cfg.memory.base != "compute":
+        return (cfg.memory.base,)
+    fits = all(width % GROUP == 0 for width in (cfg.model.dim, cfg.model.ffn_dim))
+    return tuple(base for base in BASES if base != "nf4" or fits)
 
 
 def estimate_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, BucketWork]:
@@ -189,11 +245,16 @@ def estimate_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, 
     split = cfg.parallel.model_copy(
         update={"dp_shard": shards, "dp_replicate": degrees.dp_replicate}
     )
-    fixed = fixed_bytes(
-        model, text, split, w=w, moments=moments, micro_batches=cfg.train.micro_batches * cp,
-        averages=averages,
-    )  # fmt: skip
-    trained = transformer_parameters(model)[0]
+    sizes = frozen_sizes(cfg) if cfg.adapter.on else None
+    if sizes:
+        fixed = adapter_bytes(cfg, sizes, w=w, moments=moments, averages=averages, shards=shards)
+        fixed += 0 if text.trainable else text_parameters(text) * 4
+    else:
+        fixed = fixed_bytes(
+            model, text, split, w=w, moments=moments, micro_batches=cfg.train.micro_batches * cp,
+            averages=averages,
+        )  # fmt: skip
+    trained = trained_values(cfg)
     if cfg.parallel.engine in ("zero1", "zero2"):
         # Weights whole in the compute precision; gradients whole, in ZeRO-2 only until they are reduced.
         fixed += trained * w + (trained * 4 if cfg.parallel.engine == "zero1" else 0)
@@ -201,18 +262,20 @@ def estimate_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, 
     # Of a published encoder models/memory.py knows no sizes.
     frozen, caption = frozen_text_bytes(text)
     if not text.trainable:
-        fixed += frozen - text_parameters(text) * 4
-    at_rest = fixed
+        fixed += (0 if cfg.memory.encode_first else frozen) - text_parameters(text) * 4
+    at_rest = frozen if cfg.memory.encode_first else fixed
     if bench.cluster.device == "cuda":
         fixed += ALLOWANCE
 
     def needs(work: BucketWork) -> float:
         clip = ClipSize(-(-work.tokens // cp), work.frames, text.max_length)
-        return work.clips * clip_bytes(model, text, clip, w, bench.cluster.device, cfg.parallel)
+        device = bench.cluster.device
+        return work.clips * clip_bytes(model, text, clip, w, device, cfg.parallel, frozen=sizes)
 
     worst = max(bench.stage.works, key=needs)
     # While captions are encoded no activations are there.
-    encoding = at_rest + max(work.clips for work in bench.stage.works) * caption
+    together = 1 if cfg.memory.encode_first else max(work.clips for work in bench.stage.works)
+    encoding = at_rest + together * caption
     return max(fixed + (1 + SLACK) * needs(worst), encoding), worst
 
 
@@ -221,10 +284,11 @@ def search(bench: Bench, progress: Callable[[str, int, int], None]) -> SearchRes
     cap = bench.cluster.memory * (1 - bench.assume.reserve)
     candidates: list[Candidate] = []
     refused: list[RefusedLayout] = []
-    todo = list(layouts(bench))[:MAX_LAYOUTS]
-    for number, (engine, degrees) in enumerate(todo):
+    kept = bases(bench.stage.cfg)
+    todo = [(*layout, base) for layout in layouts(bench) for base in kept][:MAX_LAYOUTS]
+    for number, (engine, degrees, base) in enumerate(todo):
         progress("layouts", number, len(todo))
-        layout = cheapest_that_fits(bench, engine, degrees, cap)
+        layout = cheapest_that_fits(bench, engine, degrees, cap, base)
         if isinstance(layout, Candidate):
             candidates.append(layout)
         else:
@@ -270,14 +334,14 @@ def fastest(
 
 
 def cheapest_that_fits(
-    bench: Bench, engine: str, degrees: Degrees, cap: float, first: int = 0
+    bench: Bench, engine: str, degrees: Degrees, cap: float, base: str, first: int = 0
 ) -> Candidate | RefusedLayout:
     """The layout with the first memory options, of those after `first`, that fit by the estimate."""
     ranks = bench.cluster.gpus // degrees.cp
     several = bench.stage.cfg.train.micro_batches > ranks and engine == "fsdp"
     sharded = several and degrees.shards > 1
     least = float("inf")
-    for options in MEMORY_OPTIONS[first:]:
+    for options in variants(bench, engine, degrees, base)[first:]:
         for accumulate in ("whole", "sharded") if sharded else ("whole",):
             cfg = with_layout(
                 bench.stage.cfg, engine, degrees, {**options, "accumulate": accumulate}
@@ -290,19 +354,17 @@ def cheapest_that_fits(
             if needed <= cap:
                 return Candidate(cfg, degrees, step_plan(bench, cfg, degrees), None, needed)
     over = (least - cap) / GIB
-    return too_large(describe_layout(engine, degrees), over)
+    asked = with_layout(bench.stage.cfg, engine, degrees, {"base": base})
+    return too_large(name_of(asked, engine, degrees), over)
 
 
 def with_smaller_options(bench: Bench, counted: Candidate, cap: float) -> Candidate | RefusedLayout:
     """The layout with the next memory options that fit by the estimate, after some that were counted and do not."""
-    matching = (n for n, options in enumerate(MEMORY_OPTIONS) if _has(counted.cfg, options))
-    following = cheapest_that_fits(
-        bench,
-        counted.cfg.parallel.engine,
-        counted.degrees,
-        cap,
-        first=next(matching, len(MEMORY_OPTIONS)) + 1,
-    )
+    engine, base = counted.cfg.parallel.engine, counted.cfg.memory.base
+    tried = variants(bench, engine, counted.degrees, base)
+    matching = (n for n, options in enumerate(tried) if _has(counted.cfg, options))
+    first = next(matching, len(tried)) + 1
+    following = cheapest_that_fits(bench, engine, counted.degrees, cap, base, first)
     if isinstance(following, RefusedLayout):
         return too_large(counted.name, (counted.bytes - cap) / GIB)
     return following
@@ -313,10 +375,9 @@ def too_large(name: str, over: float) -> RefusedLayout:
 
 
 def _has(cfg: Config, options: dict[str, Any]) -> bool:
+    has = {**cfg.parallel.model_dump(), **cfg.memory.model_dump()}
     return all(
-        getattr(cfg.parallel, name) == value
-        for name, value in {**PLAIN, **options}.items()
-        if name != "accumulate"
+        has[name] == value for name, value in {**PLAIN, **options}.items() if name != "accumulate"
     )
 
 
@@ -332,8 +393,9 @@ def with_memory(bench: Bench, candidate: Candidate) -> Candidate:
         clip = ClipSize(worst.tokens, worst.frames, cfg.text.max_length)
         eager = cfg.model.model_copy(update={"compile": "off"})
         plain = cfg.parallel.model_copy(update={"activation_memory_budget": 1.0})
+        sizes = frozen_sizes(cfg) if cfg.adapter.on else None
         kept, of = (
-            clip_bytes(model, cfg.text, clip, bench.size, device, parallel)
+            clip_bytes(model, cfg.text, clip, bench.size, device, parallel, frozen=sizes)
             for model, parallel in ((cfg.model, cfg.parallel), (eager, plain))
         )
         spared = round(counted.activations * (1 - kept / of))
@@ -365,9 +427,10 @@ def _reasons(
 
 
 def _kind(name: str) -> str:
-    """The words of a layout without its numbers, bar those of context parallelism."""
+    """The words of a layout without its numbers, bar those of context parallelism; a base of its own is a kind."""
+    name, _, base = name.partition(", ")
     head, *rest = name.split(" x ")
-    return " x ".join([head.split(" ")[0], *(part.split(" ")[0] for part in rest)])
+    return base + " x ".join([head.split(" ")[0], *(part.split(" ")[0] for part in rest)])
 
 
 def _undivided(bench: Bench) -> list[RefusedLayout]:

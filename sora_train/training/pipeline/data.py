@@ -11,7 +11,8 @@ from torch import nn
 
 from sora_train.checkpoint.meta import CheckpointMeta
 from sora_train.config import Config
-from sora_train.data.captions.choice import require_trigger
+from sora_train.data.captions.choice import captions_by_name, require_trigger
+from sora_train.data.captions.texts import MAIN
 from sora_train.data.index.sources import Sources, SourceSnapshot, open_sources
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
@@ -27,6 +28,8 @@ from sora_train.runtime.world import World
 from sora_train.training.pipeline.encoding import (
     CacheFiller,
     Caches,
+    distinct,
+    embed_captions,
     fill_cache,
     open_caches,
     open_filler,
@@ -109,9 +112,9 @@ class TrainingData:
         filler = open_filler(cfg, loader, vae, world.device, caches)
         if filler is not None and cfg.data.cache == "latents":
             encode_all(filler, world, control)
-        val_clips: list[Clip] = []
-        if not cfg.dry_run:
-            val_clips = read_validation(cfg, sources.val, table, vae, reads_vae_latents, control)
+        val_clips = read_validation(cfg, sources.val, table, vae, reads_vae_latents, control)
+        if filler is not None and cfg.memory.encode_first:
+            embed_all(cfg, filler, sources.train, assignment, control)
         if filler is not None:
             val_clips = [filler.with_text(clip) for clip in val_clips]
         return cls(
@@ -278,10 +281,38 @@ def open_loader(
     )
 
 
+def embed_all(
+    cfg: Config,
+    filler: CacheFiller,
+    manifest: Manifest,
+    assignment: Assignment,
+    control: ControlPlane,
+) -> None:
+    """Store the embeddings of all captions that a clip may be trained on. Raises as `encode_all` does, and UserError on
+    all ranks where the cache has no room."""
+    # Not both networks on the device at a time.
+    filler.vae.to("cpu")
+    named = captions_by_name(manifest) if filler.texts is not None else {}
+    wanted = {MAIN, *(name for name, weight in cfg.data.caption_weights.items() if weight > 0)}
+    texts = (
+        text
+        for name in wanted & named.keys()
+        for row, text in named[name].items()
+        if assignment.bucket_of_row[row] >= 0
+    )
+    captions = distinct(list(texts))
+    control.together(lambda: embed_captions(filler, captions, control.world, preemption.pending))
+    leave_if_preempted(control, "captions were being embedded")
+
+
 def encode_all(filler: CacheFiller, world: World, control: ControlPlane) -> None:
     """Store the latents of every clip before step 1. Raises Preempted on all ranks where one has to leave."""
     fill_cache(filler, world, "encoding clips", preemption.pending)
+    leave_if_preempted(control, "clips were being encoded")
+
+
+def leave_if_preempted(control: ControlPlane, what: str) -> None:
     if control.sum([float(preemption.pending())])[0]:
         raise Preempted(
-            "preempted while clips were being encoded; those done are stored, and the same command continues"
+            f"preempted while {what}; those done are stored, and the same command continues"
         )

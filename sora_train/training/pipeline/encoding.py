@@ -22,6 +22,7 @@ from sora_train.data.latents.provenance import require_same, write_made_with
 from sora_train.data.loader import Chunk, Loader
 from sora_train.data.manifest import text_digest
 from sora_train.data.sample import Clip, ClipBatch
+from sora_train.errors import UserError
 from sora_train.models.text.encoder import TextEncoder
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
@@ -100,6 +101,8 @@ class CacheFiller:
     @torch.no_grad()
     def encode(self, clips: Sequence[Clip]) -> list[Clip]:
         """Clips of one shape with their latents instead of pixels, encoded together."""
+        # It may rest on the host (memory.encode_first).
+        self.vae.to(self.device)
         pixels = to_pixels(list(clips), self.device)
         if not self.loader.drawn:
             means = _array(self.vae.encode(pixels))
@@ -189,6 +192,33 @@ def fill_cache(
     with Progress(max(total, 1), title, enabled=world.is_main and total > 0) as progress:
         for done in filler.fill(chunks):
             progress.update(done)
+            if stop():
+                return
+
+
+def embed_captions(
+    filler: CacheFiller,
+    captions: Sequence[str],
+    world: World,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Store the embedding of every caption that is not stored yet, dealt out over the ranks; `stop` is asked after
+    each. Nothing is to be done for an encoder that is trained. Raises UserError where the cache has no room for one."""
+    texts = filler.texts
+    if texts is None:
+        return
+    own = [caption for caption in captions[world.rank :: world.size] if not texts.has(caption)]
+    with Progress(
+        max(len(own), 1), "encoding captions", enabled=world.is_main and bool(own)
+    ) as bar:
+        for done, caption in enumerate(own, 1):
+            filler.embed(caption)
+            if not texts.has(caption):
+                raise UserError(
+                    f"memory.encode_first=true: the cache is full after {done - 1} of {len(own)} captions; raise "
+                    "data.cache_text_gb"
+                )
+            bar.update(done)
             if stop():
                 return
 

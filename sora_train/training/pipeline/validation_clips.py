@@ -58,13 +58,13 @@ def read_validation(
     control: ControlPlane,
 ) -> list[Clip]:
     """The held-out clips that fit a bucket, decoded once, with their main captions; their latents too
-    where a VAE is frozen.
+    where a VAE is frozen. None for a dry run.
 
     Those that fail are named, and bounded by `data.max_drop_fraction` as training clips are.
     """
     assignment = assigned(cfg, manifest, table)
     rows = np.flatnonzero(assignment.bucket_of_row >= 0)[: cfg.validation.max_clips]
-    if len(rows) == 0 or cfg.validation.every == 0:
+    if cfg.dry_run or len(rows) == 0 or cfg.validation.every == 0:
         return []
     kept = np.full(len(manifest), -1)
     kept[rows] = assignment.bucket_of_row[rows]

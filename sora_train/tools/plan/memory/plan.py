@@ -22,6 +22,8 @@ from typing import Any, cast
 from sora_train.config import Config
 from sora_train.data.sample import Bucket
 from sora_train.errors import ConfigError, Fault
+from sora_train.models.memory import compute_bytes
+from sora_train.models.quantised.sizes import frozen_sizes
 from sora_train.parallel.degrees import resolve_degrees
 from sora_train.tools.plan.memory.worker import DEPTHS
 
@@ -33,7 +35,7 @@ SLACK = 0.03
 SECONDS = 600.0
 """How long one count may take."""
 KINDS = ("weights", "gradients", "optimizer", "ema", "activations", "buffers", "encoders")
-SECTIONS = {"model", "text", "vae", "parallel", "optim", "ema", "train"}
+SECTIONS = {"model", "text", "vae", "parallel", "adapter", "memory", "optim", "ema", "train"}
 """Of the config: what memory depends on."""
 Peaks = dict[str, dict[str, int]]
 
@@ -75,6 +77,8 @@ def memory_of(
     cfg, world = smallest_alike(planned_for(cfg, device), world)
     peaks = peaks_of(cfg, world, bucket, clips)
     frozen = ask(cfg, 1, bucket, clips, "encoders")
+    if cfg.memory.encode_first:
+        return plan_of(peaks, 0, frozen["apart"], device, first=True)
     return plan_of(peaks, frozen["weights"], frozen["encode"], device)
 
 
@@ -117,6 +121,8 @@ def peaks_of(cfg: Config, world: int, bucket: Bucket, clips: int) -> Peaks:
     step = -(-(DEPTHS[1] - DEPTHS[0]) // every) * every
     if layers <= low + step:
         return at_depth(cfg, layers, world, bucket, clips)
+    if cfg.memory.swap_blocks:
+        return _without_swapped(cfg, world, bucket, clips)
     some, more = (at_depth(cfg, depth, world, bucket, clips) for depth in (low, low + step))
     return {
         moment: {
@@ -128,17 +134,29 @@ def peaks_of(cfg: Config, world: int, bucket: Bucket, clips: int) -> Peaks:
     }
 
 
+def _without_swapped(cfg: Config, world: int, bucket: Bucket, clips: int) -> Peaks:
+    """The peaks of a deep model of which blocks are swapped: those of the whole, less what is elsewhere."""
+    swapped = cfg.memory.swap_blocks
+    memory = cfg.memory.model_copy(update={"swap_blocks": 0})
+    peaks = peaks_of(cfg.model_copy(update={"memory": memory}), world, bucket, clips)
+    w = compute_bytes(cfg.parallel.param_dtype, "cpu")
+    away = (swapped - 2) * frozen_sizes(cfg).block_bytes(memory.base, w)
+    return {
+        moment: {**parts, "weights": parts["weights"] - away} for moment, parts in peaks.items()
+    }
+
+
 def at_depth(cfg: Config, layers: int, world: int, bucket: Bucket, clips: int) -> Peaks:
     model = cfg.model.model_copy(update={"num_layers": layers})
     answer = ask(cfg.model_copy(update={"model": model}), world, bucket, clips, "step")
     return cast(Peaks, answer["peaks"])
 
 
-def plan_of(peaks: Peaks, frozen: int, encode: int, device: str) -> MemoryPlan:
-    """The worst moment, encoding and the device's own needs added."""
+def plan_of(peaks: Peaks, frozen: int, encode: int, device: str, first: bool = False) -> MemoryPlan:
+    """The worst moment, encoding and the device's own needs added; `first`: the model is placed after encoding."""
     lasting = {kind: peaks["forward"].get(kind, 0) for kind in ("weights", "optimizer", "ema")}
     moments = {moment: {**parts, "encoders": frozen} for moment, parts in peaks.items()}
-    moments["encode"] = {**lasting, "encoders": frozen + encode}
+    moments["encode"] = {**({} if first else lasting), "encoders": frozen + encode}
     if device == "cuda":
         for parts in moments.values():
             passing = sum(parts.get(kind, 0) for kind in ("activations", "buffers", "gradients"))

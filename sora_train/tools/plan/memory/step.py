@@ -17,6 +17,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sora_train.config import Config
+from sora_train.models.adapters.inject import add_adapter
+from sora_train.models.quantised.linear import quantise_base
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.objectives import FlowBatch
 from sora_train.objectives.flow_batch import blank_inputs
@@ -26,7 +28,7 @@ from sora_train.parallel.deepspeed.engine import rank_checks
 from sora_train.parallel.degrees import Degrees, resolve_degrees
 from sora_train.parallel.engine import build_engine
 from sora_train.parallel.layout import Layout
-from sora_train.parallel.memory import host_optimizer, masters, offload
+from sora_train.parallel.memory import host_optimizer, masters, offload, swap
 from sora_train.parallel.protocol import Engine, resolve_param_dtype
 from sora_train.runtime.world import World
 from sora_train.tools.plan.memory.count import Held
@@ -81,11 +83,15 @@ class FakeRun:
         self.cfg, self.held = cfg, held
         with held.making("buffers"):
             self.model = model_of(cfg, world.size)
+            if cfg.adapter.on:
+                add_adapter(self.model, cfg.adapter, layout.param_dtype)
+                quantise_base(self.model, cfg.memory.base)
             self.engine: Engine = build_engine(
                 self.model, cfg, world, layout, partial(build_optimizer, cfg.optim)
             )
         held.mark(self.model.parameters(), "weights")
         held.mark((weight for _, weight in self.engine.weights.named_parameters()), "weights")
+        held.mark(swapped_out(self.engine), "host")
         if not cfg.text.trainable:
             # A stand-in; the frozen networks are counted apart.
             held.mark(self.model.frozen_encoder.parameters(), "host")
@@ -121,6 +127,12 @@ class FakeRun:
         self.engine.step(1e-4, norm, torch.zeros_like(norm, dtype=torch.bool))
         self.ema.update(number)
         held.during("")
+
+
+def swapped_out(engine: Engine) -> list[Tensor]:
+    """Frozen matrices that wait on the host for a first pass."""
+    swapper = getattr(engine, "swapper", None)
+    return [host for block in swapper.swapped for host in block.hosts] if swapper else []
 
 
 def made_empty(cfg: Config, world_size: int) -> bool:
@@ -229,6 +241,7 @@ def engine_kinds(held: Held) -> Iterator[None]:
             (FSDPParamGroup, "post_backward", "gradients"),
             (FSDPParamGroup, "finalize_backward", "gradients"),
             (host_optimizer, "_on_host", "host"),
+            (swap.Swapped, "to_device", "weights"),
             (offload.Offloader, "_to_host", "host"),
         ):
             stack.enter_context(replaced(owner, name, counted_as(kind, getattr(owner, name))))

@@ -25,7 +25,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     if question["part"] == "encoders":
         text, caption = frozen_text_bytes(cfg.text)
         vae, clip = vae_bytes(cfg, bucket)
-        return {"weights": text + vae, "encode": max(clip, caption * clips)}
+        apart = max(vae + clip, text + caption)
+        return {"weights": text + vae, "encode": max(clip, caption * clips), "apart": apart}
     shape = latent_shape(cfg, bucket)
     peaks = step_peaks(cfg, question["world"], shape, clips, cfg.text.max_length)
     return {"peaks": peaks}

@@ -96,6 +96,22 @@ TABLE: dict[str, Gpu] = {
         tflops=165.2, tflops_fp32=82.6, memory_gib=23.5, memory_gb_s=1008, nvlink_gb_s=12, network_gb_s=1.5,
         host_gb_s=25, gpus_per_node=8, price=0.4, mtbf_hours=20_000, **_AMPERE,
     ),
+    # images.nvidia.com, RTX Blackwell whitepaper, appendix A: 209.5 TFLOP/s bf16 with fp32 sums, 104.8 fp32, 32 GB,
+    # 1,792 GB/s, PCIe 5. Attention: FlashAttention-2, as on Ada.
+    "5090": Gpu(
+        tflops=209.5, tflops_fp32=104.8, memory_gib=31.4, memory_gb_s=1792, nvlink_gb_s=25, network_gb_s=1.5,
+        host_gb_s=50, gpus_per_node=8, price=0.7, mtbf_hours=20_000, **_AMPERE,
+    ),
+    # Ada whitepaper, appendix B: 97.5 TFLOP/s bf16 with fp32 sums, 48.7 fp32, 16 GB, 717 GB/s.
+    "4080": Gpu(
+        tflops=97.5, tflops_fp32=48.7, memory_gib=15.6, memory_gb_s=717, nvlink_gb_s=12, network_gb_s=1.5,
+        host_gb_s=25, gpus_per_node=8, price=0.25, mtbf_hours=20_000, **_AMPERE,
+    ),
+    # nvidia.com, GeForce RTX 4070: 58.3 TFLOP/s bf16 with fp32 sums, 29.1 fp32, 12 GB, 504 GB/s.
+    "4070": Gpu(
+        tflops=58.3, tflops_fp32=29.1, memory_gib=11.6, memory_gb_s=504, nvlink_gb_s=12, network_gb_s=1.5,
+        host_gb_s=25, gpus_per_node=8, price=0.15, mtbf_hours=20_000, **_AMPERE,
+    ),
     # A core or two of a common server, as docs/parity.md measured one: 55 GFLOP/s a core in float32, bf16 no faster.
     "cpu": Gpu(
         tflops=0.055, tflops_fp32=0.055, memory_gib=8, memory_gb_s=10, nvlink_gb_s=3, network_gb_s=1,
@@ -103,6 +119,17 @@ TABLE: dict[str, Gpu] = {
         attention_forward=0.4, attention_backward=0.4,
     ),
 }  # fmt: skip
+
+
+BY_MEMORY = {
+    "12GB": "4070",
+    "16GB": "4080",
+    "24GB": "4090",
+    "32GB": "5090",
+    "48GB": "L40S",
+    "80GB": "H100",
+}
+"""What a card is taken for of which only the memory is told."""
 
 
 class Cluster(Section):
@@ -160,13 +187,13 @@ def _gpu(name: str) -> tuple[Gpu, str]:
     if name.endswith((".yaml", ".yml")):
         return validated(Gpu, load_yaml(Path(name))), Path(name).stem
     by_lower = {known.lower(): known for known in TABLE}
-    known = by_lower.get(name.lower())
+    known = BY_MEMORY.get(name.upper()) or by_lower.get(name.lower())
     if known is None:
         near = closest(name.lower(), by_lower)
         remedy = f"did you mean {by_lower[near]}? " if near else ""
         raise ConfigError(
-            f"cluster: there is no '{name}'; {remedy}there are {', '.join(TABLE)}, or name a file of your own, such "
-            "as cluster=8xmy_gpu.yaml"
+            f"cluster: there is no '{name}'; {remedy}there are {', '.join(TABLE)}, or by their memory "
+            f"{', '.join(BY_MEMORY)}, or name a file of your own, such as cluster=8xmy_gpu.yaml"
         )
     return TABLE[known], known
 

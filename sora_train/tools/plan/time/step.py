@@ -27,6 +27,7 @@ from sora_train.models.memory import (
     compute_bytes,
     transformer_parameters,
 )
+from sora_train.models.quantised.sizes import frozen_sizes
 from sora_train.parallel.checks.volume import Slot, context_volume, fsdp_volume, zero_volume
 from sora_train.parallel.degrees import Degrees
 from sora_train.tools.plan.assumptions import Assumptions
@@ -53,6 +54,11 @@ gates: 18 ms at 0.5 and 13 ms at 0.7 for a clip whose bytes take 24 ms to be wri
 HOST_ADAM_BYTES = 12
 """Of a parameter that cross to the host and back where moments are there (docs/memory.md)."""
 OFFLOADED_WAYS = 2
+WIDENED_PASSES = 3
+"""How often a value crosses the card's memory in the compute precision while codes are widened: written, then read and
+written as it is scaled."""
+NF4_BYTES = 4
+"""Of a value of nf4 besides: the numbers of the pairs that are looked up, written and read, and the pairs."""
 MERGE_BYTES = 36
 """Of a value of q that a ring's step moves in float32: its answer merged by log-sum-exp (read twice, written), and in
 backward the gradients of q, k and v added up (parallel/ring.py)."""
@@ -71,6 +77,10 @@ class BucketTime:
     """Attention to captions, both ways."""
     passes: float
     recompute: float
+    widened: float
+    """Codes of a frozen base made wide, each way."""
+    swapped: float
+    """What of a frozen base comes from the host and is waited for."""
     copies: float
     """Of weights and gradients inside a rank."""
     video: float
@@ -87,11 +97,11 @@ class BucketTime:
 
     @property
     def compute(self) -> float:
-        return self.products + self.attention + self.passes + self.recompute
+        return self.products + self.attention + self.passes + self.recompute + self.widened
 
     @property
     def total(self) -> float:
-        moved = self.exchange + self.ring + self.offload
+        moved = self.exchange + self.ring + self.offload + self.swapped
         return self.compute + self.copies + self.video + self.text + moved + self.host
 
 
@@ -184,10 +194,11 @@ def bucket_time(bench: Bench, cfg: Config, degrees: Degrees, work: BucketWork) -
     cross = clips * work.cross * (1 + BACKWARD_PRODUCTS) / (bench.peak * rates.cross)
     size = ClipSize(work.tokens, work.frames, cfg.text.max_length)
     share = COMPILED if compiles(cfg.model, cfg.parallel, bench.cluster.device) else 1.0
-    saved = cfg.model.num_layers * share * block_bytes(cfg.model, size, bench.size)
+    frozen = frozen_sizes(cfg) if cfg.adapter.on else None
+    saved = cfg.model.num_layers * share * block_bytes(cfg.model, size, bench.size, frozen=frozen)
     passes = clips * saved / rates.memory
     times = {
-        "products": 3 * products,
+        "products": work.passes * products,
         "forward": own / rates.forward,
         "backward": BACKWARD_PRODUCTS * own / rates.backward,
         "cross": cross,
@@ -215,11 +226,33 @@ def bucket_time(bench: Bench, cfg: Config, degrees: Degrees, work: BucketWork) -
         )
         crossing = OFFLOADED_WAYS * bytes_out / (gpu.host_gb_s * GB)
         offload = max(0.0, crossing - assume.overlap * (sum(times.values()) + recompute))
+    widened, crossing = base_seconds(bench, cfg, more) if frozen else (0.0, 0.0)
+    swapped = max(0.0, crossing - assume.overlap * (sum(times.values()) + recompute + widened))
     return BucketTime(
-        work, **times, recompute=recompute, copies=copy_seconds(bench, cfg, degrees),
+        work, **times, recompute=recompute, widened=widened, swapped=swapped, copies=copy_seconds(bench, cfg, degrees),
         video=clips * video, text=clips * text, exchange=exchange, ring=ring, offload=offload,
         host=assume.micro_batch_seconds,
     )  # fmt: skip
+
+
+def base_seconds(bench: Bench, cfg: Config, again: float) -> tuple[float, float]:
+    """Seconds of a micro-batch in which a frozen base (is widened, crosses from the host); `again` is the share of the
+    forward pass that backward repeats."""
+    sizes, memory = frozen_sizes(cfg), cfg.memory
+    block = sizes.block_bytes(memory.base, bench.size)
+    # In either pass a swapped block comes once, but for the two that are there at the turn.
+    crossing = 2 * max(0, memory.swap_blocks - 2) * block / (bench.cluster.gpu.host_gb_s * GB)
+    if memory.base == "compute":
+        return 0.0, crossing
+    values = sum(out * inputs for out, inputs in sizes.matrices)
+    moved = block + values * WIDENED_PASSES * bench.size
+    moved += values * NF4_BYTES if memory.base == "nf4" else 0
+    return (2 + again) * sizes.blocks * moved / bench.rates.memory, crossing
+
+
+def trained_values(cfg: Config) -> int:
+    """Values of the transformer that get gradients."""
+    return frozen_sizes(cfg).trained if cfg.adapter.on else transformer_parameters(cfg.model)[0]
 
 
 def copy_seconds(bench: Bench, cfg: Config, degrees: Degrees) -> float:
@@ -227,7 +260,7 @@ def copy_seconds(bench: Bench, cfg: Config, degrees: Degrees) -> float:
     if bench.size != 2 or bench.cluster.device == "cpu":
         return 0.0
     each = COPY_BYTES if degrees.shards > 1 else ONE_RANK_COPY_BYTES
-    return transformer_parameters(cfg.model)[0] * each / bench.rates.memory
+    return trained_values(cfg) * each / bench.rates.memory
 
 
 def _context_seconds(
@@ -262,6 +295,13 @@ def step_volume(bench: Bench, cfg: Config, degrees: Degrees, slots: int) -> Coun
         volume = Counter()
     else:
         volume = zero_volume(cfg.parallel.engine, bench.units, slots, size, wide)
+    if cfg.adapter.on:
+        # The base is gathered as it is kept and never reduced.
+        sizes, whole = frozen_sizes(cfg), transformer_parameters(cfg.model)[0]
+        base = sizes.resident_bytes(cfg.memory.base, 0, size) / (whole * size)
+        for kind in volume:
+            share = base if kind == "all_gather" else sizes.trained / whole
+            volume[kind] = round(volume[kind] * share)
     for share, work in zip(bench.stage.micro_share, bench.stage.works, strict=True):
         for kind, value in context_volume(cfg, degrees, slot_of(work), size).items():
             volume[kind] += round(slots * share * value)
@@ -297,6 +337,8 @@ def step_plan(bench: Bench, cfg: Config, degrees: Degrees) -> StepPlan:
         "attention to captions": mean("cross"),
         "norms and gates": mean("passes"),
         "computed again": mean("recompute"),
+        "frozen weights widened": mean("widened"),
+        "frozen weights from the host: exposed": mean("swapped"),
         "copies of weights": slots * times[0].copies,
         "weights, gradients: exposed": exposed,
         "token exchange (Ulysses, ring)": mean("exchange") + mean("ring"),
@@ -327,7 +369,7 @@ def step_plan(bench: Bench, cfg: Config, degrees: Degrees) -> StepPlan:
 
 def update_seconds(bench: Bench, cfg: Config, degrees: Degrees) -> float:
     """Seconds of the gradients' norm, the optimizer's step and the average."""
-    trained = transformer_parameters(cfg.model)[0]
+    trained = trained_values(cfg)
     shards = degrees.shards if cfg.parallel.engine == "fsdp" else bench.cluster.gpus
     seconds = UPDATE_BYTES / bench.rates.memory
     if cfg.parallel.offload_optimizer:

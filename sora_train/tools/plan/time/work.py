@@ -57,11 +57,13 @@ class BucketWork:
     """Of encoding one caption by a frozen text encoder, 0 for one that is trained."""
     stored: int
     """Bytes of one clip's latents in a cache."""
+    passes: int = 3
+    """Forward passes that `flops` are: backward is two, through a frozen base one."""
 
     @property
     def products(self) -> int:
         """Of one clip forward, in all other matrix products of the transformer."""
-        return self.flops // 3 - self.attention - self.text
+        return self.flops // self.passes - self.attention - self.text
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def stage_work(cfg: Config, assume: Assumptions) -> StageWork:
                 text_flops(cfg.text, text) if cfg.text.trainable else 0,
                 vae_flops(arch, pixels),
                 0.0 if cfg.text.trainable else caption_flops(cfg.text, 2 * assume.caption_tokens),
-                STORED_BYTES * values,
+                STORED_BYTES * values, 2 if cfg.adapter.on else 3,
             )
         )  # fmt: skip
     return StageWork(tuple(works), (vae_note,) if vae_note else (), cfg)
