@@ -7,7 +7,7 @@ says(capsys.readouterr().out, "runs/a", "7 used", "3 dropped")
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -32,11 +32,18 @@ def holds(text: str, fact: str) -> bool:
     return re.search(before + re.escape(fact) + after, text) is not None
 
 
-@contextmanager
 def refuses(
     kind: type[BaseException] | tuple[type[BaseException], ...], *facts: str
+) -> AbstractContextManager[Any]:
+    """`pytest.raises`, and the error says the facts. To be entered: called with a function it would check nothing."""
+    assert isinstance(kind, type | tuple), "write `with refuses(Error, ...):` and the call below it"
+    return _refuses(kind, facts)
+
+
+@contextmanager
+def _refuses(
+    kind: type[BaseException] | tuple[type[BaseException], ...], facts: tuple[str, ...]
 ) -> Iterator[Any]:
-    """`pytest.raises`, and the error says the facts."""
     with pytest.raises(kind) as caught:
         yield caught
     says(caught.value, *facts)

@@ -192,19 +192,17 @@ def test_presets_are_the_layers_that_they_say() -> None:
 
 
 def test_a_target_that_matches_nothing_is_told_with_what_would() -> None:
-    refuses(
-        lambda: target_modules(VideoDiT(SIZES), ("attention", "attn.qkv")),
-        ConfigError, "adapter.targets", "'attn.qkv'", "blocks.*.attn1.to_q", "blocks.*.ffn.net.2",
-    )  # fmt: skip
-    refuses(
-        lambda: target_modules(VideoDiT(SIZES), ()), ConfigError, "adapter.targets", "attention+mlp"
-    )
+    names = "blocks.*.attn1.to_q", "blocks.*.ffn.net.2"
+    with refuses(ConfigError, "adapter.targets", "'attn.qkv'", *names):
+        target_modules(VideoDiT(SIZES), ("attention", "attn.qkv"))
+    with refuses(ConfigError, "adapter.targets", "attention+mlp"):
+        target_modules(VideoDiT(SIZES), ())
 
 
 # --- a run ---
 
 TINY = [
-    "experiment=parity_tiny", "train.micro_batches=2", "parallel.self_test=false", "validation.every=2",
+    "experiment=parity_tiny", "optim=adamw", "train.micro_batches=2", "parallel.self_test=false", "validation.every=2",
     "optim.lr=0.01", "optim.warmup_steps=0", "run.threads=1", "sample.every=0",
 ]  # fmt: skip
 ADAPTER = [
@@ -276,12 +274,12 @@ def test_beside_another_base_it_does_not_go_on(home: Path, tmp_path: Path) -> No
     shutil.copytree(home / "straight", again)
     Trainer(config(tmp_path / "other", "train.steps=1")).train()
     elsewhere = adapter_config(home, again, f"init.run={tmp_path / 'other'}", "train.steps=5")
-    refuses(
-        lambda: Trainer(elsewhere), UserError, str(again), str(tmp_path / "other"), "FOLDER@STEP"
-    )
+    with refuses(UserError, str(again), str(tmp_path / "other"), "FOLDER@STEP"):
+        Trainer(elsewhere)
     # The averaged weights of the base are others than the live ones.
     live = adapter_config(home, again, "init.weights=live", "train.steps=5")
-    refuses(lambda: Trainer(live), UserError, str(home / "base"))
+    with refuses(UserError, str(home / "base")):
+        Trainer(live)
 
 
 @pytest.mark.parametrize(
@@ -296,17 +294,20 @@ def test_another_adapter_is_another_experiment(
 ) -> None:
     again = tmp_path / "again"
     shutil.copytree(home / "straight", again)
-    refuses(lambda: Trainer(adapter_config(home, again, override)), ConfigError, str(again), key)
+    with refuses(ConfigError, str(again), key):
+        Trainer(adapter_config(home, again, override))
 
 
 def test_an_adapter_is_no_base(home: Path, tmp_path: Path) -> None:
     cfg = adapter_config(home, tmp_path / "run", f"init.run={home / 'straight'}")
-    refuses(lambda: Trainer(cfg), UserError, "init.run", "sora ckpt merge", "adapter.init")
+    with refuses(UserError, "init.run", "sora ckpt merge", "adapter.init"):
+        Trainer(cfg)
 
 
 def test_a_trigger_that_no_caption_has_is_refused(home: Path, tmp_path: Path) -> None:
     cfg = adapter_config(home, tmp_path / "run", "adapter.trigger=zxcv")
-    refuses(lambda: Trainer(cfg), UserError, "adapter.trigger", "zxcv", "captions")
+    with refuses(UserError, "adapter.trigger", "zxcv", "captions"):
+        Trainer(cfg)
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,12 @@ from sora_train.runtime.world import World
 from sora_train.sampling.api import attending_here, shipped_config
 from sora_train.training.components import Builder, Components, build_networks, build_vae
 from sora_train.training.initialise import (
+    adapter_start,
     begin_adapter,
     require_fitting,
     require_same_base,
     source_of,
+    take_adapter,
     take_weights,
 )
 from sora_train.training.outputs.step_picture import draw_sheet, table_of
@@ -351,6 +353,8 @@ def _fill(model: nn.Module, plan: Plan, vae: VideoVAE) -> None:
         meta = read_meta(plan.weights) if plan.weights else None
         require_same_base(cfg, weights_digest(origin, cfg.init.weights), meta)
         begin_adapter(cfg, origin, model, trained)
+        if plan.weights is None:
+            take_adapter(cfg, adapter_start(cfg, origin, model), trained)
     values = {name: parameter.detach() for name, parameter in trained.items()}
     if plan.weights is not None:
         tensors = {f"model.{name}": value for name, value in values.items()}
