@@ -65,7 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def zork(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter's run on it."""
     folder = tmp_path_factory.mktemp("zork") / "zork"
-    return train(folder, *ADAPTER, f"init.run={base}", "adapter.trigger=zork")
+    return train(folder, *ADAPTER, f"init.run={base}", "adapter.trigger=triangle")
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +171,10 @@ def test_averaged_weights_of_an_adapter_are_the_default(zork: Path):
 
 def test_a_runs_file_says_what_it_is_and_holds_just_the_run(base: Path, zork: Path, tmp_path: Path):
     said = export_adapter(str(zork), tmp_path / "zork.safetensors", "comfyui")
-    says(said, "rank 3", "alpha 5", "zork", "zork.safetensors")
+    says(said, "rank 3", "alpha 5", "triangle", "zork.safetensors")
     got, run = read_adapter(tmp_path / "zork.safetensors"), adapter_of(checkpoints.find(zork))
     about = got.about
-    assert (about.rank, about.alpha, about.rslora, about.trigger) == (3, 5.0, False, "zork")
+    assert (about.rank, about.alpha, about.rslora, about.trigger) == (3, 5.0, False, "triangle")
     assert (about.steps, about.base) == (2, "base")
     assert about.base_digest == weights_digest(checkpoints.find(base), "ema")
     assert got.modules.keys() == run.modules.keys()
@@ -334,7 +334,7 @@ def test_strengths_are_those_of_a_model_loaded_with_them(
 def test_a_weight_stands_behind_the_last_colon(zork: Path, tmp_path: Path):
     for text, strength in ((str(zork), 1.0), (f"{zork}:0.8", 0.8), (f"{zork}@2:-1.5", -1.5)):
         opened = open_adapter(text)
-        assert opened.strength == strength and opened.weights.about.trigger == "zork"
+        assert opened.strength == strength and opened.weights.about.trigger == "triangle"
     odd = tmp_path / "run:3"
     shutil.copytree(zork, odd)
     assert open_adapter(str(odd)).strength == 1.0 and open_adapter(f"{odd}:0.5").strength == 0.5

@@ -199,6 +199,11 @@ def test_a_target_that_matches_nothing_is_told_with_what_would() -> None:
         target_modules(VideoDiT(SIZES), ())
 
 
+def test_a_model_without_a_transformer_is_told() -> None:
+    with refuses(ConfigError, "adapter.rank=2", "transformer", "Linear"):
+        add_adapter(nn.Linear(2, 2), AdapterConfig(rank=2), F64)
+
+
 # --- a run ---
 
 TINY = [

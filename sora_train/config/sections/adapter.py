@@ -11,7 +11,7 @@ class AdapterConfig(Section):
     """Rank of the adapter's matrices (LoRA, arXiv:2106.09685), often 8 to 64; 0: no adapter, the whole model is
     trained. The frozen base is the model of `init.run`."""
     alpha: float = Field(0.0, ge=0)
-    """The adapter's product is multiplied by alpha / rank; 0: by 1, as if it were the rank."""
+    """The adapter's product is multiplied by alpha / rank; 0: alpha is the rank."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732), so that a large rank learns as fast as a small
     one."""

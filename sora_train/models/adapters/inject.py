@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_train.config.sections.adapter import AdapterConfig
+from sora_train.errors import ConfigError
 from sora_train.models.adapters.dropout import ChannelDropout
 from sora_train.models.adapters.targets import target_modules
 from sora_train.models.transformer.layers import keyed_generator
@@ -30,11 +31,16 @@ def add_adapter(model: nn.Module, cfg: AdapterConfig, dtype: torch.dtype) -> Non
     The adapter's weights are float32 (float64 for a float64 `dtype`) and unfilled; see `first_values`.
 
     Raises:
-        ConfigError: a target matches no layer.
+        ConfigError: a target matches no layer, or the model has no `transformer`.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    transformer = model.get_submodule("transformer")
+    transformer = getattr(model, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise ConfigError(
+            f"adapter.rank={cfg.rank} is for a model whose blocks are in its `transformer`, and {type(model).__name__} "
+            "has none; set adapter.rank=0, or name the module so"
+        )
     names = target_modules(transformer, cfg.targets)
     model.requires_grad_(False)
     lora = LoraConfig(

@@ -52,7 +52,12 @@ def finish(run: RunContext, parts: Components, state: TrainState, seconds: float
     print_summary(run, summary)
     print(f"report: {report}\nsamples: {folder / 'samples'}")
     if parts.spec is not None:
-        print(f'next: sora sample --ckpt {shlex.quote(str(folder))} --prompt "..."', flush=True)
+        place = shlex.quote(str(folder))
+        print(f'next: sora sample --ckpt {place} --prompt "..."', flush=True)
+        if run.cfg.adapter.on:
+            print(
+                f"      sora ckpt export {place} --to comfyui --out adapter.safetensors", flush=True
+            )
 
 
 def export(run: RunContext, parts: Components) -> None:
