@@ -218,6 +218,27 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _experts_can_do_what_is_asked(self) -> "Config":
+        expert, sample = self.model.expert, self.sample
+        if expert in ("high", "low") and (sample.every or sample.oracle_prompts):
+            raise ValueError(
+                f"model.expert={expert} computes a part of the noise levels, and a clip needs both experts; set "
+                "sample.every=0 and sample.oracle_prompts=0, and sample from two runs with `sora sample --ckpt RUN "
+                "--other-expert RUN`"
+            )
+        if expert == "both" and self.adapter.on:
+            raise ValueError(
+                "model.expert=both and an adapter: other tools read a file for each expert, so train one with "
+                "model.expert=high and one with model.expert=low"
+            )
+        if self.objective.guidance_scale_2 and not expert:
+            raise ValueError(
+                f"objective.guidance_scale_2={self.objective.guidance_scale_2:g} is for a model of two experts, and "
+                "model.expert is empty; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _validated_kinds_are_trained(self) -> "Config":
         trained = [kind for kind, _ in self.objective.mix]
         unknown = [kind for kind in self.validation.kinds if kind not in trained]

@@ -202,7 +202,7 @@ class Loader:
     def idle(self, step: int) -> ClipBatch:
         """A slot without clips, in the bucket of the step's first micro-batch so that it takes no longer."""
         peer = self.tape[step * self._micro_batches]
-        return ClipBatch(MicroBatch(-1, peer.bucket, peer.epoch, (), ()), [], [], 0.0)
+        return ClipBatch(MicroBatch(peer.index, peer.bucket, peer.epoch, (), ()), [], [], 0.0)
 
     def _collect(self, step: int, entry: MicroBatch, futures: Sequence[Future]) -> ClipBatch:
         self.quarantine.refresh()

@@ -5,6 +5,7 @@ It has no defaults: values come from the config in training and from the checkpo
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ _CHOICES = {
     "weighting": timesteps.WEIGHTINGS,
     "cond_mode": ("replace", "concat"),
     "vae_normalisation": ("per_channel", "scale"),
+    "expert": ("", "high", "low", "both"),
 }
 
 _SHARES = (
@@ -65,7 +67,13 @@ _SINCE: dict[int, dict[str, Any]] = {
         "vae_normalisation": "per_channel",
         "text_dtype": "float32",
     },
-    3: {"image_digest": "", "image_dtype": "float32"},
+    3: {
+        "image_digest": "",
+        "image_dtype": "float32",
+        "expert": "",
+        "boundary": 0.0,
+        "guidance_scale_2": 0.0,
+    },
 }
 """Fields by the version that brought them, each with what all earlier checkpoints did. Whoever adds
 a field after a release adds a version, so that a lost field and one that did not exist yet
@@ -94,6 +102,11 @@ class DiffusionSpec:
     """Share of samples trained at a noise level uniform in [high_noise_from, 1], after the shift."""
     high_noise_from: float
     """Where high noise begins."""
+    expert: str
+    """Noise levels that the model computes: `high` from `boundary` on, `low` those below, `both` all of them by a
+    transformer for each; empty: all by one transformer."""
+    boundary: float
+    """Noise level, after the shift, at which the experts meet; 0 without experts."""
     weighting: str
     """Factor on the loss by noise level: `timesteps.loss_weight`."""
     min_snr_gamma: float
@@ -102,6 +115,8 @@ class DiffusionSpec:
     """Sampler steps."""
     guidance_scale: float
     """Classifier-free guidance; 1 is none."""
+    guidance_scale_2: float
+    """The same below `boundary`; 0: `guidance_scale` there too."""
     condition_scale: float
     """The same for condition frames, against a clip without them; 1 is none."""
     guidance_from: float
@@ -183,6 +198,25 @@ class DiffusionSpec:
                 "1.75 only"
             )
         self._check_conditioning()
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.expert and not 0 < self.boundary < 1:
+            raise ValueError(
+                f"diffusion spec: boundary is {self.boundary}; it is the noise level at which two experts meet, so it "
+                "must lie between 0 and 1"
+            )
+        if self.guidance_scale_2 and not self.expert:
+            raise ValueError(
+                f"diffusion spec: guidance_scale_2 is {self.guidance_scale_2:g}, and one transformer computes all "
+                "noise levels; set it to 0"
+            )
+        from_too_low = self.high_noise_from < self.boundary or self.expert == "low"
+        if self.expert and self.high_noise_share and from_too_low:
+            raise ValueError(
+                f"diffusion spec: high_noise_share is {self.high_noise_share:g}, from {self.high_noise_from:g} on, and "
+                f"the expert '{self.expert}' is trained on one side of the boundary {self.boundary:g}; set it to 0"
+            )
 
     def _check_conditioning(self) -> None:
         object.__setattr__(
@@ -205,10 +239,27 @@ class DiffusionSpec:
         """Time shift of a clip whose latents have (t, h, w) = `latent_size`."""
         return self.shift * timesteps.shift_factor(self.shift_rule, latent_size)
 
-    def training_times(self, u_B: Tensor, latent_size: Sequence[int]) -> Tensor:
+    def training_times(self, u_B: Tensor, latent_size: Sequence[int], expert: str = "") -> Tensor:
         """Noise levels (B,) in [0, 1] from uniform draws (B,): the spec's law, then its shift; and
-        the share of high noise."""
-        u_B, high_B = timesteps.high_noise(u_B, self.high_noise_share, self.high_noise_from)
+        the share of high noise.
+
+        Of an `expert` they are those of the law that lie in its window, the shift applied first: with b the
+        boundary [b, 1] for `high`, [0, b) for `low`.
+        """
+        share = 0.0 if expert == "low" else self.high_noise_share
+        u_B, high_B = timesteps.high_noise(u_B, share, self.high_noise_from)
+        if expert:
+            below = share_below(self, tuple(latent_size))
+            u_B = u_B * below if expert == "low" else below + u_B * (1 - below)
+        t_B = self.shifted_law(u_B, latent_size)
+        if expert:
+            edge = torch.tensor(self.boundary, dtype=t_B.dtype, device=t_B.device)
+            # What a draw is rounded to may lie a digit beyond.
+            t_B = t_B.clamp(max=edge.nextafter(edge * 0)) if expert == "low" else t_B.clamp(edge)
+        return torch.where(high_B.isnan(), t_B, high_B)
+
+    def shifted_law(self, u_B: Tensor, latent_size: Sequence[int]) -> Tensor:
+        """Noise levels (B,) in [0, 1] of the spec's law, after its shift."""
         match self.time_law:
             case "uniform":
                 t_B = timesteps.uniform(u_B)
@@ -216,8 +267,22 @@ class DiffusionSpec:
                 t_B = timesteps.logit_normal(u_B, self.time_mean, self.time_std)
             case _:
                 t_B = timesteps.mode(u_B, self.mode_scale)
-        t_B = timesteps.shift_t(t_B, self.shift_for(latent_size)).clamp(0, 1)
-        return torch.where(high_B.isnan(), t_B, high_B)
+        return timesteps.shift_t(t_B, self.shift_for(latent_size)).clamp(0, 1)
+
+    def expert_at(self, t: Tensor) -> str:
+        """Which expert computes a noise level, a tensor of one value; empty where one transformer computes all.
+
+        Compared in the precision of `t`, in which the boundary has its own rounding, as diffusers' pipelines do:
+        the boundary itself is the high-noise expert's.
+        """
+        if not self.expert:
+            return ""
+        return "high" if bool(t >= self.boundary) else "low"
+
+    def computes(self, t: float) -> bool:
+        """Whether the model computes this noise level."""
+        at = self.expert_at(torch.tensor(t, dtype=torch.float64))
+        return self.expert in ("", "both", at)
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """Factor on the loss at noise levels t."""
@@ -267,3 +332,9 @@ class DiffusionSpec:
     def digest(self) -> str:
         """SHA-256 of the spec, 64 hex digits."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+@functools.lru_cache(1024)
+def share_below(spec: DiffusionSpec, latent_size: tuple[int, ...]) -> float:
+    """How much of the spec's law lies below its boundary for clips of latents (t, h, w)."""
+    return timesteps.share_below(lambda u: spec.shifted_law(u, latent_size), spec.boundary)

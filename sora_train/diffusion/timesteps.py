@@ -4,7 +4,7 @@ Each law is the inverse of a distribution function applied to a uniform draw u i
 gives a keyed t, and all laws rise with u. t = 0 is data, t = 1 is noise."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -78,6 +78,21 @@ def shift_factor(rule: str, latent_size: Sequence[int]) -> float:
         case "root":
             return math.sqrt(tokens / 1024) * length
     raise ValueError(f"shift rule '{rule}' is unknown; choose among {', '.join(SHIFT_RULES)}")
+
+
+def share_below(law: Callable[[Tensor], Tensor], t: float) -> float:
+    """The u at which a law that rises with u reaches t, to the last digit: how much of its draws lies below t.
+
+    Args:
+        law: from uniform draws (1,), float64, to noise levels.
+    """
+    low, high = 0.0, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        if float(law(torch.tensor([middle], dtype=torch.float64))) < t:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def high_noise(u: Tensor, share: float, start: float) -> tuple[Tensor, Tensor]:

@@ -336,7 +336,8 @@ def fixed_bytes(
     """
     transformer, block = transformer_parameters(model)
     encoder = text_parameters(text)
-    trained = transformer + (encoder if text.trainable else 0)
+    experts = 2 if model.expert == "both" else 1
+    trained = experts * transformer + (encoder if text.trainable else 0)
     shards = max(1, parallel.dp_shard)
     ranks = max(1, parallel.dp_replicate) * shards
     on_device = 2 + averages + (0 if parallel.offload_optimizer else moments)
@@ -348,7 +349,7 @@ def fixed_bytes(
         # Nothing is gathered; copies in the compute precision stand beside the masters.
         return total + (trained * w if w < MASTER else 0)
     # A block is gathered ahead of the one at work.
-    at_work = trained - (model.num_layers - 2) * block
+    at_work = trained - (experts * model.num_layers - 2) * block
     total += 2 * min(at_work, trained) * w  # weights, and their gradients before they are reduced
     if micro_batches > ranks and parallel.accumulate == "whole":
         total += trained * max(MASTER, w)

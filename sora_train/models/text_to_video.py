@@ -60,7 +60,10 @@ class VideoDenoiser(Protocol):
 
 
 class TextToVideo(nn.Module):
-    """`transformer` and, with `text.trainable`, `text_encoder`: sharded, averaged, saved as one."""
+    """`transformer` and, with `text.trainable`, `text_encoder`: sharded, averaged, saved as one.
+
+    With `model.expert=both` there is a `transformer_2` too, which computes the noise levels below the boundary.
+    """
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class TextToVideo(nn.Module):
             )
         with torch.device("meta") if empty else nullcontext():
             self.transformer = VideoDiT(model)
+            self.transformer_2 = VideoDiT(model) if model.expert == "both" else None
         with torch.device("meta") if empty and text.trainable else nullcontext():
             encoder = build_text_encoder(text)
         self.text_encoder = encoder if text.trainable else None
@@ -111,6 +115,7 @@ class TextToVideo(nn.Module):
         mask_BT: Tensor | None = None,
         fps_B: Tensor | None = None,
         images_BIE: Tensor | None = None,
+        expert: str = "",
     ) -> Tensor:
         """Velocity (B, C, T, H, W) in at least float32.
 
@@ -121,6 +126,7 @@ class TextToVideo(nn.Module):
             mask_BT: 1 for condition frames; only for models with `mask_proj`.
             fps_B: frames a second of the clips; only models with `fps_proj` read it.
             images_BIE: what `embed_images` returned; only for models of `model.image_dim`.
+            expert: `high` or `low`, for models of both: which one computes all clips of the batch.
 
         Raises:
             ValueError: ids without a trainable encoder, or a mask missing where it is needed.
@@ -134,7 +140,12 @@ class TextToVideo(nn.Module):
             raise ValueError("text.padding is 'masked', so caption embeddings need their mask")
         if self.transformer.fps_proj is None:
             fps_B = None
-        return self.transformer(
+        transformer = self.transformer
+        if self.transformer_2 is not None:
+            if expert not in ("high", "low"):
+                raise ValueError("a model of two experts is told which one computes: high or low")
+            transformer = self.transformer_2 if expert == "low" else transformer
+        velocity: Tensor = transformer(
             latents_BCTHW,
             t_BT,
             captions,
@@ -143,6 +154,7 @@ class TextToVideo(nn.Module):
             fps_B=fps_B,
             images_BIE=images_BIE,
         )
+        return velocity
 
     @property
     def takes_mask(self) -> bool:
@@ -247,6 +259,7 @@ class TextToVideo(nn.Module):
         """First value of every parameter by its full name; see VideoDiT.initial_values."""
         for prefix, module in (
             ("transformer", self.transformer),
+            ("transformer_2", self.transformer_2),
             ("text_encoder", self.text_encoder),
         ):
             if module is not None:

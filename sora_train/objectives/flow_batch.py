@@ -18,10 +18,10 @@ from sora_train.models.work_sharing import NO_SHARING, WorkSharing
 
 def blank_inputs(
     model: ModelConfig, clips: int, size: tuple[int, int, int], device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """What a model takes of clips with latents of this size (T, H, W) beside noisy latents and captions, by the name in
     FlowBatch: without values, for whoever measures it."""
-    found = {}
+    found: dict[str, Any] = {"expert": "high"} if model.expert == "both" else {}
     channels = model.in_channels - model.velocity_channels
     if channels:
         found["condition_channels"] = torch.zeros(clips, channels, *size, device=device)
@@ -61,6 +61,8 @@ class FlowBatch:
     """Noise level of each clip's condition frames; None: 0."""
     time_weight_B: Tensor | None = None
     """Factor on each clip's loss; None: 1."""
+    expert: str = ""
+    """Which expert computes the batch, for a model of both."""
     sharing: WorkSharing = NO_SHARING
     """Who encodes the captions."""
     encoding: DeviceClock | None = None
@@ -84,13 +86,16 @@ class FlowBatch:
             )
         z = interpolate(clean, self.noise, t_BT)
         mask_BT = self.mask_BT if model.takes_mask else None
-        return model(z, t_BT, text, mask_BT=mask_BT, fps_B=self.fps_B)
+        return model(z, t_BT, text, mask_BT=mask_BT, fps_B=self.fps_B, **beside)
 
-    def _beside(self, model: Any) -> dict[str, Tensor]:
-        """Embeddings of images, where the model takes some."""
-        if self.pictures is None:
-            return {} if self.images is None else {"images_BIE": self.images}
-        return {"images_BIE": model.embed_images(self.pictures, self.sharing)}
+    def _beside(self, model: Any) -> dict[str, Any]:
+        """Embeddings of images, where the model takes some, and which expert computes, where it has two."""
+        beside: dict[str, Any] = {"expert": self.expert} if self.expert else {}
+        if self.pictures is not None:
+            beside["images_BIE"] = model.embed_images(self.pictures, self.sharing)
+        elif self.images is not None:
+            beside["images_BIE"] = self.images
+        return beside
 
     @property
     def counted_BT(self) -> Tensor:

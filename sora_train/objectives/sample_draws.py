@@ -38,8 +38,9 @@ def draw_samples(
     samples: Sequence[SampleKey],
     captions: Sequence[str],
     latent_size: tuple[int, int, int],
+    expert: str = "",
 ) -> SampleDraws:
-    """The draws of clips with latents of `latent_size` (T, H, W)."""
+    """The draws of clips with latents of `latent_size` (T, H, W), their noise levels in the window of `expert`."""
 
     def uniform(stream: str) -> Tensor:
         return draw_uniform(seed, stream, samples)
@@ -56,7 +57,7 @@ def draw_samples(
     return SampleDraws(
         kinds=kinds,
         mask_BT=frame_masks(kinds, num_frames, uniform("cond_mask").tolist()),
-        t_B=spec.training_times(uniform("timestep"), latent_size),
+        t_B=spec.training_times(uniform("timestep"), latent_size, expert),
         t_cond_B=condition_times(
             uniform("cond_noise"),
             uniform("cond_noise_level"),

@@ -22,7 +22,7 @@ from sora_train.diffusion.condition_frames import (
 from sora_train.diffusion.condition_masks import HEAD_KINDS
 from sora_train.diffusion.draws import SampleKey, draw_noise, draw_uniform
 from sora_train.diffusion.spec import DiffusionSpec
-from sora_train.errors import UserError
+from sora_train.errors import ConfigError, UserError
 from sora_train.models.adapters.dropout import draw_dropout
 from sora_train.models.image_encoder import pictures_of
 from sora_train.models.vae.autoencoder import VideoVAE
@@ -55,6 +55,12 @@ class TextToVideoObjective(Objective):
         """`sharing` shares the frozen networks' work among the ranks that hold the same clips."""
         self.cfg = cfg
         self.spec = spec
+        self.validated_times = [t for t in cfg.validation.times if spec.computes(t)]
+        if not self.validated_times:
+            raise ConfigError(
+                f"validation.times={list(cfg.validation.times)} has no noise level on the side of model.boundary="
+                f"{spec.boundary:g} that model.expert={spec.expert} is trained on; give some that are"
+            )
         self.vae = vae
         self.device = device
         self.sharing = sharing
@@ -124,6 +130,7 @@ class TextToVideoObjective(Objective):
             condition_latents=encoded.condition_latents,
             condition_channels=encoded.condition_channels,
             pictures=encoded.pictures,
+            expert=self.expert_of(batch) if self.spec.expert == "both" else "",
             t_cond_B=to_device(draws.t_cond_B, x.device),
             time_weight_B=to_device(self.spec.loss_weight(draws.t_B), x.device),
             sharing=self.sharing,
@@ -152,7 +159,17 @@ class TextToVideoObjective(Objective):
         """What chance decides about each clip of a batch, or about the placeholder of an empty one."""
         clips = batch.clips or placeholder(batch)
         captions = tuple(clip.caption for clip in clips)
-        return self._draw(sample_keys(clips), captions, self.latent_size(batch))
+        return self._draw(
+            sample_keys(clips), captions, self.latent_size(batch), self.expert_of(batch)
+        )
+
+    def expert_of(self, batch: ClipBatch) -> str:
+        """The expert that a batch trains. Of both the one and the other have a step of the tape in turn, the high-noise
+        expert the first, so all micro-batches of a step, on all ranks, train the same."""
+        if self.spec.expert != "both":
+            return self.spec.expert
+        step = batch.micro_batch.index // self.cfg.train.micro_batches
+        return "low" if step % 2 else "high"
 
     def describe(self, batch: ClipBatch) -> list[SampleInfo]:
         if not batch.clips:
@@ -192,7 +209,7 @@ class TextToVideoObjective(Objective):
         live: bool = False,
     ) -> dict[str, float]:
         """The loss by kind, bucket and noise level, and with `live` that of the first kind; see validation.py."""
-        times, kinds = self.cfg.validation.times, validated_kinds(self.cfg)
+        times, kinds = self.validated_times, validated_kinds(self.cfg)
         return validation_loss(
             lambda batch, kind: self.losses_at(model, batch, kind, times),
             self.vae,
@@ -205,7 +222,9 @@ class TextToVideoObjective(Objective):
 
     @torch.no_grad()
     def probe_loss(self, model: nn.Module, clips: list[Clip]) -> float:
-        return self.losses_at(model, clips, "t2v", [PROBE_TIME])[0]
+        edge = self.spec.boundary
+        t = {"high": (1 + edge) / 2, "low": edge / 2}.get(self.spec.expert, PROBE_TIME)
+        return self.losses_at(model, clips, "t2v", [t])[0]
 
     def losses_at(
         self, model: nn.Module, clips: list[Clip], kind: str, times: Sequence[float]
@@ -229,6 +248,7 @@ class TextToVideoObjective(Objective):
                 condition_latents=encoded.condition_latents,
                 condition_channels=encoded.condition_channels,
                 pictures=encoded.pictures,
+                expert=self.spec.expert_at(torch.tensor(t)) if self.spec.expert == "both" else "",
                 sharing=self.sharing,
             )
             sums.append(float(flow.loss_sum(model)))

@@ -6,11 +6,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
+def transformers_of(model: nn.Module) -> list[nn.Module]:
+    """The transformers of a model, one or two, or the model itself."""
+    parts = (getattr(model, name, None) for name in ("transformer", "transformer_2"))
+    return [part for part in parts if part is not None] or [model]
+
+
 def sharding_units(model: nn.Module) -> list[nn.Module]:
-    """Sub-modules gathered one at a time: the transformer's blocks, where the model has any."""
-    transformer = getattr(model, "transformer", model)
-    blocks = getattr(transformer, "blocks", ())
-    return list(blocks)
+    """Sub-modules gathered one at a time: the transformers' blocks, where the model has any."""
+    return [block for part in transformers_of(model) for block in getattr(part, "blocks", ())]
 
 
 def apply_fsdp(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype) -> nn.Module:

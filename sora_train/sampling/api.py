@@ -25,6 +25,7 @@ from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.geometry import Geometry
 from sora_train.runtime.world import pick_device
 from sora_train.sampling.adapters import AdaptedBase, NamedAdapter, adapted_base
+from sora_train.sampling.experts import require_both, require_pair
 from sora_train.sampling.files import save_clips, save_stills
 from sora_train.sampling.operations import Prepared, SampleRequest, prepare
 from sora_train.sampling.pipeline import ClipShape, sample_clips
@@ -37,6 +38,7 @@ SETTINGS = {
         key: key
         for key in (
             "guidance_scale",
+            "guidance_scale_2",
             "condition_scale",
             "guidance_from",
             "guidance_to",
@@ -94,13 +96,14 @@ class Model:
             negative_prompt: what guidance leads away from, in place of the empty caption.
             condition_noise: noise level in [0, 1] at which condition frames are shown to the model.
             on_clip: called with the number of clips done.
-            settings: `steps`, `guidance_scale` (1 is none), `condition_scale`, `guidance_from`,
+            settings: `steps`, `guidance_scale` (1 is none), `guidance_scale_2`, `condition_scale`, `guidance_from`,
                 `guidance_to`, `guidance_rescale`, `solver`, `time_grid` or `time_rounding` in place
                 of the spec's; None leaves a setting alone.
 
         Raises:
-            UserError: no prompt, or a size, length or setting that cannot be.
+            UserError: no prompt, a size, length or setting that cannot be, or the model is one of two experts.
         """
+        require_both(self.spec, "this model", "")
         if not prompts or num < 1:
             raise UserError(
                 f"nothing to sample: {len(prompts)} prompts, num={num}; give a prompt and num >= 1"
@@ -319,6 +322,7 @@ def load(
     adapters: Sequence[str | Path | NamedAdapter] = (),
     base: str = "",
     any_base: bool = False,
+    other_expert: str = "",
 ) -> Model:
     """The model of a run folder, or of `RUN@STEP`; of an adapter's run, that of its base with the adapter.
 
@@ -331,6 +335,7 @@ def load(
         adapters: files or runs of adapters that are merged in, `:0.8` behind one for its strength.
         base: FOLDER or FOLDER@STEP of the base of an adapter's run, if it is no longer where `init.run` says.
         any_base: take adapters of another base too, and leave out what the model lacks.
+        other_expert: the run, or RUN@STEP, of the other of two experts, whose weights are of the same kind.
 
     Raises:
         UserError: no such run or checkpoint, the checkpoint is not one of a text-to-video model, or an adapter does
@@ -339,6 +344,9 @@ def load(
     folder, named_step = split_step(str(run))
     config_cls = project.config if project else Config
     info = checkpoint_info(folder, named_step if step is None else step, config_cls)
+    if other_expert:
+        require_both(info.spec, str(run), other_expert)
+        require_pair(info, checkpoint_info(*split_step(other_expert), config_cls))
     adapted = adapted_base(
         info.cfg, info.checkpoint, weights, adapters, base=base, any_base=any_base
     )
@@ -351,10 +359,20 @@ def load(
         )
     target = pick_device(device)
     cfg = cfg.model_copy(update={"model": attending_here(cfg.model, target)})
-    model = _filled(cfg, project, adapted)
-    return Model(
-        cfg, spec, model.to(target), vae.to(target), info.shape, info.checkpoint.step, adapted
-    )
+    filled = _filled(cfg, project, adapted).to(target)
+    model = Model(cfg, spec, filled, vae.to(target), info.shape, info.checkpoint.step, adapted)
+    if not other_expert:
+        return model
+    return _joined(model, load(other_expert, weights=weights, device=device, project=project))
+
+
+def _joined(one: Model, other: Model) -> Model:
+    """The first model with the transformers of both, which are the two experts."""
+    high, low = (one, other) if one.spec.expert == "high" else (other, one)
+    one.model.transformer, one.model.transformer_2 = high.model.transformer, low.model.transformer
+    sizes = one.cfg.model.model_copy(update={"expert": "both"})
+    one.cfg, one.spec = one.cfg.model_copy(update={"model": sizes}), one.spec.replace(expert="both")
+    return one
 
 
 def _filled(cfg: Config, project: Project | None, adapted: AdaptedBase) -> Any:

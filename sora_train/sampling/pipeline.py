@@ -5,6 +5,7 @@ Dimension key: B batch, C latent channels, T, H, W latent frames, rows, columns,
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -237,7 +238,9 @@ class GuidedVelocity:
             and spec.cond_mode == "concat"
         )
         self.by_condition = conditioned and spec.condition_scale != 1.0
-        self.guided = spec.guidance_scale != 1.0 or self.by_condition
+        # Below the boundary of two experts.
+        self.scale_2 = spec.guidance_scale_2 or spec.guidance_scale
+        self.guided = (spec.guidance_scale, self.scale_2) != (1.0, 1.0) or self.by_condition
         nulls = [negative_prompt] * len(prompts)
         always = self.guided and (spec.guidance_from, spec.guidance_to) == (0.0, 1.0)
         self.plain = None if always else model.tokenize(prompts)
@@ -247,21 +250,22 @@ class GuidedVelocity:
 
     def __call__(self, z: Tensor, t_BT: Tensor) -> Tensor:
         """v (B, C, T, H, W) from z of that shape and the noise level of each latent frame."""
-        t = float(t_BT.max())
+        t, expert = float(t_BT.max()), self.spec.expert_at(t_BT.max())
+        scale = self.scale_2 if expert == "low" else self.spec.guidance_scale
         shown, t_shown_BT, mask_BT = self._with_conditions(z, t_BT)
         guided = self.guided and self.spec.guidance_from <= t <= self.spec.guidance_to
         if not guided:
             assert self.plain is not None
-            return self._call([(shown, t_shown_BT, mask_BT, True)], self.plain)
+            return self._call([(shown, t_shown_BT, mask_BT, True)], self.plain, expert)
         assert self.text is not None
         views = [(shown, t_shown_BT, mask_BT, True)] * 2
         if self.by_condition:
             views.append(self._without_conditions(z, t))
-        v, v_condition, *rest = self._call(views, self.text).chunk(len(views))
+        v, v_condition, *rest = self._call(views, self.text, expert).chunk(len(views))
         v_guided = (
-            guide_both(v, v_condition, rest[0], self.spec.guidance_scale, self.spec.condition_scale)
+            guide_both(v, v_condition, rest[0], scale, self.spec.condition_scale)
             if rest
-            else guide(v, v_condition, self.spec.guidance_scale)
+            else guide(v, v_condition, scale)
         )
         if not self.spec.guidance_rescale:
             return v_guided
@@ -287,15 +291,16 @@ class GuidedVelocity:
         self,
         views: list[tuple[Tensor, Tensor, Tensor, bool]],
         text: Text,
+        expert: str,
     ) -> Tensor:
-        """One call of the model for (z, t, mask, with conditions or without) in a batch."""
+        """One call of the model, or of its `expert`, for (z, t, mask, with conditions or without) in a batch."""
         z = torch.cat([self._with_channels(one[0], conditioned=one[3]) for one in views])
         mask_BT: Tensor | None = None
         if self.model.takes_mask:
             mask_BT = torch.cat([one[2] for one in views])
         fps_B = torch.full((len(z),), self.fps, device=z.device)
         t_BT = torch.cat([one[1] for one in views])
-        beside: dict[str, Tensor] = {}
+        beside: dict[str, Any] = {"expert": expert} if self.spec.expert == "both" else {}
         if self.images is not None:
             rows = [self.images[0 if one[3] else 1].expand(len(one[0]), -1, -1) for one in views]
             beside["images_BIE"] = torch.cat(rows)

@@ -57,9 +57,26 @@ def require_fitting(
             f"init.run={cfg.init.run} was trained on the latents of another VAE than vae.path={cfg.vae.path!r}; give "
             "the vae section of that run's config.yaml"
         )
+    _require_expert(cfg, meta)
     prefix = PREFIX[cfg.init.weights]
     tensors = {f"{prefix}{name}": value for name, value in base_weights(model).items()}
     checkpoints.require_part(checkpoint, tensors, prefix)
+
+
+def _require_expert(cfg: Config, meta: CheckpointMeta) -> None:
+    """Raises UserError where the run's weights are another expert's. One transformer for all noise levels may become
+    an expert."""
+    held = (meta.spec or {}).get("expert", "")
+    if held == cfg.model.expert or (not held and cfg.model.expert != "both"):
+        return
+    what = {"": "one transformer", "both": "both experts"}.get(
+        held, f"the {held}-noise expert alone"
+    )
+    wanted = cfg.model.expert or "both"
+    raise UserError(
+        f"init.run={cfg.init.run} holds {what}, and model.expert={cfg.model.expert or repr('')}; import what this run "
+        f"trains with `sora ckpt import PIPELINE --expert {wanted}`, or set model.expert={held or repr('')}"
+    )
 
 
 def take_weights(

@@ -39,11 +39,18 @@ SAME = [
     "train.steps=3", "sample.every=2",
 ]  # fmt: skip
 FROZEN = [*SAME, "text.trainable=false"]
-RUNS = [
+RUNS: list[tuple[str, int, list[str]]] = [
     ("one", 1, FROZEN),
     ("one-text", 1, SAME),
     ("ulysses-2", 2, [*FROZEN, "parallel.ulysses=2"]),
     ("ring-2-text", 2, [*SAME, "parallel.ring=2"]),
+    ("one-experts", 1, [*FROZEN, "model.expert=both"]),
+    ("fsdp-2-experts", 2, [*FROZEN, "model.expert=both", "parallel.dp_shard=2"]),
+    (
+        "fsdp-2-ulysses-2-experts",
+        4,
+        [*FROZEN, "model.expert=both", "parallel.dp_shard=2", "parallel.ulysses=2"],
+    ),
     ("fsdp-2-ulysses-2", 4, [*FROZEN, "parallel.dp_shard=2", "parallel.ulysses=2"]),
     ("replicas-2-ring-2", 4, [*FROZEN, "parallel.dp_replicate=2", "parallel.ring=2"]),
     ("ulysses-2-ring-2", 4, [*FROZEN, "parallel.ulysses=2", "parallel.ring=2"]),
@@ -140,6 +147,12 @@ def test_runs_on_two_ranks_are_runs_on_one(two: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_two_experts_in_turn_on_two_ranks_are_those_on_one(two: Path) -> None:
+    """One of them rests in each step, on all ranks: sharded weights without a gradient."""
+    require_same_run(two / "fsdp-2-experts", two / "one-experts", 1e-10)
+
+
+@pytest.mark.timeout(600)
 def test_each_clip_is_encoded_once(two: Path) -> None:
     """The frozen VAE's work is dealt out over the two ranks."""
     shares = [
@@ -158,6 +171,7 @@ def test_four_ranks_are_one_process(two: Path, four: Path) -> None:
     require_spread(found["spread"], 4)
     for name in ("fsdp-2-ulysses-2", "replicas-2-ring-2", "ulysses-2-ring-2"):
         require_same_run(four / name, two / "one", 1e-10)
+    require_same_run(four / "fsdp-2-ulysses-2-experts", two / "one-experts", 1e-10)
 
 
 @pytest.mark.slow

@@ -207,7 +207,8 @@ def test_a_subclass_adds_sections_and_required_keys():
                 "'model'",
                 "tinyt2v",
                 "tiny_t2v",
-                "30b, b, l, micro, s, tiny, tiny_t2v, wan_14b, wan_1_3b, wan_5b, wan_flf2v_14b, wan_i2v_14b, xl",
+                "30b, b, l, micro, s, tiny, tiny_t2v, wan_14b, wan_1_3b, wan_5b, wan_flf2v_14b, "
+                "wan_i2v_14b, wan_i2v_a14b, wan_t2v_a14b, xl",
             ),
         ),
         (

@@ -538,14 +538,14 @@ def test_the_commands(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         cli.run([*back, "--from", "torch"])
 
 
-def test_two_transformers_and_training_in_an_imported_folder_are_refused(
+def test_two_transformers_without_a_boundary_and_training_in_an_imported_folder_are_refused(
     pipeline: Path, tmp_path: Path
 ):
     second = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
     folder = broken(
         pipeline, tmp_path / "p", "model_index.json", lambda values: values.update(second)
     )
-    with pytest.raises(UserError, match="has a second transformer"):
+    with pytest.raises(UserError, match="two transformers and its model_index.json no boundary"):
         import_pipeline(folder, tmp_path / "run", SHAPE)
     import_pipeline(pipeline, tmp_path / "run", SHAPE)
     meta = read_meta(find(tmp_path / "run"))

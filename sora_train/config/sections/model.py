@@ -52,6 +52,12 @@ class ModelConfig(Section):
     """Add `mask_proj`, which tells the model which latent frames are given (image to video, extension, ...)."""
     fps_embed: bool = False
     """Add `fps_proj`, which tells the model the clip's frame rate."""
+    expert: Literal["", "high", "low", "both"] = ""
+    """Which of two experts is trained, each on its side of `model.boundary` (Wan 2.2's A14B models): that of `high`
+    noise, that of `low` noise, or `both`, by turns of a step. Empty: one transformer computes all noise levels."""
+    boundary: float = 0.875
+    """Noise level, after the shift, at which two experts meet; it is the high-noise expert's itself (Wan 2.2 T2V-A14B:
+    0.875, I2V-A14B: 0.9)."""
     image_dim: int = Field(0, ge=0)
     """Width of the embeddings of a clip's first frame, to which all tokens attend beside the caption (1280 in Wan 2.1's
     image-to-video models, from `image.path`); 0: the model sees none."""
@@ -80,6 +86,11 @@ class ModelConfig(Section):
         if self.head_dim % 2:
             raise ValueError(
                 f"model.head_dim is {self.head_dim}; rotary positions need an even width"
+            )
+        if not 0 < self.boundary < 1:
+            raise ValueError(
+                f"model.boundary is {self.boundary:g}; it is the noise level at which two experts meet, so it must lie "
+                "between 0 and 1"
             )
         if self.freq_dim % 2:
             raise ValueError(

@@ -81,6 +81,8 @@ class ObjectiveConfig(Section):
     """Sampler steps stored in the diffusion spec."""
     guidance_scale: float = Field(4.0, ge=1)
     """Classifier-free guidance stored in the diffusion spec; 1 switches it off."""
+    guidance_scale_2: float = Field(0.0, ge=0)
+    """Guidance below `model.boundary`, for a model of two experts; 0: `objective.guidance_scale` there too."""
     condition_scale: float = Field(1.0, ge=0)
     """Guidance by given frames stored in the diffusion spec; 1 switches it off. It costs a further call of the model in
     each step."""

@@ -23,6 +23,7 @@ from sora_train.models.transformer.dit import VideoDiT
 from sora_train.parallel.context.collectives import gather_tokens, heads_to_tokens, tokens_to_heads
 from sora_train.parallel.context.ring import ring_attention
 from sora_train.parallel.degrees import Degrees
+from sora_train.parallel.parallelize import transformers_of
 from sora_train.runtime.world import World
 
 
@@ -197,14 +198,14 @@ def apply_context_parallel(
     """
     if groups is None:
         return
-    transformer = getattr(model, "transformer", model)
-    if not isinstance(transformer, VideoDiT):
-        raise ConfigError(
-            f"parallel.ulysses={degrees.ulysses} and parallel.ring={degrees.ring} divide the tokens of VideoDiT, and "
-            f"this run trains {type(transformer).__name__}; set both to 1"
-        )
     cut = TokenCut(degrees, groups)
-    transformer.enter, transformer.leave = EnterSeam(cut), LeaveSeam(cut)
-    for block in transformer.blocks:
-        block.attn1.core = ContextAttention(block.attn1.core, cut)
-        block.attn2.core = CaptionAttention(block.attn2.core)
+    for transformer in transformers_of(model):
+        if not isinstance(transformer, VideoDiT):
+            raise ConfigError(
+                f"parallel.ulysses={degrees.ulysses} and parallel.ring={degrees.ring} divide the tokens of VideoDiT, "
+                f"and this run trains {type(transformer).__name__}; set both to 1"
+            )
+        transformer.enter, transformer.leave = EnterSeam(cut), LeaveSeam(cut)
+        for block in transformer.blocks:
+            block.attn1.core = ContextAttention(block.attn1.core, cut)
+            block.attn2.core = CaptionAttention(block.attn2.core)

@@ -84,6 +84,11 @@ def check_zero(cfg: Config, degrees: Degrees, param_dtype: torch.dtype) -> None:
             f"parallel.offload_params=true and parallel.engine={engine}, which keeps weights whole on each device; set "
             "parallel.engine=zero3, the one that can"
         )
+    if cfg.model.expert == "both":
+        raise ConfigError(
+            f"parallel.engine={engine} steps all weights together, and with model.expert=both one of the two experts "
+            "rests in each step; set parallel.engine=fsdp, or train model.expert=high and model.expert=low apart"
+        )
     if engine != "zero1" and cfg.task == "vae":
         raise ConfigError(
             f"parallel.engine={engine} adds up gradients of all ranks in the order in which they come, and those of "

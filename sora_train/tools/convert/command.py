@@ -2,12 +2,25 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sora_train.errors import UserError
 from sora_train.tools.terminal import ConfigDir, RunArguments
+
+Expert = Annotated[
+    str,
+    typer.Option(help="Of two transformers (Wan 2.2 A14B): high, low or both; both if left out."),
+]
+Boundary = Annotated[
+    float | None,
+    typer.Option(help="Noise level at which they meet; that of the pipeline if left out."),
+]
+OtherExpert = Annotated[
+    str,
+    typer.Option(metavar="RUN", help="The run of the other expert, where RUN holds one of two."),
+]
 
 
 def ckpt_import(
@@ -34,14 +47,17 @@ def ckpt_import(
     fps_embed: Annotated[
         bool, typer.Option("--fps-embed", help="Add fps_proj at zero, to train on frame rates.")
     ] = False,
+    expert: Expert = "",
+    boundary: Boundary = None,
 ) -> None:
-    """Make a run folder of open weights in the diffusers layout (Wan 2.1 T2V, Wan 2.2 TI2V).
+    """Make a run folder of open weights in the diffusers layout (Wan 2.1 and 2.2).
 
     Names and shapes are checked on both sides; the model computes what it did.
 
     \b
     sora ckpt import Wan2.1-T2V-1.3B-Diffusers --out runs/wan
     sora ckpt import my_transformer --base Wan2.1-T2V-1.3B-Diffusers --out runs/mine
+    sora ckpt import Wan2.2-T2V-A14B-Diffusers --expert high --out runs/wan_high
     sora sample --ckpt runs/wan --prompt "a dog runs on a beach"
     sora train experiment=real_tiny model=wan_1_3b init.run=runs/wan data.source=my_clips
     """
@@ -56,10 +72,9 @@ def ckpt_import(
             f"--size {size} is not width x height, such as {usual.width}x{usual.height}"
         )
     shape = ClipShape(frames or usual.frames, int(height), int(width), fps or usual.fps)
+    extras = {"mask_channel": mask_channel, "fps_embed": fps_embed}
     print(
-        import_pipeline(
-            source, out, shape, base=base, mask_channel=mask_channel, fps_embed=fps_embed
-        )
+        import_pipeline(source, out, shape, base=base, **extras, expert=expert, boundary=boundary)
     )
 
 
@@ -81,6 +96,7 @@ def ckpt_export(
         float | None, typer.Option(help="Frame rate to fold into a model that is told it.")
     ] = None,
     max_shard_gb: Annotated[float, typer.Option(help="Largest file of weights in GB.")] = 5.0,
+    other_expert: OtherExpert = "",
 ) -> None:
     """Write a run as a folder that diffusers' WanPipeline samples from, or an adapter's run as one file.
 
@@ -109,8 +125,8 @@ def ckpt_export(
     from sora_train.tools.convert.to_diffusers import export_pipeline
 
     folder, step = split_step(run_dir)
-    shard = int(max_shard_gb * 1e9)
-    print(export_pipeline(folder, out, step=step, weights=weights, fps=fps, max_shard_bytes=shard))
+    options: dict[str, Any] = {"fps": fps, "max_shard_bytes": int(max_shard_gb * 1e9)}
+    print(export_pipeline(folder, out, step=step, weights=weights, other=other_expert, **options))
 
 
 def fetch(arguments: RunArguments = None, config_dir: ConfigDir = None) -> None:

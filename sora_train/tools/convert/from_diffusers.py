@@ -30,11 +30,12 @@ from sora_train.models.transformer.wan_layout import model_values
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives.spec import spec_of
 from sora_train.sampling.pipeline import ClipShape
+from sora_train.tools.convert.experts import Experts, experts_of
 from sora_train.tools.convert.stored_weights import StoredWeights
 
 Shapes = dict[str, tuple[int, ...]]
 WAN_2_1_CLIP = ClipShape(81, 480, 832, 16.0)
-WAN_2_1_720P_CLIP = ClipShape(81, 720, 1280, 16.0)
+WAN_720P_CLIP = ClipShape(81, 720, 1280, 16.0)
 WAN_2_2_TI2V_CLIP = ClipShape(121, 704, 1280, 24.0)
 """What the models were trained on, by their cards (Wan 2.2: wan/configs/wan_ti2v_5B.py)."""
 SHIFT_OF_720P = 5.0
@@ -54,25 +55,35 @@ def import_pipeline(
     base: Path | None = None,
     mask_channel: bool = False,
     fps_embed: bool = False,
+    expert: str = "",
+    boundary: float | None = None,
 ) -> str:
     """Write the run folder `out` with a checkpoint of step 0; returns the report, in lines.
 
     `shape` is what is sampled where no size is asked for. `base` is the pipeline that VAE, text encoder and
     scheduler come from when `source` is a transformer alone. `mask_channel` and `fps_embed` add the extras,
-    at zero, so that the model still computes what it did. Raises UserError where the folder is not such
+    at zero, so that the model still computes what it did. `expert` and `boundary` are those of `experts_of`. Raises
+    UserError where the folder is not such
     a pipeline, something is missing from it, or `out` is not empty.
     """
     transformer, source = _transformer_and_rest(source, base)
-    _require_one_transformer(source)
+    index = _json(source / "model_index.json")
+    experts = experts_of(
+        source, index, alone=transformer if base else None, expert=expert, boundary=boundary
+    )
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder or empty it")
     extras = {"mask_channel": mask_channel, "fps_embed": fps_embed}
-    cfg = _config(transformer, source, out, extras)
-    stored = StoredWeights(transformer)
-    shapes, report = _check(transformer, stored, cfg)
-    _require_numbers(transformer, stored)
+    cfg = _config(experts, source, out, extras)
+    parts, report = {}, list[str]()
+    for name, folder in experts.folders.items():
+        stored = StoredWeights(folder)
+        shapes, said = _check(folder, stored, cfg)
+        _require_numbers(folder, stored)
+        parts[name] = (stored, shapes)
+        report += said
     vae = VideoVAE.from_config(cfg.vae)
-    _require_channels(transformer, source, cfg, vae)
+    _require_channels(experts.first, source, cfg, vae)
     images = ImageEncoder(cfg.image, cfg.model).digest() if cfg.model.image_dim else ""
     spec = spec_of(cfg, vae, build_text_encoder(cfg.text).digest(), images)
     with folder_when_whole(out) as partial:
@@ -87,25 +98,37 @@ def import_pipeline(
             versions=checkpoints.state_versions(),
             imported_from=str(transformer if base else source),
         )
-        _save(partial / "checkpoints", stored, shapes, meta.to_dict())
+        _save(partial / "checkpoints", parts, meta.to_dict())
     return "\n".join(
         [
             *report,
             f"wrote {out}",
-            f'next: sora sample --ckpt {shlex.quote(str(out))} --prompt "..."',
+            *_next(cfg, out),
         ]
     )
 
 
+def _next(cfg: Config, out: Path) -> list[str]:
+    """What can be done with the run, in a line; one of two experts is for training."""
+    if cfg.model.expert in ("high", "low"):
+        return [
+            f"next: sora train ... model.expert={cfg.model.expert} init.run={shlex.quote(str(out))}"
+        ]
+    return [f'next: sora sample --ckpt {shlex.quote(str(out))} --prompt "..."']
+
+
 def usual_clip(source: Path, base: Path | None) -> ClipShape:
     """The clip that a pipeline is for, where nobody says: that of Wan 2.2's TI2V, or of Wan 2.1, whose image-to-video
-    models for 480p and 720p differ by the shift of their schedulers alone."""
+    models for 480p and 720p differ by the shift of their schedulers alone, or of Wan 2.2's two experts."""
     transformer, rest = _transformer_and_rest(source, base)
-    if _json(rest / "model_index.json").get("expand_timesteps"):
+    index = _json(rest / "model_index.json")
+    if index.get("expand_timesteps"):
         return WAN_2_2_TI2V_CLIP
+    if index.get("boundary_ratio") is not None:
+        return WAN_720P_CLIP
     shift = _json(rest / "scheduler" / "scheduler_config.json").get("flow_shift") or 0.0
     takes_images = _json(transformer / "config.json").get("image_dim")
-    return WAN_2_1_720P_CLIP if takes_images and shift >= SHIFT_OF_720P else WAN_2_1_CLIP
+    return WAN_720P_CLIP if takes_images and shift >= SHIFT_OF_720P else WAN_2_1_CLIP
 
 
 def _require_channels(transformer: Path, source: Path, cfg: Config, vae: VideoVAE) -> None:
@@ -153,19 +176,17 @@ def _transformer_and_rest(source: Path, base: Path | None) -> tuple[Path, Path]:
     return alone[0], base
 
 
-def _require_one_transformer(source: Path) -> None:
-    """Raises UserError for a pipeline that shares the noise levels out among two, as Wan 2.2's A14B."""
-    second = _json(source / "model_index.json").get("transformer_2")
-    if second and second[0] is not None:
-        raise UserError(
-            f"{source} has a second transformer (transformer_2) for a part of the noise levels; what can be imported "
-            "has one (Wan 2.1 T2V, Wan 2.2 TI2V)"
-        )
-
-
-def _config(transformer: Path, source: Path, out: Path, extras: Mapping[str, bool]) -> Config:
+def _config(experts: Experts, source: Path, out: Path, extras: Mapping[str, bool]) -> Config:
     """The config of a run that has this model, and the pipeline's VAE, text encoder and scheduler."""
-    model = model_values(_json(transformer / "config.json"), f"{transformer}/config.json")
+    described = [
+        model_values(_json(folder / "config.json"), f"{folder}/config.json")
+        for folder in experts.folders.values()
+    ]
+    model = described[0]
+    if described[-1] != model:
+        raise UserError(
+            f"the two transformers of {source} have different sizes; what can be imported are two of the same"
+        )
     if "image_dim" in model and not model.get("image_pair"):
         model["image_tokens"] = tokens_of(read_sizes(source / ENCODER))
     text = _json(source / "text_encoder" / "config.json")
@@ -202,6 +223,7 @@ def _config(transformer: Path, source: Path, out: Path, extras: Mapping[str, boo
         "objective.guidance_scale": 5.0,
         **_conditioning(model, expand_timesteps=bool(pipeline.get("expand_timesteps"))),
         "image.path": str(source.absolute()) if "image_dim" in model else "",
+        **experts.values,
         "name": out.name,
         "run.dir": str(out),
     }
@@ -275,19 +297,24 @@ def _require_numbers(folder: Path, stored: StoredWeights) -> None:
             progress.update(done)
 
 
-def _save(folder: Path, stored: StoredWeights, shapes: Shapes, state: dict[str, Any]) -> None:
+def _save(
+    folder: Path, parts: Mapping[str, tuple[StoredWeights, Shapes]], state: dict[str, Any]
+) -> None:
     """The checkpoint of step 0; each weight is read when it is written, added ones are zero."""
 
     def read(key: str) -> Tensor:
-        name = key.split(".", 2)[2]
+        _, part, name = key.split(".", 2)
+        stored, shapes = parts[part]
         return stored.read(name) if name in stored.shapes else torch.zeros(shapes[name])
 
     named = {
-        f"{part}.transformer.{name}": shape
-        for part in ("model", "ema")
+        f"{kind}.{part}.{name}": shape
+        for kind in ("model", "ema")
+        for part, (_, shapes) in parts.items()
         for name, shape in shapes.items()
     }
     try:
         checkpoints.save_streamed(folder, 0, named, read, state)
     finally:
-        stored.close()
+        for stored, _ in parts.values():
+            stored.close()

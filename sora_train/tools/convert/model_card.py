@@ -63,6 +63,7 @@ def model_card(
     takes_image = pipeline == "WanImageToVideoPipeline"
     given = "image=first, last_image=last, " if cfg.model.image_pair else "image=first, "
     given = given if takes_image else ""
+    low = f", guidance_scale_2={spec.guidance_scale_2:g}" if spec.guidance_scale_2 else ""
     rate = f"\nThe frame rate {fps:g} is folded into the weights.\n" if fps is not None else "\n"
     return f"""---
 library_name: diffusers
@@ -93,7 +94,7 @@ from diffusers import {pipeline}
 pipeline = {pipeline}.from_pretrained("{run.name}")
 video = pipeline(
     {given}prompt="...", height={shape.height}, width={shape.width}, num_frames={shape.frames},
-    num_inference_steps={spec.num_steps}, guidance_scale={spec.guidance_scale:g},
+    num_inference_steps={spec.num_steps}, guidance_scale={spec.guidance_scale:g}{low},
     max_sequence_length={cfg.text.max_length},
 ).frames[0]
 ```

@@ -18,6 +18,7 @@ from torch import Tensor
 from sora_train import checkpoint as checkpoints
 from sora_train.base.files import folder_when_whole
 from sora_train.base.progress import Progress
+from sora_train.checkpoint.layout import split_step
 from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.errors import Fault, UserError
 from sora_train.models.finite_weights import require_finite
@@ -29,6 +30,8 @@ from sora_train.models.transformer.wan_layout import CLASS_NAME, wan_arguments
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.published import WAN
 from sora_train.sampling.api import CheckpointInfo, checkpoint_info
+from sora_train.sampling.experts import require_both, require_pair
+from sora_train.tools.convert.experts import HIGH, LOW
 from sora_train.tools.convert.model_card import departures, model_card
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -47,21 +50,28 @@ def export_pipeline(
     weights: str = "ema",
     fps: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    other: str = "",
 ) -> str:
     """Write the pipeline's folder and return what was done, in lines.
 
-    `fps` is folded into the weights of a model that is told the frame rate. Raises UserError where the
-    run cannot be such a pipeline, `out` is not empty, or the run is none.
+    `fps` is folded into the weights of a model that is told the frame rate. `other` is the run, or RUN@STEP, of the
+    other expert where this one holds one of two. Raises UserError where the run cannot be such a pipeline, `out` is
+    not empty, or the run is none.
     """
     info = checkpoint_info(run, step)
     _require(info, fps)
-    StoredTensors(info.checkpoint).prefix(weights)
+    parts = _transformers(info, run, other)
+    for part, _ in parts.values():
+        StoredTensors(part.checkpoint).prefix(weights)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder or empty it")
     vae = _vae(info, run)
-    checkpoints.verify(info.checkpoint)
+    for part, _ in parts.values():
+        checkpoints.verify(part.checkpoint)
     with folder_when_whole(out) as partial:
-        notes = _write_transformer(info, weights, fps, partial / "transformer", max_shard_bytes)
+        notes: list[str] = []
+        for name, (part, held) in parts.items():
+            notes += _write_transformer(part, held, weights, fps, partial / name, max_shard_bytes)
         images = _takes_images(info, weights)
         notes += _about_images(info, images)
         vae.save(partial / "vae")
@@ -69,7 +79,7 @@ def export_pipeline(
         _write_image_encoder(info, partial)
         scheduler = _write_scheduler(info, vae, partial / "scheduler")
         differences, name = departures(info, scheduler), _pipeline_class(info)
-        _write_index(name, scheduler, partial, expand_timesteps=images)
+        _write_index(name, info, scheduler, partial, expand_timesteps=images)
         card = model_card(info, run, weights, fps, scheduler, differences, name)
         (partial / "README.md").write_text(card)
     done = [f"wrote {out}", f"next: {name}.from_pretrained({str(out)!r})"]
@@ -79,6 +89,20 @@ def export_pipeline(
 def _pipeline_class(info: CheckpointInfo) -> str:
     """The pipeline of diffusers that samples from the folder: with condition channels a clip has a first image."""
     return "WanImageToVideoPipeline" if info.spec.cond_mode == "concat" else "WanPipeline"
+
+
+def _transformers(
+    info: CheckpointInfo, run: Path, other: str
+) -> dict[str, tuple[CheckpointInfo, str]]:
+    """Name of each of the pipeline's transformers -> the checkpoint that holds it, and its name there."""
+    require_both(info.spec, str(run), other)
+    if other:
+        second = checkpoint_info(*split_step(other))
+        require_pair(info, second)
+        high, low = (info, second) if info.spec.expert == "high" else (second, info)
+        return {HIGH: (high, HIGH), LOW: (low, HIGH)}
+    names = (HIGH, LOW) if info.spec.expert == "both" else (HIGH,)
+    return {name: (info, name) for name in names}
 
 
 def _require(info: CheckpointInfo, fps: float | None) -> None:
@@ -145,11 +169,16 @@ def _vae(info: CheckpointInfo, run: Path) -> VideoVAE:
 
 
 def _write_transformer(
-    info: CheckpointInfo, weights: str, fps: float | None, folder: Path, max_shard_bytes: int
+    info: CheckpointInfo,
+    held: str,
+    weights: str,
+    fps: float | None,
+    folder: Path,
+    max_shard_bytes: int,
 ) -> list[str]:
-    """config.json, the shards and their index; returns what became of the extras."""
+    """config.json, the shards and their index of the transformer `held`; returns what became of the extras."""
     stored = StoredTensors(info.checkpoint)
-    prefix = stored.prefix(weights) + "transformer."
+    prefix = f"{stored.prefix(weights)}{held}."
     shapes = {name: torch.Size(stored.shapes[f"{prefix}{name}"]) for name in stored.names(prefix)}
     kept = {name: shape for name, shape in shapes.items() if name not in EXTRAS}
     _require_same(kept, _expected(info))
@@ -158,7 +187,7 @@ def _write_transformer(
     (folder / "config.json").write_text(json.dumps(arguments, indent=2) + "\n")
     shards = _shards(kept, max_shard_bytes)
     index: dict[str, str] = {}
-    with Progress(len(kept), "writing the transformer") as progress:
+    with Progress(len(kept), f"writing the {folder.name}") as progress:
         for number, names in enumerate(shards, start=1):
             tensors = _read(stored, prefix, names)
             if fps is not None and TIME_BIAS in tensors:
@@ -178,7 +207,7 @@ def _write_transformer(
         (folder / f"{WEIGHTS}.safetensors.index.json").write_text(
             json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n"
         )
-    notes = [f"transformer: {len(kept)} weights in {len(shards)} file(s)"]
+    notes = [f"{folder.name}: {len(kept)} weights in {len(shards)} file(s)"]
     if "mask_proj.weight" in shapes:
         notes.append("left out mask_proj: text to video gives no frame, so it adds zero")
     if fps is not None:
@@ -319,7 +348,12 @@ def _write_scheduler(info: CheckpointInfo, vae: VideoVAE, folder: Path) -> dict[
 
 
 def _write_index(
-    name: str, scheduler: Mapping[str, Any], folder: Path, *, expand_timesteps: bool
+    name: str,
+    info: CheckpointInfo,
+    scheduler: Mapping[str, Any],
+    folder: Path,
+    *,
+    expand_timesteps: bool,
 ) -> None:
     import diffusers
 
@@ -334,6 +368,8 @@ def _write_index(
         "vae": ["diffusers", WAN],
         "expand_timesteps": expand_timesteps,
     }
+    if info.spec.expert:
+        parts |= {LOW: ["diffusers", CLASS_NAME], "boundary_ratio": info.spec.boundary}
     if name == "WanImageToVideoPipeline":
         has = (folder / ENCODER).is_dir()
         parts[ENCODER] = ["transformers", "CLIPVisionModel"] if has else [None, None]

@@ -125,7 +125,7 @@ def units_of_config(cfg: Config) -> list[list[torch.Size]]:
     if cfg.text.trainable:
         return units_of(TextToVideo(cfg.model, cfg.text, empty=True))
     with torch.device("meta"):
-        return units_of(VideoDiT(cfg.model))
+        return units_of(VideoDiT(cfg.model)) * (2 if cfg.model.expert == "both" else 1)
 
 
 def _stage(name: str, bench: Bench, caching: Caching, asked: str, progress: Progress) -> Values:

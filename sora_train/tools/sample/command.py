@@ -68,6 +68,13 @@ Solver = Annotated[
     str | None, typer.Option(help="euler, heun or unipc; that of the run if left out.")
 ]
 GuidanceScale = Annotated[float | None, typer.Option(min=1, help="1 switches guidance off.")]
+GuidanceScale2 = Annotated[
+    float | None, typer.Option(min=0, help="That of the low-noise expert, of a model of two.")
+]
+OtherExpert = Annotated[
+    str,
+    typer.Option(metavar="RUN", help="The run of the other expert, where --ckpt holds one of two."),
+]
 ConditionScale = Annotated[
     float | None, typer.Option(min=0, help="Guidance by the given frames; 1 switches it off.")
 ]
@@ -101,11 +108,13 @@ def sample(
     steps: Steps = None,
     solver: Solver = None,
     guidance_scale: GuidanceScale = None,
+    guidance_scale_2: GuidanceScale2 = None,
     condition_scale: ConditionScale = None,
     guidance_interval: GuidanceInterval = None,
     guidance_rescale: GuidanceRescale = None,
     num: Num = 1,
     ema: Weights = "ema",
+    other_expert: OtherExpert = "",
     adapter: Adapters = None,
     base: AdapterBase = "",
     any_base: AnyBase = False,
@@ -120,23 +129,22 @@ def sample(
     sora sample --ckpt RUN --prompt "..." --op extend --video a.mp4 --frames-given 9
     sora sample --ckpt RUN --prompt "..." --op infill --video a.mp4 --gap 5:13
     sora sample --ckpt RUN --prompt "..." --op connect --video a.mp4 --video b.mp4
-    sora sample --ckpt RUN --prompt "..." --op loop --video a.mp4
     sora sample --ckpt RUN --prompt "..." --op edit --video a.mp4 --strength 0.6
     sora sample --ckpt RUN --prompt "..." --adapter zork.safetensors:0.8 --adapter runs/style
     """
     from sora_train.sampling.operations import SampleRequest
 
     settings: dict[str, Any] = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale}
-    settings |= {"condition_scale": condition_scale, "guidance_rescale": guidance_rescale}
-    settings["guidance_from"], settings["guidance_to"] = _interval(guidance_interval)
-    request = SampleRequest(
-        op, image, last_image, tuple(video or ()), frames_given, _gap(gap), _levels(strength)
-    )
+    settings |= {"condition_scale": condition_scale, "guidance_scale_2": guidance_scale_2}
+    settings |= {"guidance_rescale": guidance_rescale, **_interval(guidance_interval)}
+    files = image, last_image, tuple(video or ())
+    request = SampleRequest(op, *files, frames_given, _gap(gap), _levels(strength))
     given = [require_text(text, "--prompt") for text in prompt or []] + prompt_lines(prompts)
-    shape = _size(size), frames, fps
     options: dict[str, Any] = {"seed": seed, "num": num, "condition_noise": condition_noise}
     options["negative_prompt"] = require_text(negative_prompt, "--negative-prompt")
-    adapting = {"adapters": adapter or [], "base": base, "any_base": any_base}
+    adapting: dict[str, Any] = {"adapters": adapter or [], "other_expert": other_expert}
+    adapting |= {"base": base, "any_base": any_base}
+    shape = _size(size), frames, fps
     asked = ckpt, ema, given, request, shape, settings, options, out, adapting, project
     print(*sample_to_folder(*asked), sep="\n")
 
@@ -161,7 +169,7 @@ def sample_to_folder(
         weights: as `sora_train.load` takes them.
         shape: size, frames and fps, None for the run's own.
         settings: of the sampler, as `Model.sample` takes them.
-        adapting: the arguments adapters, base and any_base of `sora_train.load`.
+        adapting: the arguments adapters, base, any_base and other_expert of `sora_train.load`.
         project: the file of a run with a model of its own.
         options: the arguments seed, num, condition_noise and negative_prompt of `Model.sample`.
     """
@@ -174,12 +182,14 @@ def sample_to_folder(
     from sora_train.models.text.lengths import CaptionLengths
     from sora_train.models.vae.autoencoder import read_geometry
     from sora_train.sampling import api
+    from sora_train.sampling.experts import require_both
     from sora_train.sampling.operations import prepare
 
     recipe = _recipe(project)
     run_dir, step = split_step(ckpt)
     info = api.checkpoint_info(run_dir, step, recipe.config if recipe else Config)
     StoredTensors(info.checkpoint).prefix(weights)
+    require_both(info.spec, ckpt, adapting["other_expert"])
     spec = api.with_settings(info.spec, settings)
     cfg, geometry = info.cfg, read_geometry(info.cfg.vae)
     fitting = api.fitting_shape(cfg, geometry, info.shape, *shape)
@@ -270,13 +280,13 @@ def _levels(text: str | None) -> tuple[float, ...]:
         ) from None
 
 
-def _interval(text: str | None) -> tuple[float | None, float | None]:
-    """A:B -> (A, B)."""
+def _interval(text: str | None) -> dict[str, float]:
+    """A:B -> the settings `guidance_from` and `guidance_to`."""
     if text is None:
-        return None, None
+        return {}
     lowest, _, highest = text.partition(":")
     try:
-        return float(lowest), float(highest)
+        return {"guidance_from": float(lowest), "guidance_to": float(highest)}
     except ValueError:
         raise UserError(
             f"--guidance-interval is '{text}'; write noise levels LOWEST:HIGHEST, for example 0.1:0.8"
