@@ -116,7 +116,7 @@ def test_models_fit_the_vae_and_text_encoder_of_their_experiment():
         if config.task == "vae":
             continue
         assert config.model.text_dim == config.text.d_model, name
-        assert config.model.in_channels == geometry_of(config)[0].channels, name
+        assert config.model.velocity_channels == geometry_of(config)[0].channels, name
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "buckets").glob("*.yaml")))
