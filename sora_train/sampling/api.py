@@ -68,6 +68,9 @@ class Model:
         self.cfg, self.spec, self.shape, self.step = cfg, spec, shape, step
         self.model, self.vae = model.eval(), vae
         self.adapted = adapted
+        # Of two experts that are joined later, the one whose base `adapted` is keeps these.
+        changed = set(adapted.changed)
+        self._changed = {name: one for name, one in model.named_parameters() if name in changed}
 
     def sample(
         self,
@@ -175,7 +178,7 @@ class Model:
             raise UserError(
                 f"{len(strengths)} strengths are given for {len(adapters)} adapters ({names}); give one for each"
             )
-        self.adapted.set_strengths(dict(self.model.named_parameters()), strengths)
+        self.adapted.set_strengths(self._changed, strengths)
 
     def clip_shape(
         self, size: tuple[int, int] | None, frames: int | None, fps: float | None

@@ -1,5 +1,6 @@
 """Adapters beside a model: sampled as diffusers does, merged into run folders, refused where they do not fit."""
 
+import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -325,6 +326,13 @@ def test_strengths_are_those_of_a_model_loaded_with_them(
         assert all(torch.equal(value, anew[name]) for name, value in weights(model).items())
     with refuses(UserError, "1 strengths", "2 adapters", "first", "second"):
         model.set_strengths(1.0)
+    # A transformer that came into its place afterwards is another expert's.
+    own, elsewhere = model.model.transformer, copy.deepcopy(model.model.transformer)
+    before = {name: value.clone() for name, value in own.named_parameters()}
+    model.model.transformer = elsewhere
+    model.set_strengths(2.0, 2.0)
+    assert all(torch.equal(value, before[name]) for name, value in elsewhere.named_parameters())
+    assert any(not torch.equal(value, before[name]) for name, value in own.named_parameters())
     plain = load(base, adapters=[NamedAdapter("first", first)])
     plain.set_strengths(0.0)
     untouched = weights(load(base))
