@@ -27,6 +27,7 @@ from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.models.transformer.cpu_kernels import clock
 from sora_train.tools.measuring import Stats
+from sora_train.training.components import Components
 from sora_train.training.trainer import Trainer
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -85,12 +86,12 @@ class DiffusersLoop:
             yield from (value for value in kept.values() if isinstance(value, Tensor))
 
 
-def state_of(trainer: Trainer) -> Iterator[Tensor]:
+def state_of(parts: Components) -> Iterator[Tensor]:
     """The transformer's weights, the adapter's masters, moments and averages."""
-    yield from trainer.engine.model.transformer.parameters()
-    yield from trainer.engine.model_state().values()
-    yield from trainer.engine.optimizer_state().values()
-    for shadows in trainer.ema.shadows.values():
+    yield from parts.engine.model.transformer.parameters()
+    yield from parts.engine.model_state().values()
+    yield from parts.engine.optimizer_state().values()
+    for shadows in parts.ema.shadows.values():
         yield from shadows.values()
 
 
@@ -155,7 +156,7 @@ def compare(own: str, theirs: str, options: argparse.Namespace) -> dict[str, Sta
             options.repeats,
             clock(),
         )
-        mine = peak(trainer.train_step, lambda: state_of(trainer))
+        mine = peak(trainer.train_step, lambda: state_of(trainer.parts))
         others = peak(peer.step, peer.state)
     tokens = math.prod(shape[1:]) // math.prod(cfg.model.patch_size)
     what = f"{len(batches)} x {len(entry.rows)} clips of {tokens} tokens, checkpointing {own} beside {theirs}"

@@ -32,7 +32,7 @@ def test_ours_and_the_peer_train_the_same_adapter(
         assert sum(value.numel() for value in peer.trained) == ours
         assert (
             peak(peer.step, peer.state) > 0
-            and peak(trainer.train_step, lambda: state_of(trainer)) > 0
+            and peak(trainer.train_step, lambda: state_of(trainer.parts)) > 0
         )
         before = [value.detach().clone() for value in peer.trained]
         peer.step()

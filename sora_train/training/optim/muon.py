@@ -95,7 +95,7 @@ class Muon(Judged):
         super().__init__(groups, {"lr": cfg.lr})
         self.momentum, self.rest = cfg.momentum, rest
         matrices = [
-            Matrix(weight, group, (len(placed[weight]), placed[weight][0].numel()))
+            Matrix(weight, group, (placed[weight].shape[0], placed[weight].shape[1:].numel()))
             for group in self.param_groups
             for weight in group["params"]
         ]
