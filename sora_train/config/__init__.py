@@ -155,6 +155,11 @@ class Config(Section):
                 f"adapter.rank={self.adapter.rank} needs a base and init.run is empty; give the folder of a run, or of "
                 "open weights that `sora ckpt import` has written"
             )
+        if self.model.expert == "both":
+            raise ValueError(
+                f"adapter.rank={self.adapter.rank} is for one transformer, and model.expert=both has two; train an "
+                "adapter for each, with model.expert=high and with low"
+            )
         if self.init.optimizer:
             raise ValueError(
                 "init.optimizer=true takes over the moments of all weights, and with adapter.rank="

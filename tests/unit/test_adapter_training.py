@@ -315,12 +315,16 @@ def test_a_trigger_that_no_caption_has_is_refused(home: Path, tmp_path: Path) ->
         Trainer(cfg)
 
 
+BOTH = ["model.expert=both"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["adapter.rank=4", "init.run="], "needs a base"),
         (["adapter.rank=0", "adapter.dora=true"], "adapter.dora=True"),
         (["adapter.rank=4", "init.run=x", "init.optimizer=true"], "init.optimizer"),
+        (["adapter.rank=4", "init.run=x", *BOTH], "model.expert=both"),
     ],
 )
 def test_settings_that_do_not_go_together_are_told(overrides: list[str], said: str) -> None:
