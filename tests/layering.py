@@ -35,7 +35,7 @@ FLOORS = (
 INSIDE = {
     "data": (
         ("shapes", "sample", "manifest"),
-        ("storage", "transforms", "quarantine"),
+        ("storage", "transforms", "quarantine", "exclusion"),
         ("captions", "decode", "tape"),
         ("latents",),
         ("index",),

@@ -2,7 +2,7 @@
 
 `state.json` is one flat object. It is written here and read here, strictly: an unknown or a missing key is an error.
 Checkpoints of format 1 (before `format` was written) are brought to today's names by `_from_format_1`; those of format
-2 do not say which frame rates were trained.
+2 do not say which frame rates were trained, and those of format 3 not which clips were excluded: none.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from sora_train.checkpoint.layout import STATE, Checkpoint
 from sora_train.config.renamed import with_new_names
 from sora_train.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 RENAMED = {"judge": "spikes", "owed": "pending", "stocks": "snapshots"}
 """Keys of format 1 and their names in format 2."""
 

@@ -27,6 +27,7 @@ from sora_train.data.decode import torchcodec as decode_torchcodec
 from sora_train.data.decode.frames import DecodeRequest
 from sora_train.data.decode.pool import DecodePool, worker_of
 from sora_train.data.decode.probe import ALPHA
+from sora_train.data.exclusion import EXCLUDED
 from sora_train.data.index import decoders
 from sora_train.data.latents import members as stored
 from sora_train.data.latents.cache import LatentCache, TextCache, latent_key
@@ -103,7 +104,8 @@ class Loader:
         )
         require(set(manifest.shard.tolist()), data_cfg.disk_cache_dir)
         reasons = manifest.drop_reason if reasons is None else reasons
-        names, counts = np.unique(reasons[reasons != ""].astype(str), return_counts=True)
+        lost = reasons[(reasons != "") & (reasons != EXCLUDED)]
+        names, counts = np.unique(lost.astype(str), return_counts=True)
         self.quarantine = quarantine.Quarantine(
             Path(run_dir) / quarantine.FILE_NAME if run_dir is not None else None,
             total=len(manifest),

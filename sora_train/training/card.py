@@ -164,12 +164,19 @@ def accounts(data: TrainingData) -> dict[str, dict[str, int]]:
 
 
 def joining(data: TrainingData) -> dict[str, str]:
-    """What the sources have gained since the run began, and from which step on it is trained."""
-    if not data.sources.grown:
+    """What the sources have gained or lost since the run began, and from which step on that counts."""
+    if not data.sources.change:
         return {}
     *_, before, now = data.sources.blocks
-    step = data.sources.snapshots[-1].first / data.micro_batches
-    return {"new clips": f"{now - before:,}, which join at the end of this epoch (step {step:g})"}
+    *_, last, snapshot = data.sources.snapshots
+    joined, left_out = snapshot.first / data.micro_batches, snapshot.excluded_from
+    gained = now - before + len(set(last.excluded) - set(snapshot.excluded))
+    lost = len(set(snapshot.excluded) - set(last.excluded))
+    rows = {
+        "new clips": f"{gained:,}, which join at the end of this epoch (step {joined:g})",
+        "excluded clips": f"{lost:,} more, from step {left_out / data.micro_batches:g} on",
+    }
+    return {name: rows[name] for name, count in zip(rows, (gained, lost), strict=True) if count}
 
 
 def busy_ranks(run: RunContext, data: TrainingData, data_step: int) -> str:

@@ -507,7 +507,8 @@ class Trainer:
         self.state.data_step, passed_over = resume.find_place(self.data, start.meta, self.data_step)
         if passed_over and self.world.is_main:
             print(passed_over, flush=True)
-        resume.record_changes(self.run, self.step, changes)
+        excluded = resume.changed_exclusion(self.data, changes)
+        resume.record_changes(self.run, self.step, [*changes, *excluded])
 
     def restore(self, train: TrainState) -> None:
         """Go on where a checkpoint stands, as far as no tensor tells it."""

@@ -222,7 +222,9 @@ def config(tmp_path: Path, *names: str, mix: tuple[MixConfig, ...] = (), micro_b
 
 def planned(cfg: Config, sources: Sources, step: int = 0) -> tuple[Sources, TapeSequence]:
     table = [BucketSpec(Bucket(9, 48, 48), "48px", "1:1", 1.0)]
-    found, tape, _ = plan(cfg, sources, table, lambda bucket: 27, float, step=step)
+    found, tape, _ = plan(
+        cfg, sources, table, lambda bucket: 27, float, now=step * cfg.train.micro_batches
+    )
     return found, tape
 
 

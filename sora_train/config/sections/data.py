@@ -48,6 +48,9 @@ class DataConfig(Section):
     captions: str = ""
     """A captions file (JSONL/CSV/Parquet with `file` and `caption`) for a plain folder; empty: `captions.jsonl`
     in the folder, else a sidecar .txt per clip."""
+    exclude: str = ""
+    """A file of clips that are left out: a key a line, or the CSV of `sora data ledger`. A resumed run with another
+    file leaves its clips out from that step on; clips that are no longer in it join at the end of the epoch."""
     val_source: str = ""
     """Held-out clips for validation, in any form of `data.source`; empty: the last `data.val_clips` of the source."""
     val_clips: int = Field(8, ge=0)

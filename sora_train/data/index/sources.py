@@ -1,7 +1,7 @@
 """Opens the sources of a run as one manifest, whose rows keep their numbers when shards join later.
 
 A row's number is part of every keyed draw of its sample. So the rows that a run began with come first,
-source by source; rows that joined later follow in the order of joining.
+source by source; rows that joined later follow in the order of joining, and excluded ones keep theirs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 
 from sora_train.base.progress import Progress
 from sora_train.config import Config, DataConfig, SourceConfig
+from sora_train.data.exclusion import excluded_rows
 from sora_train.data.index.folder import open_source, without_hdr
 from sora_train.data.index.shapes_source import prepare_shapes
 from sora_train.data.manifest import Manifest, text_digest
@@ -27,16 +28,25 @@ ONLY = "all"
 
 @dataclass(frozen=True)
 class SourceSnapshot:
-    """Rows and digest of each source when a part of the tape began; `first` is its first micro-batch."""
+    """Rows and digest of each source when a part of the tape began; `first` is its first micro-batch.
+
+    The rows `excluded` by data.exclude are left out of that part, and from micro-batch `excluded_from` on out of what
+    is left of the epoch before it.
+    """
 
     first: int
     rows: dict[str, int]
     digests: dict[str, str]
+    excluded: tuple[int, ...] = ()
+    excluded_from: int = 0
 
     @classmethod
     def listed(cls, saved: Sequence[Mapping[str, Any]]) -> list["SourceSnapshot"]:
         """The snapshots that a checkpoint holds, in order."""
-        return [cls(**snapshot) for snapshot in saved]
+        return [
+            cls(**{**snapshot, "excluded": tuple(snapshot.get("excluded", ()))})
+            for snapshot in saved
+        ]
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,8 @@ class Sources:
     """The training clips of all sources as one manifest, and the held-out ones.
 
     `source_of_row` indexes `names`. `blocks` counts the training rows of each snapshot and all before it.
-    Where the sources have `grown`, the last snapshot has not joined yet, and its `first` is not final.
+    With a `change` since the last checkpoint (new clips, or others excluded) the last snapshot has not joined yet, and
+    its micro-batches are not final.
     """
 
     train: Manifest
@@ -53,7 +64,7 @@ class Sources:
     source_of_row: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     blocks: tuple[int, ...] = ()
     snapshots: tuple[SourceSnapshot, ...] = ()
-    grown: bool = False
+    change: bool = False
 
     @classmethod
     def of(cls, train: Manifest) -> "Sources":
@@ -66,11 +77,10 @@ class Sources:
             snapshots=(SourceSnapshot(0, {ONLY: len(train)}, {ONLY: train.digest()}),),
         )
 
-    def joined_at(self, first: int) -> "Sources":
-        """These sources, with the last snapshot joining at micro-batch `first`."""
-        return replace(
-            self, snapshots=(*self.snapshots[:-1], replace(self.snapshots[-1], first=first))
-        )
+    def joined_at(self, first: int, now: int) -> "Sources":
+        """These sources, with the last snapshot joining at micro-batch `first` of a run that goes on at `now`."""
+        last = replace(self.snapshots[-1], first=first, excluded_from=now)
+        return replace(self, snapshots=(*self.snapshots[:-1], last))
 
     def require_following(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Raises Fault where the sources were opened without a checkpoint's snapshots, so that rows are renumbered."""
@@ -90,7 +100,7 @@ def open_sources(cfg: Config, run_dir: Path, snapshots: Sequence[SourceSnapshot]
     """The manifests of the training clips and of the held-out ones.
 
     `snapshots` are those of a resumed run; rows that joined the sources since then follow theirs.
-    Raises UserError where a source is missing or its known rows changed.
+    Raises UserError where a source is missing, its known rows changed, or data.exclude names no clip of them or all.
     """
     data, work_dir = cfg.data, run_dir / "data"
     sources = data.sources or (SourceConfig(name=ONLY, source=data.source, captions=data.captions),)
@@ -115,7 +125,21 @@ def open_sources(cfg: Config, run_dir: Path, snapshots: Sequence[SourceSnapshot]
         val = SourceConfig(name="val", source=data.val_source)
         held_out = {val.name: _open(val, "val", data.shapes_val_clips, cfg, work_dir)[0]}
     now = _snapshots_now(opened, snapshots)
-    return _in_order(opened, kept, held_out, now, grown=0 < len(snapshots) < len(now))
+    found = _in_order(opened, kept, held_out, now, change=0 < len(snapshots) < len(now))
+    rows = excluded_rows(data.exclude, found.train) if data.exclude else ()
+    return excluding(found, rows, resumed=bool(snapshots))
+
+
+def excluding(sources: Sources, rows: tuple[int, ...], *, resumed: bool) -> Sources:
+    """The sources without these rows, in a snapshot of their own where a resumed run left out others."""
+    *before, last = sources.snapshots
+    if rows == last.excluded:
+        return sources
+    now = replace(last, excluded=rows)
+    if sources.change or not resumed:
+        return replace(sources, snapshots=(*before, now))
+    blocks = (*sources.blocks, sources.blocks[-1])
+    return replace(sources, snapshots=(*sources.snapshots, now), blocks=blocks, change=True)
 
 
 def _snapshots_now(
@@ -145,7 +169,7 @@ def _snapshots_now(
             )
     if rows == last.rows:
         return tuple(snapshots)
-    return (*snapshots, SourceSnapshot(last.first, rows, digests))
+    return (*snapshots, replace(last, rows=rows, digests=digests))
 
 
 def _in_order(
@@ -153,7 +177,7 @@ def _in_order(
     kept: Mapping[str, np.ndarray],
     held_out: Mapping[str, Manifest],
     snapshots: tuple[SourceSnapshot, ...],
-    grown: bool,
+    change: bool,
 ) -> Sources:
     """The rows of the first snapshot, source by source, then those that each later one added."""
     names = tuple(opened)
@@ -175,7 +199,7 @@ def _in_order(
         ]
         held_out = {name: _placed(part, name) for name, part in held_out.items()}
     train, val = _together(parts), _together(list(held_out.values()))
-    return Sources(train, val, names, np.concatenate(numbers), tuple(blocks), snapshots, grown)
+    return Sources(train, val, names, np.concatenate(numbers), tuple(blocks), snapshots, change)
 
 
 def _together(parts: Sequence[Manifest]) -> Manifest:

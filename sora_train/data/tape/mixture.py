@@ -1,4 +1,4 @@
-"""Tapes in sequence: the mix of sources changes at a step, or new shards join at the end of an epoch.
+"""Tapes in sequence: the mix of sources changes at a step, new shards join at the end of an epoch, clips are left out.
 
 Each part is a tape of its own that begins where the part before it ends. Passes over a source are
 counted across parts, so that no draw is made twice for the same sample.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,11 +18,21 @@ from sora_train.data.tape.tape import SourceRepeats, Tape
 
 @dataclass(frozen=True)
 class Change:
-    """From micro-batch `first` on the first `rows` rows are trained, each source `repeats` times an epoch."""
+    """From micro-batch `first` on the first `rows` rows are trained, but not the `excluded` ones, and each source
+    `repeats` times an epoch."""
 
     first: int
     rows: int
     repeats: tuple[float, ...]
+    excluded: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """From micro-batch `first` on these rows are in none, whatever was planned."""
+
+    first: int
+    rows: frozenset[int]
 
 
 MakeTape = Callable[[Change, Sequence[SourceRepeats], int], Tape]
@@ -30,10 +40,16 @@ MakeTape = Callable[[Change, Sequence[SourceRepeats], int], Tape]
 
 
 class TapeSequence:
-    """The whole tape of a run. `parts` follow each other; all but the last end where the next begins."""
+    """The whole tape of a run. `parts` follow each other; all but the last end where the next begins.
 
-    def __init__(self, changes: Sequence[Change], make: MakeTape):
+    Each of the `exclusions` holds until the next one; what it leaves of a micro-batch is trained.
+    """
+
+    def __init__(
+        self, changes: Sequence[Change], make: MakeTape, exclusions: Sequence[Exclusion] = ()
+    ):
         self.parts: list[Tape] = []
+        self.exclusions = list(exclusions)
         for change in changes:
             passes, epochs = [0] * len(change.repeats), 0
             if self.parts:
@@ -48,20 +64,31 @@ class TapeSequence:
             ]
             self.parts.append(make(change, source_repeats, epochs))
         self._firsts = [part.first for part in self.parts]
-        # The last part trains all rows of those before it.
-        last = self.parts[-1]
-        self.rows, self.bucket_of_row, self.buckets = last.rows, last.bucket_of_row, last.buckets
+        # A row has the same bucket in every part that trains it, and none in the others.
+        self.buckets = self.parts[-1].buckets
+        self.bucket_of_row = np.max([part.bucket_of_row for part in self.parts], axis=0)
+        self.rows = np.flatnonzero(self.bucket_of_row >= 0)
 
     def at(self, index: int) -> Tape:
         """The part that micro-batch `index` belongs to."""
         return self.parts[max(0, bisect_right(self._firsts, index) - 1)]
 
     def __getitem__(self, index: int) -> MicroBatch:
-        return self.at(index)[index]
+        entry, excluded = self.at(index)[index], self.excluded_at(index)
+        kept = [n for n, row in enumerate(entry.rows) if row not in excluded]
+        if len(kept) == len(entry.rows):
+            return entry
+        rows, epochs = (tuple(each[n] for n in kept) for each in (entry.rows, entry.epochs))
+        return replace(entry, rows=rows, epochs=epochs)
+
+    def excluded_at(self, index: int) -> frozenset[int]:
+        """The rows that micro-batch `index` must not have."""
+        begun = [one.rows for one in self.exclusions if one.first <= index]
+        return begun[-1] if begun else frozenset()
 
     def bucket_of(self, row: int) -> Bucket:
         """The bucket of a trained row."""
-        return self.parts[-1].bucket_of(row)
+        return self.buckets[self.bucket_of_row[row]]
 
     def clip_cost(self, bucket: Bucket) -> float:
         """Predicted cost of a clip of a bucket."""
@@ -77,7 +104,11 @@ class TapeSequence:
         while count > 0:
             part, end = self.at(first), self.end_of(first)
             taken = count if end is None else min(count, end - first)
-            costs.append(part.costs(first, taken))
+            if any(part.first < one.first < first + taken for one in self.exclusions):
+                # Clips of an epoch that was planned with them may be missing.
+                costs.append(np.array([self.cost(self[first + n]) for n in range(taken)]))
+            else:
+                costs.append(part.costs(first, taken))
             first, count = first + taken, count - taken
         return np.concatenate(costs)
 

@@ -81,9 +81,9 @@ class TrainingData:
     ) -> "TrainingData":
         """Open the sources, plan the tape, fill the cache.
 
-        `resumed` belongs to the checkpoint of a resumed run: rows keep their numbers, and rows that the
-        sources have gained since then join at the end of the epoch. Without a model the data can be
-        inspected, not trained on.
+        `resumed` belongs to the checkpoint of a resumed run: rows keep their numbers, rows that the sources have
+        gained since then join at the end of the epoch, and rows excluded since then are not trained again. Without a
+        model the data can be inspected, not trained on.
 
         Raises:
             UserError: a source or its captions are missing, no clip fits a bucket, too many are dropped,
@@ -99,9 +99,9 @@ class TrainingData:
         table = bucket_table(cfg, vae, patch)
         tokens_of = token_counter(vae, patch)
         memory, cost = memory_cap(cfg, vae, tokens_of), cost_model(cfg, model)
-        step = resumed.train.data_step if resumed else 0
+        now = next_micro_batch(resumed) if resumed else 0
         sources, tape, assignment = plan(
-            cfg, sources, table, tokens_of, cost, memory=memory, step=step
+            cfg, sources, table, tokens_of, cost, memory=memory, now=now
         )
         vae_digest = vae.digest()
         for manifest in (sources.train, sources.val):
@@ -223,6 +223,11 @@ class TrainingData:
 
     def close(self) -> None:
         self.loader.close()
+
+
+def next_micro_batch(meta: CheckpointMeta) -> int:
+    """The first micro-batch of the tape that a checkpoint has not trained."""
+    return meta.train.data_step * int(meta.config["train"]["micro_batches"])
 
 
 def mean_step(data: TrainingData, data_step: int) -> tuple[float, float, float]:

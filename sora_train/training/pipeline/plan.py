@@ -7,6 +7,7 @@ import numpy as np
 from torch import nn
 
 from sora_train.config import Config, DataConfig
+from sora_train.data.exclusion import EXCLUDED
 from sora_train.data.index.sources import Sources
 from sora_train.data.latents.check import (
     first_of_each,
@@ -20,7 +21,7 @@ from sora_train.data.manifest import Manifest
 from sora_train.data.sample import Bucket
 from sora_train.data.tape.buckets import NO_BUCKET, Assignment, BucketSpec, assign, build_buckets
 from sora_train.data.tape.micro_batches import GB, MemoryCap, micro_batch_sizes
-from sora_train.data.tape.mixture import Change, TapeSequence, repeats_of
+from sora_train.data.tape.mixture import Change, Exclusion, TapeSequence, repeats_of
 from sora_train.data.tape.shuffle import samples_per_epoch
 from sora_train.data.tape.tape import SourceRepeats, Tape
 from sora_train.errors import ConfigError, UserError
@@ -168,13 +169,13 @@ def plan(
     cost: Callable[[int], float],
     *,
     memory: MemoryCap | None = None,
-    step: int = 0,
+    now: int = 0,
 ) -> tuple[Sources, TapeSequence, Assignment]:
-    """The bucket of every clip and the tape over them, for a run at `step`.
+    """The bucket of every clip and the tape over them, for a run whose next micro-batch is `now`.
 
-    Where the sources have grown, the new clips join at the end of the current epoch, and the last
-    snapshot of the returned sources holds that micro-batch. Raises UserError where no clip fits a
-    bucket, or a micro-batch does not fit the memory.
+    Where the sources have changed, new clips join at the end of the current epoch, clips that are excluded now are in
+    none of its micro-batches from here on, and the last snapshot of the returned sources holds both places. Raises
+    UserError where no clip fits a bucket, or a micro-batch does not fit the memory.
     """
     assignment = assigned(cfg, sources.train, table)
     if not (assignment.bucket_of_row >= 0).any():
@@ -184,6 +185,7 @@ def plan(
     def make(change: Change, source_repeats: Sequence[SourceRepeats], first_epoch: int) -> Tape:
         bucket_of_row = assignment.bucket_of_row.copy()
         bucket_of_row[change.rows :] = NO_BUCKET
+        bucket_of_row[list(change.excluded)] = NO_BUCKET
         counts = _counts(sources, bucket_of_row, len(table))
         pairs = zip(counts, source_repeats, strict=True)
         clips = [samples_per_epoch(count, source.repeats) for count, source in pairs]
@@ -213,12 +215,27 @@ def plan(
             first_epoch=first_epoch,
         )
 
-    joined = len(sources.snapshots) - sources.grown
-    tape = TapeSequence(_changes(cfg, sources, assignment, len(table), joined), make)
-    if sources.grown:
-        sources = sources.joined_at(tape.end_of_epoch(step * cfg.train.micro_batches))
-        tape = TapeSequence(_changes(cfg, sources, assignment, len(table), joined + 1), make)
-    return sources, tape, assignment
+    def tape_of(joined: int) -> TapeSequence:
+        changes = _changes(cfg, sources, assignment, len(table), joined)
+        snapshots = sources.snapshots[:joined]
+        exclusions = [Exclusion(one.excluded_from, frozenset(one.excluded)) for one in snapshots]
+        return TapeSequence(changes, make, exclusions)
+
+    joined = len(sources.snapshots) - sources.change
+    tape = tape_of(joined)
+    if sources.change:
+        sources = sources.joined_at(tape.end_of_epoch(now), now)
+        tape = tape_of(joined + 1)
+    return sources, tape, _without(assignment, sources.snapshots[-1].excluded)
+
+
+def _without(assignment: Assignment, excluded: tuple[int, ...]) -> Assignment:
+    """The assignment as it is from now on, where excluded clips have no bucket."""
+    rows = np.array(excluded, int)
+    bucket_of_row, reasons = assignment.bucket_of_row.copy(), assignment.reasons.copy()
+    reasons[rows[bucket_of_row[rows] != NO_BUCKET]] = EXCLUDED
+    bucket_of_row[rows] = NO_BUCKET
+    return Assignment(bucket_of_row, reasons)
 
 
 def _changes(
@@ -232,16 +249,18 @@ def _changes(
         {0, *(first for first, _ in mixes), *(snapshot.first for snapshot, _ in snapshots)}
     ):
         rows = [rows for snapshot, rows in snapshots if snapshot.first <= first][-1]
+        # A mix that begins in an epoch which lost clips begins without them.
+        excluded = [one.excluded for one, _ in snapshots if one.excluded_from <= first][-1]
         mix = next((mix for begin, mix in reversed(mixes) if begin <= first), None)
         if mix is None or len(sources.names) == 1:
             repeats = (1.0,) * len(sources.names)
         elif mix.weights:
-            known = assignment.bucket_of_row[:rows]
+            known = _without(assignment, excluded).bucket_of_row[:rows]
             clips = [int(count.sum()) for count in _counts(sources, known, num_buckets)]
             repeats = repeats_of([mix.weights.get(name, 0.0) for name in sources.names], clips)
         else:
             repeats = tuple(mix.repeats.get(name, 1.0) for name in sources.names)
-        changes.append(Change(first, rows, repeats))
+        changes.append(Change(first, rows, repeats, excluded))
     return changes
 
 

@@ -9,6 +9,7 @@ import fnmatch
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,16 @@ def changed_draws(meta: CheckpointMeta) -> list[Change]:
     and dropped captions are others than that version would have drawn, of the same laws."""
     before = meta.versions.get("draws", OLDEST_DRAWS)
     return [] if before == DRAWS else [("draws", before, DRAWS)]
+
+
+def changed_exclusion(data: TrainingData, changed: Sequence[Change]) -> list[Change]:
+    """Whether the file of data.exclude names other clips than before, where its path alone does not tell."""
+    sources = data.sources
+    if not sources.change or any(key == "data.exclude" for key, _, _ in changed):
+        return []
+    before, now = (len(snapshot.excluded) for snapshot in sources.snapshots[-2:])
+    same = sources.snapshots[-2].excluded == sources.snapshots[-1].excluded
+    return [] if same else [("data.exclude", f"{before} clips", f"{now} clips")]
 
 
 def _with_defaults(saved: dict[str, Any], cfg: Config) -> dict[str, Any]:
