@@ -266,6 +266,10 @@ class Loader:
         ]
         return self._gather(rows, begun, step=0)
 
+    def read_rows(self, rows: Sequence[int]) -> tuple[list[Clip], list[Failure]]:
+        """Trained rows as training reads them in epoch 0: latents and embeddings where they are stored."""
+        return self._gather(rows, [self._begin(row, 0, 0) for row in rows], step=0)
+
     def _gather(
         self, rows: Sequence[int], futures: Sequence[Future], step: int, *, on_disk: bool = True
     ) -> tuple[list[Clip], list[Failure]]:
@@ -357,9 +361,9 @@ class Loader:
             return member
         latents, logvar = member
         clip = self._clip(row, epoch, None, latents, place.fps)
-        return self._with_text(dataclasses.replace(clip, logvar=logvar))
+        return self.with_text(dataclasses.replace(clip, logvar=logvar))
 
-    def _with_text(self, clip: Clip) -> Clip | Failure:
+    def with_text(self, clip: Clip) -> Clip | Failure:
         """The clip with the embedding of its caption from its shard or the cache, where there is one."""
         place = self._stored_text(clip)
         if place is None:
@@ -397,7 +401,7 @@ class Loader:
             return self._decode(row, epoch)
         latents, logvar = cached
         clip = self._clip(row, epoch, None, latents)
-        return self._with_text(dataclasses.replace(clip, logvar=logvar))
+        return self.with_text(dataclasses.replace(clip, logvar=logvar))
 
     def request(self, row: int, epoch: int) -> DecodeRequest:
         """The request to the decoder for a trained row in an epoch."""
@@ -466,7 +470,7 @@ class Loader:
             if self._texts is None and self._stored_text(clip) is None:
                 return clip
             # The thread of the decoder must not wait for an embedding.
-            return self._readers.submit(self._with_text, clip)
+            return self._readers.submit(self.with_text, clip)
 
         # In the pool, not in a second future: the two would hold each other, and the clip with them.
         own = self._backend_of(row)
@@ -491,10 +495,14 @@ class Loader:
         fps: float | None = None,
     ) -> Clip:
         """`fps` is the rate of latents in a shard; that of others follows from their times."""
-        manifest = self.manifest
         fps = self._cut(row, epoch)[1] if fps is None else fps
-        caption = self._captions.prompt(manifest.caption[row], manifest.captions[row], epoch, row)
-        return Clip(row, epoch, pixels, latents, fps, caption, manifest.sample_digest[row])
+        digest = self.manifest.sample_digest[row]
+        return Clip(row, epoch, pixels, latents, fps, self.caption(row, epoch), digest)
+
+    def caption(self, row: int, epoch: int) -> str:
+        """The caption of a row in its own epoch."""
+        manifest = self.manifest
+        return self._captions.prompt(manifest.caption[row], manifest.captions[row], epoch, row)
 
     def _wait(self, row: int, future: Future) -> Clip | Failure:
         """A future's value. The pool's deadlines bound the wait. Raises Fault where the pool has ended."""

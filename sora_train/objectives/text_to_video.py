@@ -230,12 +230,18 @@ class TextToVideoObjective(Objective):
         self, model: nn.Module, clips: list[Clip], kind: str, times: Sequence[float]
     ) -> list[float]:
         """Sum of the losses of clips of one shape at each noise level, with noise and masks that validation draws."""
+        return [float(losses_B.sum()) for losses_B in self.clip_losses(model, clips, kind, times)]
+
+    def clip_losses(
+        self, model: nn.Module, clips: list[Clip], kind: str, times: Sequence[float]
+    ) -> list[Tensor]:
+        """Each clip's loss (B,) at each noise level; its noise and mask depend on its row alone, not on its caption."""
         seed, keys = self.cfg.seed, [(0, clip.row) for clip in clips]
         kinds, prompts = [kind] * len(clips), [clip.caption for clip in clips]
         x = self.latents(clips, kinds)
         uniform = draw_uniform(seed, f"validation mask {kind}", keys).tolist()
         encoded = self.with_conditions(clips, kinds, frame_masks(kinds, x.shape[2], uniform), x)
-        sums = []
+        losses = []
         for t in times:
             flow = FlowBatch(
                 x=x,
@@ -251,8 +257,8 @@ class TextToVideoObjective(Objective):
                 expert=self.spec.expert_at(torch.tensor(t)) if self.spec.expert == "both" else "",
                 sharing=self.sharing,
             )
-            sums.append(float(flow.loss_sum(model)))
-        return sums
+            losses.append(flow.losses(model))
+        return losses
 
     # --- latents ---
 

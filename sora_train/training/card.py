@@ -10,6 +10,7 @@ from sora_train.base.progress import duration
 from sora_train.checkpoint.meta import TrainState
 from sora_train.checkpoint.space import Space
 from sora_train.data.decode.probe import traits_told
+from sora_train.data.exclusion import EXCLUDED
 from sora_train.data.loader import backend_of
 from sora_train.data.tape.tape import nearby_efficiencies, row_costs, slot_efficiency
 from sora_train.models.text.lengths import CaptionLengths
@@ -216,7 +217,8 @@ def details(data: TrainingData, reason: str) -> list[str]:
     """The first few dropped clips by name, so that a person can look at them."""
     manifest, reasons = data.manifest, data.assignment.reasons
     rows = [row for row in range(len(manifest)) if reasons[row] == reason][:3]
-    return [f"{manifest.key[row]}: {manifest.drop_detail[row] or 'see buckets'}" for row in rows]
+    why = "data.exclude names it" if reason == EXCLUDED else "see buckets"
+    return [f"{manifest.key[row]}: {manifest.drop_detail[row] or why}" for row in rows]
 
 
 def state_bytes(run: RunContext, parts: Components) -> float:

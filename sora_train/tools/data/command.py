@@ -5,12 +5,16 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from sora_train.tools.terminal import (
     OVERRIDES,
     ConfigDir,
     Overrides,
+    ProjectFile,
+    Run,
     command_group,
     counting,
     table_of,
@@ -131,6 +135,38 @@ def data_trace(arguments: Overrides = None, config_dir: ConfigDir = None) -> Non
 
     settings, cfg = _own_and_run(TraceSettings, arguments, config_dir)
     print(trace(cfg, settings))
+
+
+@data_app.command("ledger")
+def data_ledger(
+    run_dir: Run,
+    step: Annotated[
+        int | None, typer.Option(help="The checkpoint that is judged, if not the newest.")
+    ] = None,
+    clips: Annotated[
+        int, typer.Option(min=0, help="So many clips, drawn by the seed; 0: all.")
+    ] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    project: ProjectFile = None,
+) -> None:
+    """List the training clips that a run finds mislabelled, has memorised or has never learned.
+
+    Each clip's loss at the noise levels of validation.times, with its own caption, with other clips' and with none,
+    under the averaged weights of the newest checkpoint and of the oldest that was kept. Writes RUN/ledger/step-N: a
+    Parquet table of all clips, a CSV of those listed, which data.exclude takes, and a contact sheet.
+
+    \b
+    sora data ledger runs/mine
+    sora data ledger runs/mine --step 2000 --clips 500
+    sora train experiment=my_lora data.exclude=runs/mine/ledger/step-002000.csv
+    """
+    from sora_train.tools.data.ledger import LedgerRequest, ledger
+    from sora_train.training.recipe import Recipe, load_recipe
+    from sora_train.training.trainer import Trainer
+
+    recipe = load_recipe(project) if project else Recipe()
+    request = LedgerRequest(run_dir, step, clips, device)
+    print(ledger(request, lambda run: Trainer.beside(run, recipe), recipe.config))
 
 
 @data_app.command("encode", context_settings=OVERRIDES)

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sora_train.base.files import write_atomically
+from sora_train.checkpoint.layout import list_checkpoints
+from sora_train.checkpoint.meta import read_meta
 from sora_train.config import Config
 from sora_train.config.sections.settings import TraceSettings
-from sora_train.data.index.sources import open_sources
+from sora_train.data.index.sources import SourceSnapshot, open_sources
 from sora_train.data.tape.mixture import TapeSequence
 from sora_train.data.tape.tape import imbalance, row_costs, rows_for_rank, slot_efficiency
 from sora_train.errors import UserError
 from sora_train.models.vae.autoencoder import read_geometry
+from sora_train.training.pipeline.data import next_micro_batch
 from sora_train.training.pipeline.plan import (
     bucket_table,
     cost_model,
@@ -37,7 +40,8 @@ class Trace:
 
     @classmethod
     def open(cls, cfg: Config) -> "Trace":
-        """As a run plans it; its sources are indexed, or rendered, below `cfg.run.dir`.
+        """As a run plans it; its sources are indexed, or rendered, below `cfg.run.dir`. Where that holds a run, it is
+        the tape of that run, which goes on from its newest checkpoint.
 
         Raises:
             UserError: no such source, no caption, no such VAE, no clip that fits a bucket.
@@ -46,10 +50,14 @@ class Trace:
         geometry = read_geometry(cfg.vae)
         patch = cfg.model.patch_size if cfg.task == "text_to_video" else (1, 1, 1)
         table = bucket_table(cfg, geometry, patch)
-        sources = open_sources(cfg, Path(cfg.run.dir))
+        saved = list_checkpoints(Path(cfg.run.dir) / "checkpoints")
+        newest = read_meta(saved[-1]) if saved else None
+        snapshots = SourceSnapshot.listed(newest.snapshots) if newest else []
+        sources = open_sources(cfg, Path(cfg.run.dir), snapshots)
         tokens_of = token_counter(geometry, patch)
         memory = memory_cap(cfg, geometry, tokens_of)
-        _, tape, _ = plan(cfg, sources, table, tokens_of, cost_model(cfg), memory=memory)
+        now = next_micro_batch(newest) if newest else 0
+        _, tape, _ = plan(cfg, sources, table, tokens_of, cost_model(cfg), memory=memory, now=now)
         tokens = {spec.bucket.name: tokens_of(spec.bucket) for spec in table}
         cp = cfg.parallel.ulysses * cfg.parallel.ring
         return cls(tape, tokens, cfg.train.micro_batches, cp)

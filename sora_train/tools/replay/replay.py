@@ -124,7 +124,9 @@ def _replay(
     torch.use_deterministic_algorithms(world.device.type == "cpu")
     parts_of_step = plan.ranks // plan.cp
     rank, ranks = (0, 1) if request.rank is None else (request.rank // plan.cp, parts_of_step)
-    run = _context(plan, replace(world, rank=rank, size=ranks, local_rank=0, ranks_per_node=1))
+    run = context_alone(
+        plan.cfg, replace(world, rank=rank, size=ranks, local_rank=0, ranks_per_node=1)
+    )
     parts = rebuilt(request, plan, beside(run))
     try:
         batches = _read(parts.data, plan.tape_step)
@@ -134,7 +136,7 @@ def _replay(
         totals: dict[str, float] = {}
         if request.loss:
             assert parts.model is not None
-            model = _computing(parts.model, plan.cfg, world)
+            model = computing(parts.model, plan.cfg, world)
             with torch.no_grad():
                 terms = [parts.objective.terms(model, batch) for batch in batches]
             for weights in map(parts.objective.weights, batches):
@@ -216,7 +218,7 @@ def look(request: ReplayRequest, config_cls: type[Config] = Config) -> Plan:
             f"parallel.ring={cfg.parallel.ring}); give a multiple of {cp}"
         )
     return Plan(
-        _on_one_machine(cfg, run),
+        on_one_machine(cfg, run),
         rows.get(step, {}),
         _tape_step(step, rows),
         ranks or cp,
@@ -285,7 +287,7 @@ def _weights(request: ReplayRequest, cfg: Config, saved: Sequence[Checkpoint]) -
     return None
 
 
-def _on_one_machine(cfg: Config, run: Path) -> Config:
+def on_one_machine(cfg: Config, run: Path) -> Config:
     """The config with what concerns the machine and not the numbers set for this one; as a dry run it leaves no
     trace in the run's caches."""
     changes: dict[str, Any] = {
@@ -298,9 +300,8 @@ def _on_one_machine(cfg: Config, run: Path) -> Config:
     return cfg.model_copy(update=changes)
 
 
-def _context(plan: Plan, world: World) -> RunContext:
+def context_alone(cfg: Config, world: World) -> RunContext:
     """The run as seen from this machine: no folder is locked, no rank met and nothing watched."""
-    cfg = plan.cfg
     cfg = cfg.model_copy(update={"model": attending_here(cfg.model, world.device)})
     alone = ControlPlane(replace(world, rank=0, size=1))
     folder = RunFolder(cfg, is_main=False)
@@ -365,7 +366,7 @@ def _fill(model: nn.Module, plan: Plan, vae: VideoVAE) -> None:
         take_weights(cfg, origin, values)
 
 
-def _computing(model: nn.Module, cfg: Config, world: World) -> nn.Module:
+def computing(model: nn.Module, cfg: Config, world: World) -> nn.Module:
     """The model on its device, computing in the precision that training has there."""
     dtype = resolve_param_dtype(cfg.parallel.param_dtype, world.device)
     mesh = build_mesh(resolve_degrees(cfg.parallel, world.size), world)

@@ -295,7 +295,7 @@ def find_place(data: TrainingData, meta: CheckpointMeta, data_step: int) -> tupl
     # What was left out by going back lies behind the checkpoint's own place.
     position = data_step * per_step if same else data.tape.index_after(epoch)
     place = math.ceil(position / data.micro_batches)
-    if not same:
+    if not same and epoch > meta.epoch:
         return place, (
             f"the tape is another than that of the checkpoint, so the run goes on with epoch {epoch}, and "
             f"{epoch - meta.epoch:.1%} of the one it was in is passed over"
