@@ -8,7 +8,7 @@ from torch import nn
 
 from sora_train.config import Config, DataConfig
 from sora_train.data.exclusion import EXCLUDED
-from sora_train.data.index.sources import Sources
+from sora_train.data.index.sources import Sources, SourceSnapshot
 from sora_train.data.latents.check import (
     first_of_each,
     refuse_latents,
@@ -189,16 +189,7 @@ def plan(
         counts = _counts(sources, bucket_of_row, len(table))
         pairs = zip(counts, source_repeats, strict=True)
         clips = [samples_per_epoch(count, source.repeats) for count, source in pairs]
-        sizes = micro_batch_sizes(
-            buckets,
-            np.sum(clips, axis=0).tolist(),
-            tokens_of,
-            cost,
-            cfg.data.micro_batch,
-            cfg.data.micro_batch_tokens,
-            table=cfg.data.micro_batch_table,
-            memory=memory,
-        )
+        sizes = _sizes(cfg, buckets, np.sum(clips, axis=0).tolist(), tokens_of, cost, memory)
         return Tape(
             bucket_of_row,
             sources.train.shard,
@@ -217,9 +208,7 @@ def plan(
 
     def tape_of(joined: int) -> TapeSequence:
         changes = _changes(cfg, sources, assignment, len(table), joined)
-        snapshots = sources.snapshots[:joined]
-        exclusions = [Exclusion(one.excluded_from, frozenset(one.excluded)) for one in snapshots]
-        return TapeSequence(changes, make, exclusions)
+        return TapeSequence(changes, make, exclusions_of(sources.snapshots[:joined]))
 
     joined = len(sources.snapshots) - sources.change
     tape = tape_of(joined)
@@ -227,6 +216,32 @@ def plan(
         sources = sources.joined_at(tape.end_of_epoch(now), now)
         tape = tape_of(joined + 1)
     return sources, tape, _without(assignment, sources.snapshots[-1].excluded)
+
+
+def _sizes(
+    cfg: Config,
+    buckets: Sequence[Bucket],
+    counts: Sequence[int],
+    tokens_of: Callable[[Bucket], int],
+    cost: Callable[[int], float],
+    memory: MemoryCap | None,
+) -> dict[Bucket, int]:
+    """Clips in one micro-batch of each bucket that has `counts` in an epoch."""
+    return micro_batch_sizes(
+        buckets,
+        counts,
+        tokens_of,
+        cost,
+        cfg.data.micro_batch,
+        cfg.data.micro_batch_tokens,
+        table=cfg.data.micro_batch_table,
+        memory=memory,
+    )
+
+
+def exclusions_of(snapshots: Sequence[SourceSnapshot]) -> list[Exclusion]:
+    """What each snapshot leaves out, and from which micro-batch on."""
+    return [Exclusion(one.excluded_from, frozenset(one.excluded)) for one in snapshots]
 
 
 def _without(assignment: Assignment, excluded: tuple[int, ...]) -> Assignment:
