@@ -32,6 +32,7 @@ from sora_train.sampling.pipeline import (
     encode_conditions,
     sample_latents,
 )
+from sora_train.tools.convert.adapter_file import export_adapter
 from sora_train.tools.convert.from_diffusers import import_pipeline
 from sora_train.tools.convert.to_diffusers import export_pipeline
 from sora_train.training.trainer import Trainer
@@ -93,10 +94,15 @@ def ours(model: Model, noise: torch.Tensor, **changes: Any) -> torch.Tensor:
     return sample_latents(model.model, spec, [PROMPT], noise, SHAPE.fps, conditions=conditions)
 
 
-def theirs(folder: Path, model: Model, noise: torch.Tensor) -> torch.Tensor:
+def theirs(
+    folder: Path, model: Model, noise: torch.Tensor, adapters: tuple[Path, ...] = ()
+) -> torch.Tensor:
+    """Latents of diffusers' pipeline, with an adapter's file for each of its transformers."""
     takes_image = model.spec.cond_mode == "concat"
     kind = WanImageToVideoPipeline if takes_image else WanPipeline
     wan = kind.from_pretrained(folder, torch_dtype=torch.float32)
+    for second, file in enumerate(adapters):
+        wan.load_lora_weights(file, load_into_transformer_2=bool(second))
     wan.set_progress_bar_config(disable=True)
     # Its own reading of prompts needs ftfy.
     told = model.model.frozen_encoder.encode([PROMPT, ""])[0]
@@ -257,6 +263,24 @@ def test_an_expert_alone_trains_in_its_window_and_is_sampled_with_the_other(
     torch.testing.assert_close(
         ours(two, noise), theirs(tmp_path / "out", two, noise), atol=1e-4, rtol=0
     )
+
+
+def test_adapters_of_both_experts_are_those_of_diffusers(member: Path, tmp_path: Path):
+    """Each trained beside its expert, exported as a file, and loaded by the pipeline's own loader."""
+    for expert in ("high", "low"):
+        more = ("sample.every=0", "adapter.rank=2", "adapter.targets=[all_linear]", "train.steps=2")
+        arguments = tuning(member / expert, tmp_path / expert, *more, "validation.every=0")
+        Trainer(compose(arguments).config).train()
+    files = tuple(tmp_path / f"{expert}.safetensors" for expert in ("high", "low"))
+    for file in files:
+        export_adapter(str(file.with_suffix("")), file, "diffusers", "live")
+    model = load(tmp_path / "high", weights="live", other_expert=str(tmp_path / "low"))
+    noise = draw_noise(5, "sample", [(0, 0)], model.vae.latent_shape(9, 32, 48))
+    mine = ours(model, noise)
+    adapted = theirs(member / "pipeline", model, noise, files)
+    torch.testing.assert_close(mine, adapted, atol=1e-4, rtol=0)
+    for fewer in ((), files[:1]):
+        assert (theirs(member / "pipeline", model, noise, fewer) - mine).abs().max() > 1e-3
 
 
 # -- what is refused -------------------------------------------------------------------------------
