@@ -51,8 +51,16 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "zero1 x4": (4, ("parallel=zero1",), ("none",)),
     "zero2 x4": (4, ("parallel=zero2",), ("none",)),
     "zero3 x4": (4, ("parallel=zero3",), ("none",)),
+    "adapter": (1, ("parallel=single",), ("none", "full")),
+    "adapter, int8": (1, ("parallel=single", "memory.base=int8"), ("none",)),
+    "adapter, nf4, swapped": (
+        1, ("parallel=single", "memory.base=nf4", "memory.swap_blocks=4"), ("full",),
+    ),
+    "adapter, nf4, fsdp x2": (2, ("parallel=fsdp", "memory.base=nf4"), ("none",)),
 }  # fmt: skip
 """Layout -> ranks, overrides, kinds of checkpointing."""
+ADAPTER = ("adapter.rank=16", "adapter.targets=[attention+mlp]")
+"""Of the layouts that are called so; their base is an untrained run."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,8 @@ def cells() -> list[Cell]:
 def chosen(cell: Cell, folder: Path) -> list[str]:
     """All overrides of a cell."""
     found = [*BASE, *cell.overrides, f"train.micro_batches={cell.world}"]
+    if "adapter" in cell.layout:
+        found += [*ADAPTER, f"init.run={folder / 'base'}"]
     if "zero" in cell.layout:
         path = folder / "deepspeed.json"
         path.write_text(json.dumps(SMALL_BUCKETS))
@@ -89,6 +99,8 @@ def measure(group: list[Cell], folder: Path, seconds: float = 1800) -> list[dict
     asked = [
         [*chosen(cell, folder), f"run.dir={folder / f'run-{n}'}"] for n, cell in enumerate(group)
     ]
+    if any("adapter" in cell.layout for cell in group):
+        train_base(folder / "base")
     world = group[0].world
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -111,6 +123,21 @@ def measure(group: list[Cell], folder: Path, seconds: float = 1800) -> list[dict
     return [max(found, key=lambda one: one["peak"]) for found in zip(*ranks, strict=True)]
 
 
+def train_base(folder: Path) -> None:
+    """A run of one step, whose weights adapters are trained beside."""
+    command = [
+        sys.executable,
+        "-m",
+        "sora_train",
+        "train",
+        *BASE,
+        "train.steps=1",
+        "parallel=single",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    subprocess.run([*command, f"run.dir={folder}"], check=True, env=env, capture_output=True)
+
+
 def measured_here(folder: Path) -> None:
     """One rank of the launch: train cell after cell, counting."""
     import torch.distributed as dist
@@ -129,6 +156,9 @@ def measured_here(folder: Path) -> None:
             trainer = Trainer(cfg)
             # The first step makes what lasts; nothing of a run but its steps is counted.
             trainer.train_step()
+            swapper = getattr(trainer.engine, "swapper", None)
+            for block in swapper.swapped if swapper else ():
+                held.mark(block.hosts, "host")
             held.during("step")
             trainer.train_step()
             held.during("")

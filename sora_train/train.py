@@ -8,6 +8,7 @@ written into the run folder and nothing is trained, with `--frozen FILE` a rank 
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,12 +58,32 @@ def train(
         check_job(job)
         print(freeze(job))
         return 0
+    job = with_what_fits(job)
     with listening():
         if job.stages:
             train_stages(job, project)
         else:
             build_trainer(project, job.config).train()
     return 0
+
+
+def with_what_fits(job: JobConfig) -> JobConfig:
+    """The job with the plan's choice in every run that asks for it (`memory.fit=auto`), which is printed."""
+    if all(run.memory.fit != "auto" for run in job.runs):
+        return job
+    from sora_train.tools.plan.fit import cluster_here, fitted
+
+    def fitting(cfg: Config) -> Config:
+        if cfg.memory.fit != "auto":
+            return cfg
+        found, told = fitted(cfg, cluster_here(cfg.run.device))
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(told), flush=True)
+        return found
+
+    if job.stages:
+        return JobConfig(job.config, tuple(map(fitting, job.stages)))
+    return JobConfig(fitting(job.config))
 
 
 def build_trainer(project: "Recipe | type[Trainer] | None", cfg: Config) -> "Trainer":

@@ -170,6 +170,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _memory_fits_the_base(self) -> "Config":
         base, swapped = self.memory.base, self.memory.swap_blocks
+        if self.memory.fit == "auto" and not self.adapter.on:
+            raise ValueError(
+                "memory.fit=auto plans for a frozen base, and with adapter.rank=0 all weights are trained; paste what "
+                "`sora plan` prints instead, or set adapter.rank"
+            )
         asked = f"memory.base={base}" if base != "compute" else f"memory.swap_blocks={swapped}"
         if (base != "compute" or swapped) and not self.adapter.on:
             raise ValueError(

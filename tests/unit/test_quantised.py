@@ -140,6 +140,29 @@ def test_backward_keeps_codes_and_nothing_wide(kind: str) -> None:
     assert {each.data_ptr() for each in kept} == {mine.codes.data_ptr(), mine.scales.data_ptr()}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_graph_keeps_no_wide_weight(kind: str) -> None:
+    """With what partitions graphs for real; a graph that sees through the widening keeps it for backward."""
+    layers = nn.Sequential(
+        QuantisedLinear(Linear(256, 512).requires_grad_(False), kind, torch.float32),
+        nn.GELU(),
+        QuantisedLinear(Linear(512, 256).requires_grad_(False), kind, torch.float32),
+    )
+    x = torch.randn(8, 256, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    compiled = torch.compile(layers, fullgraph=True, backend="aot_eager_decomp_partition")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = compiled(x)
+    assert all(each.dtype == torch.uint8 or each.shape[0] == 8 for each in kept)
+    mine, theirs = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, layers(x)))
+    assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_blocks_are_quantised_and_nothing_else_is() -> None:
     model = VideoDiT(CFG)
     model.init_weights(0)

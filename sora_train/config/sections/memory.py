@@ -15,6 +15,9 @@ class MemoryConfig(Section):
     swap_blocks: int = Field(0, ge=0)
     """Blocks whose frozen matrices live in the host's memory, in a run with an adapter on one rank. They are copied to
     the device ahead of a block's forward and backward pass, so that two of them are there at a time; 0: none."""
+    fit: Literal["as_set", "auto"] = "as_set"
+    """`auto`: a run with an adapter takes the fastest options that `sora plan` finds to fit the card that is there, in
+    the place of `memory.base`, `memory.swap_blocks` and the memory options of `parallel`, and prints them."""
     encode_first: bool = False
     """With `data.cache=latents`: embed all captions too before step 1, then move the VAE and the frozen text encoder to
     the host's memory before the transformer is placed. Samples bring them back for as long as they are made."""

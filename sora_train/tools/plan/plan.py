@@ -64,11 +64,8 @@ def plan_run(
         def stage_progress(what: str, done: int, of: int, name: str = name) -> None:
             progress(f"{name}: {what}", done, of)
 
-        work = stage_work(stage, assume)
-        caching = caching_of(work, cluster, assume)
-        work = replace(work, cfg=with_caching(stage, caching, assume), spilled=caching.spilled)
-        bench = Bench(work, cluster, assume, units.of(stage), Imbalance(work))
-        notes.update(dict.fromkeys((*work.notes, *bench.rates.sources)))
+        bench, caching = bench_of(stage, cluster, assume, units.of(stage))
+        notes.update(dict.fromkeys((*bench.stage.notes, *bench.rates.sources)))
         planned.append(_stage(name, bench, caching, stage.data.cache, stage_progress))
     total = {key: sum(stage[key] for stage in planned) for key in ("hours", "gpu_hours", "cost")}
     mix = "plan.mix" if assume.mix else "classes by their probability, buckets of a class alike"
@@ -82,6 +79,16 @@ def plan_run(
         "notes": [f"shares of the clips are assumed: {mix}", *notes],
         "assumptions": assume.model_dump(),
     }  # fmt: skip
+
+
+def bench_of(
+    cfg: Config, cluster: Cluster, assume: Assumptions, units: list[list[torch.Size]]
+) -> tuple[Bench, Caching]:
+    """What does not depend on the layout of a stage, and whether its clips are encoded once."""
+    work = stage_work(cfg, assume)
+    caching = caching_of(work, cluster, assume)
+    work = replace(work, cfg=with_caching(cfg, caching, assume), spilled=caching.spilled)
+    return Bench(work, cluster, assume, units, Imbalance(work)), caching
 
 
 def with_caching(cfg: Config, caching: Caching, assume: Assumptions) -> Config:

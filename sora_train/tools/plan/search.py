@@ -266,6 +266,7 @@ def estimate_bytes(bench: Bench, cfg: Config, degrees: Degrees) -> tuple[float, 
     at_rest = frozen if cfg.memory.encode_first else fixed
     if bench.cluster.device == "cuda":
         fixed += ALLOWANCE
+        at_rest += ALLOWANCE
 
     def needs(work: BucketWork) -> float:
         clip = ClipSize(-(-work.tokens // cp), work.frames, text.max_length)
