@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_readme import SMALL, blocks, commands, exit_code
 
-from sora_train.config.compose import compose
+from sora_train.config.job import compose_arguments
 from sora_train.sampling.files import save_clips
 
 REPO = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def test_the_page_s_experiment_composes_and_keeps_its_best_checkpoint(
 ):
     monkeypatch.chdir(tmp_path)
     Path("my_lora.yaml").write_text(experiment())
-    cfg = compose(["my_lora.yaml"]).config
+    cfg = compose_arguments(["my_lora.yaml"]).config
     assert cfg.adapter.trigger == "zork" and cfg.checkpoint.keep_best == 1
     assert cfg.checkpoint.every % cfg.validation.every == 0, "each checkpoint has a loss to go by"
     assert "zork" in PAGE[PAGE.index("## The clips") : PAGE.index("## The run")]
