@@ -20,6 +20,8 @@ class SourceConfig(Section):
     """Where its clips are, in any form of `data.source`."""
     captions: str = ""
     """A captions file for a plain folder, like `data.captions`."""
+    clips: int = Field(0, ge=0)
+    """Clips rendered where the source is `shapes`; 0: `data.shapes_clips`."""
 
 
 class MixConfig(Section):

@@ -109,7 +109,7 @@ def open_sources(cfg: Config, run_dir: Path, snapshots: Sequence[SourceSnapshot]
     opened: dict[str, Manifest] = {}
     held_out: dict[str, Manifest] = {}
     for source in sources:
-        manifest, split = _open(source, "train", data.shapes_clips, cfg, work_dir)
+        manifest, split = _open(source, "train", source.clips or data.shapes_clips, cfg, work_dir)
         opened[source.name] = manifest
         began_with = snapshots[0].rows.get(source.name, 0) if snapshots else len(manifest)
         apart = np.zeros(0, int)
