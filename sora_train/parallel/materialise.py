@@ -25,7 +25,10 @@ def materialise(model: nn.Module, device: torch.device) -> None:
     # Swapped, a parameter stays the object that several modules may hold.
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.detach())
+        if all(parameter.device.type == "meta" for parameter in model.parameters()):
+            model.to_empty(device=device)
+        else:
+            model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.detach())
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swaps)
 

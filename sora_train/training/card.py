@@ -88,7 +88,7 @@ def run_table(
 
 def memory_rows(run: RunContext) -> dict[str, str]:
     """The memory options that are on, and on a GPU the allocator's settings; docs/memory.md."""
-    parallel = run.cfg.parallel
+    parallel, memory = run.cfg.parallel, run.cfg.memory
     kept = " and ".join(parallel.checkpoint_keep) or "nothing"
     which = (
         f"one block in {parallel.checkpoint_every}" if parallel.checkpoint_every > 1 else "blocks"
@@ -106,6 +106,9 @@ def memory_rows(run: RunContext) -> dict[str, str]:
         f"MLPs in {parallel.mlp_chunks} parts" if parallel.mlp_chunks > 1 else "",
         "moments on the host" if parallel.offload_optimizer else "",
         "weights on the host" if parallel.offload_params else "",
+        f"frozen matrices in {memory.base}" if memory.base != "compute" else "",
+        f"{memory.swap_blocks} blocks swapped with the host" if memory.swap_blocks else "",
+        "encoders on the host" if memory.encode_first else "",
     ]
     options_on = ", ".join(option for option in options if option)
     rows = {"memory saved by": options_on} if options_on else {}

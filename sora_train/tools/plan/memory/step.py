@@ -136,8 +136,9 @@ def swapped_out(engine: Engine) -> list[Tensor]:
 
 
 def made_empty(cfg: Config, world_size: int) -> bool:
-    """Whether weights are given memory only once they are sharded."""
-    return cfg.parallel.engine == "fsdp" and world_size > 1
+    """Whether weights are given memory only once they are sharded. With an adapter a run does that too, but fake
+    parameters whose dtype was changed change no places; all that lasts is the same in the end."""
+    return cfg.parallel.engine == "fsdp" and world_size > 1 and not cfg.adapter.on
 
 
 def model_of(cfg: Config, world_size: int) -> TextToVideo:
