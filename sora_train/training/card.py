@@ -13,6 +13,7 @@ from sora_train.data.decode.probe import traits_told
 from sora_train.data.exclusion import EXCLUDED
 from sora_train.data.loader import backend_of
 from sora_train.data.tape.tape import nearby_efficiencies, row_costs, slot_efficiency
+from sora_train.models.adapters.inject import DOWN, adapter_weights, base_weights
 from sora_train.models.text.lengths import CaptionLengths
 from sora_train.models.transformer.attention_backends import describe
 from sora_train.models.transformer.cpu_kernels import in_use
@@ -58,6 +59,7 @@ def run_table(
     left = cfg.train.steps - state.step
     rows = {
         "trainable parameters": f"{parts.num_params:,}",
+        **adapter_row(run, parts),
         "device": f"{run.world.device}, {run.world.size} rank(s), {torch.get_num_threads()} thread(s)",
         "layout": describe_layout(cfg.parallel.engine, run.degrees),
         "steps": f"{state.step} -> {cfg.train.steps}" + (" (resumed)" if state.step else ""),
@@ -84,6 +86,21 @@ def run_table(
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def adapter_row(run: RunContext, parts: Components) -> dict[str, str]:
+    """What is trained beside which frozen base."""
+    cfg = run.cfg.adapter
+    if not cfg.on or parts.model is None:
+        return {}
+    layers = sum(name.endswith(DOWN) for name in adapter_weights(parts.model))
+    frozen = sum(value.numel() for value in base_weights(parts.engine.model).values())
+    kind = "DoRA" if cfg.dora else "LoRA"
+    text = ", its text encoder too" if run.cfg.text.trainable else ""
+    return {
+        "adapter": f"{kind} of rank {cfg.rank} on {layers} layers; the {frozen:,} values of {run.cfg.init.run} are "
+        f"frozen{text}"
+    }
 
 
 def memory_rows(run: RunContext) -> dict[str, str]:
@@ -225,8 +242,8 @@ def details(data: TrainingData, reason: str) -> list[str]:
 
 
 def state_bytes(run: RunContext, parts: Components) -> float:
-    """float32 weights, gradients and averages, over the ranks that share them, and what the optimizer keeps here
-    (unless it is on the host).
+    """float32 weights, gradients and averages, over the ranks that share them, and what the optimizer (unless it is on
+    the host) and an adapter's frozen base keep here.
 
     Counted on the model that is built, so it holds for every task and for a model of one's own; `models/memory.py`
     estimates from the sizes alone, activations and gathered weights included, before anything is built."""
@@ -234,6 +251,8 @@ def state_bytes(run: RunContext, parts: Components) -> float:
     kept = 0
     if not run.cfg.parallel.offload_optimizer:
         kept = sum(local(value).nbytes for value in parts.engine.optimizer_state().values())
+    if run.cfg.adapter.on:
+        kept += sum(local(value).nbytes for value in base_weights(parts.engine.model).values())
     return parts.num_params * 4 * (2 + len(parts.ema.shadows)) / shards + kept
 
 

@@ -32,6 +32,7 @@ from sora_train.models.adapters.inject import (
 from sora_train.models.adapters.targets import PRESETS, target_modules
 from sora_train.models.transformer.dit import VideoDiT
 from sora_train.monitoring.metrics import read_metrics
+from sora_train.tools.checkpoints.averaging import average_checkpoints
 from sora_train.training.trainer import Trainer
 
 SIZES = ModelConfig(
@@ -330,3 +331,20 @@ BOTH = ["model.expert=both"]
 def test_settings_that_do_not_go_together_are_told(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         compose(["experiment=parity_tiny", *overrides])
+
+
+def test_adapters_of_two_runs_are_not_averaged_factor_by_factor(home: Path, tmp_path: Path) -> None:
+    one, other = find(home / "straight", 2), find(home / "straight", 4)
+    average_checkpoints([one, other], (), tmp_path / "of_one_run")
+    shutil.copytree(home / "straight", tmp_path / "twin")
+    twin = find(tmp_path / "twin")
+    with refuses(UserError, "adapters of two runs", "sora ckpt merge"):
+        average_checkpoints([one, twin], (), tmp_path / "of_two")
+
+
+def test_the_card_says_what_is_frozen(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(adapter_config(home, tmp_path / "run", "dry_run=true")).train()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "DoRA of rank 2 on" in said and "frozen, its text encoder too" in said

@@ -59,6 +59,7 @@ def average_checkpoints(sources: Sequence[Checkpoint], weights: Sequence[float],
             f"--weights has {len(weights)} numbers ({', '.join(f'{w:g}' for w in weights)}) for {len(sources)} "
             "checkpoints; give one for each, none negative and not all 0"
         )
+    require_one_adapter(sources)
     verified(sources)
     stored = [StoredTensors(source) for source in sources]
     for other in stored[1:]:
@@ -73,6 +74,19 @@ def average_checkpoints(sources: Sequence[Checkpoint], weights: Sequence[float],
     newest = max(sources, key=lambda source: source.step)
     write_run(newest, parts, out, {"averaged": lines})
     return "\n".join([*lines, *_next(out)])
+
+
+def require_one_adapter(sources: Sequence[Checkpoint]) -> None:
+    """Raises UserError where adapters of several runs would be averaged: the mean of each factor is not the mean of
+    the products, unless the factors belong together."""
+    adapters = [one for one in sources if read_meta(one).config.get("adapter", {}).get("rank")]
+    runs = {one.path.parent.parent.resolve() for one in adapters}
+    if len(runs) > 1:
+        raise UserError(
+            f"{adapters[0].path} and {adapters[-1].path} hold adapters of two runs, whose factors cannot be averaged "
+            "one by one; merge them into their base with weights: sora ckpt merge BASE --adapter RUN:0.5 --adapter "
+            "OTHER:0.5"
+        )
 
 
 def average_post_hoc(run: Path, step: int | None, sigma_rel: float, out: Path) -> str:
