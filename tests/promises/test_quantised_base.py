@@ -66,6 +66,7 @@ def ranks(folder: Path, count: int, cells: list[list[str]]) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_layouts_agree_with_one_process(base: list[str], tmp_path: Path) -> None:
     kinds = dict(zip(LAYOUTS, ["nf4", "int8", "fp8", "nf4", "int8"], strict=True))

@@ -125,8 +125,8 @@ def test_the_first_step_computes_what_the_base_does() -> None:
     weights = adapter_weights(model)
     for name, value in first_values(model, seed=1):
         weights[name].data = value.double()
-    for name, weight in lengths_of_base(model).items():
-        weights[name].data = weight.detach().norm(dim=1)
+    for name, layer in lengths_of_base(model).items():
+        weights[name].data = layer.weight.detach().norm(dim=1)
     assert torch.allclose(model(), Model().double()(), rtol=0, atol=1e-12)
     first, again, other = (dict(first_values(model, seed)) for seed in (1, 1, 2))
     down = next(name for name in first if ".lora_A." in name)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sentences import refuses
 
 from sora_train.checkpoint.meta import CheckpointMeta, TrainState, read_meta
+from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.sampling.api import checkpoint_info
 
@@ -101,7 +102,7 @@ def test_a_checkpoint_that_training_cannot_go_on_from_can_be_sampled_from(tmp_pa
     kept = {key: old[key] for key in ("task", "spec", "sample_shape")}
     (folder / "state.json").write_text(json.dumps(kept))
     info = checkpoint_info(tmp_path)
-    assert info.spec.to_dict() == old["spec"] and info.checkpoint.step == 3
+    assert info.spec == DiffusionSpec.from_dict(old["spec"]) and info.checkpoint.step == 3
     assert info.shape.frames == old["sample_shape"]["frames"]
     with refuses(UserError, "state.json", "init.run"):
         read_meta(info.checkpoint)

@@ -68,4 +68,6 @@ def test_wan_2_2_ti2v_makes_videos_from_text_and_images_in_its_own_size():
 )
 def test_an_import_has_the_clip_of_its_pipeline(index: dict, clip: ClipShape, tmp_path: Path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")
     assert usual_clip(tmp_path, None) == clip

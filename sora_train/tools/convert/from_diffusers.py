@@ -110,10 +110,9 @@ def import_pipeline(
 
 def _next(cfg: Config, out: Path) -> list[str]:
     """What can be done with the run, in a line; one of two experts is for training."""
-    if cfg.model.expert in ("high", "low"):
-        return [
-            f"next: sora train ... model.expert={cfg.model.expert} init.run={shlex.quote(str(out))}"
-        ]
+    own = cfg.model.expert
+    if own in ("high", "low"):
+        return [f"next: sora train ... model.expert={own} init.run={shlex.quote(str(out))}"]
     return [f'next: sora sample --ckpt {shlex.quote(str(out))} --prompt "..."']
 
 
@@ -126,9 +125,10 @@ def usual_clip(source: Path, base: Path | None) -> ClipShape:
         return WAN_2_2_TI2V_CLIP
     if index.get("boundary_ratio") is not None:
         return WAN_720P_CLIP
+    if not _json(transformer / "config.json").get("image_dim"):
+        return WAN_2_1_CLIP
     shift = _json(rest / "scheduler" / "scheduler_config.json").get("flow_shift") or 0.0
-    takes_images = _json(transformer / "config.json").get("image_dim")
-    return WAN_720P_CLIP if takes_images and shift >= SHIFT_OF_720P else WAN_2_1_CLIP
+    return WAN_720P_CLIP if shift >= SHIFT_OF_720P else WAN_2_1_CLIP
 
 
 def _require_channels(transformer: Path, source: Path, cfg: Config, vae: VideoVAE) -> None:

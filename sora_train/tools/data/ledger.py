@@ -143,7 +143,9 @@ def _looked(request: LedgerRequest, run: RunContext, parts: Components) -> Looke
     rows = data.tape.rows
     if 0 < request.clips < len(rows):
         rows = np.sort(np.random.default_rng(cfg.seed).permutation(rows)[: request.clips])
-    held = read_validation(cfg, data.sources.val, data.table, parts.vae, True, run.control)
+    # A dry run, as which the parts were built, reads none.
+    awake = cfg.model_copy(update={"dry_run": False})
+    held = read_validation(awake, data.sources.val, data.table, parts.vae, True, run.control)
     measuring = Measuring(parts.objective, validated_kinds(cfg)[0], cfg.validation.times)
     return Looked(run, parts, model, measuring, rows.tolist(), held)
 

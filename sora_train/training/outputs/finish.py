@@ -52,12 +52,10 @@ def finish(run: RunContext, parts: Components, state: TrainState, seconds: float
     print_summary(run, summary)
     print(f"report: {report}\nsamples: {folder / 'samples'}")
     if parts.spec is not None:
-        place = shlex.quote(str(folder))
-        print(f'next: sora sample --ckpt {place} --prompt "..."', flush=True)
+        print(f'next: sora sample --ckpt {shlex.quote(str(folder))} --prompt "..."', flush=True)
         if run.cfg.adapter.on:
-            print(
-                f"      sora ckpt export {place} --to comfyui --out adapter.safetensors", flush=True
-            )
+            file = "--to comfyui --out adapter.safetensors"
+            print(f"      sora ckpt export {shlex.quote(str(folder))} {file}", flush=True)
 
 
 def export(run: RunContext, parts: Components) -> None:
