@@ -128,6 +128,7 @@ def test_sampling_again_gives_the_same_pixels_by_command_and_from_python(
     assert not np.array_equal(model.sample([PROMPT], seed=4, steps=2)[0], clips[0])
 
 
+@pytest.mark.slow
 def test_the_folder_itself_is_a_source_too(
     real_videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ ADAPTER = (
 )
 KINDS = (("sgd", ()), ("adamw", ("adapter.dora=true",)))
 """Beside a young base gradients are small, so plain SGD takes long steps."""
-FAST = ("ddp x2", "fsdp x2", "ulysses 2", "ring 2", "hsdp 2x2", "zero2 x2")
+FAST = ("ddp x2", "fsdp x2", "ulysses 2", "ring 2", "zero2 x2")
 
 
 @dataclass(frozen=True)

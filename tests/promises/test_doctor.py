@@ -107,6 +107,7 @@ def test_two_nodes_that_are_well_examine_each_other(tmp_path: Path):
     assert not list(tmp_path.glob("**/.sora-doctor*"))
 
 
+@pytest.mark.slow
 def test_a_frozen_node_and_one_with_another_configuration_are_named(tmp_path: Path):
     report = tmp_path / "report.json"
     with Nodes(3, tmp_path, "--json", str(report), "--no-bandwidth") as nodes:

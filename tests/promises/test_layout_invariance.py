@@ -55,6 +55,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     return train(compose(["experiment=parity_tiny", f"run.dir={run_dir}", *PLAIN_SGD]).config)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_two_ranks_follow_one_process(parity_config: Callable, tmp_path: Path) -> None:
     """Validation included, with a slot left over (3 micro-batches on 2 ranks); test_parity_matrix has all layouts."""
