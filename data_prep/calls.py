@@ -56,7 +56,7 @@ def call_of(stage: Stage, settings: Any, out: Path, rows: pa.Table, memory_gb: f
 
 
 def answered(call: Call) -> bytes:
-    """The stage's result, checked: every row has one. Raises what the stage does, and Fault where it breaks its word."""
+    """The stage's result, checked. Raises what the stage does, and Fault where it breaks its word."""
     stage, settings = _loaded(call.module, call.settings)
     rows = from_bytes(call.rows)
     return as_bytes(checked(stage, rows, stage.run(rows, settings, Workspace(Path(call.out)))))

@@ -1,7 +1,7 @@
 """What every stage has computed, as Parquet: the truth from which a run goes on, whichever engine wrote it.
 
-The result of a row is kept under a digest of the stage (its code and settings) and of the columns that it reads, so what
-a changed setting leaves as it was is not computed again. Each result is a file of its own the moment it is there;
+The result of a row is kept under a digest of the stage (its code and settings) and of the columns that it reads, so
+what a changed setting leaves as it was is not computed again. Each result is a file of its own the moment it is there;
 `compact` joins small files. Readers leave out what is damaged: it is computed anew.
 """
 
@@ -123,7 +123,7 @@ class Ledger:
         failed: Sequence[tuple[str, str] | None],
         own_drops: bool = False,
     ) -> pa.Table:
-        """`rows` with the stage's columns, and its drops beside those of before; `own_drops`: it saw dropped rows too."""
+        """`rows` with the stage's columns and drops beside those of before; `own_drops`: it saw dropped rows too."""
         was_dropped = pc.not_equal(rows["drop_reason"], "")
         columns = {name: rows[name] for name in rows.schema.names}
         for field in self.stage.adds:

@@ -1,6 +1,7 @@
 """Raw footage to shards: the stages in their order, run from what the ledgers hold already.
 
-    ingest -> probe -> scenes -> cut -> clip -> score -> filter -> fingerprint -> dedup -> caption -> encode -> shard -> report
+    ingest -> probe -> scenes -> cut -> clip -> score -> filter -> fingerprint -> dedup -> caption -> encode -> shard
+    -> report
 
 A row is a source until `scenes` makes parts of it, then a clip. No row is ever lost: one that is of no use stays in the
 table with the stage, the reason and the detail.

@@ -46,7 +46,7 @@ class PrepSettings(Section):
     stages: StrList = ()
     """Files of stages of your own, each with a STAGE that names the one it stands `after`."""
     sample: int = Field(16, ge=0)
-    """Sources that go through all filters first, so that one that keeps nothing is told before the long work; 0: none."""
+    """Rows that are taken through the filters first, so that one that keeps nothing is told early; 0: none."""
     limits: LimitsConfig = LimitsConfig()
 
     @field_validator("part")

@@ -1,7 +1,8 @@
 """What a stage of the preparation is: a function over rows, its section of settings, and the columns it reads and adds.
 
-A stage that looks at each row alone runs in processes that can be killed, few rows at a time; one that needs all rows at
-once (`whole`) runs in the process of the command. Neither knows which engine calls it, nor what the other stages are.
+A stage that looks at each row alone runs in processes that can be killed, few rows at a time; one that needs all rows
+at once (`whole`) runs in the process of the command. Neither knows which engine calls it, nor what other stages there
+are.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ STAGE_NAME = "STAGE"
 
 
 class Later(Exception):
-    """A row could not be done now, such as with a service that is down: it is dropped, but tried again in the next run."""
+    """A row cannot be done now, such as with a service that is down: it is dropped, and tried again in the next run."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -67,8 +68,8 @@ class Stage:
 
     `run(rows, settings, workspace)` gets a table and returns one with the columns of `adds`, a row for each, or any
     number with a column `of_row`. It sets `drop_reason` and `drop_detail` for rows that are of no use; it raises
-    `BadClip` where the one row it was given cannot be read, and `Later` where it may be read another time. Rows that were
-    dropped reach only stages that are `whole`.
+    `BadClip` where the one row it was given cannot be read, and `Later` where it may be read another time. Rows that
+    were dropped reach only stages that are `whole`.
     """
 
     name: str
@@ -107,10 +108,7 @@ class Stage:
 
 def load_stage(module: str) -> Stage:
     """The stage of a module of `data_prep.stages`, or of a file of the user's. Raises UserError where it holds none."""
-    if module.endswith(".py"):
-        found = _module_of_file(module)
-    else:
-        found = importlib.import_module(module)
+    found = _module_of_file(module) if module.endswith(".py") else importlib.import_module(module)
     stage = getattr(found, STAGE_NAME, None)
     if not isinstance(stage, Stage):
         raise UserError(

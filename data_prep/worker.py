@@ -53,4 +53,4 @@ def limit_memory(gigabytes: float) -> None:
 
 
 if __name__ == "__main__":
-    worker.serve(answer)  # type: ignore[arg-type]
+    worker.serve(answer)

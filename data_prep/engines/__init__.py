@@ -1,1 +1,1 @@
-"""Who calls the stages: processes of this machine, or a Ray cluster. The ledger is the truth in both."""
+"""Who calls the stages, processes of this machine or a Ray cluster, while the ledger is the truth in both."""

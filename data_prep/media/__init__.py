@@ -1,1 +1,1 @@
-"""Reading sources and clips: frames with their times, at the size that is asked for, without holding more than a few."""
+"""Reading sources and clips: frames with their times, without holding more than a few."""
