@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,6 +34,18 @@ def encode_h264(
     assert frames.dtype == np.uint8 and channels == 3 and num_frames > 0, (
         "frames are uint8 (T, H, W, 3)"
     )
+    encode_h264_stream(frames, (height, width), fps, path, crf)
+
+
+def encode_h264_stream(
+    frames: Iterable[np.ndarray],
+    size: tuple[int, int],
+    fps: float,
+    path: Path | str | io.BytesIO,
+    crf: int = 18,
+) -> None:
+    """`encode_h264` of frames that come one by one, uint8 (H, W, 3) of this (height, width)."""
+    height, width = size
     if height % 2 or width % 2:
         raise UserError(
             f"a clip of {height}x{width} cannot be written as H.264: height and width must be even; "
@@ -41,19 +54,21 @@ def encode_h264(
     if isinstance(path, io.BytesIO):
         # Moving the index to the front reopens the file by its name, so it needs one.
         with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-            _encode(frames, fps, file.name, crf)
+            _encode(frames, size, fps, file.name, crf)
             path.write(file.read())
         return
     with renamed_when_whole(Path(path)) as partial:
-        _encode(frames, fps, str(partial), crf)
+        _encode(frames, size, fps, str(partial), crf)
 
 
-def _encode(frames: np.ndarray, fps: float, file: str, crf: int) -> None:
+def _encode(
+    frames: Iterable[np.ndarray], size: tuple[int, int], fps: float, file: str, crf: int
+) -> None:
     rate = Fraction(fps).limit_denominator(_MAX_RATE_DENOMINATOR)
     with av.open(file, mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
         options = {"crf": str(crf), "preset": "veryfast", "x264-params": _REPEATABLE}
         stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         # More threads would make the bytes depend on the machine.
