@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from sora_train.data.decode.video_io import encode_h264_stream
+from sora_train.data.decode.video_io import Encoding, stream_h264
 from sora_train.data.shapes.world import PALETTE, SHAPES, distance
 
 CAMERAS = (
@@ -166,9 +166,8 @@ def footage(
 
 def write_footage(footage: Footage, path: Path | str, crf: int = 20) -> Path:
     """An mp4 of H.264 in BT.709, one frame in memory at a time; equal footage gives equal bytes."""
-    encode_h264_stream(
-        footage.frames(), (footage.height, footage.width), footage.fps, path, crf=crf
-    )
+    frames = ((None, frame) for frame in footage.frames())
+    stream_h264(frames, footage.fps, Path(path), Encoding(crf))
     return Path(path)
 
 

@@ -260,10 +260,11 @@ def decode_frames(request: DecodeRequest) -> np.ndarray:
         if request.kind == "image":
             image = picture.as_rgb(picture.open_picture(file), request.alpha_background)
             return np.stack([_fit_image(image, request)] * len(request.times))
-        return _decode_stream(file, request)
+        return decode_stream(file, request)
 
 
-def _decode_stream(file: ByteRange, request: DecodeRequest) -> np.ndarray:
+def decode_stream(file: Any, request: DecodeRequest) -> np.ndarray:
+    """`decode_frames` of a video in an open file. Raises BadClip and libav's errors."""
     with open_container(file) as container:
         stream = video_stream(container)
         traits = request.traits.split()

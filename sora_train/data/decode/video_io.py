@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,9 +18,19 @@ from sora_train.errors import UserError
 
 # H.264 counts time in fractions; this holds 30000/1001 and the like exactly.
 _MAX_RATE_DENOMINATOR = 1001
+# The clock of clips whose frames are not shown equally long, as MPEG has it.
+_CLOCK = Fraction(1, 90_000)
 # With its defaults x264 encodes one frame of 48 x 48 in fifty differently from time to time: its
 # look-ahead for B-frames and macroblock trees reads past the edge of pictures that small.
 _REPEATABLE = "bframes=0:mbtree=0"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How H.264 is made: `crf` the quality (lower is better), `gop` the most frames between key frames (0: x264's)."""
+
+    crf: int = 18
+    gop: int = 0
 
 
 def encode_h264(
@@ -34,18 +45,6 @@ def encode_h264(
     assert frames.dtype == np.uint8 and channels == 3 and num_frames > 0, (
         "frames are uint8 (T, H, W, 3)"
     )
-    encode_h264_stream(frames, (height, width), fps, path, crf)
-
-
-def encode_h264_stream(
-    frames: Iterable[np.ndarray],
-    size: tuple[int, int],
-    fps: float,
-    path: Path | str | io.BytesIO,
-    crf: int = 18,
-) -> None:
-    """`encode_h264` of frames that come one by one, uint8 (H, W, 3) of this (height, width)."""
-    height, width = size
     if height % 2 or width % 2:
         raise UserError(
             f"a clip of {height}x{width} cannot be written as H.264: height and width must be even; "
@@ -54,30 +53,33 @@ def encode_h264_stream(
     if isinstance(path, io.BytesIO):
         # Moving the index to the front reopens the file by its name, so it needs one.
         with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-            _encode(frames, size, fps, file.name, crf)
+            _encode(((None, frame) for frame in frames), fps, file.name, Encoding(crf))
             path.write(file.read())
         return
     with renamed_when_whole(Path(path)) as partial:
-        _encode(frames, size, fps, str(partial), crf)
+        _encode(((None, frame) for frame in frames), fps, str(partial), Encoding(crf))
+
+
+def stream_h264(
+    frames: Iterable[tuple[float | None, np.ndarray]], fps: float, path: Path, encoding: Encoding
+) -> None:
+    """`encode_h264` of frames that come one by one: (seconds, or None for an even rate; uint8 (H, W, 3) RGB).
+
+    All have the size of the first, which is even.
+    """
+    with renamed_when_whole(path) as partial:
+        _encode(frames, fps, str(partial), encoding)
 
 
 def _encode(
-    frames: Iterable[np.ndarray], size: tuple[int, int], fps: float, file: str, crf: int
+    frames: Iterable[tuple[float | None, np.ndarray]], fps: float, file: str, encoding: Encoding
 ) -> None:
     rate = Fraction(fps).limit_denominator(_MAX_RATE_DENOMINATOR)
     with av.open(file, mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
-        options = {"crf": str(crf), "preset": "veryfast", "x264-params": _REPEATABLE}
-        stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width = size
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context
-        # More threads would make the bytes depend on the machine.
-        context.thread_count = 1
-        context.colorspace = Colorspace.ITU709
-        context.color_primaries = ColorPrimaries.BT709
-        context.color_trc = ColorTrc.BT709
-        context.color_range = ColorRange.MPEG
-        for index, rgb in enumerate(frames):
+        stream = None
+        for index, (time, rgb) in enumerate(frames):
+            if stream is None:
+                stream = _stream(container, rate, rgb.shape, encoding)
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
             frame = frame.reformat(
                 format="yuv420p",
@@ -85,6 +87,35 @@ def _encode(
                 dst_colorspace=Colorspace.ITU709,
                 threads=1,
             )
-            frame.pts, frame.time_base = index, 1 / rate
+            if time is None:
+                frame.pts, frame.time_base = index, 1 / rate
+            else:
+                frame.pts, frame.time_base = round(time / _CLOCK), _CLOCK
             container.mux(stream.encode(frame))
+        assert stream is not None, "a clip has a frame"
         container.mux(stream.encode(None))
+
+
+def _stream(
+    container: av.container.OutputContainer,
+    rate: Fraction,
+    shape: tuple[int, ...],
+    encoding: Encoding,
+) -> av.VideoStream:
+    keys = f":keyint={encoding.gop}" if encoding.gop else ""
+    options = {
+        "crf": str(encoding.crf),
+        "preset": "veryfast",
+        "x264-params": f"{_REPEATABLE}{keys}",
+    }
+    stream = container.add_stream("libx264", rate=rate, options=options)
+    stream.height, stream.width = shape[:2]
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    # More threads would make the bytes depend on the machine.
+    context.thread_count = 1
+    context.colorspace = Colorspace.ITU709
+    context.color_primaries = ColorPrimaries.BT709
+    context.color_trc = ColorTrc.BT709
+    context.color_range = ColorRange.MPEG
+    return stream
