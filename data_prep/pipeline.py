@@ -144,6 +144,7 @@ def bound_stages(
     return [
         Bound(stage, own := getattr(settings, stage.name), Ledger(workspace.ledger, stage, own))
         for stage in stages[: last + 1]
+        if stage.is_on(getattr(settings, stage.name))
     ]
 
 

@@ -75,7 +75,7 @@ def _copy(source: Manifest, row: int, keys: set[str], writer: ShardWriter) -> No
         data = read_bytes(source.path(row), int(source.offset[row]), int(source.length[row]))
     except StorageFault as error:
         raise Fault(f"the clip {name!r} cannot be read: {error}") from error
-    writer.write(_shard_key(stem, keys), data, extension, str(caption), known)
+    writer.write(shard_key(stem, keys), data, extension, str(caption), known)
 
 
 def _split(name: str, known: dict[str, object]) -> tuple[str, str]:
@@ -91,8 +91,8 @@ def _split(name: str, known: dict[str, object]) -> tuple[str, str]:
     return name, "mp4" if known["kind"] == "video" else image
 
 
-def _shard_key(stem: str, keys: set[str]) -> str:
-    """A key of its own: webdataset ends keys at the first dot, and `a.mp4` may stand beside `a.png`."""
+def shard_key(stem: str, keys: set[str]) -> str:
+    """A key of its own, put into `keys`: webdataset ends keys at the first dot, and `a.mp4` may stand beside `a.png`."""
     base = stem.replace("/", "-").replace(".", "-")
     key, number = base, 2
     while key in keys:

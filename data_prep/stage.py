@@ -89,6 +89,8 @@ class Stage:
     gpus: float = 0.0
     check: Callable[[Any], None] = lambda settings: None
     """Raises UserError for a model or an extra that is missing, before any work."""
+    is_on: Callable[[Any], bool] = lambda settings: True
+    """Whether there is anything to do with these settings; else the stage is left out, and so are its columns."""
     after: str = ""
     """Of a stage of the user's: the stage behind which it stands."""
     module: str = ""

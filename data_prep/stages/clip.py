@@ -14,6 +14,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from data_prep.media.crop import Crop, CropConfig, find_crop
+from data_prep.media.made import MADE, columns_of
 from data_prep.media.reading import BACKGROUND, frames_between, open_row, picture, resized
 from data_prep.stage import Stage, Workspace
 from sora_train.base.files import renamed_when_whole
@@ -26,7 +27,6 @@ from sora_train.data.decode.frames import (
     open_container,
     video_stream,
 )
-from sora_train.data.decode.probe import ProbeRequest, probe_video
 from sora_train.data.decode.video_io import Encoding, stream_h264
 
 SAMPLES = 8
@@ -70,20 +70,15 @@ def _made(row: Mapping[str, Any], settings: ClipConfig, workspace: Workspace) ->
             with blaming_the_clip(source):
                 crop = find_crop(_samples(source, row), settings.crop)
                 _encode(source, row, crop, settings, path)
-    length = path.stat().st_size
-    probed = probe_video(
-        ProbeRequest(0, row["key"], str(path), 0, length, row["source_kind"], "packets")
-    )
+    made = columns_of(workspace.files, file, row["source_kind"])
     whole = [0, 0, row["source_width"], row["source_height"]]
     return {
-        "file": file,
         "begin": begin,
         "end": end,
-        "bytes": length,
-        "bit_rate": int(length * 8 / probed.duration) if probed.duration else 0,
+        "bit_rate": int(made["bytes"] * 8 / made["duration"]) if made["duration"] else 0,
         "crop": [crop.left, crop.top, crop.width, crop.height] if crop else whole,
         "crop_reason": crop.reason if crop else "",
-        **{name: getattr(probed, name) for name in _PROBED},
+        **made,
     }
 
 
@@ -204,19 +199,6 @@ def _seconds(row: Mapping[str, Any], settings: ClipConfig) -> float:
     return 60.0 + (row["end"] - row["begin"]) * max(1.0, each * pixels / (1920 * 1080 * 30))
 
 
-_PROBED = {
-    "digest": pa.string(),
-    "codec": pa.string(),
-    "frames": pa.int64(),
-    "fps": pa.float64(),
-    "vfr": pa.bool_(),
-    "width": pa.int64(),
-    "height": pa.int64(),
-    "duration": pa.float64(),
-    "start": pa.float64(),
-    "traits": pa.string(),
-    "coding": pa.string(),
-}
 STAGE = Stage(
     name="clip",
     run=clip,
@@ -224,14 +206,12 @@ STAGE = Stage(
     reads=("source_digest", "begin", "end"),
     adds=pa.schema(
         [
-            ("file", pa.string()),
             ("begin", pa.float64()),
             ("end", pa.float64()),
-            ("bytes", pa.int64()),
             ("bit_rate", pa.int64()),
             ("crop", pa.list_(pa.int64())),
             ("crop_reason", pa.string()),
-            *_PROBED.items(),
+            *MADE.items(),
         ]
     ),
     seconds=_seconds,

@@ -21,8 +21,8 @@ from sora_train.base.files import renamed_when_whole
 from sora_train.errors import UserError
 
 FILE_NAME = "manifest.parquet"
-VERSION = "5"
-READABLE_VERSIONS = ("1", "2", "3", "4", "5")
+VERSION = "6"
+READABLE_VERSIONS = ("1", "2", "3", "4", "5", "6")
 _DIGEST_VERSION = "1"
 _VERSION_KEY, _ROOT_KEY = b"sora_train.manifest", b"sora_train.root"
 _SHARDS_KEY, _REVISION_KEY = b"sora_train.shards", b"sora_train.revision"
@@ -56,12 +56,17 @@ COLUMNS: dict[str, type] = {
     "scores": object,
     "traits": object,
     "coding": object,
+    "provenance": object,
 }
 # Columns that older versions do not have; they are filled with empty values.
-_ADDED = frozenset({"unverified", "captions", "members", "scores", "traits", "coding"})
-# Where a source is mounted, how a decoder words its error, how closely a clip was probed and its
-# scores do not change what is trained; its traits and coding follow from its bytes.
-_NOT_DIGESTED = frozenset({"source", "drop_detail", "unverified", "scores", "traits", "coding"})
+_ADDED = frozenset(
+    {"unverified", "captions", "members", "scores", "traits", "coding", "provenance"}
+)
+# Where a source is mounted, how a decoder words its error, how closely a clip was probed, its scores and where it
+# comes from do not change what is trained; its traits and coding follow from its bytes.
+_NOT_DIGESTED = frozenset(
+    {"source", "drop_detail", "unverified", "scores", "traits", "coding", "provenance"}
+)
 
 Stamp = tuple[int, str]
 """Bytes and fingerprint of a shard when it was indexed."""
@@ -97,10 +102,11 @@ class Manifest:
     were added, and `decoders` are the times of decoders that were measured when the source was
     indexed. `left_out` counts, by kind, the files of a folder that are no clips; it is not saved.
 
-    Three columns hold JSON objects or '': `captions` the further captions by name
+    Four columns hold JSON objects or '': `captions` the further captions by name
     (`{"short": "...", "dense": "..."}`), `members` the byte ranges of latents and text beside or
     instead of the clip (`{"latents.safetensors": [offset, length]}`, see latents/members.py), `scores`
-    numbers by name (`{"aesthetic": 5.2}`).
+    numbers by name (`{"aesthetic": 5.2}`), `provenance` where the clip comes from (its source's name and digest, the
+    times in it, the licence).
     """
 
     source: np.ndarray
@@ -129,6 +135,7 @@ class Manifest:
     scores: np.ndarray
     traits: np.ndarray
     coding: np.ndarray
+    provenance: np.ndarray
 
     def __init__(
         self,

@@ -78,7 +78,7 @@ class ShardWriter:
             for name in ("frames", "fps", "height", "width", "duration")
             if name in meta
         }
-        for name in ("captions", "scores"):
+        for name in ("captions", "scores", "provenance"):
             if meta.get(name):
                 known[name] = json.loads(str(meta[name]))
         members = {**(beside or {}), ext: video_bytes, "json": json.dumps(known).encode()}
@@ -115,6 +115,10 @@ class ShardWriter:
         self._rows.append(
             empty_row(**{**row, "source": self.source, "shard": "", "offset": 0, "length": 0})
         )
+
+    def placed(self) -> dict[str, str]:
+        """The shard of each key that was written."""
+        return {str(row["key"]): str(row["shard"]) for row in self._rows if row["shard"]}
 
     def close(self) -> Manifest:
         """Give the shards their names and write the manifest. Raises Fault where a sample is not at its place."""
