@@ -171,6 +171,11 @@ def write_table(table: pa.Table, path: Path) -> None:
         ) from error
 
 
+def read_table(path: Path) -> pa.Table:
+    """A Parquet file; folders of its path that look like `key=value` mean nothing."""
+    return pq.read_table(path, partitioning=None)
+
+
 def _read(path: Path, columns: list[str] | None = None) -> pa.Table | None:
     """A file of results; None where it is damaged, or was joined with others meanwhile."""
     try:
@@ -180,9 +185,8 @@ def _read(path: Path, columns: list[str] | None = None) -> pa.Table | None:
 
 
 def digest_of(table: pa.Table) -> str:
-    """A digest of a table's columns and values, however it is chunked."""
+    """A digest of a table's columns and values, however it lies in memory: Parquet leaves out what is under a null."""
     sink = pa.BufferOutputStream()
     whole = table.replace_schema_metadata(None).combine_chunks()
-    with pa.ipc.new_stream(sink, whole.schema) as writer:
-        writer.write_table(whole)
+    pq.write_table(whole, sink, compression="none", write_statistics=False)
     return hashlib.sha256(sink.getvalue()).hexdigest()[:32]

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_prep import calls
 from data_prep.engines.base import Bound, Engine
-from data_prep.ledger import Ledger, digest_of, write_table
+from data_prep.ledger import Ledger, Unfinished, digest_of, read_table, write_table
 from data_prep.settings import PrepSettings
 from data_prep.stage import DROPS, Stage, Workspace, load_stage
 from sora_train.base.files import read_json, write_atomically
@@ -70,7 +70,7 @@ def run(stages: Sequence[Stage], settings: PrepSettings, engine: Engine, tell: T
     bound = bound_stages(stages, settings, workspace)
     for one in bound:
         one.stage.check(one.settings)
-    rows = pa.Table.from_pylist([{name: "" for name in DROPS.names}], schema=DROPS)
+    rows = begun()
     groups = [list(group) for _, group in groupby(bound, lambda one: one.stage.whole)]
     for group, following in zip(groups, [*groups[1:], []], strict=True):
         if group[0].stage.whole:
@@ -82,6 +82,29 @@ def run(stages: Sequence[Stage], settings: PrepSettings, engine: Engine, tell: T
         _try_filters(group, following, mine, engine, settings, workspace)
         rows = run_each(group, rows, mine, engine, tell, compact=not settings.part)
     return rows
+
+
+def begun() -> pa.Table:
+    """What the first stage is given: a row that says nothing."""
+    return pa.Table.from_pylist([dict.fromkeys(DROPS.names, "")], schema=DROPS)
+
+
+def progress(
+    stages: Sequence[Stage], settings: PrepSettings, workspace: Workspace
+) -> Iterator[str]:
+    """A line for each stage that is done, as `told` has it, and one for the first that is not; nothing is computed."""
+    rows = begun()
+    for one in bound_stages(stages, settings, workspace):
+        place = _place(one, rows)
+        try:
+            if one.stage.whole and not place.exists():
+                yield f"{one.stage.name}: to be done for {len(rows)} rows"
+                return
+            rows = read_table(place) if one.stage.whole else one.ledger.apply(rows, {})
+        except Unfinished as error:
+            yield f"{one.stage.name}: {_kept(rows) - error.rows} of {_kept(rows)} rows done"
+            return
+        yield told(one.stage, rows)
 
 
 def run_each(
@@ -104,13 +127,17 @@ def run_each(
 
 def run_whole(one: Bound, rows: pa.Table, workspace: Workspace) -> pa.Table:
     """The rows after a stage that needs all of them: what it returned of the same rows before, or its answer now."""
-    place = one.ledger.folder / f"{digest_of(rows)}.parquet"
-    if one.stage.is_remembered and place.exists():
-        return pq.read_table(place, partitioning=None)
-    result = calls.checked(one.stage, rows, one.stage.run(rows, one.settings, workspace))
-    rows = one.ledger.joined(rows, result)
-    write_table(rows, place)
-    return rows
+    place = _place(one, rows)
+    if not (one.stage.is_remembered and place.exists()):
+        result = calls.checked(one.stage, rows, one.stage.run(rows, one.settings, workspace))
+        write_table(one.ledger.joined(rows, result), place)
+    # Always as the file has it, so that a run that goes on is given the same.
+    return read_table(place)
+
+
+def _place(one: Bound, rows: pa.Table) -> Path:
+    """Where the table of a stage that needs all rows is kept, by what it was given."""
+    return one.ledger.folder / f"{digest_of(rows)}.parquet"
 
 
 def claimed(settings: PrepSettings) -> Workspace:

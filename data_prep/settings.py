@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,20 +66,33 @@ class PrepSettings(Section):
         return share_of(self.part)
 
 
-def parse(arguments: Sequence[str], stages: Sequence[Stage]) -> PrepSettings:
-    """Settings from `key=value` arguments. Raises ConfigError as a run's configuration does."""
+def stage_files(arguments: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    """The files of stages that arguments or a YAML file name: what is needed before the rest can be parsed."""
+    files = list(values.get("stages", ()))
+    for override in parse_overrides([text for text in arguments if text.startswith("stages=")]):
+        value = override.value()
+        files = list(value) if isinstance(value, list) else [str(value)]
+    return [str(file) for file in files]
+
+
+def parse(
+    arguments: Sequence[str], stages: Sequence[Stage], values: Mapping[str, Any] | None = None
+) -> PrepSettings:
+    """Settings from `key=value` arguments over the values of a file. Raises ConfigError as `compose` does."""
     sections: dict[str, Any] = {stage.name: (stage.config, stage.config()) for stage in stages}
     cls = create_model("PrepSettings", __base__=PrepSettings, **sections)
-    known, values = list(keys(cls)), dict[str, Any]()
+    known, nested = list(keys(cls)), copy.deepcopy(dict(values or {}))
     for override in parse_overrides([text_as_written(cls, text) for text in arguments]):
         key = override.key_or_group
         if key not in known or override.is_add() or override.is_delete():
-            raise ConfigError(unknown_key(key, known))
+            raise ConfigError(
+                unknown_key(key, known).replace("`sora config show`", "`sora prep stages`")
+            )
         if override.is_sweep_override():
             raise ConfigError(f"'{override.input_line}' names several values; give one")
         *sections_of_key, name = key.split(".")
-        place = values
+        place = nested
         for section in sections_of_key:
             place = place.setdefault(section, {})
         place[name] = override.value()
-    return validated(cls, values)
+    return validated(cls, nested)

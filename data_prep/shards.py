@@ -92,7 +92,7 @@ def _split(name: str, known: dict[str, object]) -> tuple[str, str]:
 
 
 def shard_key(stem: str, keys: set[str]) -> str:
-    """A key of its own, put into `keys`: webdataset ends keys at the first dot, and `a.mp4` may stand beside `a.png`."""
+    """A key of its own, put into `keys`: webdataset ends keys at the first dot, and `a.mp4` may be beside `a.png`."""
     base = stem.replace("/", "-").replace(".", "-")
     key, number = base, 2
     while key in keys:

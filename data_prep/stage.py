@@ -110,13 +110,18 @@ class Stage:
 
 def load_stage(module: str) -> Stage:
     """The stage of a module of `data_prep.stages`, or of a file of the user's. Raises UserError where it holds none."""
-    found = _module_of_file(module) if module.endswith(".py") else importlib.import_module(module)
+    found = load_module(module)
     stage = getattr(found, STAGE_NAME, None)
     if not isinstance(stage, Stage):
         raise UserError(
             f"stages={module} holds no stage; give it `STAGE = Stage(name=..., run=..., ...)` as docs/prep.md shows"
         )
     return replace(stage, module=module)
+
+
+def load_module(module: str) -> Any:
+    """A module by its name, or by the path of its file. Raises UserError where the file cannot be imported."""
+    return _module_of_file(module) if module.endswith(".py") else importlib.import_module(module)
 
 
 def _module_of_file(file: str) -> Any:

@@ -18,7 +18,8 @@ from sora_train.errors import UserError, run_command
 from sora_train.tools.checkpoints import command as checkpoints
 from sora_train.tools.config.command import config_app, init
 from sora_train.tools.convert import command as convert
-from sora_train.tools.data.command import data_app, prep_app
+from sora_train.tools.data.command import data_app
+from sora_train.tools.data.prep import prep_app
 from sora_train.tools.doctor.command import doctor_app
 from sora_train.tools.launch.command import launch_app
 from sora_train.tools.plan.command import models, plan

@@ -66,7 +66,7 @@ TOOLS_THAT_IMPORT_A_TOOL = {("launch", "sweep"), ("data", "replay")}
 TRAINER_FILES = ("sora_train/training/trainer.py", "sora_train/train.py")
 """Where a parameter may be a whole Trainer; callbacks may take one anywhere."""
 
-MAY_IMPORT_DATA_PREP = ("sora_train/tools/data/command.py",)
+MAY_IMPORT_DATA_PREP = ("sora_train/tools/data/prep.py",)
 MAY_IMPORT_BENCHMARKS = ("sora_train/cli.py",)
 DATA_PREP_MAY_IMPORT = {"errors", "base", "config", "data", "models", "monitoring"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -52,7 +52,17 @@ class Bound:
 
 
 class Engine(ABC):
-    """Brings the results of stages that look at each row alone into their ledgers."""
+    """Brings the results of stages that look at each row alone into their ledgers; closed at the end of a `with`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """End its processes at once."""
 
     @abstractmethod
     def run(self, stages: Sequence[Bound], rows: pa.Table) -> Failures:

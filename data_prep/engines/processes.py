@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 import pyarrow as pa
 
 from data_prep import calls
 from data_prep.engines.base import Bound, Engine
-from data_prep.ledger import Failures, Ledger
+from data_prep.ledger import Failures
 from sora_train.base.progress import Progress
 from sora_train.data.decode.pool import DecodePool
 
-# Calls that wait for a process: enough that none is idle.
+# Calls a process has waiting, so that none is idle while answers are written.
 WAITING = 3
 
 
 class Processes(Engine):
-    """`workers` processes a stage (0: as many as cores), `memory_gb` each."""
+    """`workers` processes (0: as many as cores) of `memory_gb` each, started once and killed where a row needs it."""
 
     def __init__(self, out: Path, workers: int, memory_gb: float):
         self.out, self.memory_gb = out, memory_gb
         self.workers = workers or len(os.sched_getaffinity(0))
+        self._pool: DecodePool | None = None
 
     def run(self, stages: Sequence[Bound], rows: pa.Table) -> Failures:
         failures: dict[str, tuple[str, str]] = {}
@@ -34,38 +34,31 @@ class Processes(Engine):
             rows = bound.ledger.apply(rows, failures)
         return failures
 
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
     def _run(self, bound: Bound, rows: pa.Table) -> Failures:
         todo, done = bound.todo(rows)
         if not len(todo):
             return {}
+        if self._pool is None:
+            self._pool = DecodePool(self.workers, timeout=60.0, module=calls.WORKER)
         failures: dict[str, tuple[str, str]] = {}
-        with (
-            DecodePool(self.workers, timeout=60.0, module=calls.WORKER) as pool,
-            Progress(done + len(todo), bound.stage.name, start=done) as bar,
-        ):
-            begun: deque[tuple[list[str], Future]] = deque()
-            batches = bound.batches(todo)
+        begun: dict[Future, list[str]] = {}
+        batches = bound.batches(todo)
+        with Progress(done + len(todo), bound.stage.name, start=done) as bar:
             while True:
                 while len(begun) < self.workers * WAITING and (batch := next(batches, None)):
-                    begun.append((batch.addresses, self._submit(pool, bound, batch.rows)))
+                    call = calls.call_of(
+                        bound.stage, bound.settings, self.out, batch.rows, self.memory_gb
+                    )
+                    begun[self._pool.submit(call, bound.seconds(batch.rows))] = batch.addresses
                 if not begun:
                     return failures
-                done += self._settle_one(bound.ledger, begun, failures)
-                bar.update(done)
-
-    def _submit(self, pool: DecodePool, bound: Bound, rows: pa.Table) -> Future:
-        call = calls.call_of(bound.stage, bound.settings, self.out, rows, self.memory_gb)
-        return pool.submit(call, timeout=bound.seconds(rows))
-
-    def _settle_one(
-        self, ledger: Ledger, begun: deque[tuple[list[str], Future]], failures: dict
-    ) -> int:
-        """Wait for a call that is done, whichever it is, and keep its answer; how many rows it had."""
-        from concurrent.futures import FIRST_COMPLETED, wait
-
-        finished = wait([future for _, future in begun], return_when=FIRST_COMPLETED).done
-        place = next(n for n, (_, future) in enumerate(begun) if future in finished)
-        addresses, future = begun[place]
-        del begun[place]
-        failures |= calls.settled(ledger, addresses, future.result())
-        return len(addresses)
+                for future in wait(begun, return_when=FIRST_COMPLETED).done:
+                    addresses = begun.pop(future)
+                    failures |= calls.settled(bound.ledger, addresses, future.result())
+                    done += len(addresses)
+                    bar.update(done)

@@ -13,14 +13,14 @@ class CaptionConfig(Section):
 
 
 def caption(rows: pa.Table, settings: CaptionConfig, workspace: Workspace) -> pa.Table:
-    return pa.table({"caption_stub": ["x"] * len(rows)})
+    return pa.table({"caption": rows["given_caption"], "captions": rows["given_captions"]})
 
 
 STAGE = Stage(
     name="caption",
     run=caption,
     config=CaptionConfig,
-    adds=pa.schema([("caption_stub", pa.string())]),
-    reads=("source_digest",),
+    adds=pa.schema([("caption", pa.string()), ("captions", pa.string())]),
+    reads=("given_caption", "given_captions"),
     whole=False,
 )

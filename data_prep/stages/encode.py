@@ -14,13 +14,14 @@ from data_prep.media.made import MADE, columns_of
 from data_prep.media.reading import frames_between, open_clip, picture, resized
 from data_prep.stage import Stage, Workspace
 from sora_train.config.sections.base import Section
+from sora_train.config.sections.data import IntList
 from sora_train.data.decode.video_io import Encoding, stream_h264
 
 
 class EncodeConfig(Section):
     """`encode:`"""
 
-    short_sides: tuple[int, ...] = ()
+    short_sides: IntList = ()
     """Short sides of smaller copies, such as [480,256]; a clip that is no larger has none."""
     crf: int = Field(18, ge=0, le=51)
     """Quality of their H.264, lower is better."""

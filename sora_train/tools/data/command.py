@@ -1,4 +1,4 @@
-"""`sora prep` and `sora data`: clips into shards, and a source as training sees it."""
+"""`sora data`: a source as training sees it."""
 
 import hashlib
 import re
@@ -27,34 +27,7 @@ if TYPE_CHECKING:
     from sora_train.data.manifest import Manifest
     from sora_train.tools.data.verify import Verification
 
-prep_app = command_group("Turn raw clips into what training reads fastest.")
 data_app = command_group("Look at a source of clips the way training sees it.")
-
-
-@prep_app.command("shards", context_settings=OVERRIDES)
-def prep_shards(settings: Overrides = None) -> None:
-    """Write webdataset tars and a Parquet manifest from a folder of clips and images.
-
-    \b
-    sora prep shards input=my_clips captions=my_clips/captions.jsonl output=shards
-    sora prep shards input=my_clips output=shards        (a .txt beside each clip)
-    """
-    from data_prep.shards import write_shards
-    from sora_train.config.overrides import parse_settings
-    from sora_train.config.sections.settings import ShardSettings
-
-    parsed = parse_settings(ShardSettings, settings or [])
-    with counting("reading clips") as advance:
-        manifest = write_shards(
-            parsed.input,
-            parsed.output,
-            captions=parsed.captions,
-            max_shard_bytes=parsed.max_shard_mb * 10**6,
-            allow_empty_captions=parsed.allow_empty_captions,
-            workers=parsed.workers,
-            progress=advance,
-        )
-    print(f"{count(manifest)}\nnext: sora train experiment=real_tiny {source_of(parsed.output)}")
 
 
 @data_app.command("index", context_settings=OVERRIDES)
