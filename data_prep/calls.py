@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data_prep.ledger import Ledger
-from data_prep.stage import DROPS, KEY, OF_ROW, Stage, Workspace, load_stage
+from data_prep.stage import DROPS, KEY, LATER, OF_ROW, Stage, Workspace, load_stage
 from sora_train.data.sample import Failure
 from sora_train.errors import Fault
 
@@ -77,7 +78,7 @@ def checked(stage: Stage, rows: pa.Table, result: pa.Table) -> pa.Table:
         raise Fault(
             f"the stage {stage.name} returns no column {missing[0]!r}, which its `adds` names"
         )
-    for name in DROPS.names:
+    for name in (*DROPS.names, *LATER.names):
         if name not in result.schema.names:
             result = result.append_column(name, pa.array([""] * len(result), pa.string()))
     lost = set(range(len(rows))) - set(
@@ -88,7 +89,7 @@ def checked(stage: Stage, rows: pa.Table, result: pa.Table) -> pa.Table:
             f"the stage {stage.name} returns {len(result)} rows for {len(rows)}, and none for {rows[KEY][min(lost)]}; "
             "a row that is of no use gets a drop_reason"
         )
-    schema = pa.unify_schemas([stage.adds, DROPS, pa.schema([(OF_ROW, pa.int64())])])
+    schema = pa.unify_schemas([stage.adds, DROPS, LATER, pa.schema([(OF_ROW, pa.int64())])])
     return result.select(schema.names).cast(schema)
 
 
@@ -97,6 +98,9 @@ def settled(
 ) -> dict[str, tuple[str, str]]:
     """Keep an answer in the ledger; what failed only for now is returned instead. Raises Fault for a worker's."""
     if isinstance(answer, Failure):
+        if len(addresses) > 1:
+            # Which of the rows is to blame is not known.
+            return dict.fromkeys(addresses, (answer.reason, answer.detail))
         result = failed(ledger.stage, len(addresses), answer.reason, answer.detail)
         ledger.put(addresses, result, 0.0)
     elif answer.fault:
@@ -105,8 +109,20 @@ def settled(
         return dict.fromkeys(addresses, answer.later)
     else:
         assert answer.table is not None
-        ledger.put(addresses, from_bytes(answer.table), answer.seconds)
+        return _kept(ledger, addresses, from_bytes(answer.table), answer.seconds)
     return {}
+
+
+def _kept(
+    ledger: Ledger, addresses: Sequence[str], table: pa.Table, seconds: float
+) -> dict[str, tuple[str, str]]:
+    """Keep the rows of a table but those that a stage has put off, which are returned."""
+    is_later = pc.not_equal(table["later_reason"], "")
+    later = table.filter(is_later).select([OF_ROW, *LATER.names]).to_pylist()
+    table = table.filter(pc.invert(is_later)).drop_columns(LATER.names)
+    if len(table):
+        ledger.put(addresses, table, seconds)
+    return {addresses[row[OF_ROW]]: (row["later_reason"], row["later_detail"]) for row in later}
 
 
 def failed(stage: Stage, rows: int, reason: str, detail: str) -> pa.Table:

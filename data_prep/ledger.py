@@ -41,13 +41,16 @@ class Ledger:
 
     def __init__(self, root: Path, stage: Stage, settings: Section):
         self.stage = stage
+        self.reads = tuple(dict.fromkeys((*stage.reads, *stage.reads_also(settings))))
         self.address = stage.address(settings)
         self.folder = root / stage.name / self.address
         self.schema = pa.unify_schemas([stage.adds, DROPS])
 
     def addresses(self, rows: pa.Table) -> list[str]:
         """Where the result of each row is kept: a digest of the columns that the stage reads."""
-        columns = [rows[name].to_pylist() for name in self.stage.reads]
+        null = pa.nulls(len(rows))
+        names = rows.schema.names
+        columns = [(rows[n] if n in names else null).to_pylist() for n in self.reads]
         return [
             hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:32]
             for values in (zip(*columns, strict=True) if columns else [()] * len(rows))

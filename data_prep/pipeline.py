@@ -168,11 +168,25 @@ def bound_stages(
     if settings.until and settings.until not in names:
         raise UserError(f"until={settings.until} is no stage; give one of {', '.join(names)}")
     last = names.index(settings.until) if settings.until else len(names) - 1
-    return [
+    bound = [
         Bound(stage, own := getattr(settings, stage.name), Ledger(workspace.ledger, stage, own))
         for stage in stages[: last + 1]
         if stage.is_on(getattr(settings, stage.name))
     ]
+    _check_columns(bound)
+    return bound
+
+
+def _check_columns(bound: Sequence[Bound]) -> None:
+    """Raises UserError where settings name a column that no stage before theirs gives."""
+    known: set[str] = set()
+    for one in bound:
+        if wrong := sorted(set(one.stage.reads_also(one.settings)) - known):
+            raise UserError(
+                f"the settings of {one.stage.name} name the column {wrong[0]!r}, which no stage before it gives; "
+                f"give one of {', '.join(sorted(known))}"
+            )
+        known.update(one.stage.adds.names)
 
 
 def told(stage: Stage, rows: pa.Table) -> str:

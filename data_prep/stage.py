@@ -30,6 +30,8 @@ DROPS = pa.schema(
     [("drop_stage", pa.string()), ("drop_reason", pa.string()), ("drop_detail", pa.string())]
 )
 """Columns of every table: empty texts while a row is kept. Stages may set the last two."""
+LATER = pa.schema([("later_reason", pa.string()), ("later_detail", pa.string())])
+"""Columns by which a stage that gets several rows says of some what `Later` says of all."""
 OF_ROW = "of_row"
 """A column of numbers by which a stage says of which row of its input each row of its output is."""
 STAGE_NAME = "STAGE"
@@ -78,6 +80,8 @@ class Stage:
     adds: pa.Schema
     reads: tuple[str, ...] = ()
     """Columns its result depends on: a row whose values in them were met before is not computed again."""
+    reads_also: Callable[[Any], tuple[str, ...]] = lambda settings: ()
+    """Further such columns, by its settings, such as those that a template of the user's names."""
     whole: bool = False
     is_remembered: bool = True
     """Of a stage that is whole: whether its table may stand for calling it again."""
