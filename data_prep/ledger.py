@@ -67,6 +67,17 @@ class Ledger:
                 )
         return found
 
+    def place(self, addresses: Sequence[str]) -> Path:
+        """The file that `put` writes for rows with these addresses."""
+        name = hashlib.sha256(" ".join(addresses).encode()).hexdigest()[:32]
+        return self.folder / f"{name}.parquet"
+
+    def work(self) -> tuple[int, float]:
+        """How many rows it has results of, and the seconds that they took."""
+        tables = [one for path in self._files() if (one := _read(path, [ADDRESS, SECONDS]))]
+        owners = {owner for table in tables for owner in table[ADDRESS].to_pylist()}
+        return len(owners), float(sum(sum(table[SECONDS].to_pylist()) for table in tables))
+
     def put(self, addresses: Sequence[str], results: pa.Table, seconds: float) -> None:
         """Keep the rows that came of rows with these addresses; their column `of_row` numbers them from 0.
 
@@ -76,18 +87,21 @@ class Ledger:
         table = results.drop_columns([OF_ROW]).append_column(ADDRESS, pa.array(owners, pa.string()))
         each = seconds / max(1, len(owners))
         table = table.append_column(SECONDS, pa.array([each] * len(owners), pa.float64()))
-        name = hashlib.sha256(" ".join(addresses).encode()).hexdigest()[:32]
-        write_table(table, self.folder / f"{name}.parquet")
+        write_table(table, self.place(addresses))
 
-    def apply(self, rows: pa.Table, failures: Failures) -> pa.Table:
+    def apply(
+        self, rows: pa.Table, failures: Failures, files: Sequence[Path] | None = None
+    ) -> pa.Table:
         """The rows after the stage; those dropped before stand as they were, with null in what it adds.
+
+        `files` are those that hold the results, where it is known; else all are read.
 
         Raises Unfinished where a result is neither there nor among `failures`.
         """
         addresses = self.addresses(rows)
         is_kept = [not reason for reason in rows["drop_reason"].to_pylist()]
         wanted = {address for address, kept in zip(addresses, is_kept, strict=True) if kept}
-        results, places = self._results(wanted)
+        results, places = self._results(wanted, self._files() if files is None else files)
         missing = wanted - places.keys() - failures.keys()
         if missing:
             raise Unfinished(self.stage.name, len(missing))
@@ -113,10 +127,10 @@ class Ledger:
             return
         tables = [table for path in paths if (table := _read(path)) is not None]
         whole = pa.concat_tables(tables)
-        name = hashlib.sha256(" ".join(path.name for path in paths).encode()).hexdigest()[:32]
-        write_table(whole, self.folder / f"{name}.parquet")
+        joined = self.place([path.name for path in paths])
+        write_table(whole, joined)
         for path in paths:
-            if path.stem != name:
+            if path != joined:
                 path.unlink(missing_ok=True)
 
     def _joined(
@@ -143,10 +157,12 @@ class Ledger:
         shown = pa.Table.from_pylist(drops, schema=DROPS)
         return pa.table(columns | {name: shown[name] for name in DROPS.names})
 
-    def _results(self, wanted: set[str]) -> tuple[pa.Table, dict[str, list[int]]]:
+    def _results(
+        self, wanted: set[str], files: Sequence[Path]
+    ) -> tuple[pa.Table, dict[str, list[int]]]:
         """All results of these addresses, and the numbers of each one's rows in the order they were computed."""
         tables, places, count = [], dict[str, list[int]](), 0
-        for path in self._files():
+        for path in files:
             table = _read(path)
             if table is None:
                 continue

@@ -16,10 +16,10 @@ from data_prep.captioning.camera_words import contradiction
 from data_prep.captioning.endpoint import ask_endpoint, check_endpoint
 from data_prep.captioning.local_model import ask_model, check_model
 from data_prep.captioning.measured import sentences
-from data_prep.captioning.pictures import jpegs
 from data_prep.captioning.schema import Description, prompt, version_of
 from data_prep.captioning.settings import CaptionConfig, names_of
 from data_prep.captioning.spending import Usage, answer_before, keep_answer, spending_of
+from data_prep.media.pictures import jpegs
 from data_prep.stage import LATER, Later, Stage, Workspace
 from sora_train.data.captions.texts import MAIN, Named, dumped, named_captions, with_main
 from sora_train.data.decode.frames import BadClip

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import asdict
 
 import pyarrow as pa
 
-from data_prep.stage import OF_ROW, Stage, Workspace
+from data_prep.sources.listing import list_sources
+from data_prep.stage import DROPS, OF_ROW, Stage, Workspace
 from sora_train.config.sections.base import Section
-from sora_train.data.index.listing import list_source
-from sora_train.errors import UserError
 
 
 class IngestConfig(Section):
@@ -17,40 +16,17 @@ class IngestConfig(Section):
 
     captions: str = ""
     """A table of captions for a folder; empty: `captions.jsonl` in it, or a .txt beside each file."""
+    follow_links: bool = False
+    """Take files that are links to somewhere outside of the folder."""
 
 
 def ingest(rows: pa.Table, settings: IngestConfig, workspace: Workspace) -> pa.Table:
-    """A row for each source of `input`, in the order of their names."""
-    path = Path(workspace.input).expanduser()
-    if not path.exists():
-        raise UserError(
-            f"input={workspace.input} does not exist; give a folder, a list or a table of videos"
-        )
-    listed = list_source(path, settings.captions)
-    found = []
-    for member in listed.members:
-        file = listed.root / member.shard
-        stat = file.stat()
-        found.append(
-            {
-                "key": member.key,
-                "path": str(file.resolve()),
-                "offset": member.offset,
-                "length": member.length or stat.st_size,
-                "stamp": f"{stat.st_size} {stat.st_mtime_ns}",
-                "kind": member.kind,
-                "given_caption": member.caption,
-                "given_captions": member.captions,
-                "licence": "",
-                "provenance": "",
-                "range_begin": None,
-                "range_end": None,
-                "drop_reason": (member.reason or "unreadable") if member.fault else "",
-                "drop_detail": member.fault,
-                OF_ROW: 0,
-            }
-        )
-    return pa.Table.from_pylist(found, schema=None)
+    """A row for each source of the input, in a stable order. Raises UserError as `list_sources` does."""
+    sources = list_sources(workspace.input, settings.captions, settings.follow_links)
+    schema = pa.unify_schemas([STAGE.adds, DROPS, pa.schema([(OF_ROW, pa.int64())])])
+    return pa.Table.from_pylist(
+        [asdict(source) | {OF_ROW: 0, "drop_stage": ""} for source in sources], schema
+    )
 
 
 STAGE = Stage(

@@ -24,7 +24,7 @@ from data_prep import calls
 from data_prep.captioning import asking
 from data_prep.captioning.camera_words import contradiction
 from data_prep.captioning.language import LATIN, other_language
-from data_prep.captioning.schema import Rubbish, parsed
+from data_prep.captioning.schema import Rubbish, parsed, prompt
 from data_prep.captioning.settings import CaptionConfig
 from data_prep.captioning.spending import Spending, Usage, spending_of
 from data_prep.engines.base import Bound
@@ -37,6 +37,7 @@ from sora_train.data.captions.texts import as_prompt, named_captions
 from sora_train.data.sample import Failure
 from sora_train.errors import ConfigError, Fault, UserError
 from tests.prep.endpoint import GOOD, Endpoint, completion, endpoint
+from tests.prep.tiny_captioner import tiny_captioner
 from tests.sentences import refuses, says
 
 STAGE: Stage = load_stage("data_prep.stages.caption")
@@ -392,6 +393,37 @@ def test_an_endpoint_that_stays_down_costs_a_try_a_clip(workspace: Workspace) ->
         settings = asked(served, retries=3, concurrency=1)
         run(table(asking.MANY_FAILED + 4, workspace), settings, workspace)
         assert len(served.bodies) == asking.MANY_FAILED * 4 + 4
+
+
+# --- a local model ---
+
+
+def test_a_local_model_is_asked_for_the_same_fields(workspace: Workspace, tmp_path: Path) -> None:
+    folder = tiny_captioner(tmp_path / "model", json.dumps(GOOD))
+    settings = CaptionConfig(by="model", model_path=str(folder), frames=2)
+    STAGE.check(settings)
+    row = run(table(1, workspace), settings, workspace)[0]
+    assert row["caption"] == GOOD["dense"] and row["caption_source"] == "model"
+    # Its one-token answer and the end, and what it was sent: 5 tokens a picture and the words of the prompt.
+    words = len(prompt(settings).split())
+    assert row["caption_tokens"] == 2 + 2 * 5 + words + 1
+    assert row["caption_cost"] == 0
+
+
+def test_a_local_model_that_says_no_description_has_failed(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = tiny_captioner(tmp_path / "model", "lovely")
+    settings = CaptionConfig(by="model", model_path=str(folder), retries=1, backoff=0.0)
+    row = run(table(1, workspace), settings, workspace)[0]
+    says(row["later_detail"], "no JSON", "'lovely'", "2 of 2 tries")
+
+
+def test_a_folder_of_another_model_is_told(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    settings = CaptionConfig(by="model", model_path=str(tmp_path))
+    with refuses(UserError, f"caption.model_path={tmp_path}", "image-text-to-text"):
+        run(table(1, workspace), settings, workspace)
 
 
 # --- before any work ---

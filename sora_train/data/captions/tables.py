@@ -36,7 +36,7 @@ from sora_train.data.captions.texts import (
 from sora_train.errors import UserError
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": jsonl_rows,
     ".csv": csv_rows,
     ".tsv": csv_rows,
@@ -67,7 +67,7 @@ class Table:
     nameless: dict[str, str] = field(default_factory=dict)
 
 
-class _BadValue(ValueError):
+class BadValue(ValueError):
     """A value of a row is not what its column is for."""
 
 
@@ -81,13 +81,13 @@ def read_table(path: Path) -> Table:
     named twice, no row that can be used.
     """
     suffix = path.suffix.lower()
-    if suffix not in _READERS:
+    if suffix not in READERS:
         raise UserError(
             f"{path} is not a captions table; give a .jsonl, .csv, .tsv or .parquet file"
         )
     table = Table(path)
     try:
-        for row in _READERS[suffix](path):
+        for row in READERS[suffix](path):
             _add(table, row)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read as a {suffix[1:]} table: {error}") from error
@@ -101,29 +101,29 @@ def read_table(path: Path) -> Table:
 
 def _add(table: Table, row: Row) -> None:
     try:
-        name = _file_name(row)
-    except _BadValue as error:
+        name = file_of(row)
+    except BadValue as error:
         table.nameless[printable(row.where)] = printable(row.fault or str(error))
         return
     if name in table.texts:
         raise UserError(f"{row.where}: {name!r} was named before; keep one row for each clip")
-    table.texts[name] = _texts(row)
+    table.texts[name] = texts_of(row)
 
 
-def _file_name(row: Row) -> str:
+def file_of(row: Row) -> str:
     columns = {folded(column): value for column, value in row.values.items()}
     name = next((columns[column] for column in FILE_COLUMNS if columns.get(column)), None)
     if name is None:
-        raise _BadValue(no_file_column(row.values))
+        raise BadValue(no_file_column(row.values))
     if not isinstance(name, str):
-        raise _BadValue(f"the name of the clip is {told(name)}; write its path")
+        raise BadValue(f"the name of the clip is {told(name)}; write its path")
     try:
         return require_text(name, "the name of the clip")
     except NotText as error:
-        raise _BadValue(str(error)) from error
+        raise BadValue(str(error)) from error
 
 
-def _texts(row: Row) -> Texts:
+def texts_of(row: Row) -> Texts:
     """The texts of a row, or its fault."""
     if row.fault:
         return Texts(fault=printable(f"{row.where}: {row.fault}"))
@@ -131,13 +131,13 @@ def _texts(row: Row) -> Texts:
         caption, lacks = _main(row)
         main, captions = with_main(caption, _captions(row))
         scores = dumped(_scores(row))
-    except (_BadValue, NotText) as error:
+    except (BadValue, NotText) as error:
         return Texts(fault=printable(f"{row.where}: {error}"))
     return Texts(main, captions, scores, lacks="" if main else printable(f"{row.where}: {lacks}"))
 
 
 def _main(row: Row) -> tuple[str, str]:
-    """The main caption, and what stands there where there is none. Raises _BadValue and NotText."""
+    """The main caption, and what stands there where there is none. Raises BadValue and NotText."""
     found = {folded(column): value for column, value in row.values.items()}
     there = [(column, found[column]) for column in CAPTION_COLUMNS if column in found]
     for column, value in there:
@@ -145,7 +145,7 @@ def _main(row: Row) -> tuple[str, str]:
         if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
             continue
         if not isinstance(value, str):
-            raise _BadValue(f"{column} is {told(value)}; write a text")
+            raise BadValue(f"{column} is {told(value)}; write a text")
         return require_text(value, column).strip(), f"{column} is blank"
     if not there:
         return "", f"it has no caption, its columns are {', '.join(map(str, row.values))}"
@@ -157,7 +157,7 @@ def _entries(row: Row, whole: str, prefix: str) -> dict[str, object]:
     """The values of the column `whole` and of the columns that begin with `prefix`, by name."""
     entries = row.values.get(whole) or {}
     if not isinstance(entries, Mapping):
-        raise _BadValue(
+        raise BadValue(
             f'{whole} is no object like {{"NAME": ...}} but {told(entries)}; write columns {prefix}NAME instead'
         )
     columns = {
@@ -177,7 +177,7 @@ def _captions(row: Row) -> Named:
             continue
         caption = text_or_fields(value)
         if caption is None:
-            raise _BadValue(
+            raise BadValue(
                 f"the caption {name!r} is neither a text nor an object of texts but {told(value)}"
             )
         if caption:
@@ -195,6 +195,6 @@ def _scores(row: Row) -> dict[str, float]:
         # Parquet writes NaN for a missing score.
         is_missing = isinstance(value, float) and math.isnan(value)
         if not score and not is_missing:
-            raise _BadValue(f"the score {name!r} is not a number: {value!r}; correct or empty it")
+            raise BadValue(f"the score {name!r} is not a number: {value!r}; correct or empty it")
         scores |= score
     return scores

@@ -36,6 +36,11 @@ COARSE_TICK = 0.01
 SEEK_WORTH_SECONDS = 1.0
 # MPEG program streams: their frames have other times after a seek.
 UNSEEKABLE = ("mpeg",)
+# FFmpeg's names of the forms of files that hold their own frames.
+CONTAINERS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,av1,obu,ivf,flv,live_flv,asf,gif,ogg,mxf,dv,rm,"
+    "yuv4mpegpipe,nut,h263,vc1,apng,webp,png_pipe,jpeg_pipe,mjpeg,webp_pipe,bmp_pipe,tiff_pipe"
+)
 # The largest batch of decoders that return whole batches: a minute of 1080p would be 6 GB.
 BATCH_BYTES = 1 << 28
 # A clip of no more bytes, and of eight times as many of pixels, is decoded in some milliseconds.
@@ -136,8 +141,16 @@ class TimedRequest(DecodeRequest):
 
 
 def open_container(file: Any) -> av.container.InputContainer:
-    """The container in an open file; its titles and tags may be in any encoding."""
-    return av.open(cast(Any, file), mode="r", metadata_errors="replace")
+    """The container in an open file; its titles and tags may be in any encoding.
+
+    Playlists and lists of files are no containers: FFmpeg would open the files and addresses that they name. Raises
+    BadClip for these.
+    """
+    options = {"format_whitelist": CONTAINERS}
+    try:
+        return av.open(cast(Any, file), mode="r", metadata_errors="replace", options=options)
+    except av.error.ArgumentError as error:
+        raise BadClip("unreadable", "the file is no container of video") from error
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
