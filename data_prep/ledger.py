@@ -113,7 +113,7 @@ class Ledger:
             is_failed = kept and address not in places
             failed += [failures[address] if is_failed else None] * len(found)
         found_rows = results.take(pa.array(taken, pa.int64()))
-        return self._joined(rows.take(owners), found_rows, failed)
+        return self._joined(rows.take(pa.array(owners, pa.int64())), found_rows, failed)
 
     def joined(self, rows: pa.Table, result: pa.Table) -> pa.Table:
         """`rows` after a stage that was called with all of them; `result` has a column `of_row`."""
@@ -172,7 +172,8 @@ class Ledger:
             for number in kept:
                 places.setdefault(owners[number], []).append(count)
                 count += 1
-            tables.append(table.take(kept).select(self.schema.names))
+            kept_rows = table.take(pa.array(kept, pa.int64()))
+            tables.append(kept_rows.select(self.schema.names))
         return pa.concat_tables([self.schema.empty_table(), *tables]), places
 
     def _files(self) -> list[Path]:

@@ -45,21 +45,23 @@ class RayCluster(Engine):
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         for name in ("ray", "ray.data"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # A cluster that is started here needs no page of its own.
+        own: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
-            ray.init(
+            self._ray.init(
                 address=address or None,
                 ignore_reinit_error=True,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **({} if address else {"include_dashboard": False}),
+                **own,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"address={address or 'a cluster of this machine'}: no Ray cluster can be reached ({error}); start one "
                 "with `ray start --head`, or give HOST:PORT of one"
             ) from error
-        self.workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        context = ray.data.DataContext.get_current()
+        self.workers = workers or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+        context = self._ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.verbose_progress = False
 
