@@ -80,6 +80,8 @@ def _encode(
         for index, (time, rgb) in enumerate(frames):
             if stream is None:
                 stream = _stream(container, rate, rgb.shape, encoding)
+                if time is not None:
+                    stream.codec_context.time_base = _CLOCK
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
             frame = frame.reformat(
                 format="yuv420p",
