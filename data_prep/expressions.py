@@ -207,9 +207,9 @@ def _compared(condition: Condition, node: ast.Compare) -> list[ast.expr]:
 def _number(node: ast.expr) -> float | None:
     """The value of a number as written, its sign included; None for anything else."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = _number(node.operand)
-        return None if value is None else -value
-    value = node.value if isinstance(node, ast.Constant) else None
+        positive = _number(node.operand)
+        return None if positive is None else -positive
+    value: object = node.value if isinstance(node, ast.Constant) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value)

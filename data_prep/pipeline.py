@@ -23,6 +23,7 @@ from data_prep.ledger import Ledger, Unfinished, digest_of, read_table, write_ta
 from data_prep.settings import PrepSettings
 from data_prep.stage import DROPS, Stage, Workspace, load_stage
 from sora_train.base.files import read_json, write_atomically
+from sora_train.config.schema import did_you_mean
 from sora_train.errors import UserError
 
 ORDER = (
@@ -184,7 +185,7 @@ def _check_columns(bound: Sequence[Bound]) -> None:
         if wrong := sorted(set(one.stage.reads_also(one.settings)) - known):
             raise UserError(
                 f"the settings of {one.stage.name} name the column {wrong[0]!r}, which no stage before it gives; "
-                f"give one of {', '.join(sorted(known))}"
+                f"{did_you_mean(wrong[0], sorted(known))}give one of {', '.join(sorted(known))}"
             )
         known.update(one.stage.adds.names)
 

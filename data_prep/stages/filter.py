@@ -53,6 +53,12 @@ def filter(rows: pa.Table, settings: FilterConfig, workspace: Workspace) -> pa.T
     return pa.table({"drop_reason": reasons, "drop_detail": details})
 
 
+def _columns(settings: FilterConfig) -> tuple[str, ...]:
+    """The columns that the user's condition names, which a stage before must give."""
+    wanted = conditions(settings.keep, KEEP)
+    return tuple(dict.fromkeys(name for condition in wanted for name in condition.columns))
+
+
 def _check_is_scored(condition: Condition, rows: pa.Table) -> None:
     """Raises ConfigError where no video has a value in a column; images have none in many."""
     if "kind" in rows.schema.names:
@@ -73,4 +79,5 @@ STAGE = Stage(
     adds=pa.schema([]),
     whole=True,
     is_filter=True,
+    reads_also=lambda settings: _columns(settings) if settings.keep != DEFAULT else (),
 )
