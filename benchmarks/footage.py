@@ -402,3 +402,29 @@ def _noise(draws: np.random.Generator, size: tuple[int, int], cells: int) -> np.
     height, width = size
     box = (2.0, 2.0, 2.0 + cells, 2.0 + cells)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def random_footage(
+    seed: int,
+    shots: int = 40,
+    joins: Sequence[str] = JOINS,
+    *,
+    seconds: tuple[float, float] = (1.5, 3.5),
+    height: int = 180,
+    width: int = 320,
+    fps: float = 24.0,
+) -> Footage:
+    """Shots of all cameras and joins of these kinds; another seed has no texture in common with it."""
+    draws = _draws(seed, "footage")
+    chosen = [
+        Shot(
+            seed * 10_000 + number,
+            seconds[0] + (seconds[1] - seconds[0]) * float(draws.random()),
+            CAMERAS[int(draws.random() * len(CAMERAS))],
+            is_still=float(draws.random()) < 0.1,
+            exposure=0.35 + 0.65 * float(draws.random()) ** 0.5,
+        )
+        for number in range(shots)
+    ]
+    between = [joins[int(draws.random() * len(joins))] for _ in range(shots - 1)]
+    return footage(chosen, between, height=height, width=width, fps=fps)

@@ -81,12 +81,13 @@ def checked(stage: Stage, rows: pa.Table, result: pa.Table) -> pa.Table:
     for name in (*DROPS.names, *LATER.names):
         if name not in result.schema.names:
             result = result.append_column(name, pa.array([""] * len(result), pa.string()))
-    lost = set(range(len(rows))) - set(
-        result[OF_ROW].to_pylist() if OF_ROW in result.schema.names else []
-    )
-    if lost:
+    # The parts of a source have one key, and its clips stand for all of them.
+    keys = rows[KEY].to_pylist() if KEY in rows.schema.names else list(range(len(rows)))
+    owners = result[OF_ROW].to_pylist() if OF_ROW in result.schema.names else []
+    kept = {keys[number] for number in owners}
+    if lost := [key for key in keys if key not in kept]:
         raise Fault(
-            f"the stage {stage.name} returns {len(result)} rows for {len(rows)}, and none for {rows[KEY][min(lost)]}; "
+            f"the stage {stage.name} returns {len(result)} rows for {len(rows)}, and none for {lost[0]}; "
             "a row that is of no use gets a drop_reason"
         )
     schema = pa.unify_schemas([stage.adds, DROPS, LATER, pa.schema([(OF_ROW, pa.int64())])])

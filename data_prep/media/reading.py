@@ -53,14 +53,23 @@ Shown = tuple[float, float, av.VideoFrame]
 
 
 def frames_between(
-    file: Any, begin: float, end: float, traits: str, start: float, fps: float, *, is_seekable: bool
+    file: Any,
+    begin: float,
+    end: float,
+    traits: str,
+    start: float,
+    fps: float,
+    *,
+    is_seekable: bool,
+    from_shown: bool = False,
 ) -> Iterator[Shown]:
     """The frames whose time is in [begin, end), seconds after the first frame of the file; interlaced ones made whole.
 
-    `traits`, `start` and `fps` are the file's as probed. Raises BadClip where a frame of the range is damaged.
+    `traits`, `start` and `fps` are the file's as probed. `from_shown`: the first is the one that is shown at `begin`,
+    though its time be earlier. Raises BadClip where a frame of the range is damaged.
     """
     if is_seekable and begin > SEEK_WORTH_SECONDS:
-        frames = _frames(file, begin, end, traits, start, fps, sought=True)
+        frames = _frames(file, begin, end, traits, start, fps, from_shown, sought=True)
         try:
             first = next(frames, None)
         except BadClip:
@@ -72,7 +81,7 @@ def frames_between(
         # A seek may overshoot where the container has no index; decoding from the start is always right.
         file.seek(0)
     found = False
-    for shown in _frames(file, begin, end, traits, start, fps, sought=False):
+    for shown in _frames(file, begin, end, traits, start, fps, from_shown, sought=False):
         found = True
         yield shown
     if not found:
@@ -80,10 +89,19 @@ def frames_between(
 
 
 def _frames(
-    file: Any, begin: float, end: float, traits: str, start: float, fps: float, *, sought: bool
+    file: Any,
+    begin: float,
+    end: float,
+    traits: str,
+    start: float,
+    fps: float,
+    from_shown: bool,
+    *,
+    sought: bool,
 ) -> Iterator[Shown]:
     rate, words = fps or _RATE, traits.split()
     half = 0.25 / rate
+    earlier: Shown | None = None
     with blaming_the_clip(file), open_container(file) as container:
         stream = video_stream(container)
         if sought:
@@ -94,9 +112,17 @@ def _frames(
             by_count = COUNTED in words or frame.time is None
             time = index / rate if by_count else frame.time - start
             if time >= end - half:
-                return
-            if time >= begin - half:
-                yield time, shown_for(frame) or 1 / rate, frame
+                break
+            shown = time, shown_for(frame) or 1 / rate, frame
+            if time < begin - half:
+                earlier = shown if from_shown else None
+                continue
+            if earlier is not None and time > begin + half:
+                yield earlier
+            earlier = None
+            yield shown
+        if earlier is not None:
+            yield earlier
 
 
 def picture(frame: av.VideoFrame) -> np.ndarray:
