@@ -18,7 +18,8 @@ def sentences(
         if value is None or value == "":
             continue
         if name in ("fps", "source_fps"):
-            told.append(f"{value:.4g} fps.")
+            # Of an image it is 0.
+            told += [f"{value:.4g} fps."] if value else []
         else:
             told.append(f"{name.replace('_', ' ').capitalize()}: {_said(value, edges.get(name))}.")
     return " ".join(told)

@@ -168,10 +168,11 @@ def _captions(kept: Sequence[Row], pictures: Pictures, count: int) -> list[dict[
     captioned = [row for row in kept if row["caption"]]
     against = at_random([row for row in captioned if row["caption_contradicts"]], count // 3)
     others = at_random([row for row in captioned if not row["caption_contradicts"]], count // 2)
+    shown = [*against, *others]
     return [
         {
             "key": row["key"],
-            "pictures": pictures.of(row, CAPTION_FRAMES if row["kind"] == "video" else 1),
+            "pictures": taken,
             "texts": [
                 (name, text[:CAPTION_SHOWN] + ("\u2026" if len(text) > CAPTION_SHOWN else ""))
                 for name, text in _texts(row)
@@ -179,7 +180,7 @@ def _captions(kept: Sequence[Row], pictures: Pictures, count: int) -> list[dict[
             "camera": row["camera"] or "",
             "contradicts": row["caption_contradicts"] or "",
         }
-        for row in [*against, *others]
+        for row, taken in zip(shown, pictures.of(shown, CAPTION_FRAMES), strict=True)
     ]
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
-from data_prep.media.pictures import pictures
+from data_prep.media.pictures import jpeg, request_of
 from data_prep.report.account import at_random
 from data_prep.stage import Workspace
 from data_prep.thresholds import Moved
-from sora_train.data.decode.frames import BadClip
-from sora_train.data.storage.ranges import StorageFault
+from sora_train.data.decode.pool import DecodePool
+from sora_train.data.sample import Failure
+from sora_train.errors import Fault
 
 SIDE, QUALITY = 176, 70
 BESIDE_THRESHOLD = 4
@@ -31,41 +32,47 @@ class Shown:
     is_kept: bool = True
 
 
-@dataclass
 class Pictures:
-    """Takes frames of clip files, each once, up to `most` in all."""
+    """Takes frames of clip files in processes of its own, each once, up to `most` in all."""
 
-    workspace: Workspace
-    most: int
-    _taken: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    def __init__(self, workspace: Workspace, pool: DecodePool, most: int):
+        self._workspace, self._pool, self._left = workspace, pool, most
+        self._taken: dict[tuple[str, int], Future] = {}
 
-    def of(self, row: Row, count: int = 1) -> list[str]:
+    def of(self, rows: Sequence[Row], count: int = 1) -> list[list[str]]:
         """Data URLs of frames; none of a row without a file, of one that cannot be read, and beyond `most`."""
-        if not (row.get("file") and row["bytes"] and row["width"] and row["height"]):
-            return []
-        place = row["file"], count
-        if place not in self._taken:
-            if sum(map(len, self._taken.values())) + count > self.most:
-                return []
-            try:
-                found = pictures(row, self.workspace, count, SIDE)
-            except (BadClip, StorageFault, OSError):
-                found = []
-            self._taken[place] = [_data_url(one) for one in found]
-        return self._taken[place]
+        futures = [self._begun(row, count) for row in rows]
+        return [_data_urls(future) if future else [] for future in futures]
 
-    def shown(self, rows: Iterable[Row], *columns: str) -> list[Shown]:
+    def shown(self, rows: Sequence[Row], *columns: str) -> list[Shown]:
         """Clips with one picture, and the values of some columns that they have."""
         return [
-            Shown(row["key"], self.of(row), _lines(row, columns), not row["drop_reason"])
-            for row in rows
+            Shown(row["key"], pictures, _lines(row, columns), not row["drop_reason"])
+            for row, pictures in zip(rows, self.of(rows), strict=True)
         ]
 
+    def _begun(self, row: Row, count: int) -> Future | None:
+        if not all(row.get(name) for name in ("file", "bytes", "width", "height")):
+            return None
+        place = row["file"], count
+        if place not in self._taken:
+            if self._left < count:
+                return None
+            self._left -= count
+            self._taken[place] = self._pool.submit(request_of(row, self._workspace, count, SIDE))
+        return self._taken[place]
 
-def _data_url(picture: Any) -> str:
-    data = io.BytesIO()
-    picture.save(data, format="JPEG", quality=QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+
+def _data_urls(future: Future) -> list[str]:
+    try:
+        frames = future.result()
+    except Fault:
+        # The file is gone; the page can do without.
+        return []
+    if isinstance(frames, Failure):
+        return []
+    coded = [base64.b64encode(jpeg(frame, QUALITY)).decode() for frame in frames]
+    return [f"data:image/jpeg;base64,{one}" for one in coded]
 
 
 def _lines(row: Row, columns: Sequence[str]) -> list[str]:

@@ -26,6 +26,8 @@ from sora_train.data.decode.frames import BadClip
 from sora_train.errors import UserError
 
 ROWS_AT_ONCE = 16
+# Of the JPEG that a model sees.
+QUALITY = 90
 # Ends of "very low", "low", "medium", "high"; motion is in short sides of the picture a second.
 LEVELS = {"motion": (0.01, 0.05, 0.2, 0.6)}
 _ASKED: dict[str, Ask] = {"endpoint": ask_endpoint, "model": ask_model}
@@ -130,7 +132,7 @@ def _description(
         return Description(**before["description"]), Usage(**before["usage"])
     spending = spending_of(workspace)
     spending.require_budget(settings)
-    frames = jpegs(row, workspace, settings.frames, settings.frame_size)
+    frames = jpegs(row, workspace, settings.frames, settings.frame_size, QUALITY)
     description, usage = described(_ASKED[settings.by], settings, frames, request, spending)
     keep_answer(workspace, request, {"description": asdict(description), "usage": asdict(usage)})
     return description, usage

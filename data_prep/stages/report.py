@@ -17,8 +17,11 @@ from data_prep.stage import Stage, Workspace
 from data_prep.stages.filter import FilterConfig
 from sora_train.base.files import write_atomically
 from sora_train.config.sections.base import Section
+from sora_train.data.decode.pool import DecodePool
 
 NAME = "report.html"
+# Processes that decode its pictures, and seconds that one of them may take.
+WORKERS, SECONDS = 2, 60.0
 
 
 class ReportConfig(Section):
@@ -33,20 +36,21 @@ class ReportConfig(Section):
 def report(rows: pa.Table, settings: ReportConfig, workspace: Workspace) -> pa.Table:
     """Write the page; the rows stay as they are."""
     bound = stages_of_run(workspace)
-    html = page(
-        rows,
-        Pictures(workspace, MOST_PICTURES),
-        stages=[one.stage.name for one in bound],
-        filter_stage="filter",
-        keep=_keep(bound),
-        scores=_scores(bound),
-        work=work(bound),
-        spent=spending_of(workspace).total(),
-        training=training(workspace.out, settings.experiment),
-        experiment=settings.experiment,
-        title=f"Preparation of {workspace.out.name}",
-        count=settings.pictures,
-    )
+    with DecodePool(WORKERS, SECONDS) as pool:
+        html = page(
+            rows,
+            Pictures(workspace, pool, MOST_PICTURES),
+            stages=[one.stage.name for one in bound],
+            filter_stage="filter",
+            keep=_keep(bound),
+            scores=_scores(bound),
+            work=work(bound),
+            spent=spending_of(workspace).total(),
+            training=training(workspace.out, settings.experiment),
+            experiment=settings.experiment,
+            title=f"Preparation of {workspace.out.name}",
+            count=settings.pictures,
+        )
     write_atomically(workspace.out / NAME, html)
     return pa.table({"drop_reason": pa.array([""] * len(rows), pa.string())})
 

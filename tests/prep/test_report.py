@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_prep.captioning.spending import Usage
 from data_prep.pipeline import ORDER, claimed, stages_of
@@ -26,9 +30,22 @@ from data_prep.report.work import Work
 from data_prep.settings import parse
 from data_prep.stage import Workspace
 from data_prep.stages.report import STAGE, ReportConfig
+from sora_train.data.decode.pool import DecodePool
 
 SCORES = ("motion", "blur")
 STAGES = (*ORDER[:-1], "report")
+
+
+POOL: list[DecodePool] = []
+"""The one that decodes the pictures of all tests."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pool() -> Iterator[DecodePool]:
+    with DecodePool(1, 60.0) as pool:
+        POOL.append(pool)
+        yield pool
+        POOL.clear()
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +120,7 @@ def html_of(rows: list[dict[str, Any]] | pa.Table, workspace: Workspace, **chang
         "title": "Preparation of out",
         "count": 6,
     }
-    return page(table, Pictures(workspace, MOST_PICTURES), **(known | changed))
+    return page(table, Pictures(workspace, POOL[0], MOST_PICTURES), **(known | changed))
 
 
 class Seen(HTMLParser):
@@ -302,24 +319,36 @@ def test_thousands_of_clips_make_a_page_of_some_megabytes(
     assert html == html_of(many[::-1], workspace, count=24)
 
 
-def test_a_clip_that_cannot_be_read_has_no_picture(workspace: Workspace) -> None:
+def test_a_clip_that_cannot_be_read_has_no_picture(workspace: Workspace, pool: DecodePool) -> None:
     gone = clip("a", workspace, file="gone.mp4")
     damaged = clip("b", workspace, file="damaged.mp4", bytes=4)
     (workspace.files / "damaged.mp4").write_bytes(b"oops")
-    pictures = Pictures(workspace, 10)
-    assert pictures.of(gone) == pictures.of(damaged) == []
-    assert len(pictures.of(clip("c", workspace), 4)) == 4
+    taken = Pictures(workspace, pool, 12).of([gone, damaged, clip("c", workspace)], 4)
+    assert list(map(len, taken)) == [0, 0, 4]
     assert "no picture" in html_of([gone, damaged], workspace)
 
 
-def test_pictures_are_small_and_no_more_than_asked_for(workspace: Workspace) -> None:
-    pictures = Pictures(workspace, 4)
-    (one,) = pictures.of(clip("a", workspace))
+def test_pictures_are_small_and_no_more_than_asked_for(
+    workspace: Workspace, pool: DecodePool
+) -> None:
+    row = clip("a", workspace)
+    pictures = Pictures(workspace, pool, 4)
+    ((one,),) = pictures.of([row])
     assert len(one) < 8000 and SIDE < 320
-    assert len(pictures.of(clip("a", workspace), 3)) == 3
-    # The fifth; one that was taken is shown again.
-    assert pictures.of(clip("a", workspace), 2) == []
-    assert pictures.of(clip("a", workspace)) == [one]
+    # A picture that was taken is shown again, and the fifth is not taken.
+    assert [len(three) for three in pictures.of([row, row], 3)] == [3, 3]
+    assert pictures.of([row, row], 2) == [[], []]
+    assert pictures.of([row]) == [[one]]
+
+
+def test_an_image_is_shown_once(workspace: Workspace, pool: DecodePool) -> None:
+    Image.new("RGB", (60, 30), (200, 0, 0)).save(workspace.files / "image.jpg")
+    size = (workspace.files / "image.jpg").stat().st_size
+    row = clip("a", workspace, kind="image", file="image.jpg", bytes=size, frames=1, fps=0.0)
+    row |= {"width": 60, "height": 30, "duration": 0.0}
+    ((one,),) = Pictures(workspace, pool, 9).of([row], 4)
+    shown = Image.open(io.BytesIO(base64.b64decode(one.partition(",")[2])))
+    assert shown.size == (60, 30)
 
 
 @pytest.mark.parametrize(
