@@ -15,7 +15,7 @@ from sora_train.errors import UserError
 
 LARGEST = 640
 """Pixels of the longer side of a picture that is searched."""
-SMALLEST = 1 / 16
+SMALLEST = 1 / 12
 """Of the shorter side: smaller faces are not looked for."""
 SAME_PLACE = 0.3
 """Share of their union that a face and the one after must have in common."""

@@ -12,7 +12,14 @@ from skimage.measure import blur_effect
 
 from benchmarks.footage import CAMERAS, Shot
 from data_prep.scores.blur import blur
-from data_prep.scores.brisque import _asymmetric, _model, _symmetric_shape, brisque, features
+from data_prep.scores.brisque import (
+    _asymmetric,
+    _model,
+    _symmetric_shape,
+    brisque,
+    features,
+    normalised,
+)
 from data_prep.scores.colour import colours
 from data_prep.scores.embedding import embedded
 from data_prep.scores.faces import faces
@@ -110,6 +117,27 @@ def test_the_regression_is_that_of_the_model_file(astronaut):
     kernel = np.exp(-float(settings["gamma"]) * ((points - scaled) ** 2).sum(axis=1))
     expected = float(weights @ kernel) - float(settings["rho"])
     assert brisque(grey_of(astronaut)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_features_are_those_of_the_package_where_its_code_works():
+    from brisque import BRISQUE
+
+    grey, theirs = grey_of(skimage.data.chelsea()), BRISQUE()
+    assert (grey > 0).all(), "zeros count as positive there, and as neither here and in the release"
+    normal = theirs.calculate_mscn_coefficients(grey / 255, 7, 7 / 6)
+    assert normalised(grey) == pytest.approx(normal, abs=1e-8)
+    found = features(grey)
+    for number, products in enumerate(theirs.calculate_pair_product_coefficients(normal).values()):
+        shape, mean, left, right = np.ravel(
+            np.hstack(theirs.asymmetric_generalized_gaussian_fit(products))
+        )
+        if number == 0:
+            # They take the values for asymmetric, too.
+            assert found[0] == pytest.approx(shape, rel=0.05)
+            assert found[1] == pytest.approx((left**2 + right**2) / 2, rel=0.02)
+            continue
+        expected = [shape, mean, left**2, right**2]
+        assert found[4 * number - 2 : 4 * number + 2] == pytest.approx(expected, rel=0.02, abs=2e-3)
 
 
 def damages(grey: np.ndarray) -> dict[str, list[float]]:
