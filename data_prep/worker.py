@@ -1,6 +1,5 @@
 """A process that runs stages on rows, one call at a time, and may be killed: `python -m data_prep.worker`."""
 
-import errno
 import resource
 import sys
 import time
@@ -9,13 +8,11 @@ import time
 from sora_train.data.decode import worker  # isort: skip
 from data_prep import calls  # isort: skip
 from data_prep.stage import Later  # isort: skip
-from sora_train.data.decode.frames import BadClip, in_words
+from sora_train.data.decode.frames import DISK_ERRORS, BadClip, in_words
 from sora_train.data.storage.ranges import StorageFault
 from sora_train.errors import Fault, UserError
 
 GIB = 1 << 30
-# Of the disk rather than of the file that was read.
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
 
 
 def answer(call: calls.Call) -> tuple[str, object]:
@@ -38,8 +35,8 @@ def answer(call: calls.Call) -> tuple[str, object]:
         return "bad", ("out_of_memory", f"takes more than limits.memory_gb={call.memory_gb:g}")
     # Libraries raise any exception on a damaged file.
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return done(fault=f"cannot write: {error.strerror}: {error.filename}")
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return done(fault=f"{error.strerror}: {error.filename}")
         return "bad", ("failed", f"{type(error).__name__}: {in_words(error)}")
 
 

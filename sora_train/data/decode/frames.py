@@ -7,6 +7,7 @@ only where the probe found that the times themselves are wrong. Times are second
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ CONTAINERS = (
 BATCH_BYTES = 1 << 28
 # A clip of no more bytes, and of eight times as many of pixels, is decoded in some milliseconds.
 LIGHT_BYTES = 1 << 16
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
+"""Errors of what is written while a clip is read, which no clip can cause."""
 COUNTED, INTERLACED, HIDDEN = "counted", "interlaced", "hidden_frames"
 """What a probe says of a clip that matters to its decoding; see `sora_train.data.decode.probe.TRAITS`."""
 # libav's own decoders of these leave the alpha aside, which WebM keeps beside the picture.
@@ -78,6 +81,8 @@ def blaming_the_clip(file: Any) -> Iterator[None]:
     except Exception as error:
         if file.fault:
             raise StorageFault(file.fault) from error
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise StorageFault(f"{error.strerror}: {error.filename}") from error
         if isinstance(error, BadClip):
             raise
         raise BadClip("unreadable", in_words(error)) from error
