@@ -78,6 +78,9 @@ def run(stages: Sequence[Stage], settings: PrepSettings, engine: Engine, tell: T
             for one in group:
                 rows = run_whole(one, rows, workspace)
                 tell(told(one.stage, rows))
+            if group is groups[0]:
+                for one in bound:
+                    one.stage.check_sources(rows, one.settings)
             continue
         mine = _share(rows, settings)
         _try_filters(group, following, mine, engine, settings, workspace)

@@ -93,6 +93,8 @@ class Stage:
     gpus: float = 0.0
     check: Callable[[Any], None] = lambda settings: None
     """Raises UserError for a model or an extra that is missing, before any work."""
+    check_sources: Callable[[pa.Table, Any], None] = lambda rows, settings: None
+    """Raises UserError where the sources, as they are listed, leave nothing for it to keep."""
     is_on: Callable[[Any], bool] = lambda settings: True
     """Whether there is anything to do with these settings; else the stage is left out, and so are its columns."""
     after: str = ""

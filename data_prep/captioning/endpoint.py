@@ -108,6 +108,10 @@ def _key(settings: CaptionConfig) -> str:
         raise UserError(
             f"caption.api_key_env={settings.api_key_env} is not set in the environment; export the endpoint's key in it"
         )
+    if not key.isascii() or not key.isprintable():
+        raise UserError(
+            f"caption.api_key_env={settings.api_key_env} holds what no key does, such as a line end; set it anew"
+        )
     return key
 
 

@@ -48,7 +48,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Account:
-    """`steps` count sources up to `cut`, clips from there on."""
+    """`steps` count sources up to `cut`, clips from there on; `clips` are the rows that it made."""
 
     sources: Share
     clips: Share
@@ -82,7 +82,7 @@ def account(rows: Sequence[Row], stages: Sequence[str]) -> Account:
     by_stage: dict[int, list[Row]] = defaultdict(list)
     for number, row in zip(fell, rows, strict=True):
         by_stage[number].append(row)
-    clips = [row for number, row in zip(fell, rows, strict=True) if number >= cut]
+    clips = [row for number, row in zip(fell, rows, strict=True) if number > cut]
     sources = {row["source"] or row["key"]: row for row in rows}
     steps = []
     for number, stage in enumerate(stages):

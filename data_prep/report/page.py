@@ -58,13 +58,15 @@ def page(
     kept = [row for row in rows if not row["drop_reason"]]
     dropped = [row for row in rows if row["drop_reason"]]
     told = account(rows, stages)
+    charts, alike = _charts(came, scores, moves)
     return render(
         "report/page.html",
         package="data_prep",
         title=title,
         account=told,
         tiles=_tiles(told, training, spent),
-        charts=_charts(came, scores, moves),
+        charts=charts,
+        alike=alike,
         has_filters=bool(moves),
         counts=_counts(kept),
         sheets=_sheets(kept, dropped, scores, pictures, count),
@@ -100,19 +102,24 @@ def _tiles(told: Account, training: Training, spent: Usage) -> dict[str, str]:
         "of video kept": hours(told.kept.hours),
         "rows dropped": f"{told.dropped.rows:,}",
         "tokens an epoch": f"{tokens:,}" if tokens else "",
-        "for captions": f"{spent.cost:,.4g}" if spent.cost else "",
+        "spent on captions": f"{spent.cost:,.4g}" if spent.cost else "",
     }
 
 
-def _charts(rows: pa.Table, scores: Sequence[str], moves: Sequence[Moved]) -> list[ScoreChart]:
+def _charts(
+    rows: pa.Table, scores: Sequence[str], moves: Sequence[Moved]
+) -> tuple[list[ScoreChart], list[str]]:
+    """The charts, and `name value` of scores that are the same for all clips and that no filter looks at."""
     is_kept = np.array([not reason for reason in rows["drop_reason"].to_pylist()], bool)
-    found = []
+    charts, alike = [], []
     for name in scores:
-        values = np.array(
-            [np.nan if one is None else one for one in rows[name].to_pylist()], np.float64
-        )
-        found.append(score_chart(name, values, is_kept, moves))
-    return [one for one in found if one is not None]
+        values = np.array([np.nan if v is None else v for v in rows[name].to_pylist()], np.float64)
+        known = np.unique(values[np.isfinite(values)])
+        if len(known) == 1 and name not in {move.column for move in moves}:
+            alike.append(f"{name} {known[0]:.4g}")
+        elif len(known):
+            charts.append(score_chart(name, values, is_kept, moves))
+    return charts, alike
 
 
 def _counts(kept: Sequence[Row]) -> list[tuple[str, list[tuple[str, int, float]]]]:

@@ -20,6 +20,7 @@ from sora_train.monitoring.report.charts import (
     ticks,
     widened,
 )
+from sora_train.monitoring.report.page import hours
 
 KEEP = "filter.keep"
 BINS = 30
@@ -46,11 +47,9 @@ def thresholds(keep: str, rows: pa.Table) -> list[Moved]:
 
 def score_chart(
     name: str, values: np.ndarray, is_kept: np.ndarray, moves: Sequence[Moved]
-) -> ScoreChart | None:
-    """`values` float (N,), NaN where there is none; None where no clip has one."""
+) -> ScoreChart:
+    """`values` float (N,), NaN where there is none; one or more are known."""
     known = np.isfinite(values)
-    if not known.any():
-        return None
     own = [move for move in moves if move.column == name]
     values, is_kept = values[known], is_kept[known]
     low, high = np.quantile(values, INNER)
@@ -91,6 +90,6 @@ def _bar(frame: Frame, edges: np.ndarray, count: int, kept: int) -> None:
 
 def _told(move: Moved) -> str:
     return (
-        f"{move.text}: at {move.looser:.4g} it would keep {move.won:,} more ({move.won_hours:.3g} h), at "
-        f"{move.tighter:.4g} {move.lost:,} fewer ({move.lost_hours:.3g} h)"
+        f"{move.text}: at {move.looser:.4g} it would keep {move.won:,} more ({hours(move.won_hours)}), at "
+        f"{move.tighter:.4g} {move.lost:,} fewer ({hours(move.lost_hours)})"
     )

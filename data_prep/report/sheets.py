@@ -19,6 +19,7 @@ from sora_train.errors import Fault
 
 SIDE, QUALITY = 176, 70
 BESIDE_THRESHOLD = 4
+UNITS = {"duration": " s"}
 Row = Mapping[str, Any]
 
 
@@ -76,7 +77,8 @@ def _data_urls(future: Future) -> list[str]:
 
 
 def _lines(row: Row, columns: Sequence[str]) -> list[str]:
-    lines = [f"{name} {said(row[name])}" for name in columns if row.get(name) not in (None, "")]
+    known = [name for name in columns if row.get(name) not in (None, "")]
+    lines = [f"{name} {said(row[name])}{UNITS.get(name, '')}" for name in known]
     if row["drop_reason"]:
         detail = row["drop_detail"] or ""
         lines.append(

@@ -66,6 +66,8 @@ def _columns(row: Row, settings: CaptionConfig, workspace: Workspace) -> dict[st
         main, named = _of_model(description, settings, given, named)
     else:
         main = given if settings.by == "given" else _filled(settings, row)
+    # Before what was measured is written behind it, which agrees by nature.
+    against = contradiction(main, fields.get("camera", ""), row.get("camera"))
     told = sentences(row, settings.append, LEVELS if settings.append_as == "words" else {})
     main, captions = with_main(
         _with(main, told), {n: _with(text, told) for n, text in named.items()}
@@ -78,7 +80,7 @@ def _columns(row: Row, settings: CaptionConfig, workspace: Workspace) -> dict[st
         "caption_version": version_of(settings),
         "caption_tokens": usage.tokens,
         "caption_cost": usage.cost,
-        "caption_contradicts": contradiction(main, fields.get("camera", ""), row.get("camera")),
+        "caption_contradicts": against,
     }
     if not main and not settings.allow_empty:
         where = "beside its source" if settings.by == "given" else "to make of its columns"
@@ -159,6 +161,16 @@ def _check(settings: CaptionConfig) -> None:
         checks[settings.by](settings)
 
 
+def _check_sources(rows: pa.Table, settings: CaptionConfig) -> None:
+    """Raises UserError where captions are to come from the sources and none has one."""
+    given = [*rows["given_caption"].to_pylist(), *rows["given_captions"].to_pylist()]
+    if settings.by == "given" and not settings.allow_empty and given and not any(given):
+        raise UserError(
+            f"caption.by=given, but none of {len(rows)} sources has a caption; put captions.jsonl or .txt files beside "
+            "them, set caption.by=endpoint, model or template, or caption.allow_empty=true"
+        )
+
+
 def _seconds(row: Row, settings: CaptionConfig) -> float:
     if settings.by == "model":
         return 600.0 * (settings.retries + 1)
@@ -175,6 +187,7 @@ STAGE = Stage(
     rows_at_once=ROWS_AT_ONCE,
     seconds=_seconds,
     check=_check,
+    check_sources=_check_sources,
     adds=pa.schema(
         [
             ("caption", pa.string()),

@@ -440,6 +440,9 @@ def test_what_is_missing_is_told_before_any_work(
             STAGE.check(asked(served, max_cost=1.0))
         with refuses(UserError, "caption.api_key_env=TEST_KEY", "export"):
             STAGE.check(asked(served, api_key_env="TEST_KEY"))
+        monkeypatch.setenv("TEST_KEY", "a\nb")
+        with refuses(UserError, "caption.api_key_env=TEST_KEY", "line end"):
+            STAGE.check(asked(served, api_key_env="TEST_KEY"))
     with refuses(UserError, f"caption.endpoint={served.url}", "cannot be reached"):
         STAGE.check(asked(served))
     with refuses(UserError, "caption.endpoint"):
@@ -448,6 +451,16 @@ def test_what_is_missing_is_told_before_any_work(
         STAGE.check(CaptionConfig(by="model"))
     with refuses(UserError, f"caption.model_path={tmp_path}", "config.json"):
         STAGE.check(CaptionConfig(by="model", model_path=str(tmp_path)))
+
+
+def test_sources_without_any_caption_are_told_before_the_long_work(workspace: Workspace) -> None:
+    none = table(3, workspace, given_caption="")
+    with refuses(UserError, "caption.by=given", "3 sources", "caption.allow_empty=true"):
+        STAGE.check_sources(none, CaptionConfig())
+    STAGE.check_sources(none, CaptionConfig(allow_empty=True))
+    STAGE.check_sources(none, CaptionConfig(by="template", template="{key}"))
+    STAGE.check_sources(table(1, workspace), CaptionConfig())
+    STAGE.check_sources(none.slice(0, 0), CaptionConfig())
 
 
 def test_a_silent_endpoint_is_told_before_any_work(
@@ -690,3 +703,8 @@ def test_contradictions_are_recorded_and_keep_the_clip(workspace: Workspace) -> 
     says(row["caption_contradicts"], "'static'", "against pan_left")
     assert row["drop_reason"] == ""
     assert contradiction("A lake.", "slow zoom in", "zoom_out")
+    # What is written behind a caption agrees by nature, and is no claim of the caption's.
+    given = table(1, workspace, camera="pan_left", given_caption="The camera tilts up.")
+    (row,) = run(given, CaptionConfig(append=("camera",)), workspace)
+    assert row["caption"].endswith("Camera: pan left.")
+    says(row["caption_contradicts"], "'tilts up'", "against pan_left")
