@@ -112,7 +112,8 @@ def _bar(samples: np.ndarray) -> tuple[int, np.ndarray]:
     end = int(beyond[0])
     # Coding and scaling smear an edge over some lines.
     smear = max(2, samples.shape[1] // 180)
-    picture = float(np.median(away[end + 2 * smear : end + 5 * smear]))
+    inside = away[end + 2 * smear : end + 5 * smear]
+    picture = float(np.median(inside)) if len(inside) else 0.0
     edge = end + int(np.argmax(away[end:] >= 0.6 * picture))
     is_sharp = away[edge] - away[max(0, edge - smear)] >= 0.4 * picture
     return (edge if is_sharp and picture >= EDGE_LEVELS else 0), colour

@@ -101,3 +101,10 @@ def test_a_logo_over_a_picture_that_moves_is_cut_off_where_enough_is_left(shown)
 def test_a_logo_over_a_picture_that_stands_is_left(shown):
     for seed in range(6):
         assert find_crop(shown(Shot(930 + seed, 2.0, overlay=True)), DEFAULT).reason == ""
+
+
+@pytest.mark.parametrize("size", [(2, 2), (5, 7), (33, 33)])
+def test_small_and_odd_pictures_get_even_sizes(size: tuple[int, int]):
+    draws = np.random.default_rng(1)
+    crop = find_crop(draws.integers(0, 256, (8, *size, 3), np.uint8), DEFAULT)
+    assert crop == Crop(0, 0, size[1] // 2 * 2, size[0] // 2 * 2, "")
