@@ -59,6 +59,14 @@ SHORT: dict[str, list[str]] = {
     "train -m my.yaml": [*SMALL, "dry_run=true"],
     "train my_project/train.py": [*SMALL, "train.steps=1", "sample.every=0"],
     "sample": ["--steps", "1"],
+    "prep run": [
+        "workers=1",
+        "scenes.detector=difference",
+        "cut.min_seconds=0.1",
+        "score.text=false",
+        "filter.keep=duration > 0",
+    ],
+    "prep status": [],
     "prep shards": ["workers=1"],
     "data index": ["workers=1"],
     "data show": [],
@@ -203,11 +211,12 @@ def write_clips(folder: Path) -> None:
 
 @pytest.fixture
 def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the README supposes: clips in my_clips, prompts in prompts.txt."""
+    """A folder with what the README supposes: clips in my_clips and my_footage, prompts in prompts.txt."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)  # a project's own file sets these two
     monkeypatch.setattr(sys, "path", [*sys.path])
     write_clips(tmp_path / "my_clips")
+    write_clips(tmp_path / "my_footage")
     (tmp_path / "prompts.txt").write_text("red circle moves left\n")
     return tmp_path
 
