@@ -12,7 +12,7 @@ from sora_train.config.sections.base import Section
 from sora_train.errors import ConfigError
 
 KEEP = "filter.keep"
-DEFAULT = "black < 0.5 and frozen < 0.5 and duplicate_frames < 0.5"
+DEFAULT = "black < 0.5 and frozen < 0.5"
 
 
 class FilterConfig(Section):
@@ -37,10 +37,9 @@ def filter(rows: pa.Table, settings: FilterConfig, workspace: Workspace) -> pa.T
     """
     wanted = conditions(settings.keep, KEEP)
     living = pc.equal(rows["drop_reason"], "")
-    if settings.keep == DEFAULT:
-        wanted = tuple(one for one in wanted if set(one.columns) <= set(rows.schema.names))
-    for condition in wanted if settings.keep != DEFAULT else ():
-        _check_is_scored(condition, rows.filter(living))
+    if settings.keep != DEFAULT:
+        for condition in wanted:
+            _check_is_scored(condition, rows.filter(living))
     reasons, details = [""] * len(rows), [""] * len(rows)
     failed = [pc.equal(condition.holds(rows), False).to_pylist() for condition in wanted]
     for number, is_living in enumerate(living.to_pylist()):
@@ -54,7 +53,7 @@ def filter(rows: pa.Table, settings: FilterConfig, workspace: Workspace) -> pa.T
 
 
 def _columns(settings: FilterConfig) -> tuple[str, ...]:
-    """The columns that the user's condition names, which a stage before must give."""
+    """The columns that the condition names, which a stage before must give."""
     wanted = conditions(settings.keep, KEEP)
     return tuple(dict.fromkeys(name for condition in wanted for name in condition.columns))
 
@@ -79,5 +78,5 @@ STAGE = Stage(
     adds=pa.schema([]),
     whole=True,
     is_filter=True,
-    reads_also=lambda settings: _columns(settings) if settings.keep != DEFAULT else (),
+    reads_also=_columns,
 )
