@@ -13,7 +13,7 @@ import numpy as np
 from data_prep.dedup.volume import SIDE, TIMES
 
 # Gray levels squared: what codecs change in a value of a volume.
-NOISE = 0.3
+NOISE = 1.0
 BLUR = 0.2
 CHANNELS = 4
 _STEPS = 8
@@ -146,16 +146,20 @@ def _taps(scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 @cache
-def _time_shifts() -> np.ndarray:
-    """float32 (shifts, TIMES, TIMES): the weights that move the beginning and the end of a clip in time."""
+def _time_shifts() -> list[tuple[np.ndarray, slice]]:
+    """Ways to move the beginning and the end of a clip in time: float64 (times, TIMES), the weights for the times at
+    which it then shows anything, and these times."""
     offsets = np.linspace(-_MOST_TIME_SHIFT, _MOST_TIME_SHIFT, _TIME_STEPS)
     at = (np.arange(TIMES) + 0.5) / TIMES
     found = []
     for begin in offsets:
         for end in offsets:
-            where = np.clip((at * TIMES - 0.5) + begin * (1 - at) + end * at, 0, TIMES - 1)
-            found.append(np.clip(1 - np.abs(where[:, None] - np.arange(TIMES)), 0, None))
-    return np.array(found, np.float32)
+            where = (at * TIMES - 0.5) + begin * (1 - at) + end * at
+            shown = np.flatnonzero((where > -0.3) & (where < TIMES - 0.7))
+            where = np.clip(where[shown], 0, TIMES - 1)
+            weights = np.clip(1 - np.abs(where[:, None] - np.arange(TIMES)), 0, None)
+            found.append((weights, slice(shown[0], shown[-1] + 1)))
+    return found
 
 
 def _apart(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -163,7 +167,7 @@ def _apart(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
     Of the pictures only what is no even slope counts: skies and walls have that in common.
     """
-    values = mask.sum((1, 2)) * TIMES
+    count = mask.sum((1, 2))
     a, b = ((v * mask[:, None]).reshape(len(v), TIMES, -1).astype(np.float64) for v in (a, b))
     aa, ab, bb = a @ a.transpose(0, 2, 1), a @ b.transpose(0, 2, 1), b @ b.transpose(0, 2, 1)
     slopes = _slopes(mask)
@@ -171,10 +175,11 @@ def _apart(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> np.ndarray:
     still = aa - on_a @ on_a.transpose(0, 2, 1), bb - on_b @ on_b.transpose(0, 2, 1)
     still_ab = ab - on_a @ on_b.transpose(0, 2, 1)
     lowest = np.full(len(a), np.inf)
-    for shift in _time_shifts():
-        means = (shift @ still[0] @ shift.T, shift @ still_ab, still[1])
-        of_means = _ratio(*(v.mean((1, 2)) * TIMES for v in means), values)
-        changes = (shift @ aa @ shift.T, shift @ ab, bb)
+    for shift, at in _time_shifts():
+        values = count * len(shift)
+        means = (shift @ still[0] @ shift.T, shift @ still_ab[:, :, at], still[1][:, at, at])
+        of_means = _ratio(*(v.mean((1, 2)) * len(shift) for v in means), values)
+        changes = (shift @ aa @ shift.T, shift @ ab[:, :, at], bb[:, at, at])
         of_changes = _ratio(*map(_about_mean, changes), values)
         lowest = np.minimum(lowest, np.maximum(of_means, of_changes))
     return lowest
@@ -182,7 +187,7 @@ def _apart(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def _about_mean(products: np.ndarray) -> np.ndarray:
     """(pairs,): the sum of products of what two clips are beside their means over time, of all times' products."""
-    return np.trace(products, axis1=1, axis2=2) - products.mean((1, 2)) * TIMES
+    return np.trace(products, axis1=1, axis2=2) - products.mean((1, 2)) * products.shape[1]
 
 
 def _slopes(mask: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ DUPLICATE = "duplicate"
 class DedupConfig(Section):
     """`dedup:`"""
 
-    distance: float = Field(0.3, ge=0, le=1)
+    distance: float = Field(0.25, ge=0, le=1)
     """The largest distance between fingerprints of copies: 0 for the same picture at every time, about 1 for two that
     have nothing in common."""
     embedding: str = ""

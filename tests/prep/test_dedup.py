@@ -352,7 +352,7 @@ def synthetic(count: int, draws: np.random.Generator) -> np.ndarray:
         fields /= fields.std((2, 3), keepdims=True)
         still = fields[:, :1] * draws.uniform(15, 50, (size, 1, 1, 1))
         moving = np.einsum("ct,ncyx->ntyx", waves, fields[:, 1:])
-        moving *= draws.uniform(0.5, 8, (size, 1, 1, 1))
+        moving *= draws.uniform(1.5, 8, (size, 1, 1, 1))
         made[begin : begin + size] = np.clip(still + moving + 120, 0, 255)
     return made
 
