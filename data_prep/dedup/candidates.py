@@ -17,12 +17,12 @@ from data_prep.dedup.alignment import cosines
 from data_prep.dedup.volume import SIDE, TIMES, shares
 
 BANDS, BITS = 24, 16
-NEIGHBOURS = 12
+NEIGHBOURS = 8
 """How many of those that share a band a clip meets, in the order of a finer hash."""
 MOST_APART = 0.55
 """Of coarse parts, as `alignment.distances` counts it; copies whose border was cut off come to 0.3."""
-MOST_BITS = 115
-"""Of the BANDS * BITS that two may differ in, a cosine of about 0.6."""
+MOST_BITS = 90
+"""Of the BANDS * BITS that two may differ in, a cosine of about 0.7."""
 # Gray levels squared: what codecs change in slow parts of a clip that stands still.
 _NOISE = 4.0
 _TIMES, _SIDES = 4, 6
@@ -94,14 +94,17 @@ def _pairs(
     count = int(owner.max()) + 1 if len(owner) else 1
     for band in range(BANDS):
         order = np.lexsort((owner, bands[(band + 1) % BANDS], bands[band]))
-        code = bands[band][order]
+        code, sorted_words = bands[band][order], words[order]
         for away in range(1, NEIGHBOURS + 1):
             same = np.flatnonzero(code[away:] == code[:-away])
             if not len(same):
                 break
+            # Half the bits tell most strangers apart.
+            for part, most in ((np.s_[::2], MOST_BITS * 0.65), (np.s_[:], MOST_BITS)):
+                differ = sorted_words[same, part] ^ sorted_words[same + away, part]
+                same = same[np.bitwise_count(differ).sum(1) <= most]
             left, right = order[same], order[same + away]
-            alike = np.bitwise_count(words[left] ^ words[right]).sum(1) <= MOST_BITS
-            apart = alike & (owner[left] != owner[right])
+            apart = owner[left] != owner[right]
             left, right = left[apart], right[apart]
             close = near(left, right)
             left, right = left[close], right[close]
