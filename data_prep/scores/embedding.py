@@ -59,7 +59,9 @@ def _through(layers: Sequence[tuple[Any, Any]], values: Any) -> Any:
 @cache
 def _clip(folder: str) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = Path(folder).expanduser()
     try:
         model = CLIPModel.from_pretrained(path, local_files_only=True)

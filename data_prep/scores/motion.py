@@ -37,10 +37,12 @@ class Motion:
         seconds = frame.time - before.time
         found = fit(before.grey, frame.grey, seconds)
         flow = _flow().calc(before.grey, frame.grey, None)
-        rest = flow - found.flow(*frame.grey.shape) if found else flow
-        self._speeds.append((seconds, _speed(flow, seconds), _speed(rest, seconds)))
+        speed = rest = _speed(flow, seconds)
         if found:
             self._fits.append(found)
+            # A camera that stands is fitted with a little noise, which is no movement of things.
+            rest = min(speed, _speed(flow - found.flow(*frame.grey.shape), seconds))
+        self._speeds.append((seconds, speed, rest))
 
     def scores(self) -> dict[str, Any]:
         camera, strength = camera_of(self._fits)

@@ -124,7 +124,7 @@ def test_footage_is_named_by_the_camera_that_filmed_it(camera, tmp_path):
     assert found["camera"] == camera
     if camera == "static":
         assert found["camera_strength"] < STILL / 4
-        assert found["object_motion"] == pytest.approx(found["motion"], rel=0.1)
+        assert 0.9 * found["motion"] < found["object_motion"] <= found["motion"]
     elif camera != "shake":
         assert found["object_motion"] < 0.6 * found["motion"]
         assert found["motion_smoothness"] > 0.9
@@ -167,9 +167,7 @@ def test_smoothness_is_one_of_even_speed_and_zero_of_every_other_frame():
 @pytest.mark.slow
 def test_cameras_of_unseen_footage(tmp_path):
     names = {
-        (camera, seed): 600 + 37 * seed + n
-        for n, camera in enumerate(CAMERAS)
-        for seed in range(20)
+        (camera, seed): 600 + 37 * seed + n for n, camera in enumerate(CAMERAS) for seed in range(8)
     }
     wrong = []
     for (camera, seed), number in names.items():
