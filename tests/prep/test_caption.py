@@ -501,6 +501,13 @@ def test_a_budget_is_passed_by_no_more_than_the_calls_in_flight(
     assert [row["caption"] for row in again] == [row["caption"] for row in found]
 
 
+def test_a_budget_ends_the_tries_of_a_clip(workspace: Workspace) -> None:
+    with endpoint(lambda number, body: completion("no")) as served:
+        row = run(table(1, workspace), asked(served, max_tokens_total=2000), workspace)[0]
+        assert len(served.bodies) == 2
+    assert row["later_reason"] == "caption_budget"
+
+
 def test_no_budget_is_kept_where_usage_is_not_told(workspace: Workspace) -> None:
     silent = json.loads(completion(GOOD)[2])
     del silent["usage"]
