@@ -10,7 +10,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.footage import CAMERAS, Shot
-from data_prep.scores.camera import STILL, WORDS, Fit, camera_of, fit
+from data_prep.scores.camera import (
+    OUTLIER_PIXELS,
+    STILL,
+    WORDS,
+    Fit,
+    _corners,
+    _tracked,
+    camera_of,
+    fit,
+)
 from data_prep.scores.motion import Motion, smoothness
 from data_prep.scores.passing import SHORT_SIDE, SmallFrame
 from tests.prep.scored import filmed, only
@@ -155,6 +164,25 @@ def test_motion_counts_short_sides_a_second():
     assert found["object_motion"] < 0.15 * found["motion"]
     assert found["motion_smoothness"] > 0.97
     assert found["camera_strength"] == pytest.approx(6 * 8 / SHORT_SIDE, rel=0.01)
+
+
+def test_where_nothing_moves_it_does_not_do_so_evenly():
+    motion = Motion()
+    for number in range(5):
+        motion.see(still_frame(scene(), number / 8))
+    found = motion.scores()
+    assert found["motion"] < 1e-3 and found["motion_smoothness"] is None
+    assert found["camera"] == "static"
+
+
+def test_points_that_are_covered_are_known_to_be_lost():
+    before, after = scene(), scene()
+    after[:, 128:] = scene(1)[:, 128:]
+    points = _corners(before)
+    _, error = _tracked(before, after, points)
+    is_covered = points[:, 0, 0] > 140
+    assert (error[~is_covered & (points[:, 0, 0] < 116)] < 0.1).all()
+    assert (error[is_covered] > OUTLIER_PIXELS).mean() > 0.5
 
 
 def test_smoothness_is_one_of_even_speed_and_zero_of_every_other_frame():
