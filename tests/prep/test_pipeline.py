@@ -22,7 +22,7 @@ from data_prep.command import prepare, status
 from data_prep.ledger import Ledger, Unfinished, digest_of
 from data_prep.pipeline import bound_stages, stages_of
 from data_prep.settings import parse
-from data_prep.stage import DROPS, OF_ROW, Stage, Workspace
+from data_prep.stage import DROPS, OF_ROW, Stage, Workspace, _code_version
 from sora_train.config.sections.base import Section
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import ConfigError, Fault, UserError
@@ -91,6 +91,7 @@ def stage_file(tmp_path: Path) -> Path:
 
 
 def run(footage: Path, out: Path, stage_file: Path, *more: str) -> pa.Table:
+    _code_version.cache_clear()  # as in a process of its own
     prepare([f"input={footage}", f"output={out}", f"stages=[{stage_file}]", *LIGHT, *more])
     return table_of(out, stage_file, *more, footage=footage)
 
@@ -136,8 +137,6 @@ def test_the_code_of_a_stage_is_part_of_its_results_address(stage_file: Path):
     before = stages_of([str(stage_file)])[1]
     assert before.name == "mine"
     first = before.address(before.config())
-    from data_prep.stage import _code_version
-
     _code_version.cache_clear()
     stage_file.write_text(STAGE_OF.replace("length * settings.factor", "length + settings.factor"))
     assert before.address(before.config()) != first
