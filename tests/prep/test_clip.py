@@ -222,6 +222,7 @@ def test_shards_are_written_once_and_anew_where_something_changed(film: Path, tm
     (out / "manifest.parquet").unlink()
     shard.shard(rows, shard.ShardConfig(), Workspace(out))
     assert (out / "shard-000000.tar").read_bytes() == first[1], "equal clips give equal bytes"
+    assert len(Manifest.load(out / "manifest.parquet")) == 3
     shard.shard(rows.slice(0, 1), shard.ShardConfig(), Workspace(out))
     assert len(Manifest.load(out / "manifest.parquet")) == 1
     (Workspace(out).files / rows["file"][1].as_py()).unlink()
