@@ -9,10 +9,11 @@ from pathlib import Path
 
 from data_prep.sources.curated import is_curated, list_curated
 from data_prep.sources.source import Source, file_source
-from data_prep.sources.tables import list_names, list_table
+from data_prep.sources.tables import list_names, list_table, said_of
 from sora_train.data.captions.tables import TABLE_SUFFIXES
 from sora_train.data.index.kinds import media_kind
 from sora_train.data.index.listing import Member, list_source
+from sora_train.data.index.walk import plain
 from sora_train.data.storage.remote import expand, filesystem, is_remote
 from sora_train.errors import UserError
 
@@ -81,7 +82,23 @@ def _folder(path: Path, captions: str, follow_links: bool) -> list[Source]:
         raise UserError(words) from error
     root = os.path.realpath(path)
     sources = [_of_member(member, listed.root) for member in listed.members]
+    if table := _table_of(path, captions):
+        said = said_of(table, path)
+        nothing = ("", "")
+        sources = [
+            replace(source, licence=licence, provenance=provenance)
+            for source in sources
+            for licence, provenance in [said.get(plain(source.key), nothing)]
+        ]
     return sources if follow_links else [_inside(source, root) for source in sources]
+
+
+def _table_of(folder: Path, captions: str) -> Path | None:
+    """The table of captions of a folder, given or in it."""
+    if captions:
+        return Path(captions).expanduser()
+    there = (folder / f"captions{suffix}" for suffix in TABLE_SUFFIXES)
+    return next((path for path in there if path.exists()), None)
 
 
 def _inside(source: Source, root: str) -> Source:

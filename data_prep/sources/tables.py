@@ -13,7 +13,7 @@ from data_prep.sources.source import Source, file_source
 from sora_train.data.captions.rows import CAPTION_COLUMNS, FILE_COLUMNS, Row, folded
 from sora_train.data.captions.tables import READERS, BadValue, file_of, texts_of
 from sora_train.data.captions.texts import dumped
-from sora_train.data.index.walk import existing
+from sora_train.data.index.walk import existing, plain
 from sora_train.data.storage.remote import is_remote
 from sora_train.errors import UserError
 
@@ -42,6 +42,23 @@ def list_table(path: Path) -> list[Source]:
         raise UserError(f"{path} cannot be read as a {suffix[1:]} table: {error}") from error
 
 
+def said_of(path: Path, root: Path) -> dict[str, tuple[str, str]]:
+    """(licence, provenance) of the files below `root` that a table of captions names, by their names."""
+    said = {}
+    for row in READERS[path.suffix.lower()](path):
+        try:
+            name = plain(file_of(row), root)
+        except BadValue:
+            continue  # the listing tells of it
+        said[name] = _said({folded(column): value for column, value in row.values.items()})
+    return said
+
+
+def _said(columns: Mapping[str, object]) -> tuple[str, str]:
+    told = {name: str(value) for name, value in columns.items() if _is_told(name, value)}
+    return _text(columns, LICENCE_COLUMNS), dumped(told)
+
+
 def list_names(path: Path) -> list[Source]:
     """The sources of a text file with a path or address a line; lines that begin with `#` are left out."""
     lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -61,7 +78,7 @@ def _of_row(row: Row, root: Path) -> Source:
     fault = texts.fault or begin_fault or end_fault
     if begin is not None and end is not None and begin >= end:
         fault = fault or f"its range {begin:g} to {end:g} s is empty"
-    told = {name: value for name, value in columns.items() if _is_told(name, value)}
+    licence, provenance = _said(columns)
     is_part = begin is not None or end is not None
     if is_part:
         source = replace(
@@ -73,8 +90,8 @@ def _of_row(row: Row, root: Path) -> Source:
         source,
         given_caption=texts.caption,
         given_captions=texts.captions,
-        licence=_text(columns, LICENCE_COLUMNS),
-        provenance=dumped({name: str(value) for name, value in told.items()}),
+        licence=licence,
+        provenance=provenance,
         range_begin=begin,
         range_end=end,
     )

@@ -35,6 +35,19 @@ def test_a_folder_lists_its_footage_in_order_with_captions(footage: Path):
     assert [one.length for one in sources] == [15, 15, 21, 20]
 
 
+def test_what_a_folders_table_says_goes_with_its_files(footage: Path):
+    row = {"file": "./day 1/c.mkv", "caption": "a sea", "licence": "CC-BY", "camera": "X100"}
+    (footage / "captions.jsonl").write_text(json.dumps(row))
+    found = {one.key: one for one in list_sources(str(footage))}
+    sea = found["day 1/c.mkv"]
+    assert (sea.given_caption, sea.licence, sea.provenance) == (
+        "a sea",
+        "CC-BY",
+        '{"camera": "X100"}',
+    )
+    assert found["b.mp4"].licence == "" and found["b.mp4"].given_caption == "a boat"
+
+
 def test_stamp_changes_with_the_bytes(footage: Path):
     before = list_sources(str(footage))
     (footage / "b.mp4").write_bytes(b"y" * before[1].length)
