@@ -279,6 +279,8 @@ def test_a_run_is_not_hurt_by_its_own_entries(tmp_path: Path) -> None:
         assert run(first, "/runs/one", index=str(index)) == one
         assert run(second, "/runs/two", index=str(index)) == two
     assert files(index) == before and len(before) == 2
+    anew = [one | {"digest": f"another encoding of {one['key']}"} for one in first]
+    assert kept(run(anew, "/runs/one", index=str(index))) == {"a", "b"}
     # Another rows' run of the same name leaves only what it keeps now.
     more = [*first, row("c", fingerprint=volume(9))]
     assert kept(run(more, "/runs/one", index=str(index))) == {"a", "b", "c"}

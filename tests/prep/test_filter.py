@@ -134,6 +134,9 @@ def test_a_comparison_with_a_missing_value_keeps() -> None:
     rows = [row(a=None), row(a=math.nan), row(a=0.5), row(a=5.0)]
     for keep in ("a < 1", "not a >= 1", "a + 1 < 2", "a in (0.5, 0.75)", "abs(a) < 1"):
         assert [reason for reason, _ in filtered(keep, rows)] == ["", "", "", keep]
+    known = [row(a=0.0, b=0.0)]
+    assert filtered("max(a, b) > 1", [row(a=0.0), *known])[0][0] == ""
+    assert filtered("not (a > 1 or b > 2)", [row(a=5.0), *known])[0][0] != ""
     assert [r for r, _ in filtered("a < 1 and b > 2", [row(a=3.0), row(b=3.0)])] == ["a < 1", ""]
     assert [r for r, _ in filtered("a > 1 or b > 2", [row(a=0.0), row(a=0.0, b=1.0)])] == [
         "",
