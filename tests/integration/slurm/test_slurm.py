@@ -15,6 +15,7 @@ import pytest
 import torch
 from cluster import Cluster, missing, until
 
+from benchmarks.footage import Shot, footage, write_footage
 from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.monitoring.metrics import is_clocked, read_metrics
@@ -237,3 +238,28 @@ def test_a_sweep_is_an_array(cluster: Cluster, tmp_path: Path) -> None:
     assert ended(cluster, alone) == "COMPLETED", logs(tmp_path)
     assert rows(tmp_path / "swept/seed=1") == rows(tmp_path / "alone")
     assert rows(tmp_path / "swept/seed=0") != rows(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_array_prepares_footage_as_one_process_does(cluster: Cluster, tmp_path: Path) -> None:
+    from data_prep.command import prepare
+
+    (tmp_path / "films").mkdir()
+    for number in range(3):
+        shots = [Shot(seed=10 * number + n, seconds=1.0, camera="pan_right") for n in range(2)]
+        film = footage(shots, height=72, width=128, fps=12)
+        write_footage(film, tmp_path / f"films/{number}.mp4")
+    settings = [
+        f"input={tmp_path}/films", "workers=1", "sample=0", "scenes.detector=difference", "cut.min_seconds=0.5",
+        "score.text=false", "score.faces=false", "score.nsfw=false", "score.brisque=false", "caption.by=template",
+        "caption.template={camera} shot",
+    ]  # fmt: skip
+    out = tmp_path / "array/out"
+    told = cluster.run(
+        str(REPO / "launch/prep_array.sh"), "2", *settings, f"output={out}", cwd=tmp_path
+    )
+    assert ended(cluster, told.split()[-1], 500) == "COMPLETED", logs(tmp_path)
+    prepare([*settings, f"output={tmp_path}/here/out"])
+    for name in ("manifest.parquet", "shard-000000.tar"):
+        assert (out / name).read_bytes() == (tmp_path / "here/out" / name).read_bytes()
