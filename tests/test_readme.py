@@ -62,9 +62,9 @@ SHORT: dict[str, list[str]] = {
     "prep run": [
         "workers=1",
         "scenes.detector=difference",
-        "cut.min_seconds=0.1",
+        "cut.min_seconds=1",
         "score.text=false",
-        "filter.keep=duration > 0",
+        "filter.keep=frames > 0",
     ],
     "prep status": [],
     "prep shards": ["workers=1"],
@@ -209,6 +209,18 @@ def write_clips(folder: Path) -> None:
     (folder / "captions.jsonl").write_text("\n".join(rows))
 
 
+def write_footage(folder: Path) -> None:
+    """Films in which a ramp of grey moves, each with its caption."""
+    folder.mkdir()
+    for number in range(3):
+        ramp = (np.arange(64)[None] * (2 + number) + np.arange(24)[:, None] * 5)[
+            :, None, :, None
+        ] % 256
+        frames = np.broadcast_to(ramp, (24, 48, 64, 3)).astype(np.uint8)
+        encode_h264(np.ascontiguousarray(frames), 8, folder / f"film-{number}.mp4")
+        (folder / f"film-{number}.txt").write_text(f"a ramp of grey, number {number}")
+
+
 @pytest.fixture
 def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the README supposes: clips in my_clips and my_footage, prompts in prompts.txt."""
@@ -216,7 +228,7 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "argv", sys.argv)  # a project's own file sets these two
     monkeypatch.setattr(sys, "path", [*sys.path])
     write_clips(tmp_path / "my_clips")
-    write_clips(tmp_path / "my_footage")
+    write_footage(tmp_path / "my_footage")
     (tmp_path / "prompts.txt").write_text("red circle moves left\n")
     return tmp_path
 

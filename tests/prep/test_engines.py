@@ -51,6 +51,7 @@ def undisturbed(films: Path, tmp_path_factory) -> dict[str, str]:
     return shards
 
 
+@pytest.mark.slow
 def test_parts_of_an_array_give_the_same_shards(films: Path, tmp_path: Path, undisturbed):
     for part in ("2/2", "1/2", "1/2", "2/2", "2/2", "1/2"):
         prepare(given(films, tmp_path, f"part={part}"))

@@ -308,6 +308,7 @@ def test_a_damaged_file_of_the_ledger_is_computed_again(
     assert run(footage, out, stage_file).equals(table) and len(calls_of(out)) == 8
 
 
+@pytest.mark.slow
 def test_joined_files_hold_the_same(footage: Path, tmp_path: Path, stage_file: Path, monkeypatch):
     out = tmp_path / "out"
     table = run(footage, out, stage_file)
