@@ -64,6 +64,8 @@ def mixed(
     around = _halfway(coarse, NEAR)[2] / NEAR
     best, best_half = np.full(count, np.inf), np.zeros(count, np.int64)
     for half in sorted({max(2, round(seconds * rate)) for seconds in HALVES}):
+        if count <= 2 * half:
+            break  # no sample has so many before and behind it
         variance, error, apart = _halfway(coarse, half)
         passes = (variance <= most_variance) & (error <= most_error) & (apart >= LEAST_APART)
         passes &= around >= LEAST_SPEED * apart / half

@@ -16,6 +16,7 @@ from data_prep.scenes.transnet import probabilities
 from data_prep.stage import Workspace
 from data_prep.stages.probe import ProbeConfig, probe
 from data_prep.stages.scenes import ScenesConfig, scenes
+from sora_train.data.decode.video_io import encode_h264
 from tests.unit.clip_files import write_timed
 
 SOURCE = {"kind": "video", "offset": 0, "range_begin": None, "range_end": None}
@@ -201,3 +202,12 @@ def test_differences_find_nothing_in_one_scene(real_videos: Path):
 @pytest.mark.slow
 def test_the_network_finds_nothing_in_one_scene(real_videos: Path):
     assert_one_scene(real_videos, "joined")
+
+
+@pytest.mark.parametrize("detector", ["difference", "pyscenedetect"])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 11, 14, 20])
+def test_the_shortest_sources_have_no_transitions(tmp_path: Path, count: int, detector: str):
+    moving = (np.arange(count)[:, None, None, None] * 3 + np.arange(64)[:, None]) % 256
+    frames = np.broadcast_to(moving, (count, 32, 64, 3)).astype(np.uint8)
+    encode_h264(np.ascontiguousarray(frames), 12, tmp_path / "short.mp4")
+    assert transitions_in(tmp_path / "short.mp4", detector=detector) == []
