@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sentences import refuses
 
 from data_prep.calls import checked
+from data_prep.media.crop import CropConfig
 from data_prep.media.made import MADE, columns_of
 from data_prep.sources.listing import list_sources
 from data_prep.stage import Workspace
@@ -27,7 +28,7 @@ from sora_train.data.manifest import Manifest
 from sora_train.errors import Fault
 
 FPS = 12.0
-NO_CROP = clip.ClipConfig()
+NO_CROP = clip.ClipConfig(crop=CropConfig(bars=False, watermarks=False))
 
 
 def numbered(count: int, height: int = 48, width: int = 64) -> np.ndarray:
