@@ -75,7 +75,7 @@ def stages(folder: Path, seconds: float, work: Path) -> list[str]:
     return lines
 
 
-def workers(folder: Path, work: Path, turns: int = 3) -> list[str]:
+def workers(folder: Path, work: Path, turns: int = 2) -> list[str]:
     """How much faster two workers are than one, the commands whole, in turns."""
     spent: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(turns):
