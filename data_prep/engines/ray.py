@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,6 +26,7 @@ from data_prep.stage import Workspace, load_stage
 from sora_train.base.progress import Progress
 from sora_train.errors import UserError
 
+REACH_SECONDS = 10.0
 ROW, ORIGIN, LATER = "row", "origin", "later"
 """Columns of what streams: a row as bytes, the number of the row that it came of, and what failed for now only."""
 
@@ -40,6 +42,7 @@ class RayCluster(Engine):
             raise UserError(
                 "engine=ray needs Ray; install it with `pip install 'sora_train[prep]'`"
             ) from error
+        _require_reachable(address)
         self._ray: Any = ray
         self.out, self.memory_gb = out, memory_gb
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -123,6 +126,20 @@ class RayCluster(Engine):
                 "node with one"
             )
         return int(there / bound.stage.gpus)
+
+
+def _require_reachable(address: str) -> None:
+    """Raises UserError where nobody listens at HOST:PORT: Ray itself would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return  # `auto`, or none
+    try:
+        socket.create_connection((host, int(port)), REACH_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"address={address}: no Ray cluster can be reached there ({error}); start one with `ray start --head`, or "
+            "give HOST:PORT of one"
+        ) from error
 
 
 class StageActor:

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from sentences import refuses
 
 from benchmarks.footage import Shot, footage, write_footage
 from data_prep.command import prepare
+from sora_train.errors import UserError
 
 LIGHT = [
     "scenes.detector=difference", "score.text=false", "score.faces=false", "score.nsfw=false", "score.brisque=false",
@@ -57,6 +59,12 @@ def test_parts_of_an_array_give_the_same_shards(films: Path, tmp_path: Path, und
         prepare(given(films, tmp_path, f"part={part}"))
     prepare(given(films, tmp_path))
     assert shards_of(tmp_path / "prep_out") == undisturbed
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nobody.invalid:6379", "127.0.0.1:port"])
+def test_a_ray_cluster_that_is_not_there_is_told_at_once(films: Path, tmp_path: Path, address: str):
+    with refuses(UserError, address, "ray start --head"):
+        prepare(given(films, tmp_path, "engine=ray", f"address={address}"))
 
 
 def kill_at_random(arguments: list[str], draws: random.Random, most: float) -> bool:
