@@ -89,8 +89,10 @@ def scenes_of(parts: Sequence[Row], settings: CutConfig) -> Iterator[Times]:
     begin = end = parts[0]["part_begin"]
     for part in parts:
         if part["part_begin"] > end + 1e-6:
-            yield begin, end
-            begin = part["part_begin"]
+            if end > begin:
+                yield begin, end
+            # A dissolve of the part before may reach over the missing one.
+            begin = max(begin, part["part_begin"])
         for found in part["transitions"]:
             beside = 0.0 if found["kind"] == "cut" else margin
             if found["begin"] - beside > begin:

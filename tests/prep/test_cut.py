@@ -135,6 +135,13 @@ def test_a_longest_clip_shorter_than_two_of_the_shortest_is_refused():
         validated(CutConfig, {"max_seconds": 3.0})
 
 
+def test_a_dissolve_that_reaches_over_a_missing_part_is_in_no_clip():
+    cuts = cut(
+        part(0.0, 2.0, (1.5, 3.5, "dissolve")), dropped(2.0, 3.0), part(3.0, 8.0), margin_frames=0
+    )
+    assert times([row for row in cuts if not row["drop_reason"]]) == [(3.5, 8.0)]
+
+
 @st.composite
 def sources(draw: st.DrawFn) -> list[dict]:
     rows = []
