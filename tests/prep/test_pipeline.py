@@ -69,7 +69,8 @@ def mine(rows, settings, workspace):
 
 
 STAGE = Stage(name="mine", run=mine, config=MineConfig, adds=pa.schema([("much", pa.int64())]),
-              reads=("stamp",), seconds=lambda row, settings: 4.0 if row["key"] == "spin.mp4" else 120.0, after="ingest")
+              seconds=lambda row, settings: 4.0 if row["key"] == "spin.mp4" else 120.0,
+              reads=("stamp",), after="ingest")
 '''
 
 
