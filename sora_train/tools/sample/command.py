@@ -1,13 +1,12 @@
-"""`sora sample`: its flags and help, what they mean as values, and the clips."""
+"""`sora sample`: its help, and the clips."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from sora_train.base.text import NotText, lines_of, read_text, require_text
 from sora_train.errors import UserError
+from sora_train.tools.sample import flags
 from sora_train.tools.terminal import AdapterBase, Adapters, AnyBase, ProjectFile
 
 if TYPE_CHECKING:
@@ -15,106 +14,35 @@ if TYPE_CHECKING:
     from sora_train.sampling.operations import SampleRequest
     from sora_train.training.recipe import Recipe
 
-Ckpt = Annotated[str, typer.Option(help="A run folder, or RUN@STEP for an older checkpoint.")]
-Weights = Annotated[
-    str,
-    typer.Option("--ema", metavar="TAG", help="Another average, one of ema.more: 0.9999; or live."),
-]
-Out = Annotated[Path, typer.Option(help="Folder for the mp4 files and the contact sheet.")]
-Prompt = Annotated[list[str] | None, typer.Option(help="What to show; may be given several times.")]
-Prompts = Annotated[Path | None, typer.Option(help="A text file with one prompt a line.")]
-NegativePrompt = Annotated[str, typer.Option(help="What guidance leads away from.")]
-Op = Annotated[
-    str,
-    typer.Option(
-        help="What to make: t2v, t2i, i2v, extend, extend-back, infill, connect, loop or edit."
-    ),
-]
-Image = Annotated[Path | None, typer.Option(help="The image a clip begins with.")]
-LastImage = Annotated[Path | None, typer.Option(help="The image a clip ends with.")]
-Video = Annotated[
-    list[Path] | None, typer.Option(help="The video to work on; twice for --op connect.")
-]
-FramesGiven = Annotated[
-    int | None, typer.Option(min=1, help="Frames taken from each video, at the clip's rate.")
-]
-Gap = Annotated[
-    str | None, typer.Option(metavar="A:B", help="Frames A to B - 1 are made anew (infill).")
-]
-Strength = Annotated[
-    str | None,
-    typer.Option(
-        metavar="S[,S...]",
-        help="How much an edit changes, 0 to 1; several are spread over the clip.",
-    ),
-]
-ConditionNoise = Annotated[
-    float, typer.Option(min=0, max=1, help="Noise level at which given frames are shown.")
-]
-Size = Annotated[
-    str | None, typer.Option(metavar="WxH", help="Pixels; as in training if left out.")
-]
-Frames = Annotated[
-    int | None, typer.Option(min=1, help="Frames of a clip, given ones too; as in training.")
-]
-Fps = Annotated[
-    float | None, typer.Option(help="Frames a second; those of most training clips if left out.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same clip.")]
-Steps = Annotated[
-    int | None, typer.Option(min=1, help="Solver steps; those of the run if left out.")
-]
-Solver = Annotated[
-    str | None, typer.Option(help="euler, heun or unipc; that of the run if left out.")
-]
-GuidanceScale = Annotated[float | None, typer.Option(min=1, help="1 switches guidance off.")]
-GuidanceScale2 = Annotated[
-    float | None, typer.Option(min=0, help="That of the low-noise expert, of a model of two.")
-]
-OtherExpert = Annotated[
-    str,
-    typer.Option(metavar="RUN", help="The run of the other expert, where --ckpt holds one of two."),
-]
-ConditionScale = Annotated[
-    float | None, typer.Option(min=0, help="Guidance by the given frames; 1 switches it off.")
-]
-GuidanceInterval = Annotated[
-    str | None, typer.Option(metavar="A:B", help="Guide only at noise levels from A to B.")
-]
-GuidanceRescale = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Share of guidance's extra contrast taken back.")
-]
-Num = Annotated[int, typer.Option(min=1, help="Clips a prompt.")]
-
 
 def sample(
-    ckpt: Ckpt,
-    out: Out = Path("samples"),
-    prompt: Prompt = None,
-    prompts: Prompts = None,
-    negative_prompt: NegativePrompt = "",
-    op: Op = "t2v",
-    image: Image = None,
-    last_image: LastImage = None,
-    video: Video = None,
-    frames_given: FramesGiven = None,
-    gap: Gap = None,
-    strength: Strength = None,
-    condition_noise: ConditionNoise = 0.0,
-    size: Size = None,
-    frames: Frames = None,
-    fps: Fps = None,
-    seed: Seed = 0,
-    steps: Steps = None,
-    solver: Solver = None,
-    guidance_scale: GuidanceScale = None,
-    guidance_scale_2: GuidanceScale2 = None,
-    condition_scale: ConditionScale = None,
-    guidance_interval: GuidanceInterval = None,
-    guidance_rescale: GuidanceRescale = None,
-    num: Num = 1,
-    ema: Weights = "ema",
-    other_expert: OtherExpert = "",
+    ckpt: flags.Ckpt,
+    out: flags.Out = Path("samples"),
+    prompt: flags.Prompt = None,
+    prompts: flags.Prompts = None,
+    negative_prompt: flags.NegativePrompt = "",
+    op: flags.Op = "t2v",
+    image: flags.Image = None,
+    last_image: flags.LastImage = None,
+    video: flags.Video = None,
+    frames_given: flags.FramesGiven = None,
+    gap: flags.Gap = None,
+    strength: flags.Strength = None,
+    condition_noise: flags.ConditionNoise = 0.0,
+    size: flags.Size = None,
+    frames: flags.Frames = None,
+    fps: flags.Fps = None,
+    seed: flags.Seed = 0,
+    steps: flags.Steps = None,
+    solver: flags.Solver = None,
+    guidance_scale: flags.GuidanceScale = None,
+    guidance_scale_2: flags.GuidanceScale2 = None,
+    condition_scale: flags.ConditionScale = None,
+    guidance_interval: flags.GuidanceInterval = None,
+    guidance_rescale: flags.GuidanceRescale = None,
+    num: flags.Num = 1,
+    ema: flags.Weights = "ema",
+    other_expert: flags.OtherExpert = "",
     adapter: Adapters = None,
     base: AdapterBase = "",
     any_base: AnyBase = False,
@@ -136,15 +64,15 @@ def sample(
 
     settings: dict[str, Any] = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale}
     settings |= {"condition_scale": condition_scale, "guidance_scale_2": guidance_scale_2}
-    settings |= {"guidance_rescale": guidance_rescale, **_interval(guidance_interval)}
+    settings |= {"guidance_rescale": guidance_rescale, **flags.interval_of(guidance_interval)}
     files = image, last_image, tuple(video or ())
-    request = SampleRequest(op, *files, frames_given, _gap(gap), _levels(strength))
+    request = SampleRequest(op, *files, frames_given, flags.gap_of(gap), flags.levels_of(strength))
     given = [require_text(text, "--prompt") for text in prompt or []] + prompt_lines(prompts)
     options: dict[str, Any] = {"seed": seed, "num": num, "condition_noise": condition_noise}
     options["negative_prompt"] = require_text(negative_prompt, "--negative-prompt")
     adapting: dict[str, Any] = {"adapters": adapter or [], "other_expert": other_expert}
     adapting |= {"base": base, "any_base": any_base}
-    shape = _size(size), frames, fps
+    shape = flags.size_of(size), frames, fps
     asked = ckpt, ema, given, request, shape, settings, options, out, adapting, project
     print(*sample_to_folder(*asked), sep="\n")
 
@@ -248,46 +176,3 @@ def prompt_lines(path: Path | None) -> list[str]:
     if not lines:
         raise UserError(f"--prompts {path} holds no prompts; write one a line")
     return lines
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    """WxH -> (width, height)."""
-    if text is None:
-        return None
-    width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise UserError(f"--size is '{text}'; write WIDTHxHEIGHT in pixels, for example 64x48")
-    return int(width), int(height)
-
-
-def _gap(text: str | None) -> tuple[int, int] | None:
-    """A:B -> (A, B)."""
-    if text is None:
-        return None
-    first, _, end = text.partition(":")
-    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
-        raise UserError(f"--gap is '{text}'; write FIRST:END in frames, for example 5:13")
-    return int(first), int(end)
-
-
-def _levels(text: str | None) -> tuple[float, ...]:
-    """S,S,... -> numbers."""
-    try:
-        return () if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(
-            f"--strength is '{text}'; write a number from 0 to 1, or several such as 0.2,0.9"
-        ) from None
-
-
-def _interval(text: str | None) -> dict[str, float]:
-    """A:B -> the settings `guidance_from` and `guidance_to`."""
-    if text is None:
-        return {}
-    lowest, _, highest = text.partition(":")
-    try:
-        return {"guidance_from": float(lowest), "guidance_to": float(highest)}
-    except ValueError:
-        raise UserError(
-            f"--guidance-interval is '{text}'; write noise levels LOWEST:HIGHEST, for example 0.1:0.8"
-        ) from None

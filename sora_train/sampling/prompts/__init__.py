@@ -1,0 +1,1 @@
+"""What a video is to show: prompts of text or fields, storyboards, and what is made of them."""

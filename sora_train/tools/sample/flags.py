@@ -1,0 +1,122 @@
+"""The flags of `sora sample`, and what the text of some of them means."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sora_train.errors import UserError
+
+Ckpt = Annotated[str, typer.Option(help="A run folder, or RUN@STEP for an older checkpoint.")]
+Weights = Annotated[
+    str,
+    typer.Option("--ema", metavar="TAG", help="Another average, one of ema.more: 0.9999; or live."),
+]
+Out = Annotated[Path, typer.Option(help="Folder for the mp4 files and the contact sheet.")]
+Prompt = Annotated[list[str] | None, typer.Option(help="What to show; may be given several times.")]
+Prompts = Annotated[Path | None, typer.Option(help="A text file with one prompt a line.")]
+NegativePrompt = Annotated[str, typer.Option(help="What guidance leads away from.")]
+Op = Annotated[
+    str,
+    typer.Option(
+        help="What to make: t2v, t2i, i2v, extend, extend-back, infill, connect, loop or edit."
+    ),
+]
+Image = Annotated[Path | None, typer.Option(help="The image a clip begins with.")]
+LastImage = Annotated[Path | None, typer.Option(help="The image a clip ends with.")]
+Video = Annotated[
+    list[Path] | None, typer.Option(help="The video to work on; twice for --op connect.")
+]
+FramesGiven = Annotated[
+    int | None, typer.Option(min=1, help="Frames taken from each video, at the clip's rate.")
+]
+Gap = Annotated[
+    str | None, typer.Option(metavar="A:B", help="Frames A to B - 1 are made anew (infill).")
+]
+Strength = Annotated[
+    str | None,
+    typer.Option(
+        metavar="S[,S...]",
+        help="How much an edit changes, 0 to 1; several are spread over the clip.",
+    ),
+]
+ConditionNoise = Annotated[
+    float, typer.Option(min=0, max=1, help="Noise level at which given frames are shown.")
+]
+Size = Annotated[
+    str | None, typer.Option(metavar="WxH", help="Pixels; as in training if left out.")
+]
+Frames = Annotated[
+    int | None, typer.Option(min=1, help="Frames of a clip, given ones too; as in training.")
+]
+Fps = Annotated[
+    float | None, typer.Option(help="Frames a second; those of most training clips if left out.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same clip.")]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Solver steps; those of the run if left out.")
+]
+Solver = Annotated[
+    str | None, typer.Option(help="euler, heun or unipc; that of the run if left out.")
+]
+GuidanceScale = Annotated[float | None, typer.Option(min=1, help="1 switches guidance off.")]
+GuidanceScale2 = Annotated[
+    float | None, typer.Option(min=0, help="That of the low-noise expert, of a model of two.")
+]
+OtherExpert = Annotated[
+    str,
+    typer.Option(metavar="RUN", help="The run of the other expert, where --ckpt holds one of two."),
+]
+ConditionScale = Annotated[
+    float | None, typer.Option(min=0, help="Guidance by the given frames; 1 switches it off.")
+]
+GuidanceInterval = Annotated[
+    str | None, typer.Option(metavar="A:B", help="Guide only at noise levels from A to B.")
+]
+GuidanceRescale = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of guidance's extra contrast taken back.")
+]
+Num = Annotated[int, typer.Option(min=1, help="Clips a prompt.")]
+
+
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """WxH -> (width, height)."""
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise UserError(f"--size is '{text}'; write WIDTHxHEIGHT in pixels, for example 64x48")
+    return int(width), int(height)
+
+
+def gap_of(text: str | None) -> tuple[int, int] | None:
+    """A:B -> (A, B)."""
+    if text is None:
+        return None
+    first, _, end = text.partition(":")
+    if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
+        raise UserError(f"--gap is '{text}'; write FIRST:END in frames, for example 5:13")
+    return int(first), int(end)
+
+
+def levels_of(text: str | None) -> tuple[float, ...]:
+    """S,S,... -> numbers."""
+    try:
+        return () if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--strength is '{text}'; write a number from 0 to 1, or several such as 0.2,0.9"
+        ) from None
+
+
+def interval_of(text: str | None) -> dict[str, float]:
+    """A:B -> the settings `guidance_from` and `guidance_to`."""
+    if text is None:
+        return {}
+    lowest, _, highest = text.partition(":")
+    try:
+        return {"guidance_from": float(lowest), "guidance_to": float(highest)}
+    except ValueError:
+        raise UserError(
+            f"--guidance-interval is '{text}'; write noise levels LOWEST:HIGHEST, for example 0.1:0.8"
+        ) from None
