@@ -12,9 +12,9 @@ from sora_train.config.compose import compose
 from sora_train.data.index.sources import open_sources
 from sora_train.data.sample import Clip
 from sora_train.errors import UserError
+from sora_train.evaluation.quality import psnr, ssim
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import to_pixels
-from sora_train.objectives.quality import psnr, ssim
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World, pick_device
 from sora_train.tools import measuring

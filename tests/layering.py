@@ -21,6 +21,7 @@ FLOORS = (
     ("config", "device", "diffusion"),
     ("models", "monitoring"),
     ("data", "runtime"),
+    ("evaluation",),
     ("parallel", "objectives"),
     ("checkpoint",),
     ("sampling",),

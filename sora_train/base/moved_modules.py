@@ -81,7 +81,7 @@ MOVED = {
     "posterior": "objectives.posterior",
     "probe": "training.resilience.probe",
     "progress": "base.progress",
-    "quality": "objectives.quality",
+    "quality": "evaluation.quality",
     "replay": "training.outputs.step_picture",
     "replay_command": "tools.replay.replay",
     "report": "monitoring.report.report",

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from sora_train.config import Config, VaeObjectiveConfig
 from sora_train.data.sample import Clip, ClipBatch
 from sora_train.diffusion.draws import draw_noise
+from sora_train.evaluation.quality import psnr, ssim
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.lpips import Lpips
 from sora_train.objectives.adversary import Adversary
 from sora_train.objectives.base import LossTerm, Objective
 from sora_train.objectives.clips import placeholder, to_pixels
-from sora_train.objectives.quality import psnr, ssim
 from sora_train.objectives.validation import same_shape_batches
 from sora_train.runtime.control_plane import ControlPlane
 

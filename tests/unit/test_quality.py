@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.vae import run
 from sora_train.errors import UserError
-from sora_train.objectives.quality import psnr, ssim
+from sora_train.evaluation.quality import psnr, ssim
 
 
 def window_ssim(a: np.ndarray, b: np.ndarray, size: int) -> float:

@@ -16,11 +16,11 @@ from sentences import refuses, says
 from sora_train.cli import run
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError, UserError
+from sora_train.evaluation.paired import of_seeds, of_steps, student, unlike
 from sora_train.tools.sweep.axes import SweepRun
 from sora_train.tools.sweep.folder import Sweep
 from sora_train.tools.sweep.report.charts import Scale
 from sora_train.tools.sweep.report.compare import compare
-from sora_train.tools.sweep.report.paired import of_seeds, of_steps, student, unlike
 from sora_train.tools.sweep.report.rows import Row, collect
 from sora_train.training.trainer import Trainer
 

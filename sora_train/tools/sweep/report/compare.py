@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from sora_train.errors import UserError
-from sora_train.tools.sweep.report.paired import PairedDifference, of_seeds, of_steps, unlike
+from sora_train.evaluation.paired import PairedDifference, of_seeds, of_steps, unlike
 from sora_train.tools.sweep.report.rows import SEED, Row, SweepResults
 
 LOSS = "train/loss"
