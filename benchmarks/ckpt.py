@@ -18,10 +18,10 @@ from torch import Tensor
 from sora_train.checkpoint.saver import Saver
 from sora_train.checkpoint.space import MIB, bytes_of
 from sora_train.config.sections.outputs import CheckpointConfig
+from sora_train.device import measuring
+from sora_train.device.measuring import Measured, Result, Stats
 from sora_train.errors import UserError
 from sora_train.runtime.world import World, pick_device, start, stop
-from sora_train.tools import measuring
-from sora_train.tools.measuring import Measured, Result, Stats
 
 DEFAULT_OUT = Path("benchmarks/results")
 # The middle of a transformer's block: a matrix of this side, a few vectors beside it.

@@ -28,10 +28,10 @@ from sora_train.data.decode.pool import DecodePool
 from sora_train.data.index.sources import Sources
 from sora_train.data.loader import Loader
 from sora_train.data.tape.tape import Tape
+from sora_train.device.measuring import Measured, Result, Stats
 from sora_train.errors import UserError
 from sora_train.models.vae.autoencoder import read_geometry
 from sora_train.tools.data.report_plan import DataPlan
-from sora_train.tools.measuring import Measured, Result, Stats
 from sora_train.training.pipeline.plan import cost_model, memory_cap, plan
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"

@@ -23,7 +23,7 @@ from sora_train.data.decode import decord, frames, torchcodec
 from sora_train.data.decode.frames import BadClip, DecodeRequest
 from sora_train.data.decode.probe import ProbeRequest, probe_video
 from sora_train.data.storage.ranges import ByteRange
-from sora_train.tools.measuring import Measured, Result, Stats
+from sora_train.device.measuring import Measured, Result, Stats
 
 FPS, FRAMES, ASKED, SIDE = 24, 480, 16, 256
 CODINGS = {

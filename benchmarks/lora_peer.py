@@ -25,8 +25,8 @@ from benchmarks.memory import LiveBytes
 from benchmarks.model import diffusers_model, take_turns
 from sora_train.config import Config
 from sora_train.config.compose import compose
+from sora_train.device.measuring import Stats
 from sora_train.models.transformer.cpu_kernels import clock
-from sora_train.tools.measuring import Stats
 from sora_train.training.components import Components
 from sora_train.training.trainer import Trainer
 

@@ -32,6 +32,8 @@ from benchmarks.model import (
 )
 from benchmarks.stub_attention import stubbed
 from sora_train.config import Config, ModelConfig, ParallelConfig, TextConfig
+from sora_train.device import measuring
+from sora_train.device.measuring import Measured, Result, Stats
 from sora_train.errors import UserError
 from sora_train.models.memory import fixed_bytes, transformer_parameters
 from sora_train.models.transformer.attention_backends import prepare_attention
@@ -43,8 +45,6 @@ from sora_train.parallel.memory.activations import prepare_blocks
 from sora_train.parallel.memory.offload import Offloader
 from sora_train.parallel.shards import local
 from sora_train.runtime.world import grow_segments, pick_device
-from sora_train.tools import measuring
-from sora_train.tools.measuring import Measured, Result, Stats
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "nothing": {},

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from sora_train.config import Config, ModelConfig
 from sora_train.config.compose import compose
+from sora_train.device.measuring import Measured, Result, Stats, grid_of
 from sora_train.errors import UserError
 from sora_train.models.flops import training_flops
 from sora_train.models.transformer.attention_backends import (
@@ -50,7 +51,6 @@ from sora_train.models.transformer.wan_layout import wan_arguments
 from sora_train.monitoring.device_peaks import peak_flops
 from sora_train.parallel.compile import check_compiler, compile_blocks, graphs_compiled
 from sora_train.runtime.world import pick_device
-from sora_train.tools.measuring import Measured, Result, Stats, grid_of
 
 DEFAULT_OUT = Path("benchmarks/results")
 DEFAULT_SIZES = {

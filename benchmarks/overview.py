@@ -28,6 +28,7 @@ from benchmarks.model import take_turns
 from sora_train.base.progress import Progress
 from sora_train.config import Config
 from sora_train.config.compose import compose
+from sora_train.device.measuring import Measured, Result, Stats
 from sora_train.errors import SoraError
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.dit import VideoDiT
@@ -36,7 +37,6 @@ from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives.spec import build_spec
 from sora_train.runtime import world as distributed
 from sora_train.sampling.pipeline import sample_latents
-from sora_train.tools.measuring import Measured, Result, Stats
 from sora_train.training.trainer import Trainer
 
 DEFAULT_OUT = Path("benchmarks/results")

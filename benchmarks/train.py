@@ -13,10 +13,10 @@ import torch
 
 from sora_train.config import Config
 from sora_train.config.compose import compose
+from sora_train.device.measuring import Measured, Result, Stats
 from sora_train.errors import Fault, UserError
 from sora_train.models.flops import FORMULA
 from sora_train.monitoring.metrics import read_metrics
-from sora_train.tools.measuring import Measured, Result, Stats
 
 DEFAULT_EXPERIMENT = "experiment=parity_tiny"
 DEFAULT_OUT = Path("benchmarks/results")

@@ -11,14 +11,14 @@ from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.index.sources import open_sources
 from sora_train.data.sample import Clip
+from sora_train.device import measuring
+from sora_train.device.measuring import Measured, Result, Stats
 from sora_train.errors import UserError
 from sora_train.evaluation.quality import psnr, ssim
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import to_pixels
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World, pick_device
-from sora_train.tools import measuring
-from sora_train.tools.measuring import Measured, Result, Stats
 from sora_train.training.pipeline.plan import bucket_table
 from sora_train.training.pipeline.validation_clips import read_validation
 

@@ -21,9 +21,9 @@ from sora_train.tools.convert import command as convert
 from sora_train.tools.data.command import data_app
 from sora_train.tools.data.prep import prep_app
 from sora_train.tools.doctor.command import doctor_app
+from sora_train.tools.doctor.replay.command import replay
 from sora_train.tools.launch.command import launch_app
 from sora_train.tools.plan.command import models, plan
-from sora_train.tools.replay.command import replay
 from sora_train.tools.sample.command import sample
 from sora_train.tools.sweep.command import sweep_app
 from sora_train.tools.terminal import (

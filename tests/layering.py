@@ -63,7 +63,7 @@ INSIDE = {
 }
 """The same inside the three largest rooms."""
 
-TOOLS_THAT_IMPORT_A_TOOL = {("launch", "sweep"), ("data", "replay")}
+TOOLS_THAT_IMPORT_A_TOOL = {("launch", "sweep"), ("data", "doctor")}
 TRAINER_FILES = ("sora_train/training/trainer.py", "sora_train/train.py")
 """Where a parameter may be a whole Trainer; callbacks may take one anywhere."""
 

@@ -13,11 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import OPTIONS, built, first_weights, step_of
 from benchmarks.model import ModelBenchRequest, batch_of, clip_flops, model_of
+from sora_train.device import measuring
+from sora_train.device.measuring import Measured, Result, Stats
 from sora_train.models.transformer.attention_backends import prepare_attention
 from sora_train.monitoring.device_peaks import peak_flops
 from sora_train.runtime.world import grow_segments, pick_device
-from sora_train.tools import measuring
-from sora_train.tools.measuring import Measured, Result, Stats
 
 CLASSES = {
     "attention": ("flash", "fmha", "cudnn", "attention", "sdpa"),

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sora_train.config import ModelConfig
+from sora_train.device.measuring import Measured, Result, Stats, measure
 from sora_train.errors import ConfigError
 from sora_train.models.transformer.attention_backends import attend, prepare_attention
 from sora_train.runtime.world import pick_device
-from sora_train.tools.measuring import Measured, Result, Stats, measure
 
 KERNELS = ("flash", "cudnn", "flash3", "flash4")
 """flash4 is last: it takes the place of PyTorch's flash kernel for the rest of the process."""

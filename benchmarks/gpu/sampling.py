@@ -14,10 +14,10 @@ from benchmarks.memory import OPTIONS, built, first_weights
 from benchmarks.model import ModelBenchRequest, batch_of, model_of
 from sora_train.config import Config
 from sora_train.config.compose import compose
+from sora_train.device.measuring import Measured, Result, Stats, measure
 from sora_train.models.transformer.attention_backends import prepare_attention
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.runtime.world import grow_segments, pick_device
-from sora_train.tools.measuring import Measured, Result, Stats, measure
 
 STEPS = 2
 

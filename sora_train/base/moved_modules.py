@@ -83,7 +83,7 @@ MOVED = {
     "progress": "base.progress",
     "quality": "evaluation.quality",
     "replay": "training.outputs.step_picture",
-    "replay_command": "tools.replay.replay",
+    "replay_command": "tools.doctor.replay.replay",
     "report": "monitoring.report.report",
     "resume": "training.resilience.resume",
     "rollback": "training.resilience.rollback",
@@ -160,5 +160,8 @@ MOVED = {
     "parallel.mesh": "parallel.layout",
     "parallel.offload": "parallel.memory.offload",
     "parallel.ring": "parallel.context.ring",
+    "tools.measuring": "device.measuring",
+    "tools.replay": "tools.doctor.replay",
+    "tools.replay.replay": "tools.doctor.replay.replay",
 }
 """Old name -> new name, both below `sora_train.`."""

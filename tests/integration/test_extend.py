@@ -21,7 +21,7 @@ from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.sampling.api import load
-from sora_train.tools.replay.replay import facts
+from sora_train.tools.doctor.replay.replay import facts
 from sora_train.training.recipe import load_recipe
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extend.md"

@@ -19,7 +19,7 @@ from sora_train.config.sections.settings import TraceSettings
 from sora_train.errors import UserError
 from sora_train.monitoring.metrics import read_metrics
 from sora_train.tools.data.trace import Trace
-from sora_train.tools.replay.replay import ReplayRequest, facts, replay
+from sora_train.tools.doctor.replay.replay import ReplayRequest, facts, replay
 from sora_train.training.trainer import Trainer
 
 TINY = "experiment=parity_tiny"

@@ -21,7 +21,7 @@ from sora_train.monitoring.metrics import read_metrics
 from sora_train.monitoring.run_folder import Part, parts_of
 from sora_train.objectives import LossTerm
 from sora_train.tools.data.trace import Trace
-from sora_train.tools.replay.replay import ReplayRequest, facts, look, replay
+from sora_train.tools.doctor.replay.replay import ReplayRequest, facts, look, replay
 from sora_train.training.resilience.spike_detector import StepVerdict
 from sora_train.training.resilience.spike_report import ComputedStep, record_spike
 from sora_train.training.trainer import Trainer

@@ -14,7 +14,7 @@ import pytest
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.monitoring.metrics import read_metrics
-from sora_train.tools.replay.replay import ReplayRequest, facts, replay
+from sora_train.tools.doctor.replay.replay import ReplayRequest, facts, replay
 from sora_train.training.trainer import Trainer
 
 PLAIN_SGD = ["optim=sgd", "optim.lr=0.05", "optim.grad_clip=0", "optim.warmup_steps=0"]

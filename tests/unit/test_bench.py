@@ -27,11 +27,11 @@ from sora_train import cli
 from sora_train.checkpoint.saver import Saver
 from sora_train.config.compose import compose
 from sora_train.data.sample import Clip
+from sora_train.device import measuring as harness
+from sora_train.device.measuring import Measured, Result, Stats, measure
 from sora_train.errors import ConfigError, UserError
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.monitoring.device_peaks import peak_flops
-from sora_train.tools import measuring as harness
-from sora_train.tools.measuring import Measured, Result, Stats, measure
 
 REPO = Path(__file__).parents[2]
 

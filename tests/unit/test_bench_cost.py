@@ -14,8 +14,8 @@ from sentences import refuses
 
 from sora_train import cli
 from sora_train.config.compose import compose
+from sora_train.device.measuring import Stats, grid_of
 from sora_train.errors import UserError
-from sora_train.tools.measuring import Stats, grid_of
 from sora_train.tools.plan.cost import (
     Fit,
     check_lengths,

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import overview
 from benchmarks.overview import PARTS, TOY, Row, main, ratio_of, run
-from sora_train.tools.measuring import Stats
+from sora_train.device.measuring import Stats
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from sora_train.runtime import world as distributed
 from sora_train.sampling.api import shipped_config
 from sora_train.tools.data.ledger_lists import Scores, scores_of
 from sora_train.tools.data.ledger_losses import EXCHANGED, Losses, Measuring, batches, captions_for
-from sora_train.tools.replay.replay import (
+from sora_train.tools.doctor.replay.replay import (
     Plan,
     ReplayRequest,
     computing,

@@ -20,13 +20,13 @@ import torch
 
 from sora_train.config import Config
 from sora_train.config.compose import compose
+from sora_train.device.measuring import Measured, Result, Stats, grid_of, measure
 from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.objectives import FlowBatch
 from sora_train.objectives.flow_batch import blank_inputs
 from sora_train.parallel.engine import build_engine, resolve_layout
 from sora_train.runtime import world as distributed
-from sora_train.tools.measuring import Measured, Result, Stats, grid_of, measure
 from sora_train.tools.plan.time.encoders import geometry_of
 from sora_train.training.optim.optim import build_optimizer
 from sora_train.training.pipeline.plan import bucket_table, token_counter

@@ -326,7 +326,7 @@ def sections_after(page: Path) -> str:
 
 def document(results: Sequence[CellResult], command: str) -> str:
     """docs/parity.md."""
-    from sora_train.tools.measuring import machine
+    from sora_train.device.measuring import machine
 
     facts = machine()
     lines = [

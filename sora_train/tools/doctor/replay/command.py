@@ -34,8 +34,8 @@ def replay(
     sora replay runs/mine --step 1200 --rank 3
     sora replay runs/mine --step 1200 --no-loss --out look
     """
-    from sora_train.tools.replay.replay import ReplayRequest
-    from sora_train.tools.replay.replay import replay as replay_step
+    from sora_train.tools.doctor.replay.replay import ReplayRequest
+    from sora_train.tools.doctor.replay.replay import replay as replay_step
     from sora_train.training.recipe import Recipe, load_recipe
     from sora_train.training.trainer import Trainer
 
