@@ -69,7 +69,7 @@ TRAINER_FILES = ("sora_train/training/trainer.py", "sora_train/train.py")
 
 MAY_IMPORT_DATA_PREP = ("sora_train/tools/data/prep.py",)
 MAY_IMPORT_BENCHMARKS = ("sora_train/cli.py",)
-DATA_PREP_MAY_IMPORT = {"errors", "base", "config", "data", "models", "monitoring"}
+DATA_PREP_MAY_IMPORT = {"errors", "base", "config", "data", "evaluation", "models", "monitoring"}
 
 TORCH_FREE = ("errors", "base", "config", "data", "train", "cli")
 """Importing these, or anything in them, imports no torch: commands answer at once, decode processes stay small."""

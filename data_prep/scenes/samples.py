@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.media.reading import frames_between, small_picture
+from sora_train.evaluation.detectors.transnet import HEIGHT, WIDTH
 
-HEIGHT, WIDTH = 27, 48
-"""The pictures that TransNetV2 was trained with."""
 MAX_RATE = 31.0
 _SLACK = 0.25
 """Share of a step that a frame may come early: containers round times."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep.media.opencv import opencv
+from sora_train.evaluation.detectors.opencv import opencv
 
 LENGTH = 11
 """Pixels of the blur that a picture is compared under."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.media.opencv import opencv
 from data_prep.scores.passing import SHORT_SIDE
+from sora_train.evaluation.detectors.opencv import opencv
 
 WORDS = (
     "static",

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.media.opencv import opencv
-from data_prep.scores.passing import grey_of, limited
+from data_prep.scores.passing import grey_of
 from sora_train.errors import UserError
+from sora_train.evaluation.detectors.opencv import limited, opencv
 
 LARGEST = 640
 """Pixels of the longer side of a picture that is searched."""

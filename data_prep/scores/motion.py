@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.media.opencv import opencv
 from data_prep.scores.camera import Fit, camera_of, fit
 from data_prep.scores.passing import SHORT_SIDE, SmallFrame
+from sora_train.evaluation.detectors.opencv import opencv
 
 LEAST_MOTION = 1e-3
 """Short sides a second below which nothing moves that could do so evenly."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.media.opencv import opencv
 from data_prep.scores.passing import SmallFrame
+from sora_train.evaluation.detectors.opencv import opencv
 
 LEAST_FRAMES = 8
 LEAST_MOVING, MOST_STAYING = 0.2, 0.4

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_prep.media.opencv import opencv
 from data_prep.media.reading import frames_between, picture, small_picture
+from sora_train.evaluation.detectors.opencv import limited, opencv
 
 SHORT_SIDE = 144
 """Pixels of the shorter side of a small frame: the unit in which motion is measured is this side."""
@@ -100,17 +100,6 @@ def grey_of(rgb: np.ndarray) -> np.ndarray:
     """Luma of BT.601, uint8 (H, W), of uint8 (H, W, 3) RGB."""
     cv2 = opencv()
     return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-
-
-def limited(rgb: np.ndarray, longest: int) -> np.ndarray:
-    """A picture (H, W, 3) or (H, W) whose longer side has at most this many pixels."""
-    height, width = rgb.shape[:2]
-    scale = longest / max(height, width)
-    if scale >= 1:
-        return np.ascontiguousarray(rgb)
-    cv2 = opencv()
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return cv2.resize(np.ascontiguousarray(rgb), size, interpolation=cv2.INTER_AREA)
 
 
 def all_scores(watchers: Iterable[Watcher]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.media.opencv import opencv
 from data_prep.scores.passing import SmallFrame
+from sora_train.evaluation.detectors.opencv import opencv
 
 BLOCK = 8
 """Pixels: a change is looked for in squares of this side, since something small may move."""

@@ -12,9 +12,7 @@ import pyarrow as pa
 
 from data_prep.media.reading import BACKGROUND, open_clip
 from data_prep.scores.blur import blur
-from data_prep.scores.brisque import brisque
 from data_prep.scores.colour import Colour, colours
-from data_prep.scores.embedding import embedded
 from data_prep.scores.faces import faces
 from data_prep.scores.motion import Motion
 from data_prep.scores.nsfw import nsfw
@@ -24,16 +22,18 @@ from data_prep.scores.passing import (
     Watcher,
     all_scores,
     grey_of,
-    limited,
     watch,
 )
 from data_prep.scores.stillness import Stillness
-from data_prep.scores.text import text
 from data_prep.stage import Stage, Workspace
 from sora_train.config.sections.base import Section
 from sora_train.data.decode import picture as still_picture
 from sora_train.data.decode.frames import blaming_the_clip
 from sora_train.errors import UserError
+from sora_train.evaluation.detectors.brisque import brisque
+from sora_train.evaluation.detectors.embedding import embedded
+from sora_train.evaluation.detectors.opencv import limited
+from sora_train.evaluation.detectors.text import text
 
 PACKAGES = {
     "text": ("rapidocr", "onnxruntime"),
@@ -41,6 +41,7 @@ PACKAGES = {
     "brisque": ("brisque", "libsvm"),
 }
 """What scores need beside OpenCV."""
+NAMES = ("score.clip", "score.aesthetic")
 
 
 class ScoreConfig(Section):
@@ -118,7 +119,11 @@ def of_samples(
     if settings.nsfw:
         found["nsfw"] = nsfw(firsts)
     if settings.clip:
-        found |= embedded(firsts, caption, settings.clip, settings.aesthetic)
+        import torch
+
+        # A worker has one core.
+        torch.set_num_threads(1)
+        found |= embedded(firsts, caption, settings.clip, settings.aesthetic, NAMES)
     return found
 
 

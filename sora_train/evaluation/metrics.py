@@ -56,7 +56,7 @@ def brightness(frame: np.ndarray) -> float:
 
 def contrast(frame: np.ndarray) -> float:
     """Standard deviation of the grey picture, in levels."""
-    return float(_grey(frame).std(dtype=np.float64))
+    return float(grey(frame).std(dtype=np.float64))
 
 
 def saturation(frame: np.ndarray) -> float:
@@ -66,8 +66,8 @@ def saturation(frame: np.ndarray) -> float:
 
 def sharpness(frame: np.ndarray) -> float:
     """Mean absolute difference of the grey picture from pixel to pixel, across and down, in levels."""
-    grey = _grey(frame)
-    steps = [np.abs(np.diff(grey, axis=axis)) for axis in (0, 1) if grey.shape[axis] > 1]
+    picture = grey(frame)
+    steps = [np.abs(np.diff(picture, axis=axis)) for axis in (0, 1) if picture.shape[axis] > 1]
     return float(np.mean([step.mean(dtype=np.float64) for step in steps])) if steps else 0.0
 
 
@@ -156,11 +156,12 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 def _edges(frame: np.ndarray) -> np.ndarray:
     """Gradient magnitudes inside the frame: those at its border, made of other differences, would look alike in all."""
-    grey = _grey(frame).astype(np.float64)
-    return np.hypot(grey[2:, 1:-1] - grey[:-2, 1:-1], grey[1:-1, 2:] - grey[1:-1, :-2])
+    picture = grey(frame).astype(np.float64)
+    return np.hypot(picture[2:, 1:-1] - picture[:-2, 1:-1], picture[1:-1, 2:] - picture[1:-1, :-2])
 
 
-def _grey(frame: np.ndarray) -> np.ndarray:
+def grey(frame: np.ndarray) -> np.ndarray:
+    """Brightness in levels, float32 (H, W)."""
     return frame.astype(np.float32) @ DARK
 
 

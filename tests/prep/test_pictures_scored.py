@@ -12,7 +12,13 @@ from skimage.measure import blur_effect
 
 from benchmarks.footage import CAMERAS, Shot
 from data_prep.scores.blur import blur
-from data_prep.scores.brisque import (
+from data_prep.scores.colour import colours
+from data_prep.scores.faces import faces
+from data_prep.scores.nsfw import nsfw
+from data_prep.scores.passing import grey_of
+from data_prep.stages.score import NAMES
+from sora_train.errors import UserError
+from sora_train.evaluation.detectors.brisque import (
     _asymmetric,
     _model,
     _symmetric_shape,
@@ -20,13 +26,8 @@ from data_prep.scores.brisque import (
     features,
     normalised,
 )
-from data_prep.scores.colour import colours
-from data_prep.scores.embedding import embedded
-from data_prep.scores.faces import faces
-from data_prep.scores.nsfw import nsfw
-from data_prep.scores.passing import grey_of
-from data_prep.scores.text import text
-from sora_train.errors import UserError
+from sora_train.evaluation.detectors.embedding import embedded
+from sora_train.evaluation.detectors.text import text
 from tests.prep.scored import filmed, only
 from tests.sentences import refuses
 
@@ -305,12 +306,12 @@ def test_clip_similarity_is_the_cosine_of_the_parts(tiny_clip, tmp_path):
     ]
     weight, bias = torch.randn(1, WIDTH), torch.randn(1)
     save_file({"weight": weight, "bias": bias}, tmp_path / "head.safetensors")
-    found = embedded(pictures, "a cat", str(tiny_clip), str(tmp_path / "head.safetensors"))
+    found = embedded(pictures, "a cat", str(tiny_clip), str(tmp_path / "head.safetensors"), NAMES)
     assert found["clip_similarity"] == pytest.approx(np.mean([v @ said for v in seen]), abs=1e-4)
     expected = np.mean([weight[0].double().numpy() @ v for v in seen]) + bias.item()
     assert found["aesthetic"] == pytest.approx(expected, abs=1e-4)
-    assert "clip_similarity" not in embedded(pictures, "", str(tiny_clip), "")
-    long = embedded(pictures, "a cat " * 50, str(tiny_clip), "")
+    assert "clip_similarity" not in embedded(pictures, "", str(tiny_clip), "", NAMES)
+    long = embedded(pictures, "a cat " * 50, str(tiny_clip), "", NAMES)
     assert -1 <= long["clip_similarity"] <= 1
 
 
@@ -331,7 +332,7 @@ def test_a_head_of_several_layers_is_applied_in_their_order(tiny_clip, tmp_path)
         whole = layer.weight @ whole[0], layer.weight @ whole[1] + layer.bias
     torch.save({"weight": whole[0].detach(), "bias": whole[1].detach()}, tmp_path / "one.pth")
     found, alike = (
-        embedded([picture], "", str(tiny_clip), str(tmp_path / name))["aesthetic"]
+        embedded([picture], "", str(tiny_clip), str(tmp_path / name), NAMES)["aesthetic"]
         for name in ("head.pth", "one.pth")
     )
     assert found == pytest.approx(alike, abs=1e-4)
@@ -344,13 +345,13 @@ def test_a_head_of_another_model_is_refused(tiny_clip, tmp_path):
     torch.save({"weight": torch.ones(1, 7), "bias": torch.ones(1)}, tmp_path / "head.pth")
     picture = np.zeros((32, 32, 3), np.uint8)
     with refuses(UserError, "score.aesthetic", str(WIDTH), "trained with that model"):
-        embedded([picture], "", str(tiny_clip), str(tmp_path / "head.pth"))
+        embedded([picture], "", str(tiny_clip), str(tmp_path / "head.pth"), NAMES)
     (tmp_path / "config.json").write_text("{}")
     with refuses(UserError, "score.clip", "cannot be loaded"):
-        embedded([picture], "", str(tmp_path), "")
+        embedded([picture], "", str(tmp_path), "", NAMES)
     (tmp_path / "no.pth").write_text("not a file of weights")
     with refuses(UserError, "score.aesthetic", "cannot be loaded"):
-        embedded([picture], "", str(tiny_clip), str(tmp_path / "no.pth"))
+        embedded([picture], "", str(tiny_clip), str(tmp_path / "no.pth"), NAMES)
 
 
 @pytest.mark.slow

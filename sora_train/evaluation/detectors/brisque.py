@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.media.opencv import opencv
 from sora_train.errors import Fault
+from sora_train.evaluation.detectors.opencv import opencv
 
 WINDOW, SIGMA = 7, 7 / 6
 """Of the Gaussian that local mean and contrast are taken with."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.scores.passing import limited
+from sora_train.evaluation.detectors.opencv import limited
 
 LARGEST = 832
 """Pixels of the longer side of a picture that is read: the time grows with its area."""

@@ -3,6 +3,8 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from sora_train.errors import UserError
 
 
@@ -13,7 +15,7 @@ def opencv() -> Any:
         import cv2
     except ImportError as error:
         raise UserError(
-            "scores and cuts of footage need OpenCV; install it with `pip install 'sora_train[prep]'`"
+            "scores of pictures need OpenCV; install it with `pip install 'sora_train[prep]'`, or 'sora_train[eval]'"
         ) from error
     if not cv2.__version__.startswith("4."):
         raise UserError(
@@ -22,3 +24,14 @@ def opencv() -> Any:
         )
     cv2.setNumThreads(1)
     return cv2
+
+
+def limited(rgb: np.ndarray, longest: int) -> np.ndarray:
+    """A picture (H, W, 3) or (H, W) whose longer side has at most this many pixels."""
+    height, width = rgb.shape[:2]
+    scale = longest / max(height, width)
+    if scale >= 1:
+        return np.ascontiguousarray(rgb)
+    cv2 = opencv()
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(np.ascontiguousarray(rgb), size, interpolation=cv2.INTER_AREA)
