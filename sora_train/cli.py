@@ -29,6 +29,8 @@ from sora_train.tools.sweep.command import sweep_app
 from sora_train.tools.terminal import (
     OVERRIDES,
     ConfigDir,
+    Overrides,
+    RunAtStep,
     ScriptArguments,
     command_group,
     with_json_file,
@@ -102,6 +104,24 @@ def train(
     from sora_train.train import train as train_from_config
 
     return train_from_config(None, Config, rest)
+
+
+@app.command(context_settings=OVERRIDES)
+def distill(run: RunAtStep, arguments: Overrides = None) -> int:
+    """Distill a trained run, so that its clips take 4 steps without guidance in place of 50 guided ones.
+
+    A run like any other comes of it, in RUN-distilled, sampled as any other; called again it goes on where it stopped.
+
+    \b
+    sora distill runs/quickstart
+    sora distill runs/quickstart@700 run.dir=runs/fast objective.num_steps=2 train.steps=1000
+    sora sample --ckpt runs/quickstart-distilled --prompt "red circle moves left"
+    """
+    from sora_train.config import Config
+    from sora_train.tools.distill.arguments import training_arguments
+    from sora_train.train import train as train_from_config
+
+    return train_from_config(None, Config, training_arguments(run, arguments or []))
 
 
 def _run_script(script: Path, arguments: list[str]) -> int:

@@ -53,7 +53,7 @@ INSIDE = {
     "training": (
         ("run",),
         ("pipeline", "optim"),
-        ("initialise", "kernels"),
+        ("initialise", "kernels", "distillation"),
         ("components",),
         ("outputs",),
         ("resilience",),

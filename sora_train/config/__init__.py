@@ -19,6 +19,7 @@ from sora_train.config.sections.memory import MemoryConfig
 from sora_train.config.sections.model import ImageConfig, ModelConfig, TextConfig, VaeConfig
 from sora_train.config.sections.objective import (
     ConditioningConfig,
+    DistillConfig,
     LossConfig,
     ObjectiveConfig,
     VaeObjectiveConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "ConditioningConfig",
     "Config",
     "DataConfig",
+    "DistillConfig",
     "ElasticConfig",
     "EmaConfig",
     "HealthConfig",
@@ -101,6 +103,7 @@ class Config(Section):
     text: TextConfig = TextConfig()
     image: ImageConfig = ImageConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    distill: DistillConfig = DistillConfig()
     loss: LossConfig = LossConfig()
     spike_detection: SpikeDetectionConfig = SpikeDetectionConfig()
     vae_objective: VaeObjectiveConfig = VaeObjectiveConfig()
@@ -139,6 +142,33 @@ class Config(Section):
                     )
         elif self.train.steps:
             self.vae_objective.require_start_before(self.train.steps)
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_distilled_fits(self) -> "Config":
+        if not self.distill.teacher:
+            return self
+        asked, objective = f"distill.teacher={self.distill.teacher}", self.objective
+        if self.task != "text_to_video":
+            raise ValueError(
+                f"{asked} is for task=text_to_video, and this run's is {self.task}; leave it out"
+            )
+        for key in ("guidance_scale", "condition_scale"):
+            if getattr(objective, key) != 1:
+                raise ValueError(
+                    f"{asked} puts guidance into the weights, and objective.{key}={getattr(objective, key):g} would "
+                    f"guide samples once more; set objective.{key}=1"
+                )
+        if self.model.expert:
+            raise ValueError(
+                f"{asked} is for one transformer, and model.expert={self.model.expert} is one of two; distill a model "
+                "of one"
+            )
+        if self.adapter.on:
+            raise ValueError(
+                f"{asked} trains all weights, and adapter.rank={self.adapter.rank} an adapter alone; set "
+                "adapter.rank=0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -44,7 +44,7 @@ _SHARES = (
     "guidance_rescale",
 )
 
-VERSION = 3
+VERSION = 4
 """Version of what `to_dict` writes; files without a version are of version 1."""
 
 _SINCE: dict[int, dict[str, Any]] = {
@@ -73,6 +73,9 @@ _SINCE: dict[int, dict[str, Any]] = {
         "expert": "",
         "boundary": 0.0,
         "guidance_scale_2": 0.0,
+    },
+    4: {
+        "folded_guidance": 0.0,
     },
 }
 """Fields by the version that brought them, each with what all earlier checkpoints did. Whoever adds
@@ -117,6 +120,9 @@ class DiffusionSpec:
     """Classifier-free guidance; 1 is none."""
     guidance_scale_2: float
     """The same below `boundary`; 0: `guidance_scale` there too."""
+    folded_guidance: float
+    """Guidance that distillation has put into the weights, which are then sampled without any; 0: they were not
+    distilled."""
     condition_scale: float
     """The same for condition frames, against a clip without them; 1 is none."""
     guidance_from: float
@@ -179,7 +185,12 @@ class DiffusionSpec:
             raise ValueError(
                 f"diffusion spec: {positive[0]} is {getattr(self, positive[0])}; it must be above 0"
             )
-        for key in ("guidance_scale", "condition_scale"):
+        if self.folded_guidance and self.guidance_scale != 1:
+            raise ValueError(
+                f"diffusion spec: guidance_scale is {self.guidance_scale:g}, and guidance of "
+                f"{self.folded_guidance:g} is in the distilled weights already; it must be 1"
+            )
+        for key in ("guidance_scale", "condition_scale", "folded_guidance"):
             if getattr(self, key) < 0:
                 raise ValueError(f"diffusion spec: {key} ({getattr(self, key)}) must be 0 or more")
         if self.guidance_from > self.guidance_to:

@@ -3,6 +3,7 @@
 from sora_train.base.moved_modules import refuse_renamed
 from sora_train.objectives.base import LossTerm, Objective, SampleInfo
 from sora_train.objectives.clips import placeholder, stored_text, to_pixels
+from sora_train.objectives.consistency import ConsistencyObjective, Teacher
 from sora_train.objectives.flow_batch import FlowBatch
 from sora_train.objectives.sample_draws import SampleDraws
 from sora_train.objectives.text_to_video import ConditionedLatents, TextToVideoObjective
@@ -10,11 +11,13 @@ from sora_train.objectives.vae import VaeObjective
 
 __all__ = [
     "ConditionedLatents",
+    "ConsistencyObjective",
     "FlowBatch",
     "LossTerm",
     "Objective",
     "SampleDraws",
     "SampleInfo",
+    "Teacher",
     "TextToVideoObjective",
     "VaeObjective",
     "placeholder",

@@ -43,6 +43,7 @@ def spec_of(cfg: Config, vae: VideoVAE, text_digest: str, image_digest: str = ""
         num_steps=objective.num_steps,
         guidance_scale=objective.guidance_scale,
         guidance_scale_2=objective.guidance_scale_2,
+        folded_guidance=cfg.distill.guidance_scale if cfg.distill.teacher else 0.0,
         condition_scale=objective.condition_scale,
         guidance_from=objective.guidance_from,
         guidance_to=objective.guidance_to,

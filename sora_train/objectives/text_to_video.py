@@ -82,7 +82,7 @@ class TextToVideoObjective(Objective):
     def terms(self, model: nn.Module, batch: ClipBatch) -> dict[str, LossTerm]:
         # Not self.weights(): a subclass may give its terms other names.
         weight = TextToVideoObjective.weights(self, batch)["velocity"]
-        flow = self.flow_batch(batch)
+        flow = self.towards(model, self.flow_batch(batch))
         if self.cfg.adapter.dropout:
             draw_dropout(model, self.cfg.seed, sample_keys(batch.clips or placeholder(batch)))
         if self.cfg.loss.reduce == "per_sample":
@@ -136,6 +136,10 @@ class TextToVideoObjective(Objective):
             sharing=self.sharing,
             encoding=self.encoding,
         )
+
+    def towards(self, model: nn.Module, flow: FlowBatch) -> FlowBatch:
+        """The batch on the path whose velocity the model is to have: that from data to noise it is on already."""
+        return flow
 
     def expect(self, micro_batches: Sequence[MicroBatch]) -> None:
         self.noise.expect(
@@ -257,7 +261,7 @@ class TextToVideoObjective(Objective):
                 expert=self.spec.expert_at(torch.tensor(t)) if self.spec.expert == "both" else "",
                 sharing=self.sharing,
             )
-            losses.append(flow.losses(model))
+            losses.append(self.towards(model, flow).losses(model))
         return losses
 
     # --- latents ---

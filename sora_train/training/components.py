@@ -22,11 +22,17 @@ from sora_train.models.adapters.inject import adapter_weights, add_adapter
 from sora_train.models.quantised.linear import quantise_base
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.objectives import Objective, TextToVideoObjective, VaeObjective
+from sora_train.objectives import (
+    ConsistencyObjective,
+    Objective,
+    TextToVideoObjective,
+    VaeObjective,
+)
 from sora_train.objectives.spec import build_spec
 from sora_train.parallel.engine import build_engine
 from sora_train.parallel.materialise import fill
 from sora_train.parallel.protocol import Engine
+from sora_train.training.distillation import build_teacher
 from sora_train.training.initialise import (
     adapter_start,
     begin_adapter,
@@ -212,11 +218,15 @@ def build_model(cfg: Config, empty: bool = False) -> nn.Module:
 
 
 def build_objective(run: RunContext, parts: Components) -> Objective:
-    """Rectified flow on latents, or reconstruction for a VAE."""
+    """Rectified flow on latents, the distillation of one, or reconstruction for a VAE."""
     if run.cfg.task == "vae":
         return VaeObjective(run.cfg, run.world.device)
     assert parts.spec is not None, "a text-to-video model has a diffusion spec"
-    return TextToVideoObjective(run.cfg, parts.spec, parts.vae, run.world.device, run.sharing)
+    common = run.cfg, parts.spec, parts.vae, run.world.device, run.sharing
+    if not run.cfg.distill.teacher:
+        return TextToVideoObjective(*common)
+    assert parts.model is not None, "the teacher is of the model's sizes"
+    return ConsistencyObjective(*common, teacher=build_teacher(run, parts.model, parts.vae))
 
 
 def build_data(

@@ -40,6 +40,7 @@ SPEC = DiffusionSpec(
     guidance_from=0.0,
     guidance_to=1.0,
     guidance_rescale=0.0,
+    folded_guidance=0.0,
     time_grid="even",
     time_rounding="none",
     latent_channels=4,

@@ -130,6 +130,17 @@ class ObjectiveConfig(Section):
         )
 
 
+class DistillConfig(Section):
+    teacher: str = ""
+    """A run folder, or FOLDER@STEP, whose averaged weights with their guidance are distilled into this run, so that a
+    few steps without guidance do; `sora distill` sets it, see docs/few_steps.md. Empty: nothing is distilled."""
+    guidance_scale: float = Field(4.0, ge=1)
+    """Classifier-free guidance of the teacher, which ends up in the weights; `sora distill` takes that of its run."""
+    levels: int = Field(8, ge=1)
+    """Noise levels that are trained: those of a sampler of so many steps. A multiple of `objective.num_steps` holds all
+    that samples are made at."""
+
+
 class VaeObjectiveConfig(Section):
     mse: float = Field(1.0, ge=0)
     """Weight of the mean squared pixel error. With an absolute error alone, whose best guess is the median, small

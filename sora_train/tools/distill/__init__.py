@@ -1,0 +1,1 @@
+"""`sora distill`: the training run that distills another into few steps without guidance."""
