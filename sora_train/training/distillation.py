@@ -88,4 +88,3 @@ def build_teacher(run: RunContext, model: nn.Module, vae: VideoVAE) -> Teacher:
         found.spec.replace(guidance_scale=run.cfg.distill.guidance_scale),
         weights_digest(found.checkpoint, WEIGHTS),
     )
-
