@@ -37,19 +37,28 @@ def list_groups(folders: Sequence[Path]) -> dict[str, list[str]]:
 def load_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping, interpolations unresolved. Raises ConfigError with the file, the line and the fault."""
     try:
-        values = yaml.load(read_text(path), _Loader)
+        text = read_text(path)
     except NotText as error:
         raise ConfigError(str(error)) from None
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}; check the name") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read as a config: {error.strerror or error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(_yaml_fault(path, error)) from None
+    values = parse_yaml(text, path)
     if values is not None and not isinstance(values, dict):
         kind = "a list" if isinstance(values, list) else "one value"
         raise ConfigError(f"{path} must hold `key: value` lines, got {kind}")
     return values or {}
+
+
+def parse_yaml(text: str, path: Path) -> Any:
+    """What a YAML file's text holds, of whatever kind. Raises ConfigError with the file, the line and the fault."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(_yaml_fault(path, error)) from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deep to be read; flatten it") from None
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

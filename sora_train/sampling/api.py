@@ -28,7 +28,7 @@ from sora_train.sampling.adapters import AdaptedBase, NamedAdapter, adapted_base
 from sora_train.sampling.experts import require_both, require_pair
 from sora_train.sampling.files import save_clips, save_stills
 from sora_train.sampling.operations import Prepared, SampleRequest, prepare
-from sora_train.sampling.pipeline import ClipShape, sample_clips
+from sora_train.sampling.pipeline import ClipShape, one_each, sample_clips
 
 RATE_TOLERANCE = 0.01
 """By so much a rate may lie outside those trained: 23.976 is 24."""
@@ -82,7 +82,7 @@ class Model:
         seed: int = 0,
         num: int = 1,
         prepared: Prepared | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         condition_noise: float = 0.0,
         on_clip: Callable[[int], None] | None = None,
         **settings: Any,
@@ -96,7 +96,7 @@ class Model:
                 image has none, whatever is given: 0 is its own.
             seed: clip i starts from noise keyed by (seed, i).
             prepared: what `prepare` made of images and videos; it has a shape of its own.
-            negative_prompt: what guidance leads away from, in place of the empty caption.
+            negative_prompt: what guidance leads away from, in place of the empty caption; one for all or one a prompt.
             condition_noise: noise level in [0, 1] at which condition frames are shown to the model.
             on_clip: called with the number of clips done.
             settings: `steps`, `guidance_scale` (1 is none), `guidance_scale_2`, `condition_scale`, `guidance_from`,
@@ -117,6 +117,7 @@ class Model:
             )
         shape = self.clip_shape(size, frames, fps) if prepared is None else prepared.shape
         repeated = [prompt for prompt in prompts for _ in range(num)]
+        negatives = [one for one in one_each(negative_prompt, prompts) for _ in range(num)]
         clips = sample_clips(
             self.model,
             self.vae,
@@ -125,7 +126,7 @@ class Model:
             shape,
             seed=seed,
             on_batch=on_clip,
-            negative_prompt=negative_prompt,
+            negative_prompt=negatives,
             condition_noise=condition_noise,
             condition_frames=None if prepared is None else prepared.condition_frames,
         )
@@ -155,13 +156,14 @@ class Model:
         *,
         fps: float | None = None,
         seed: int = 0,
+        notes: Sequence[Mapping[str, Any]] = (),
     ) -> list[Path]:
         """Write H.264 mp4 files, contact_sheet.png and prompts.json into `out`; images as PNG as well.
 
-        `seed` is the one the clips were sampled with; it is noted beside them.
+        `seed` is the one the clips were sampled with; it is noted beside them, as `notes` of each clip are.
         """
-        seeds = [seed] * len(clips)
-        paths = save_clips(Path(out), clips, labels, fps=fps or self.shape.fps, seeds=seeds)
+        seeds, rate = [seed] * len(clips), fps or self.shape.fps
+        paths = save_clips(Path(out), clips, labels, fps=rate, seeds=seeds, notes=notes)
         return paths + save_stills(clips, paths)
 
     def set_strengths(self, *strengths: float) -> None:

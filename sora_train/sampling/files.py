@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,9 +15,15 @@ from sora_train.data.decode.video_io import encode_h264
 
 
 def save_clips(
-    folder: Path, clips: list[np.ndarray], prompts: list[str], *, fps: float, seeds: list[int]
+    folder: Path,
+    clips: list[np.ndarray],
+    prompts: list[str],
+    *,
+    fps: float,
+    seeds: list[int],
+    notes: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
-    """Write `000.mp4` ..., `contact_sheet.png` and `prompts.json`; returns the clips' paths."""
+    """Write `000.mp4` ..., `contact_sheet.png` and `prompts.json`, with `notes` of each; returns the clips' paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, clip in enumerate(clips):
@@ -24,8 +32,10 @@ def save_clips(
         paths.append(path)
     contact_sheet(clips, prompts, folder / "contact_sheet.png")
     rows = [
-        {"prompt": prompt, "file": path.name, "seed": seed}
-        for prompt, path, seed in zip(prompts, paths, seeds, strict=True)
+        {"prompt": prompt, "file": path.name, "seed": seed, **note}
+        for prompt, path, seed, note in zip(
+            prompts, paths, seeds, notes or [{}] * len(paths), strict=True
+        )
     ]
     write_atomically(folder / "prompts.json", json.dumps(rows, indent=1))
     return paths

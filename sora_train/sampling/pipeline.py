@@ -3,7 +3,7 @@
 Dimension key: B batch, C latent channels, T, H, W latent frames, rows, columns, F pixel frames.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ def sample_latents(
     noise: Tensor,
     fps: float,
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
     conditions: ConditionLatents | None = None,
     condition_noise: float = 0.0,
     on_step: Callable[[int], None] | None = None,
@@ -126,7 +126,7 @@ def sample_latents(
     """Latents (B, C, T, H, W) of one batch of prompts from their noise.
 
     Args:
-        negative_prompt: what guidance leads away from, in place of the empty caption.
+        negative_prompt: what guidance leads away from, in place of the empty caption; one for all or one a prompt.
         conditions: the condition frames, the same for all clips.
         condition_noise: noise level at which condition frames are shown to the model. They come back
             clean; a little hides flaws of generated ones (SkyReels-V2, arXiv:2504.13074).
@@ -165,7 +165,7 @@ def sample_clips(
     batch: int = 16,
     on_batch: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
     condition_frames: ConditionFrames | None = None,
     condition_noise: float = 0.0,
 ) -> list[np.ndarray]:
@@ -182,6 +182,7 @@ def sample_clips(
     if spec.cond_mode == "concat" and conditions is None:
         # Such a model takes the channels without condition frames too.
         conditions = encode_conditions(no_condition_frames(shape, latent_shape[1]), vae, spec)
+    negatives = one_each(negative_prompt, prompts)
     clips: list[np.ndarray] = []
     for start in range(0, len(prompts), batch):
         chunk = prompts[start : start + batch]
@@ -192,7 +193,7 @@ def sample_clips(
             chunk,
             draw_noise(seed, "sample", keys, latent_shape).to(device),
             shape.told_fps,
-            negative_prompt=negative_prompt,
+            negative_prompt=negatives[start : start + batch],
             conditions=conditions,
             condition_noise=condition_noise,
             on_step=on_step,
@@ -219,7 +220,7 @@ class GuidedVelocity:
         prompts: list[str],
         noise: Tensor,
         fps: float,
-        negative_prompt: str,
+        negative_prompt: str | Sequence[str],
         conditions: ConditionLatents | None,
         condition_noise: float,
     ):
@@ -241,7 +242,7 @@ class GuidedVelocity:
         # Below the boundary of two experts.
         self.scale_2 = spec.guidance_scale_2 or spec.guidance_scale
         self.guided = (spec.guidance_scale, self.scale_2) != (1.0, 1.0) or self.by_condition
-        nulls = [negative_prompt] * len(prompts)
+        nulls = one_each(negative_prompt, prompts)
         always = self.guided and (spec.guidance_from, spec.guidance_to) == (0.0, 1.0)
         self.plain = None if always else model.tokenize(prompts)
         copies = [*prompts, *nulls, *(nulls if self.by_condition else [])]
@@ -313,6 +314,15 @@ class GuidedVelocity:
         channels = self.conditions.channels if conditioned else self.conditions.null_channels
         assert channels is not None
         return torch.cat([z, channels.to(z).expand(len(z), -1, -1, -1, -1)], dim=1)
+
+
+def one_each(negative_prompt: str | Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """The negative prompt of each prompt, where one may be for all."""
+    if isinstance(negative_prompt, str):
+        return [negative_prompt] * len(prompts)
+    if len(negative_prompt) != len(prompts):
+        raise ValueError(f"{len(negative_prompt)} negative prompts for {len(prompts)} prompts")
+    return list(negative_prompt)
 
 
 def embedded_images(

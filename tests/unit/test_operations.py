@@ -268,6 +268,31 @@ def test_a_clip_too_short_for_an_operation_is_told_the_shortest(files, op):
             assert 0 < mask_T.sum() < len(mask_T)
 
 
+def test_each_prompt_is_led_away_from_its_own_negative(parts):
+    vae, model, spec = parts
+    noise = torch.stack(
+        [draw_noise(i, "n", [(0, i)], vae.latent_shape(5, 32, 32))[0] for i in (0, 1)]
+    )
+    wanted = spec.replace(num_steps=1, guidance_scale=3.0)
+    both = sample_latents(
+        model,
+        wanted,
+        ["red", "blue"],
+        noise,
+        8.0,
+        negative_prompt=["dull", "a far longer negative"],
+    )
+    for i, (prompt, negative) in enumerate([("red", "dull"), ("blue", "a far longer negative")]):
+        alone = sample_latents(
+            model, wanted, [prompt], noise[i : i + 1], 8.0, negative_prompt=negative
+        )
+        torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+        other = sample_latents(
+            model, wanted, [prompt], noise[i : i + 1], 8.0, negative_prompt="another one"
+        )
+        assert (other - alone).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("flags", "facts"),
     [
@@ -284,6 +309,7 @@ def test_a_clip_too_short_for_an_operation_is_told_the_shortest(files, op):
         (["--condition-noise", "0.1"], ("--op t2v gives none",)),
         (["--condition-scale", "2"], ("--op t2v gives none",)),
         (["--negative-prompt", "dull", "--guidance-scale", "1"], ("raise --guidance-scale",)),
+        (["--prompt", "a\x1bb"], ("--prompt", "U+001B", "take it out")),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(

@@ -16,7 +16,7 @@ from sora_train.base.text import NotText, decode_text, lines_of, printable, requ
 from sora_train.config.yaml_files import load_yaml
 from sora_train.data.captions.tables import Table, Texts, read_table
 from sora_train.errors import ConfigError, UserError
-from sora_train.tools.sample.command import prompt_lines
+from sora_train.sampling.prompts.file import read_prompts
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=40)
 LINE_SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf"
@@ -218,10 +218,10 @@ def test_prompts_are_lines_of_text(tmp_path: Path):
     path = tmp_path / "prompts.txt"
     for encoding in ENCODINGS:
         path.write_bytes(f"one\r\n\r\n {LINE_SEPARATORS}\nthree".encode(encoding))
-        assert prompt_lines(path) == ["one", LINE_SEPARATORS, "three"]
+        assert [one.prompt for one in read_prompts(path)] == ["one", LINE_SEPARATORS, "three"]
     path.write_bytes(b"caf\xe9")
     with refuses(UserError, "--prompts", "prompts.txt", "0xe9", "offset 3"):
-        prompt_lines(path)
+        read_prompts(path)
 
 
 def test_configs_are_text(tmp_path: Path):

@@ -7,6 +7,8 @@ byte-level text encoder has to learn to read them from scratch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sora_train.data.shapes.scene import Scene, Thing
 
 ARTICLE, SIZE, SYNONYM, SETTING, CAMERA, LIGHTING, STYLE = (1 << bit for bit in range(7))
@@ -46,29 +48,41 @@ def subject(thing: Thing, phrasing: int, *, size: bool) -> str:
     return " ".join(words)
 
 
-def describe(scene: Scene, phrasing: int) -> str:
-    """The caption of `scene` under `phrasing`, a bit field of the constants above.
+def parts(scene: Scene, phrasing: int) -> dict[str, str]:
+    """The parts of the caption of `scene` under `phrasing`, a bit field of the constants above, by name.
 
     It always names the action and a camera that pans; an image has no action and no camera. A growing
     thing has no fixed size, so none is named.
     """
+    named: dict[str, str] = {}
     if scene.relation is None:
-        sentence = subject(scene.things[0], phrasing, size=scene.motion != "grow")
+        named["subject"] = subject(scene.things[0], phrasing, size=scene.motion != "grow")
         if scene.num_frames > 1:
-            sentence += " " + ACTIONS[scene.motion][1 if phrasing & SYNONYM else 0]
+            named["action"] = ACTIONS[scene.motion][1 if phrasing & SYNONYM else 0]
     else:
         first, second = (subject(thing, phrasing, size=False) for thing in scene.things)
-        sentence = f"{first} {RELATIONS[scene.relation]} {second}"
+        named["subject"] = f"{first} {RELATIONS[scene.relation]} {second}"
     if phrasing & SETTING:
-        sentence += f" on a {scene.background} background"
-    parts = [sentence]
+        named["setting"] = f"on a {scene.background} background"
     if scene.num_frames > 1 and (phrasing & CAMERA or scene.camera != "static"):
-        parts.append(CAMERAS[scene.camera])
+        named["camera"] = CAMERAS[scene.camera]
     if phrasing & LIGHTING:
-        parts.append(f"{scene.lighting} light")
+        named["lighting"] = f"{scene.lighting} light"
     if phrasing & STYLE:
-        parts.append(f"{scene.style} style")
-    return ", ".join(parts)
+        named["style"] = f"{scene.style} style"
+    return named
+
+
+def joined(named: Mapping[str, str]) -> str:
+    """The caption of parts: subject, action and setting are one sentence, the others follow behind commas."""
+    sentence = " ".join(named[name] for name in ("subject", "action", "setting") if name in named)
+    others = [named[name] for name in ("camera", "lighting", "style") if name in named]
+    return ", ".join(filter(None, [sentence, *others]))
+
+
+def describe(scene: Scene, phrasing: int) -> str:
+    """The caption of `scene` under `phrasing`."""
+    return joined(parts(scene, phrasing))
 
 
 def shortened(scene: Scene, phrasing: int) -> int:

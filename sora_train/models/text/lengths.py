@@ -48,7 +48,7 @@ class CaptionLengths:
         cut = {prompt: self.lost(prompt) for prompt in dict.fromkeys(prompts)}
         return [
             f"{name} '{_short(prompt)}' has {int(self.of([prompt])[0])} {self.unit} and the model reads "
-            f"{self.cfg.max_length} (text.max_length, the end mark included); lost is '{lost}'"
+            f"{self.cfg.max_length} (text.max_length, the end mark included); lost is '{_short(lost)}'"
             for prompt, lost in cut.items()
             if lost
         ]

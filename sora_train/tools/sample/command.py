@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sora_train.base.text import NotText, lines_of, read_text, require_text
 from sora_train.errors import UserError
 from sora_train.tools.sample import flags
 from sora_train.tools.terminal import AdapterBase, Adapters, AnyBase, ProjectFile
@@ -12,6 +11,7 @@ from sora_train.tools.terminal import AdapterBase, Adapters, AnyBase, ProjectFil
 if TYPE_CHECKING:
     from sora_train.diffusion.spec import DiffusionSpec
     from sora_train.sampling.operations import SampleRequest
+    from sora_train.sampling.prompts.written import Written
     from sora_train.training.recipe import Recipe
 
 
@@ -61,15 +61,18 @@ def sample(
     sora sample --ckpt RUN --prompt "..." --adapter zork.safetensors:0.8 --adapter runs/style
     """
     from sora_train.sampling.operations import SampleRequest
+    from sora_train.sampling.prompts.file import read_prompts
+    from sora_train.sampling.prompts.written import Written, clean
 
     settings: dict[str, Any] = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale}
     settings |= {"condition_scale": condition_scale, "guidance_scale_2": guidance_scale_2}
     settings |= {"guidance_rescale": guidance_rescale, **flags.interval_of(guidance_interval)}
     files = image, last_image, tuple(video or ())
     request = SampleRequest(op, *files, frames_given, flags.gap_of(gap), flags.levels_of(strength))
-    given = [require_text(text, "--prompt") for text in prompt or []] + prompt_lines(prompts)
+    given = [Written(prompt=clean(text, "--prompt")) for text in prompt or []]
+    given += read_prompts(prompts) if prompts else []
     options: dict[str, Any] = {"seed": seed, "num": num, "condition_noise": condition_noise}
-    options["negative_prompt"] = require_text(negative_prompt, "--negative-prompt")
+    options["negative_prompt"] = clean(negative_prompt, "--negative-prompt")
     adapting: dict[str, Any] = {"adapters": adapter or [], "other_expert": other_expert}
     adapting |= {"base": base, "any_base": any_base}
     shape = flags.size_of(size), frames, fps
@@ -80,7 +83,7 @@ def sample(
 def sample_to_folder(
     ckpt: str,
     weights: str,
-    prompts: list[str],
+    written: "list[Written]",
     request: "SampleRequest",
     shape: tuple[tuple[int, int] | None, int | None, float | None],
     settings: dict[str, Any],
@@ -102,7 +105,7 @@ def sample_to_folder(
         options: the arguments seed, num, condition_noise and negative_prompt of `Model.sample`.
     """
     request.check()
-    if not prompts:
+    if not written:
         raise UserError('no prompt is given; add --prompt "..." or --prompts FILE')
     from sora_train.checkpoint.layout import split_step
     from sora_train.checkpoint.tensors import StoredTensors
@@ -122,11 +125,13 @@ def sample_to_folder(
     cfg, geometry = info.cfg, read_geometry(info.cfg.vae)
     fitting = api.fitting_shape(cfg, geometry, info.shape, *shape)
     prepared = prepare(request, fitting, geometry, cfg.data.alpha_background)
+    prompts = [one.text(cfg.data.source) for one in written]
+    options["negative_prompt"] = [one.negative or options["negative_prompt"] for one in written]
     _require_use(request.op, prepared.kind, spec, settings, options)
     notes = [prepared.note(spec, request.op), api.rate_note(info, prepared.shape)]
     lengths = CaptionLengths(info.cfg.text)
     notes += lengths.cut_notes(prompts)
-    notes += lengths.cut_notes([options["negative_prompt"]], "the negative prompt")
+    notes += lengths.cut_notes(options["negative_prompt"], "the negative prompt")
     for note in filter(None, notes):
         print(note, file=sys.stderr)
     model = api.load(
@@ -136,7 +141,13 @@ def sample_to_folder(
         print(note, file=sys.stderr)
     clips = model.sample(prompts, prepared=prepared, **options, **settings)
     labels = [prompt for prompt in prompts for _ in range(options["num"])]
-    return model.save(clips, labels, out, fps=prepared.shape.fps, seed=options["seed"])
+    beside = [
+        {"negative": negative} if negative else {}
+        for negative in options["negative_prompt"]
+        for _ in range(options["num"])
+    ]
+    rate, seed = prepared.shape.fps, options["seed"]
+    return model.save(clips, labels, out, fps=rate, seed=seed, notes=beside)
 
 
 def _recipe(project: Path | None) -> "Recipe | None":
@@ -158,21 +169,7 @@ def _require_use(
             raise UserError(
                 f"{flag} {value:g} is about given frames, and --op {op} gives none; drop it"
             )
-    if options["negative_prompt"] and spec.guidance_scale == 1:
+    if any(options["negative_prompt"]) and spec.guidance_scale == 1:
         raise UserError(
-            "--negative-prompt needs guidance, and guidance_scale is 1; raise --guidance-scale"
+            "a negative prompt needs guidance, and guidance_scale is 1; raise --guidance-scale"
         )
-
-
-def prompt_lines(path: Path | None) -> list[str]:
-    """The prompts of a text file, one a line."""
-    if path is None:
-        return []
-    try:
-        text = read_text(path)
-    except (OSError, NotText) as error:
-        raise UserError(f"--prompts {path} cannot be read as text: {error}") from None
-    lines = [line.strip() for line in lines_of(text) if line.strip()]
-    if not lines:
-        raise UserError(f"--prompts {path} holds no prompts; write one a line")
-    return lines

@@ -14,7 +14,12 @@ Weights = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder for the mp4 files and the contact sheet.")]
 Prompt = Annotated[list[str] | None, typer.Option(help="What to show; may be given several times.")]
-Prompts = Annotated[Path | None, typer.Option(help="A text file with one prompt a line.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="A text file with one prompt a line, or .yaml, .json or .jsonl with texts and fields: docs/generate.md."
+    ),
+]
 NegativePrompt = Annotated[str, typer.Option(help="What guidance leads away from.")]
 Op = Annotated[
     str,
