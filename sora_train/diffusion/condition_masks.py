@@ -22,6 +22,7 @@ KINDS = (
     "i2v_last",
     "i2v_both",
     "extend",
+    "extend_to",
     "extend_back",
     "infill",
     "connect",
@@ -62,7 +63,14 @@ def kind_for(kind: str, num_frames: int) -> str:
         raise ValueError(f"conditioning kind '{kind}' is unknown; choose among {', '.join(KINDS)}")
     if num_frames == 1:
         return "t2v"
-    if num_frames == 2 and kind in ("i2v_both", "infill", "connect", "loop", "every_nth"):
+    if num_frames == 2 and kind in (
+        "i2v_both",
+        "infill",
+        "connect",
+        "loop",
+        "every_nth",
+        "extend_to",
+    ):
         return "i2v"
     return kind
 
@@ -106,6 +114,8 @@ def frame_mask(kind: str, num_frames: int, u: float) -> Tensor:
             return ends_mask(num_frames, 1, 1)
         case "extend":
             return ends_mask(num_frames, 1 + int(u * last))
+        case "extend_to":
+            return ends_mask(num_frames, 1 + int(u * (last - 1)), 1)
         case "extend_back":
             return ends_mask(num_frames, 0, 1 + int(u * last))
         case "infill":
@@ -139,15 +149,16 @@ def _random(num_frames: int, u: float) -> Tensor:
     return mask
 
 
-def frame_times(t_B: Tensor, mask_BT: Tensor, t_cond: float | Tensor = 0.0) -> Tensor:
+def frame_times(t: Tensor, mask_BT: Tensor, t_cond: float | Tensor = 0.0) -> Tensor:
     """Noise level of each latent frame, (B, T): `t_cond` where the frame is a condition, the clip's t
     elsewhere.
 
     Args:
+        t: one level a clip (B,), or one a latent frame (B, T).
         t_cond: one level for all clips, or one a clip (B,).
     """
-    t_cond_B = torch.as_tensor(t_cond, dtype=t_B.dtype, device=t_B.device).expand_as(t_B)
-    return torch.where(mask_BT > 0, t_cond_B[:, None], t_B[:, None])
+    t_cond_B = torch.as_tensor(t_cond, dtype=t.dtype, device=t.device).expand(len(t))
+    return torch.where(mask_BT > 0, t_cond_B[:, None], t if t.ndim == 2 else t[:, None])
 
 
 def condition_times(u_share_B: Tensor, u_level_B: Tensor, share: float, top: float) -> Tensor:

@@ -3,7 +3,7 @@
 The key of a draw is (seed, stream, the sample's own epoch, sample id). Values are drawn in float32
 on the CPU at the full sample's shape; the caller casts and slices. Streams in use: "noise",
 "timestep", "caption_dropout", "cond_kind", "cond_mask", "cond_dropout", "cond_noise",
-"cond_noise_level", "posterior", "sample"; validation has its own.
+"cond_noise_level", "frame_noise", "frame_timestep", "posterior", "sample"; validation has its own.
 """
 
 from collections.abc import Sequence
@@ -45,6 +45,12 @@ def draw_noise(
     for row, sample in zip(noise, samples, strict=True):
         generator(seed, stream, sample).standard_normal(dtype=np.float32, out=row.numpy())
     return noise
+
+
+def draw_uniforms(seed: int, stream: str, samples: Sequence[SampleKey], count: int) -> Tensor:
+    """`count` values in [0, 1) a sample, (B, count), float32 on the CPU."""
+    rows = [generator(seed, stream, one).random(count, dtype=np.float32) for one in samples]
+    return torch.from_numpy(np.stack(rows))
 
 
 def draw_uniform(seed: int, stream: str, samples: Sequence[SampleKey]) -> Tensor:

@@ -30,19 +30,26 @@ def velocity_target(x: Tensor, noise: Tensor) -> Tensor:
 
 
 def sample_losses(
-    v_pred: Tensor, x: Tensor, noise: Tensor, frame_weight_BT: Tensor | None = None
+    v_pred: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    frame_weight_BT: Tensor | None = None,
+    factor_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Squared velocity error of each sample, averaged over what counts, in at least float32.
 
     Args:
         frame_weight_BT: weight of each latent frame; 0 leaves a frame (a condition) out, whatever its
             values are. None counts all alike.
+        factor_BT: on each frame's error; no part of the weights.
 
     Returns:
         (losses, weights), both (B,): weight 1, or 0 for a sample of which no frame counts (its loss
         is then 0).
     """
     error_BT, weight_BT = _frame_errors(v_pred, x, noise, frame_weight_BT)
+    if factor_BT is not None:
+        error_BT = error_BT * _where_counted(weight_BT, factor_BT)
     total_B = weight_BT.sum(dim=1)
     losses = (error_BT * weight_BT).sum(dim=1) / total_B.clamp_min(torch.finfo(total_B.dtype).tiny)
     return losses, (total_B > 0).to(total_B)
@@ -54,24 +61,26 @@ def velocity_losses(
     noise: Tensor,
     frame_weight_BT: Tensor | None = None,
     sample_weight_B: Tensor | None = None,
-    time_weight_B: Tensor | None = None,
+    time_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each sample's loss and its weight, both (B,), so that micro-batches and ranks add up.
 
     Args:
         sample_weight_B: 0 for a sample that failed to load (whatever its values are), else 1.
-        time_weight_B: factor on each loss, by its noise level; it is no part of the weight.
+        time_weight: factor on each loss (B,), or on each latent frame's (B, T), by its noise level; it is no part
+            of the weight.
     """
     if sample_weight_B is not None:
         weight_BT = (
             v_pred.new_ones(len(x), x.shape[2]) if frame_weight_BT is None else frame_weight_BT
         )
         frame_weight_BT = weight_BT * (sample_weight_B > 0)[:, None].to(weight_BT)
-    losses_B, weights_B = sample_losses(v_pred, x, noise, frame_weight_BT)
+    factor_BT = time_weight if time_weight is not None and time_weight.ndim == 2 else None
+    losses_B, weights_B = sample_losses(v_pred, x, noise, frame_weight_BT, factor_BT)
     if sample_weight_B is not None:
         weights_B = weights_B * sample_weight_B.to(weights_B)
-    if time_weight_B is not None:
-        losses_B = losses_B * _where_counted(weights_B, time_weight_B)
+    if time_weight is not None and factor_BT is None:
+        losses_B = losses_B * _where_counted(weights_B, time_weight)
     return losses_B * weights_B, weights_B
 
 
@@ -80,7 +89,7 @@ def frame_losses(
     x: Tensor,
     noise: Tensor,
     frame_weight_BT: Tensor,
-    time_weight_B: Tensor | None = None,
+    time_weight: Tensor | None = None,
 ) -> Tensor:
     """Mean squared velocity error of each latent frame that counts, else 0, (B, T).
 
@@ -88,11 +97,13 @@ def frame_losses(
 
     Args:
         frame_weight_BT: 1 for latent frames that count, 0 for those left out (condition frames).
-        time_weight_B: factor on each clip's losses, by its noise level.
+        time_weight: factor on each clip's losses (B,), or on each frame's (B, T), by its noise level.
     """
     error_BT, weight_BT = _frame_errors(v_pred, x, noise, frame_weight_BT)
-    if time_weight_B is not None:
-        error_BT = error_BT * _where_counted(weight_BT.amax(dim=1), time_weight_B)[:, None]
+    if time_weight is not None:
+        counted = weight_BT if time_weight.ndim == 2 else weight_BT.amax(dim=1, keepdim=True)
+        factor = time_weight if time_weight.ndim == 2 else time_weight[:, None]
+        error_BT = error_BT * _where_counted(counted, factor)
     return error_BT * weight_BT
 
 
@@ -111,6 +122,6 @@ def _frame_errors(
     return torch.where(counted, error, 0.0).square().mean(dim=(1, 3, 4)), weight_BT
 
 
-def _where_counted(weight_B: Tensor, factor_B: Tensor) -> Tensor:
-    """The factors (B,) of clips that count, 0 for the others: of these a factor may be infinite."""
-    return torch.where(weight_B > 0, factor_B.to(weight_B), 0.0)
+def _where_counted(weight: Tensor, factor: Tensor) -> Tensor:
+    """The factors of clips or frames that count, 0 for the others: of these a factor may be infinite."""
+    return torch.where(weight > 0, factor.to(weight), 0.0)

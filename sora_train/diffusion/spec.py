@@ -39,6 +39,8 @@ _SHARES = (
     "condition_noise_share",
     "condition_noise_max",
     "condition_dropout",
+    "frame_noise_share",
+    "history_noise",
     "guidance_from",
     "guidance_to",
     "guidance_rescale",
@@ -76,6 +78,10 @@ _SINCE: dict[int, dict[str, Any]] = {
     },
     4: {
         "folded_guidance": 0.0,
+        "frame_noise_share": 0.0,
+        "history_frames": 13,
+        "history_noise": 0.02,
+        "history_shift": 0.0,
     },
 }
 """Fields by the version that brought them, each with what all earlier checkpoints did. Whoever adds
@@ -168,6 +174,14 @@ class DiffusionSpec:
     """Their noise levels are uniform in [0, condition_noise_max)."""
     condition_dropout: float
     """Share of samples from which the condition frames are withheld, drawn apart from the captions'."""
+    frame_noise_share: float
+    """Share of samples of which each latent frame has a noise level of its own (diffusion forcing)."""
+    history_frames: int
+    """Frames of a long video that each next window is shown."""
+    history_noise: float
+    """Noise level at which they are shown."""
+    history_shift: float
+    """Time shift of windows that are shown some; 0: `shift`."""
 
     def __post_init__(self) -> None:
         for key, choices in _CHOICES.items():
@@ -178,7 +192,14 @@ class DiffusionSpec:
                 )
         positive = [
             key
-            for key in ("time_std", "shift", "num_steps", "latent_channels", "min_snr_gamma")
+            for key in (
+                "time_std",
+                "shift",
+                "num_steps",
+                "latent_channels",
+                "min_snr_gamma",
+                "history_frames",
+            )
             if getattr(self, key) <= 0
         ]
         if positive:
@@ -190,7 +211,7 @@ class DiffusionSpec:
                 f"diffusion spec: guidance_scale is {self.guidance_scale:g}, and guidance of "
                 f"{self.folded_guidance:g} is in the distilled weights already; it must be 1"
             )
-        for key in ("guidance_scale", "condition_scale", "folded_guidance"):
+        for key in ("guidance_scale", "condition_scale", "folded_guidance", "history_shift"):
             if getattr(self, key) < 0:
                 raise ValueError(f"diffusion spec: {key} ({getattr(self, key)}) must be 0 or more")
         if self.guidance_from > self.guidance_to:
@@ -251,7 +272,7 @@ class DiffusionSpec:
         return self.shift * timesteps.shift_factor(self.shift_rule, latent_size)
 
     def training_times(self, u_B: Tensor, latent_size: Sequence[int], expert: str = "") -> Tensor:
-        """Noise levels (B,) in [0, 1] from uniform draws (B,): the spec's law, then its shift; and
+        """Noise levels in [0, 1] from uniform draws of any shape: the spec's law, then its shift; and
         the share of high noise.
 
         Of an `expert` they are those of the law that lie in its window, the shift applied first: with b the

@@ -59,8 +59,10 @@ class FlowBatch:
     """These embeddings (B, I, E)."""
     t_cond_B: Tensor | None = None
     """Noise level of each clip's condition frames; None: 0."""
-    time_weight_B: Tensor | None = None
-    """Factor on each clip's loss; None: 1."""
+    t_BT: Tensor | None = None
+    """Noise level of each latent frame, where those of a clip differ; None: t_B for all of them."""
+    time_weight: Tensor | None = None
+    """Factor on each clip's loss (B,), or on each latent frame's (B, T); None: 1."""
     expert: str = ""
     """Which expert computes the batch, for a model of both."""
     sharing: WorkSharing = NO_SHARING
@@ -75,10 +77,11 @@ class FlowBatch:
             text = model.embed(self.prompts, self.text or [None] * len(self.prompts), self.sharing)
             beside = self._beside(model)
         if self.condition_channels is not None:
-            t_BT = self.t_B[:, None].expand_as(self.mask_BT)
+            t_BT = self.levels_BT
             z = torch.cat([interpolate(self.x, self.noise, t_BT), self.condition_channels], dim=1)
             return model(z, t_BT, text, fps_B=self.fps_B, **beside)
-        t_BT = frame_times(self.t_B, self.mask_BT, 0.0 if self.t_cond_B is None else self.t_cond_B)
+        t_cond = 0.0 if self.t_cond_B is None else self.t_cond_B
+        t_BT = frame_times(self.levels_BT, self.mask_BT, t_cond)
         clean = self.x
         if self.condition_latents is not None:
             clean = torch.where(
@@ -98,6 +101,11 @@ class FlowBatch:
         return beside
 
     @property
+    def levels_BT(self) -> Tensor:
+        """Noise level of each latent frame that is no condition, (B, T)."""
+        return self.t_B[:, None].expand_as(self.mask_BT) if self.t_BT is None else self.t_BT
+
+    @property
     def counted_BT(self) -> Tensor:
         """1 for the latent frames that the loss is about."""
         if self.condition_channels is not None:
@@ -112,10 +120,10 @@ class FlowBatch:
         """Each sample's mean squared velocity error on the frames that count, (B,)."""
         v = self.predict(model)
         return velocity_losses(
-            v, self.x, self.noise, self.counted_BT, time_weight_B=self.time_weight_B
+            v, self.x, self.noise, self.counted_BT, time_weight=self.time_weight
         )[0]
 
     def frame_losses(self, model: nn.Module) -> Tensor:
         """The mean squared velocity error of each latent frame that counts, else 0, (B, T)."""
         v = self.predict(model)
-        return frame_losses(v, self.x, self.noise, self.counted_BT, self.time_weight_B)
+        return frame_losses(v, self.x, self.noise, self.counted_BT, self.time_weight)

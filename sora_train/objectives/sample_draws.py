@@ -12,7 +12,7 @@ from sora_train.diffusion.condition_masks import (
     frame_mask,
     kind_for,
 )
-from sora_train.diffusion.draws import SampleKey, draw_uniform
+from sora_train.diffusion.draws import SampleKey, draw_uniform, draw_uniforms
 from sora_train.diffusion.spec import DiffusionSpec
 
 
@@ -25,11 +25,18 @@ class SampleDraws:
     mask_BT: Tensor
     """1 for the latent frames that are conditions, (B, T)."""
     t_B: Tensor
-    """Noise level of each clip, (B,)."""
+    """Noise level of each clip, (B,); the mean of its free frames where these have levels of their own."""
     t_cond_B: Tensor
     """Noise level of its condition frames, (B,)."""
     prompts: list[str]
     """The captions, '' where one was dropped: the null caption is the encoded empty string."""
+    t_BT: Tensor | None = None
+    """Noise level of each latent frame, (B, T), where `frame_noise_share` gives some clips one a frame; else None."""
+
+    @property
+    def levels(self) -> Tensor:
+        """The noise levels that the loss is weighted at: (B,), or (B, T) with `frame_noise_share`."""
+        return self.t_B if self.t_BT is None else self.t_BT
 
 
 def draw_samples(
@@ -54,10 +61,20 @@ def draw_samples(
             uniform("cond_kind").tolist(), uniform("cond_dropout").tolist(), strict=True
         )
     ]
+    mask_BT = frame_masks(kinds, num_frames, uniform("cond_mask").tolist())
+    t_B, t_BT = spec.training_times(uniform("timestep"), latent_size, expert), None
+    if spec.frame_noise_share > 0:
+        forced_B = uniform("frame_noise") < spec.frame_noise_share
+        drawn_BT = draw_uniforms(seed, "frame_timestep", samples, num_frames)
+        t_BT = spec.training_times(drawn_BT, latent_size, expert)
+        t_BT = torch.where(forced_B[:, None], t_BT, t_B[:, None])
+        free_BT = 1 - mask_BT
+        t_B = torch.where(forced_B, (t_BT * free_BT).sum(1) / free_BT.sum(1), t_B)
     return SampleDraws(
         kinds=kinds,
-        mask_BT=frame_masks(kinds, num_frames, uniform("cond_mask").tolist()),
-        t_B=spec.training_times(uniform("timestep"), latent_size, expert),
+        mask_BT=mask_BT,
+        t_B=t_B,
+        t_BT=t_BT,
         t_cond_B=condition_times(
             uniform("cond_noise"),
             uniform("cond_noise_level"),

@@ -65,6 +65,10 @@ def spec_of(cfg: Config, vae: VideoVAE, text_digest: str, image_digest: str = ""
         condition_noise_share=objective.condition_noise_share,
         condition_noise_max=objective.condition_noise_max,
         condition_dropout=objective.condition_dropout,
+        frame_noise_share=objective.frame_noise_share,
+        history_frames=objective.history_frames,
+        history_noise=objective.history_noise,
+        history_shift=objective.history_shift,
     )
 
 

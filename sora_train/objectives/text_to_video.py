@@ -132,7 +132,8 @@ class TextToVideoObjective(Objective):
             pictures=encoded.pictures,
             expert=self.expert_of(batch) if self.spec.expert == "both" else "",
             t_cond_B=to_device(draws.t_cond_B, x.device),
-            time_weight_B=to_device(self.spec.loss_weight(draws.t_B), x.device),
+            t_BT=None if draws.t_BT is None else to_device(draws.t_BT, x.device),
+            time_weight=to_device(self.spec.loss_weight(draws.levels), x.device),
             sharing=self.sharing,
             encoding=self.encoding,
         )

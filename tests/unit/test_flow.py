@@ -65,6 +65,10 @@ SPEC = DiffusionSpec(
     condition_noise_share=0.0,
     condition_noise_max=0.1,
     condition_dropout=0.0,
+    frame_noise_share=0.0,
+    history_frames=13,
+    history_noise=0.02,
+    history_shift=0.0,
 )
 
 
@@ -174,7 +178,7 @@ def test_what_is_left_out_may_hold_anything(data):
         "samples": (
             lambda v, x, noise, frames: velocity_loss(v, x, noise, frames, samples, factor)[0],
             lambda v, x, noise, frames: velocity_loss(
-                v, x, noise, frames, time_weight_B=factor[whole]
+                v, x, noise, frames, time_weight=factor[whole]
             )[0],
         ),
         "tokens": (
@@ -322,7 +326,7 @@ def test_a_weighting_scales_losses_and_not_their_weight():
     for parts, found in zip(
         one_by_one,
         (
-            velocity_loss(v, x, noise, frames, time_weight_B=factor),
+            velocity_loss(v, x, noise, frames, time_weight=factor),
             token_loss(v, x, noise, frames, factor),
         ),
         strict=True,
@@ -394,10 +398,11 @@ def test_a_spec_of_the_first_version_says_what_it_meant_then():
     new |= {"condition_noise_share", "condition_noise_max", "condition_dropout"}
     new |= {"condition_scale", "guidance_from", "guidance_to", "guidance_rescale"}
     new |= {"time_grid", "time_rounding"}
+    new |= {"frame_noise_share", "history_frames", "history_noise", "history_shift"}
     old = {k: v for k, v in SPEC.to_dict().items() if k not in {*new, "version"}}
     spec = DiffusionSpec.from_dict(json.loads(json.dumps(old)))
     assert spec == SPEC
-    assert spec.to_dict()["version"] == 3
+    assert spec.to_dict()["version"] == 4
     u = torch.rand(50, generator=torch.Generator().manual_seed(0))
     plain = timesteps.shift_t(timesteps.logit_normal(u, 0.0, 1.0), 3.0)
     assert torch.equal(spec.training_times(u, SIZE), plain), "bit for bit what it was"
@@ -418,6 +423,10 @@ def test_a_spec_of_the_first_version_says_what_it_meant_then():
         ({"high_noise_share": -0.1}, ("high_noise_share", "-0.1")),
         ({"condition_dropout": 2.0}, ("condition_dropout is 2.0",)),
         ({"min_snr_gamma": 0.0}, ("min_snr_gamma", "0.0")),
+        ({"frame_noise_share": 1.1}, ("frame_noise_share", "1.1")),
+        ({"history_noise": -0.1}, ("history_noise", "-0.1")),
+        ({"history_frames": 0}, ("history_frames", "0")),
+        ({"history_shift": -1.0}, ("history_shift", "-1.0")),
     ],
 )
 def test_impossible_values_are_refused_by_name(change, facts):

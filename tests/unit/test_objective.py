@@ -180,7 +180,10 @@ def test_concatenated_conditions_are_inputs_and_every_frame_counts() -> None:
         known = seen["z"][b, 16:20].amax(dim=(2, 3))
         assert torch.equal(known.amax(dim=0), found.mask_BT[b])
         inner = known[:, 1:].sum(dim=0)[found.mask_BT[b, 1:] > 0]
-        assert (inner == (1 if kind in STILL_KINDS else 4)).all(), kind
+        still = [kind in STILL_KINDS] * len(inner)
+        if kind == "extend_to":
+            still[-1] = True
+        assert inner.tolist() == [1 if one else 4 for one in still], kind
     assert concat.weights(batch)["velocity"] == count * 4 * concat.token_grid(batch)[1]
     assert float(found.counted_BT.sum()) * 4 == concat.weights(batch)["velocity"]
 
@@ -329,3 +332,79 @@ def test_every_task_of_the_mix_is_learned_and_sampled_back() -> None:
     assert np.median(left[:8]) < 0.15, f"t2v keeps {left[:8]} of the noise's distance to its clip"
     for kind, kept in zip(kinds[8:], left[8:], strict=True):
         assert kept < 0.15, f"{kind} keeps {kept} of the noise's distance to its clip"
+
+
+# --- a noise level for each latent frame ---
+
+
+def test_frames_of_one_level_lose_what_the_clip_loses() -> None:
+    """Frame-wise levels and weights that are all alike give the per-clip formula."""
+    g = torch.Generator().manual_seed(0)
+    v, x, noise = (torch.randn(3, 2, 4, 2, 2, generator=g) for _ in range(3))
+    counted = torch.tensor([[1.0, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]])
+    factor = torch.tensor([0.5, 2.0, 3.0])
+    each = factor[:, None].expand(3, 4)
+    whole = flow.velocity_losses(v, x, noise, counted, time_weight=factor)[0]
+    torch.testing.assert_close(
+        flow.velocity_losses(v, x, noise, counted, time_weight=each)[0], whole
+    )
+    torch.testing.assert_close(
+        flow.frame_losses(v, x, noise, counted, each),
+        flow.frame_losses(v, x, noise, counted, factor),
+    )
+
+
+def test_each_frame_is_weighted_by_its_own_level() -> None:
+    """By hand: errors 1 and 4 with weights 10 and 1, and a third frame that does not count."""
+    v = torch.tensor([1.0, 2.0, 9.0]).view(1, 1, 3, 1, 1)
+    zero = torch.zeros_like(v)
+    counted, weight = torch.tensor([[1.0, 1, 0]]), torch.tensor([[10.0, 1, torch.inf]])
+    losses, weights = flow.velocity_losses(v, zero, zero, counted, time_weight=weight)
+    assert losses.tolist() == [7.0] and weights.tolist() == [1.0]
+    assert flow.frame_losses(v, zero, zero, counted, weight).tolist() == [[10.0, 4.0, 0.0]]
+
+
+def test_levels_of_frames_are_keyed_by_sample_and_follow_the_law() -> None:
+    """A share of the clips has a level a frame, whoever else is in the batch; the others keep theirs."""
+    spec = mixed()[1].spec.replace(frame_noise_share=0.5, high_noise_share=0.0)
+    keys = [(0, row) for row in range(400)]
+    captions, size = ["said"] * 400, (5, 4, 4)
+    plain = draw_samples(spec.replace(frame_noise_share=0.0), 3, keys, captions, size)
+    found = draw_samples(spec, 3, keys, captions, size)
+    assert plain.t_BT is None and found.t_BT is not None
+    forced = found.t_BT.std(dim=1) > 0
+    assert 160 < int(forced.sum()) < 240
+    assert torch.equal(found.t_BT[~forced], plain.t_B[~forced, None].expand(-1, 5))
+    assert torch.equal(found.t_B[~forced], plain.t_B[~forced])
+    levels = found.t_BT[forced].flatten().double()
+    u = torch.linspace(0, 1, 4001)[:-1] + 1 / 8000
+    law = spec.training_times(u, size).double()
+    for q in (0.1, 0.5, 0.9):
+        assert abs(float(levels.quantile(q) - law.quantile(q))) < 0.05
+    one = draw_samples(spec, 3, keys[7:8], captions[:1], size)
+    assert torch.equal(one.t_BT[0], found.t_BT[7]) and one.t_B[0] == found.t_B[7]
+
+
+def test_the_model_is_shown_each_frame_at_its_own_level() -> None:
+    """Noise, level and condition of every latent frame as they were drawn."""
+    levels = torch.tensor([[0.9, 0.2, 0.6]])
+    x, noise = torch.randn(2, 1, 16, 3, 2, 2).unbind()
+    seen = {}
+
+    class Spy(torch.nn.Module):
+        takes_mask = False
+        tokenize = text_digest = None
+
+        def embed(self, *_):
+            return None
+
+        def forward(self, z, t_BT, text, *, mask_BT=None, fps_B=None):
+            seen.update(z=z, t=t_BT)
+            return torch.zeros_like(z)
+
+    mask, fps = torch.tensor([[1.0, 0, 0]]), torch.ones(1)
+    batch = FlowBatch(x, noise, levels.mean(1), mask, [""], fps, t_BT=levels)
+    batch.losses(Spy())
+    assert seen["t"].tolist() == [[0.0, *levels[0, 1:].tolist()]]
+    torch.testing.assert_close(seen["z"], flow.interpolate(x, noise, seen["t"]))
+    assert torch.equal(seen["z"][:, :, 0], x[:, :, 0])

@@ -50,6 +50,10 @@ SPEC = DiffusionSpec(
     condition_noise_share=0.0,
     condition_noise_max=0.1,
     condition_dropout=0.0,
+    frame_noise_share=0.0,
+    history_frames=13,
+    history_noise=0.02,
+    history_shift=0.0,
 )
 
 SHAPE = (2, 4, 3, 2, 2)

@@ -24,6 +24,9 @@ class ConditioningConfig(Section):
     """Share trained with the first and the last frame given, as single images."""
     extend: float = Field(0.0, ge=0, le=1)
     """Share trained with the first k latent frames given, k drawn at random (extension forwards)."""
+    extend_to: float = Field(0.0, ge=0, le=1)
+    """Share trained with the first k latent frames given, k drawn at random, and the last frame as a single image (the
+    windows of a long video between its anchors)."""
     extend_back: float = Field(0.0, ge=0, le=1)
     """Share trained with the last k latent frames given, k drawn at random (extension backwards)."""
     infill: float = Field(0.0, ge=0, le=1)
@@ -77,6 +80,17 @@ class ObjectiveConfig(Section):
     """Largest noise level of such frames; levels are drawn uniformly from 0 to this."""
     condition_dropout: float = Field(0.0, ge=0, le=1)
     """Share of clips that lose their given frames, drawn independently of `objective.caption_dropout`."""
+    frame_noise_share: float = Field(0.0, ge=0, le=1)
+    """Share of clips of which each latent frame is trained at a noise level of its own (diffusion forcing,
+    arXiv:2407.01392): such a model continues from frames of any noise."""
+    history_frames: int = Field(13, ge=1)
+    """Frames of a long video (`sora sample --seconds`) that each next window is shown, stored in the diffusion spec;
+    fewer where a window leaves no room. LongCat-Video takes 13 of 93."""
+    history_noise: float = Field(0.02, ge=0, le=1)
+    """Noise level at which a window is shown them, stored in the diffusion spec: it hides what generated frames lack.
+    Train with `objective.condition_noise_share`."""
+    history_shift: float = Field(0.0, ge=0)
+    """Time shift with which such a window is sampled, stored in the diffusion spec; 0: `objective.shift`."""
     num_steps: int = Field(50, ge=1)
     """Sampler steps stored in the diffusion spec."""
     guidance_scale: float = Field(4.0, ge=1)

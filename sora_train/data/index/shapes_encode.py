@@ -10,7 +10,7 @@ from PIL import Image
 
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.data.shapes.scene import Scene
-from sora_train.data.shapes.world import render
+from sora_train.data.shapes.world import Lasting, render
 
 # Fine enough that the oracle reads the files as well as the renderer's own frames.
 CRF = 14
@@ -28,6 +28,7 @@ class ShapesRequest:
     count: int
     image_share: float
     colour: str = ""
+    lasting: Lasting | None = None
 
 
 @dataclass(frozen=True)

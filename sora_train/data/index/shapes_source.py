@@ -12,7 +12,7 @@ from sora_train.data.index.shapes_encode import ShapesRequest
 from sora_train.data.index.shard_writer import ShardWriter
 from sora_train.data.manifest import FILE_NAME, Manifest
 from sora_train.data.sample import Failure
-from sora_train.data.shapes.world import IMAGE_SHARE, SPLITS
+from sora_train.data.shapes.world import IMAGE_SHARE, SPLITS, Lasting
 from sora_train.errors import Fault, UserError
 
 # Raised when equal arguments no longer give equal files.
@@ -30,6 +30,7 @@ def prepare_shapes(
     seed: int,
     image_share: float = IMAGE_SHARE,
     colour: str = "",
+    lasting: Lasting | None = None,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
@@ -40,14 +41,14 @@ def prepare_shapes(
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r} is none of the shapes world's: {', '.join(SPLITS)}")
-    kind = f"{split}-{colour}" if colour else split
+    kind = "-".join(filter(None, (split, colour, lasting.name if lasting else "")))
     name = f"{kind}-{num_clips}-seed{seed}-images{image_share:g}-v{VERSION}"
     folder = Path(dir) / name
     if (folder / FILE_NAME).exists():
         return Manifest.load(folder / FILE_NAME, root=folder)
     partial = folder.with_name(f".{name}.{os.getpid()}.tmp")
     try:
-        _write(partial, split, num_clips, seed, image_share, colour, workers, progress)
+        _write(partial, split, num_clips, seed, image_share, colour, lasting, workers, progress)
         try:
             os.rename(partial, folder)
         except OSError:
@@ -67,6 +68,7 @@ def _write(
     seed: int,
     image_share: float,
     colour: str,
+    lasting: Lasting | None,
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -85,6 +87,7 @@ def _write(
                     min(_SCENES_A_REQUEST, num_clips - first),
                     image_share,
                     colour,
+                    lasting,
                 )
             )
             for first in range(0, num_clips, _SCENES_A_REQUEST)

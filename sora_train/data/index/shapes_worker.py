@@ -16,6 +16,7 @@ def answer(request: ShapesRequest) -> tuple[str, object]:
                 request.split,
                 image_share=request.image_share,
                 colour=request.colour,
+                lasting=request.lasting,
             )
             for number in numbers
         )

@@ -17,7 +17,7 @@ from sora_train.data.exclusion import excluded_rows
 from sora_train.data.index.folder import open_source, without_hdr
 from sora_train.data.index.shapes_source import prepare_shapes
 from sora_train.data.manifest import Manifest, text_digest
-from sora_train.data.shapes.world import NEW_COLOURS, PALETTE
+from sora_train.data.shapes.world import NEW_COLOURS, PALETTE, Lasting
 from sora_train.data.storage.remote import is_remote
 from sora_train.errors import Fault, UserError
 
@@ -260,6 +260,7 @@ def _open(
                 seed=cfg.seed,
                 image_share=data.shapes_image_share,
                 colour=colour,
+                lasting=Lasting.of(data.shapes_motions, data.shapes_lengths),
                 workers=data.num_workers,
                 progress=lambda done, total: progress.update(done),
             )

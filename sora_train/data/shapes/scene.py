@@ -43,6 +43,10 @@ class Scene:
     phase: float
     key: str
     held_out: bool
+    periods: float = 1.0
+    """How often the motion plays in the clip; more than once where it goes on, once a second."""
+    start: float = 0.0
+    """Where in its period the motion is when the clip begins."""
 
 
 @dataclass(frozen=True)

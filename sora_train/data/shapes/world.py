@@ -98,6 +98,10 @@ DURATIONS: dict[tuple[int, float], float] = {
     (17, 8.0): 0.03,
 }
 IMAGE_SHARE = 0.04
+LASTING_MOTIONS = ("still", "rotate", "bounce")
+"""Motions that can go on for any time and never leave the frame."""
+EARLY = 1 / 8
+"""By this part of its period a bounce may begin before or after its lowest point, where motions go on."""
 PAIR_SHARE = 0.04
 PAN_SHARE = 0.04
 
@@ -168,11 +172,13 @@ def sample_scene(
     *,
     image_share: float = IMAGE_SHARE,
     colour: str = "",
+    lasting: Lasting | None = None,
 ) -> Scene:
     """Scene number `index` of a split, the same whatever was drawn before.
 
     `train` and `val` hold the combinations training may see, `held_out` only those it may not. With a `colour` of
-    `PALETTE` every thing is of that one, and none has another beside it.
+    `PALETTE` every thing is of that one, and none has another beside it. With `lasting` things are alone in a square
+    frame under a static camera, and their motions go on.
     Raises UserError on an unknown split or a negative seed or index.
     """
     if split not in SPLITS:
@@ -182,26 +188,38 @@ def sample_scene(
     if seed < 0 or index < 0:
         raise UserError(f"seed={seed}, index={index}: both must be 0 or more")
     draws = _Draws(seed, SPLITS.index(split), index)
-    height, width = draws.weighted(FRAME_SIZES)
-    num_frames, fps = draws.weighted(DURATIONS)
+    sizes = {size: share for size, share in FRAME_SIZES.items() if size[0] == size[1] or not lasting}
+    height, width = draws.weighted(sizes)
+    lengths = {(frames, rate): share for frames, rate, share in lasting.lengths} if lasting else {}
+    num_frames, fps = draws.weighted(lengths or DURATIONS)
     if draws.chance(image_share):
         num_frames, fps = 1, 1.0
     held_out = split == "held_out"
-    is_pair = draws.chance(PAIR_SHARE) and not colour
-    is_panned = draws.chance(PAN_SHARE) and num_frames > 1 and not is_pair
+    is_pair = draws.chance(PAIR_SHARE) and not colour and not lasting
+    is_panned = draws.chance(PAN_SHARE) and num_frames > 1 and not is_pair and not lasting
     if is_pair or num_frames == 1:
         motions: tuple[str, ...] = ("still",)
     else:
-        motions = PAN_MOTIONS if is_panned else MOTIONS
+        usual = lasting.motions if lasting else MOTIONS
+        motions = PAN_MOTIONS if is_panned else usual
     motion = draws.pick(motions)
     choices = [c for c in combinations(held_out=held_out) if c[2] == motion]
     drawn, shape, _ = draws.pick(choices)
     scene = _stage(draws, colour or drawn, shape, motion, num_frames, fps, height, width, is_panned)
+    if lasting:
+        scene = going_on(scene, draws.uniform())
     if is_pair:
         scene = _pair(draws, scene, choices)
     scene = replace(scene, key=f"shapes-{split}-{seed}-{index:06d}", held_out=held_out)
     phrasing = captions.shortened(scene, _draw_phrasing(draws, scene))
     return replace(scene, phrasing=phrasing, caption=captions.describe(scene, phrasing))
+
+
+def going_on(scene: Scene, u: float = 0.0) -> Scene:
+    """The scene with a motion that plays once a second, begun anywhere in its period as `u` says: a turn anywhere, a
+    bounce near its lowest point, so that the first second shows one bounce."""
+    start = {"rotate": u, "bounce": EARLY * (2 * u - 1)}.get(scene.motion, 0.0)
+    return replace(scene, periods=(scene.num_frames - 1) / scene.fps, start=start)
 
 
 def scene_of(
@@ -222,14 +240,16 @@ def scene_of(
     return replace(scene, caption=prompt.text, held_out=held_out, key=f"shapes-prompt-{seed}")
 
 
-def eval_prompts(n: int, *, held_out: bool, seed: int = 0, colour: str = "") -> list[Prompt]:
-    """`n` prompts for single things under a static camera, balanced over colour, shape and motion; with a `colour` all
-    of that one.
+def eval_prompts(
+    n: int, *, held_out: bool, seed: int = 0, colour: str = "", motions: Sequence[str] = MOTIONS
+) -> list[Prompt]:
+    """`n` prompts for single things under a static camera, balanced over colour, shape and motion (of `motions`); with
+    a `colour` all of that one.
 
     Each next combination is one whose factors were used least so far; ties are drawn from `seed`.
     """
     draws = _Draws(seed, len(SPLITS) + 1, int(held_out))
-    pool = combinations(held_out=held_out)
+    pool = [choice for choice in combinations(held_out=held_out) if choice[2] in motions]
     if colour:
         pool = list(dict.fromkeys((colour, shape, motion) for _, shape, motion in pool))
     used: dict[tuple[int, str], int] = {}
@@ -378,6 +398,46 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Lasting:
+    """What is drawn where motions go on, each once a second: `motions` of LASTING_MOTIONS, and shares of (frames,
+    frames a second)."""
+
+    motions: tuple[str, ...]
+    lengths: tuple[tuple[int, float, float], ...] = ()
+
+    @classmethod
+    def of(cls, motions: Sequence[str], lengths: Mapping[str, float]) -> Lasting | None:
+        """From the config's keys, FRAMES@FPS by their shares; None without motions. Raises UserError for what cannot
+        be."""
+        unknown = [motion for motion in motions if motion not in LASTING_MOTIONS]
+        if unknown:
+            raise UserError(
+                f"data.shapes_motions has {unknown[0]!r}; of motions that go on there are {', '.join(LASTING_MOTIONS)}"
+            )
+        if not motions:
+            return None
+        parsed = []
+        for text, share in lengths.items():
+            frames, _, fps = text.partition("@")
+            try:
+                parsed.append((int(frames), float(fps), share))
+            except ValueError:
+                parsed.append((0, 0.0, share))
+            if parsed[-1][0] < 2 or not parsed[-1][1] > 0 or not share > 0:
+                raise UserError(
+                    f"data.shapes_lengths has {text!r}: {share}; write FRAMES@FPS and a share above 0, such as "
+                    "'33@8': 0.7"
+                )
+        return cls(tuple(motions), tuple(parsed))
+
+    @property
+    def name(self) -> str:
+        """Short and unique, for folders."""
+        lengths = "-".join(f"{frames}at{fps:g}x{share:g}" for frames, fps, share in self.lengths)
+        return "-".join(filter(None, ("lasting", *self.motions, lengths)))
+
+
+@dataclass(frozen=True)
 class Track:
     """Where a thing is in each frame: `x`, `y`, `radius` in pixels, `angle` in radians; (T,)."""
 
@@ -388,10 +448,11 @@ class Track:
 
 
 def track(scene: Scene, thing: Thing) -> Track:
-    """The path of `thing` through the clip; the whole motion takes the whole clip."""
+    """The path of `thing` through the clip; the whole motion takes the whole clip, or plays `periods` times."""
     s = np.linspace(0.0, 1.0, scene.num_frames) if scene.num_frames > 1 else np.zeros(1)
+    s = scene.start + scene.periods * s
     along_x = scene.travel * s if scene.motion in ("left", "right") else 0.0
-    along_y = {"up": s, "down": s, "bounce": np.sin(np.pi * s)}.get(scene.motion, 0.0 * s)
+    along_y = {"up": s, "down": s, "bounce": np.abs(np.sin(np.pi * s))}.get(scene.motion, 0.0 * s)
     grown = GROW_FROM + (1 - GROW_FROM) * s if scene.motion == "grow" else np.ones_like(s)
     return Track(
         x=(thing.x + along_x - scene.pan * s) * scene.width,

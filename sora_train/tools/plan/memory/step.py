@@ -171,7 +171,7 @@ def batch_of(cfg: Config, shape: tuple[int, int, int, int], clips: int, caption:
         fps_B=torch.empty(clips),
         text=text,
         t_cond_B=torch.empty(clips),
-        time_weight_B=torch.empty(clips),
+        time_weight=torch.empty(clips),
         **blank_inputs(cfg.model, clips, shape[1:]),
     )
 
