@@ -388,23 +388,11 @@ def test_levels_of_frames_are_keyed_by_sample_and_follow_the_law() -> None:
 def test_the_model_is_shown_each_frame_at_its_own_level() -> None:
     """Noise, level and condition of every latent frame as they were drawn."""
     levels = torch.tensor([[0.9, 0.2, 0.6]])
-    x, noise = torch.randn(2, 1, 16, 3, 2, 2).unbind()
-    seen = {}
-
-    class Spy(torch.nn.Module):
-        takes_mask = False
-        tokenize = text_digest = None
-
-        def embed(self, *_):
-            return None
-
-        def forward(self, z, t_BT, text, *, mask_BT=None, fps_B=None):
-            seen.update(z=z, t=t_BT)
-            return torch.zeros_like(z)
-
+    x, noise = torch.randn(2, 1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(1)).unbind()
     mask, fps = torch.tensor([[1.0, 0, 0]]), torch.ones(1)
-    batch = FlowBatch(x, noise, levels.mean(1), mask, [""], fps, t_BT=levels)
-    batch.losses(Spy())
-    assert seen["t"].tolist() == [[0.0, *levels[0, 1:].tolist()]]
+    batch = FlowBatch(x, noise, levels.mean(1), mask, ["said"], fps, t_BT=levels)
+    model = mixed()[2]
+    seen = shown_to(model, lambda: batch.predict(model))
+    assert torch.equal(seen["t"], torch.cat([torch.zeros(1, 1), levels[:, 1:]], dim=1))
     torch.testing.assert_close(seen["z"], flow.interpolate(x, noise, seen["t"]))
     assert torch.equal(seen["z"][:, :, 0], x[:, :, 0])

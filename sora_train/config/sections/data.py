@@ -67,8 +67,8 @@ class DataConfig(Section):
     """Motions that go on, once a second: some of still, rotate, bounce. Things are then alone under a static camera;
     empty: the whole world, where a motion takes the whole clip."""
     shapes_lengths: dict[str, float] = {}
-    """FRAMES@FPS -> share of the clips rendered with `data.shapes_motions`, such as {33@8: 0.6, 33@24: 0.4}; empty: 9 to
-    17 frames at 8 to 16 frames a second."""
+    """FRAMES@FPS -> share of the clips rendered with `data.shapes_motions`, such as {33@8: 0.6, 33@24: 0.4}; empty: 9
+    to 17 frames at 8 to 16 frames a second."""
     max_drop_fraction: float = Field(0.01, ge=0, le=1)
     """Largest share of clips that may be dropped (unreadable, no caption, no bucket); beyond it the run stops."""
     allow_empty_captions: bool = False
