@@ -29,6 +29,7 @@ from sora_train.sampling.experts import require_both, require_pair
 from sora_train.sampling.files import save_clips, save_stills
 from sora_train.sampling.operations import Prepared, SampleRequest, prepare
 from sora_train.sampling.pipeline import ClipShape, one_each, sample_clips
+from sora_train.sampling.ranks.team import Team
 
 RATE_TOLERANCE = 0.01
 """By so much a rate may lie outside those trained: 23.976 is 24."""
@@ -68,6 +69,7 @@ class Model:
         self.cfg, self.spec, self.shape, self.step = cfg, spec, shape, step
         self.model, self.vae = model.eval(), vae
         self.adapted = adapted
+        self.team: Team | None = None
         # Of two experts that are joined later, the one whose base `adapted` is keeps these.
         changed = set(adapted.changed)
         self._changed = {name: one for name, one in model.named_parameters() if name in changed}
@@ -87,7 +89,8 @@ class Model:
         on_clip: Callable[[int], None] | None = None,
         **settings: Any,
     ) -> list[np.ndarray]:
-        """`num` clips a prompt, those of one prompt next to each other, uint8 (T, H, W, 3) each.
+        """`num` clips a prompt, one prompt's next to each other, uint8 (T, H, W, 3) each; the first of several
+        processes has them all, the others none.
 
         Args:
             size: (width, height) in pixels; default: that of most training clips.
@@ -111,11 +114,9 @@ class Model:
             raise UserError(
                 f"nothing to sample: {len(prompts)} prompts, num={num}; give a prompt and num >= 1"
             )
-        if prepared is not None and (size or frames or fps):
-            raise UserError(
-                "size, frames and fps belong to prepare; they are in its result already"
-            )
-        shape = self.clip_shape(size, frames, fps) if prepared is None else prepared.shape
+        if prepared and (size or frames or fps):
+            raise UserError("size, frames and fps belong to prepare; its result has them already")
+        shape = prepared.shape if prepared else self.clip_shape(size, frames, fps)
         repeated = [prompt for prompt in prompts for _ in range(num)]
         negatives = [one for one in one_each(negative_prompt, prompts) for _ in range(num)]
         clips = sample_clips(
@@ -128,9 +129,11 @@ class Model:
             on_batch=on_clip,
             negative_prompt=negatives,
             condition_noise=condition_noise,
-            condition_frames=None if prepared is None else prepared.condition_frames,
+            condition_frames=prepared and prepared.condition_frames,
+            numbers=self.team and self.team.numbers(len(repeated)),
         )
-        return clips if prepared is None else [prepared.finish(clip) for clip in clips]
+        clips = [prepared.finish(clip) for clip in clips] if prepared else clips
+        return self.team.collect(clips, len(repeated)) if self.team else clips
 
     def prepare(
         self,
@@ -328,6 +331,7 @@ def load(
     base: str = "",
     any_base: bool = False,
     other_expert: str = "",
+    team: Team | None = None,
 ) -> Model:
     """The model of a run folder, or of `RUN@STEP`; of an adapter's run, that of its base with the adapter.
 
@@ -341,11 +345,33 @@ def load(
         base: FOLDER or FOLDER@STEP of the base of an adapter's run, if it is no longer where `init.run` says.
         any_base: take adapters of another base too, and leave out what the model lacks.
         other_expert: the run, or RUN@STEP, of the other of two experts, whose weights are of the same kind.
+        team: of several processes, all of which call this, and then `sample` with the same arguments.
 
     Raises:
         UserError: no such run or checkpoint, the checkpoint is not one of a text-to-video model, or an adapter does
             not fit it.
     """
+    target = team.world.device if team else pick_device(device)
+    adapting: dict[str, Any] = {"adapters": adapters, "base": base, "any_base": any_base}
+    model = _loaded(run, step, weights, target, project, other_expert, **adapting)
+    if other_expert:
+        model = _joined(model, _loaded(other_expert, None, weights, target, project))
+    if team is not None:
+        team.share(model.model, model.vae)
+        model.team = team
+    return model
+
+
+def _loaded(
+    run: str | Path,
+    step: int | None,
+    weights: str,
+    target: torch.device,
+    project: Project | None,
+    other_expert: str = "",
+    **adapting: Any,
+) -> Model:
+    """One run's model on a device; see `load`."""
     folder, named_step = split_step(str(run))
     config_cls = project.config if project else Config
     info = checkpoint_info(folder, named_step if step is None else step, config_cls)
@@ -353,7 +379,7 @@ def load(
         require_both(info.spec, str(run), other_expert)
         require_pair(info, checkpoint_info(*split_step(other_expert), config_cls))
     adapted = adapted_base(
-        info.cfg, info.checkpoint, weights, adapters, base=base, any_base=any_base
+        info.cfg, info.checkpoint, weights, adapting.pop("adapters", ()), **adapting
     )
     cfg, spec = info.cfg, info.spec
     vae = VideoVAE.from_config(cfg.vae)
@@ -362,13 +388,9 @@ def load(
             f"{run} was trained on the latents of another VAE than vae.path={cfg.vae.path!r} now holds; "
             "restore that folder"
         )
-    target = pick_device(device)
     cfg = cfg.model_copy(update={"model": attending_here(cfg.model, target)})
     filled = _filled(cfg, project, adapted).to(target)
-    model = Model(cfg, spec, filled, vae.to(target), info.shape, info.checkpoint.step, adapted)
-    if not other_expert:
-        return model
-    return _joined(model, load(other_expert, weights=weights, device=device, project=project))
+    return Model(cfg, spec, filled, vae.to(target), info.shape, info.checkpoint.step, adapted)
 
 
 def _joined(one: Model, other: Model) -> Model:

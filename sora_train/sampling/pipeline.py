@@ -29,6 +29,9 @@ from sora_train.models.text_to_video import Text, TextToVideo, VideoDenoiser
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.pixels import from_uint8, to_uint8
 
+CLIPS_AT_ONCE = 16
+"""Clips of one batch."""
+
 
 @dataclass(frozen=True)
 class ClipShape:
@@ -162,14 +165,15 @@ def sample_clips(
     shape: ClipShape,
     *,
     seed: int = 0,
-    batch: int = 16,
+    batch: int = CLIPS_AT_ONCE,
     on_batch: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
     negative_prompt: str | Sequence[str] = "",
     condition_frames: ConditionFrames | None = None,
     condition_noise: float = 0.0,
+    numbers: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
-    """One uint8 (T, H, W, 3) clip a prompt.
+    """One uint8 (T, H, W, 3) clip a prompt, or of those alone whose `numbers` are given.
 
     Prompt number i starts from noise keyed by (seed, i), so a clip does not depend on how many
     others are made with it. Under a sharded model every rank must call this with the same prompts.
@@ -184,25 +188,35 @@ def sample_clips(
         conditions = encode_conditions(no_condition_frames(shape, latent_shape[1]), vae, spec)
     negatives = one_each(negative_prompt, prompts)
     clips: list[np.ndarray] = []
-    for start in range(0, len(prompts), batch):
-        chunk = prompts[start : start + batch]
-        keys = [(0, start + i) for i in range(len(chunk))]
+    wanted = range(len(prompts)) if numbers is None else numbers
+    for start in range(0, len(wanted), batch):
+        rows = wanted[start : start + batch]
+        chunk = [prompts[number] for number in rows]
+        keys = [(0, number) for number in rows]
         latents = sample_latents(
             model,
             spec,
             chunk,
             draw_noise(seed, "sample", keys, latent_shape).to(device),
             shape.told_fps,
-            negative_prompt=negatives[start : start + batch],
+            negative_prompt=[negatives[number] for number in rows],
             conditions=conditions,
             condition_noise=condition_noise,
             on_step=on_step,
         )
-        _require_numbers(latents, chunk, start, spec)
+        _require_finite(latents, dict(zip(rows, chunk, strict=True)), spec)
         clips += [decode_clip(vae, one) for one in latents]
         if on_batch is not None:
             on_batch(len(clips))
     return clips
+
+
+def views_of(spec: DiffusionSpec, *, conditioned: bool) -> int:
+    """How many rows of a guided call are one clip's: with caption, without it, and without condition frames too."""
+    if conditioned and spec.condition_scale != 1.0:
+        return 3
+    scales = spec.guidance_scale, spec.guidance_scale_2 or spec.guidance_scale
+    return 1 if scales == (1.0, 1.0) else 2
 
 
 class GuidedVelocity:
@@ -238,10 +252,10 @@ class GuidedVelocity:
             and conditions.channels is not None
             and spec.cond_mode == "concat"
         )
-        self.by_condition = conditioned and spec.condition_scale != 1.0
         # Below the boundary of two experts.
         self.scale_2 = spec.guidance_scale_2 or spec.guidance_scale
-        self.guided = (spec.guidance_scale, self.scale_2) != (1.0, 1.0) or self.by_condition
+        views = views_of(spec, conditioned=conditioned)
+        self.guided, self.by_condition = views > 1, views == 3
         nulls = one_each(negative_prompt, prompts)
         always = self.guided and (spec.guidance_from, spec.guidance_to) == (0.0, 1.0)
         self.plain = None if always else model.tokenize(prompts)
@@ -351,9 +365,9 @@ class NoPicture(Fault):
     """What was sampled is not finite, so there is nothing to show."""
 
 
-def _require_numbers(latents: Tensor, prompts: list[str], first: int, spec: DiffusionSpec) -> None:
-    """Raises NoPicture naming the first clip whose latents hold NaN or infinities."""
-    for number, (one, prompt) in enumerate(zip(latents, prompts, strict=True), first):
+def _require_finite(latents: Tensor, prompts: dict[int, str], spec: DiffusionSpec) -> None:
+    """Raises NoPicture naming the first clip, of those with these numbers, whose latents hold NaN or infinities."""
+    for one, (number, prompt) in zip(latents, prompts.items(), strict=True):
         if not is_finite(one):
             raise NoPicture(
                 f"the latents of clip {number} ('{prompt[:60]}') came out as NaN or infinite, so there is no picture; "

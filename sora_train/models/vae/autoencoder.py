@@ -28,7 +28,7 @@ from sora_train.models.hub import weights_folder
 from sora_train.models.vae.geometry import Geometry, factors
 from sora_train.models.vae.init import init_autoencoder
 from sora_train.models.vae.published import KINDS, WAN, find_class, kind_of
-from sora_train.models.vae.stream import decode_pieces, encode_raw, times
+from sora_train.models.vae.stream import Pieces, decode_pieces, encode_raw, times
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHIPPED = "shipped:"
@@ -63,6 +63,8 @@ class VideoVAE(nn.Module):
             self.geometry.temporal_factor,
             self.geometry.spatial_factor,
         )
+        # Several processes put in its place one by which they decode a clip together.
+        self.stream: Callable[[nn.Module, Tensor, int], Pieces] = decode_pieces
         self.tile = 0
         self.use_tiles(tile)
         self.requires_grad_(trainable)
@@ -189,7 +191,7 @@ class VideoVAE(nn.Module):
             yield (...,), self.autoencoder.decode(raw, return_dict=False)[0].float().clamp(-1, 1)
             return
         scale = self.spatial_factor
-        for frames, tile, pixels in decode_pieces(self.autoencoder, raw, self.tile // scale):
+        for frames, tile, pixels in self.stream(self.autoencoder, raw, self.tile // scale):
             rows, columns = (times(part, scale) for part in tile.inner)
             yield (..., frames, rows, columns), pixels.float().clamp(-1, 1)
 

@@ -11,7 +11,7 @@ Memory follows the tile and not the length of the clip, but for what comes out.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,14 +93,20 @@ def encoder_margin(config: dict[str, Any]) -> int:
     return math.ceil(reach / 2**levels)
 
 
+Pieces = Iterator[tuple[slice, Tile, Tensor]]
+"""Which frames of the clip, which part of them, and its pixels."""
+
+
 def decode_pieces(
-    autoencoder: nn.Module, raw: Tensor, tile: int = 0
-) -> Iterator[tuple[slice, Tile, Tensor]]:
+    autoencoder: nn.Module, raw: Tensor, tile: int = 0, turns: Sequence[int] | None = None
+) -> Pieces:
     """(frames, tile, pixels of its inner part, not clamped) until every pixel has come once.
 
     Args:
         raw: latents (B, C, t, h, w) as the VAE gives them.
         tile: latents a side; 0 decodes whole frames, in the class's own order of operations.
+        turns: the latent frames to decode, in this order, 0 first; all of them if left out. Whoever leaves some out
+            provides what the others would have left behind. One behind the last stands for the last.
     """
     config, decoder = dict(autoencoder.config), autoencoder.decoder
     patch = config["patch_size"] or 1
@@ -112,9 +118,9 @@ def decode_pieces(
     plan = tiles(height, width, 0 if whole else tile, decoder_margin(config))
     for part in plan:
         cache: Cache = [None] * count
-        done = 0
-        for i in range(raw.shape[2]):
-            frame, index, first = hidden[:, :, i : i + 1], [0], {"first_chunk": i == 0}
+        for i in range(raw.shape[2]) if turns is None else turns:
+            frame = hidden[:, :, min(i, raw.shape[2] - 1)].unsqueeze(2)
+            index, first = [0], {"first_chunk": i == 0}
             if whole:
                 pixels = decoder(frame, feat_cache=cache, feat_idx=index, **first)
             else:
@@ -127,8 +133,8 @@ def decode_pieces(
                 x = decoder.nonlinearity(decoder.norm_out(x))
                 pixels = part.cut(cached_conv(decoder.conv_out, x, cache, index), scale)
             pixels = unfolded(pixels, patch)
-            yield slice(done, done + pixels.shape[2]), part, pixels
-            done += pixels.shape[2]
+            start = 1 + (i - 1) * pixels.shape[2] if i else 0
+            yield slice(start, start + pixels.shape[2]), part, pixels
 
 
 def encode_raw(autoencoder: nn.Module, pixels: Tensor, tile: int = 0) -> Tensor:

@@ -39,6 +39,7 @@ def sample(
     base: AdapterBase = "",
     any_base: AnyBase = False,
     project: ProjectFile = None,
+    parallel: flags.Parallel = "auto",
 ) -> None:
     """Sample clips from a checkpoint into mp4 files and a contact sheet.
 
@@ -51,8 +52,11 @@ def sample(
     sora sample --ckpt RUN --prompt "..." --op connect --video a.mp4 --video b.mp4
     sora sample --ckpt RUN --prompt "..." --op edit --video a.mp4 --strength 0.6
     sora sample --ckpt RUN --prompt "..." --adapter zork.safetensors:0.8 --adapter runs/style
+    torchrun --nproc-per-node 4 -m sora_train sample --ckpt RUN --prompt "..." --parallel guidance=2,context=2
     """
     asked = SimpleNamespace(**locals())
+    from sora_train.sampling.ranks.team import with_one_voice
     from sora_train.tools.sample.work import sample_to_folder
 
-    print(*sample_to_folder(asked), sep="\n")
+    for path in with_one_voice(lambda world: sample_to_folder(asked, world)):
+        print(path)

@@ -81,6 +81,13 @@ GuidanceInterval = Annotated[
 GuidanceRescale = Annotated[
     float | None, typer.Option(min=0, max=1, help="Share of guidance's extra contrast taken back.")
 ]
+Parallel = Annotated[
+    str,
+    typer.Option(
+        metavar="AXIS=N[,...]",
+        help="Over what several processes are spread: prompts, guidance, context; or auto.",
+    ),
+]
 Num = Annotated[int, typer.Option(min=1, help="Clips a prompt.")]
 
 

@@ -13,11 +13,15 @@ from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.text.lengths import CaptionLengths
 from sora_train.models.vae.autoencoder import read_geometry
+from sora_train.runtime.world import World
 from sora_train.sampling import api
 from sora_train.sampling.experts import require_both
 from sora_train.sampling.operations import Prepared, SampleRequest, prepare
+from sora_train.sampling.pipeline import CLIPS_AT_ONCE, views_of
 from sora_train.sampling.prompts.file import read_prompts
 from sora_train.sampling.prompts.written import Written, clean
+from sora_train.sampling.ranks.layout import Layout, layout_of
+from sora_train.sampling.ranks.team import Team
 from sora_train.tools.sample import flags
 from sora_train.training.recipe import Recipe, load_recipe
 
@@ -36,20 +40,29 @@ class Work:
     """Of the sampler, as `Model.sample` takes them."""
     notes: list[str]
     """Sentences for the user."""
+    layout: Layout
+    """What several processes do."""
 
 
-def sample_to_folder(asked: SimpleNamespace) -> list[Path]:
-    """Sample every prompt into `asked.out`; returns the files written.
+def sample_to_folder(asked: SimpleNamespace, world: World | None = None) -> list[Path]:
+    """Sample every prompt into `asked.out`; returns the files written, which is the work of the first process.
 
     Everything is checked, and the files of the request are read, before the model is loaded.
 
     Args:
         asked: the values of the flags of `sora sample` by name.
+        world: of several processes.
     """
-    work = checked(asked)
+    work = checked(asked, world.size if world else 1)
+    team = Team(world, work.layout, work.info.cfg.model) if world else None
+    is_main = world is None or world.is_main
+    if not is_main:
+        work.notes.clear()
     for note in work.notes:
         print(note, file=sys.stderr)
-    model = _loaded(asked, work)
+    model = _loaded(asked, work, team)
+    for note in model.adapted.notes if is_main else []:
+        print(note, file=sys.stderr)
     clips = model.sample(
         work.prompts,
         prepared=work.prepared,
@@ -59,14 +72,16 @@ def sample_to_folder(asked: SimpleNamespace) -> list[Path]:
         num=asked.num,
         **work.settings,
     )
+    if not is_main:
+        return []
     labels = [prompt for prompt in work.prompts for _ in range(asked.num)]
     beside = [{"negative": one} if one else {} for one in work.negatives for _ in range(asked.num)]
     rate = work.prepared.shape.fps
     return model.save(clips, labels, asked.out, fps=rate, seed=asked.seed, notes=beside)
 
 
-def checked(asked: SimpleNamespace) -> Work:
-    """The work that is asked for. Raises UserError for whatever cannot be."""
+def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
+    """The work that is asked for, of so many processes. Raises UserError for whatever cannot be."""
     settings = _settings(asked)
     files = asked.image, asked.last_image, tuple(asked.video or ())
     given = asked.frames_given, flags.gap_of(asked.gap), flags.levels_of(asked.strength)
@@ -94,8 +109,12 @@ def checked(asked: SimpleNamespace) -> Work:
     lengths = CaptionLengths(cfg.text)
     notes += lengths.cut_notes(prompts)
     notes += lengths.cut_notes(negatives, "the negative prompt")
+    views = views_of(spec, conditioned=prepared.condition_frames is not None)
+    clips = len(prompts) * asked.num
+    layout = layout_of(asked.parallel, processes, clips, views, CLIPS_AT_ONCE)
+    notes += [f"{processes} processes: --parallel {layout}"] if processes > 1 else []
     told = list(filter(None, notes))
-    return Work(run_dir, recipe, info, prompts, negatives, prepared, settings, told)
+    return Work(run_dir, recipe, info, prompts, negatives, prepared, settings, told, layout)
 
 
 def _settings(asked: SimpleNamespace) -> dict[str, Any]:
@@ -112,9 +131,8 @@ def _settings(asked: SimpleNamespace) -> dict[str, Any]:
     return given | flags.interval_of(asked.guidance_interval)
 
 
-def _loaded(asked: SimpleNamespace, work: Work) -> api.Model:
-    """The model, with what there is to say of its adapters said."""
-    model = api.load(
+def _loaded(asked: SimpleNamespace, work: Work, team: Team | None) -> api.Model:
+    return api.load(
         work.run_dir,
         step=work.info.checkpoint.step,
         weights=asked.ema,
@@ -123,10 +141,8 @@ def _loaded(asked: SimpleNamespace, work: Work) -> api.Model:
         base=asked.base,
         any_base=asked.any_base,
         other_expert=asked.other_expert,
+        team=team,
     )
-    for note in model.adapted.notes:
-        print(note, file=sys.stderr)
-    return model
 
 
 def _require_use(
