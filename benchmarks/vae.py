@@ -9,7 +9,6 @@ import torch
 
 from sora_train.config import Config
 from sora_train.config.compose import compose
-from sora_train.data.index.sources import open_sources
 from sora_train.data.sample import Clip
 from sora_train.device import measuring
 from sora_train.device.measuring import Measured, Result, Stats
@@ -17,10 +16,8 @@ from sora_train.errors import UserError
 from sora_train.evaluation.quality import psnr, ssim
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import to_pixels
-from sora_train.runtime.control_plane import ControlPlane
-from sora_train.runtime.world import World, pick_device
-from sora_train.training.pipeline.plan import bucket_table
-from sora_train.training.pipeline.validation_clips import read_validation
+from sora_train.runtime.world import pick_device
+from sora_train.training.pipeline.validation_clips import held_out_clips
 
 DEFAULT_EXPERIMENT = "experiment=quickstart"
 DEFAULT_OUT = Path("benchmarks/results")
@@ -74,15 +71,7 @@ def run(overrides: list[str], *, clips: int, out: Path) -> Path:
 
 def read_held_out(cfg: Config, vae: VideoVAE) -> list[Clip]:
     """Held-out clips, cut as validation cuts them. Raises UserError where there are none."""
-    # Stored latents are of no use here: what is measured begins with pixels.
-    data = cfg.data.model_copy(update={"stored_latents": "ignore", "stored_text": "ignore"})
-    cfg = cfg.model_copy(
-        update={"data": data, "validation": cfg.validation.model_copy(update={"every": 1})}
-    )
-    sources = open_sources(cfg, Path(cfg.run.dir))
-    table = bucket_table(cfg, vae, cfg.model.patch_size)
-    control = ControlPlane(World(0, 1, 0, 1, torch.device("cpu")))
-    found = read_validation(cfg, sources.val, table, vae, False, control)
+    found = held_out_clips(cfg, vae, with_latents=False)
     if not found:
         raise UserError(
             f"data.source={cfg.data.source} has no held-out clip that fits a bucket; hold some out "

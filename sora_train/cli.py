@@ -22,6 +22,7 @@ from sora_train.tools.data.command import data_app
 from sora_train.tools.data.prep import prep_app
 from sora_train.tools.doctor.command import doctor_app
 from sora_train.tools.doctor.replay.command import replay
+from sora_train.tools.eval.command import evaluate
 from sora_train.tools.launch.command import launch_app
 from sora_train.tools.plan.command import models, plan
 from sora_train.tools.sample.command import sample
@@ -151,6 +152,7 @@ def bench(arguments: Annotated[list[str] | None, typer.Argument(metavar="NAME ..
 
 
 app.command()(sample)
+app.command("eval")(evaluate)
 app.command(context_settings=OVERRIDES)(convert.fetch)
 app.command()(watch)
 app.command(context_settings=OVERRIDES)(plan)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from sora_train.data.shapes.captions import ACTIONS
 from sora_train.data.shapes.scene import Prompt
+from sora_train.data.shapes.world import PALETTE, SHAPES
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,15 @@ class Sampled:
     kept: np.ndarray | None = None
     numbers: dict[str, float] = field(default_factory=dict)
     """Its metrics, by name."""
+
+
+_WORDINGS = {wording: motion for motion, wordings in ACTIONS.items() for wording in wordings}
+_ONE_THING = re.compile(rf"(?:a )?(?:\w+ )?(\w+) (\w+) ({'|'.join(_WORDINGS)})\b")
+
+
+def asked_by(prompt: str) -> Prompt | None:
+    """What a prompt in the words of the shapes world asks of its single thing; None for other prompts."""
+    found = _ONE_THING.match(prompt)
+    if found is None or found[1] not in PALETTE or found[2] not in SHAPES:
+        return None
+    return Prompt(prompt, found[1], found[2], _WORDINGS[found[3]])

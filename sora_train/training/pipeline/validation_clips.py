@@ -2,11 +2,13 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from sora_train.config import Config
+from sora_train.data.index.sources import open_sources
 from sora_train.data.loader import Loader
 from sora_train.data.manifest import Manifest
 from sora_train.data.sample import Clip, Failure
@@ -16,7 +18,8 @@ from sora_train.errors import Fault
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives import to_pixels
 from sora_train.runtime.control_plane import ControlPlane
-from sora_train.training.pipeline.plan import assigned, data_as_read
+from sora_train.runtime.world import World
+from sora_train.training.pipeline.plan import assigned, bucket_table, data_as_read
 
 
 def _without_failed(
@@ -47,6 +50,21 @@ def _without_failed(
     if control.world.is_main:
         print(f"held-out clips left out: {len(failed)} ({named})", file=sys.stderr, flush=True)
     return [clip for clip in clips if clip.row not in failed]
+
+
+def held_out_clips(cfg: Config, vae: VideoVAE, *, with_latents: bool) -> list[Clip]:
+    """The held-out clips of a run as pixels, cut as its validation cuts them; for who looks at it from outside.
+
+    Raises UserError where its sources cannot be read.
+    """
+    # Stored latents are of no use here: what is measured begins with pixels.
+    data = cfg.data.model_copy(update={"stored_latents": "ignore", "stored_text": "ignore"})
+    validation = cfg.validation.model_copy(update={"every": 1})
+    cfg = cfg.model_copy(update={"data": data, "validation": validation, "dry_run": False})
+    sources = open_sources(cfg, Path(cfg.run.dir))
+    table = bucket_table(cfg, vae, cfg.model.patch_size)
+    control = ControlPlane(World(0, 1, 0, 1, torch.device("cpu")))
+    return read_validation(cfg, sources.val, table, vae, with_latents, control)
 
 
 def read_validation(

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from sora_train.errors import UserError
-from sora_train.evaluation.paired import PairedDifference, of_seeds, of_steps, unlike
+from sora_train.evaluation.paired import PairedDifference, of_pairs, of_steps, unlike
 from sora_train.tools.sweep.report.rows import SEED, Row, SweepResults
 
 LOSS = "train/loss"
@@ -64,7 +64,7 @@ def against(
     finals = [(a, b) for a, b in finals if math.isfinite(a) and math.isfinite(b)]
     if len(finals) > 1:
         a, b = zip(*finals, strict=True)
-        return GroupComparison(name, ours, of_seeds(a, b, confidence), "", results.metric)
+        return GroupComparison(name, ours, of_pairs(a, b, confidence, "seeds"), "", results.metric)
     return of_one_pair(name, ours, pairs[0], confidence)
 
 
