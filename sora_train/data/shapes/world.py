@@ -188,7 +188,9 @@ def sample_scene(
     if seed < 0 or index < 0:
         raise UserError(f"seed={seed}, index={index}: both must be 0 or more")
     draws = _Draws(seed, SPLITS.index(split), index)
-    sizes = {size: share for size, share in FRAME_SIZES.items() if size[0] == size[1] or not lasting}
+    sizes = {
+        size: share for size, share in FRAME_SIZES.items() if size[0] == size[1] or not lasting
+    }
     height, width = draws.weighted(sizes)
     lengths = {(frames, rate): share for frames, rate, share in lasting.lengths} if lasting else {}
     num_frames, fps = draws.weighted(lengths or DURATIONS)

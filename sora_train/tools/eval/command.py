@@ -69,14 +69,11 @@ def evaluate(
 ) -> None:
     """Judge a run, or a folder of clips, in numbers, with the clips behind each.
 
-    \b
-    A run is sampled on fixed prompts with fixed noise, so two runs are compared
-    clip by clip, with an interval.
+    A run is sampled on fixed prompts with fixed noise, so two runs are compared clip by clip, with an interval.
 
     \b
     sora eval runs/quickstart
-    sora eval runs/quickstart@600 --num 64 --tiers a
-    sora eval samples
+    sora eval samples --tiers a
     sora eval runs/a runs/b --prompts prompts.txt
     sora eval RUN --i3d i3d_torchscript.pt --reference real_clips
     sora eval vbench samples --python ~/vbench/bin/python
@@ -119,7 +116,7 @@ def _judge(targets: list[str], options: "Options", out: Path | None) -> None:
     for number, target in enumerate(targets, 1):
         place = out if together is None else together / str(number)
         one = evaluated(target, options, place)
-        heads, rows = page.means_table(one)
+        heads, rows = page.means_table(one, intervals=False)
         print(f"{one.name}\n{table_of(tuple(heads), [tuple(row) for row in rows])}")
         print(*one.notes, sep="\n", end="\n" if one.notes else "")
         results.write(one)

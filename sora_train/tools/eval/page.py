@@ -24,6 +24,7 @@ from sora_train.tools.eval.results import (
     means,
     metric_of,
     number,
+    place_of,
 )
 
 FILE = "eval.html"
@@ -32,24 +33,24 @@ CURVES = "val/"
 Table = tuple[list[str], list[list[str]]]
 
 
-def means_table(evaluation: Evaluation) -> Table:
-    """The same numbers for the terminal and for the page."""
-    heads = [
-        "clips of",
-        "metric",
-        "value",
-        f"{CONFIDENCE:.0%} ±",
-        "clips",
-        "unit",
-        "better",
-        "tier",
-    ]
+def means_table(evaluation: Evaluation, *, intervals: bool) -> Table:
+    """A row a metric, a column a group of clips."""
+    found = means(evaluation)
+    groups = dict.fromkeys(mean.group for mean in found)
+    counts = {group: max(mean.count for mean in found if mean.group == group) for group in groups}
+    names = sorted({mean.name for mean in found}, key=place_of)
+    cells = {
+        (mean.name, mean.group): number(mean.value)
+        + (f" ({mean.interval})" if intervals and mean.interval else "")
+        for mean in found
+    }
     rows = []
-    for mean in means(evaluation):
-        metric = metric_of(mean.name)
-        numbers = [number(mean.value), mean.interval, str(mean.count)]
-        rows.append([mean.group, mean.name, *numbers, metric.unit, metric.better, metric.tier])
-    return heads, rows
+    for name in names:
+        metric = metric_of(name)
+        values = [cells.get((name, group), "") for group in groups]
+        rows.append([name, *values, metric.unit, metric.better, metric.tier])
+    heads = [f"{group} ({counts[group]})" for group in groups]
+    return ["metric", *heads, "unit", "better", "tier"], rows
 
 
 def compared_table(found: Sequence[Compared]) -> Table:
@@ -72,11 +73,12 @@ def write_page(evaluation: Evaluation) -> Path:
         "tools/eval/eval.html",
         title=f"Evaluation of {evaluation.name}",
         tiles={name.replace("_", " "): fact for name, fact in tiles.items()},
-        table=means_table(evaluation),
+        table=means_table(evaluation, intervals=True),
+        confidence=f"{CONFIDENCE:.0%}",
         tiers=TIERS,
         notes=evaluation.notes,
         charts=curve_charts(evaluation.curves, CURVES),
-        metrics=[_shown(mean, evaluation) for mean in means(evaluation)],
+        metrics=[_shown(mean, evaluation) for mean in _told(means(evaluation))],
     )
     write_atomically(path, page)
     return path
@@ -95,6 +97,14 @@ def write_comparison(
         confidence=f"{CONFIDENCE:.0%}",
     )
     write_atomically(path, page)
+
+
+def _told(found: Sequence[Mean]) -> list[Mean]:
+    """Each metric once, of the first group that has it: of the others the table tells."""
+    first: dict[str, Mean] = {}
+    for mean in found:
+        first.setdefault(mean.name, mean)
+    return [first[name] for name in sorted(first, key=place_of)]
 
 
 def _shown(mean: Mean, evaluation: Evaluation) -> dict[str, Any]:

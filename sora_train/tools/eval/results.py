@@ -58,6 +58,12 @@ def metric_of(name: str) -> Metric:
     return known[name]
 
 
+def place_of(name: str) -> tuple[int, str]:
+    """Orders metrics as they are listed; those of probes come last."""
+    known = list(METRICS)
+    return (known.index(name) if name in known else len(known), name)
+
+
 def means(evaluation: Evaluation) -> list[Mean]:
     """Group by group, in the order in which metrics are listed."""
     found = []
