@@ -17,24 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_train.data.decode.frames import (
-    BadClip,
-    DecodeRequest,
-    StorageFault,
-    decode_frames,
-)
-from sora_train.data.decode.probe import Probe, ProbeRequest, probe_video
-from sora_train.data.sample import Bucket
-from sora_train.data.transforms import crop, sampled_frames
 from sora_train.diffusion.condition_frames import pixel_mask
 from sora_train.diffusion.condition_masks import ends_mask, kind_for
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.vae.geometry import Geometry
+from sora_train.sampling.given_files import GivenFile
 from sora_train.sampling.pipeline import ClipShape, ConditionFrames
-
-MAX_FRAMES = 4096
-"""Longest video read, in frames at the clip's rate: it is held in memory whole."""
 
 
 @dataclass(frozen=True)
@@ -326,60 +315,15 @@ def _condition_latent_frames(
 
 def _read_videos(request: SampleRequest, shape: ClipShape) -> tuple[list[np.ndarray], ClipShape]:
     """The request's videos at one rate and size, and the shape with that rate."""
-    probes = [_probe(path, "video", "--video") for path in request.videos]
-    rate = min([shape.fps, *(probe.fps for probe in probes if probe.fps > 0)])
-    shape = replace(shape, fps=rate)
-    pairs = zip(request.videos, probes, strict=True)
-    read = [_frames(request, path, probe, shape, "video", "--video") for path, probe in pairs]
-    return read, shape
+    files = [GivenFile.open(path, "video", "--video") for path in request.videos]
+    rates = [file.probe.fps for file in files if file.probe.fps > 0]
+    shape = replace(shape, fps=min([shape.fps, *rates]))
+    return [file.frames(shape, request.alpha_background) for file in files], shape
 
 
 def _read(request: SampleRequest, path: Path, flag: str, shape: ClipShape) -> np.ndarray:
     """An image of the clip's size, uint8 (1, H, W, 3)."""
-    return _frames(request, path, _probe(path, "image", flag), shape, "image", flag)
-
-
-def _probe(path: Path, kind: str, flag: str) -> Probe:
-    request = ProbeRequest(0, path.name, str(path), 0, path.stat().st_size, kind)
-    try:
-        return probe_video(request)
-    except (BadClip, StorageFault) as error:
-        raise UserError(f"{flag} {path} cannot be read as {_a(kind)}: {error}") from error
-
-
-def _frames(
-    asked: SampleRequest, path: Path, probe: Probe, shape: ClipShape, kind: str, flag: str
-) -> np.ndarray:
-    """A file's frames at the clip's rate, its middle cropped to the clip's size, uint8 (F, H, W, 3)."""
-    count = 1
-    if kind == "video" and probe.fps > 0:
-        count = int(sampled_frames(np.array([probe.frames]), np.array([probe.fps]), shape.fps)[0])
-    if count > MAX_FRAMES:
-        raise UserError(
-            f"{flag} {path} has {count} frames at {shape.fps:g} a second; cut it to {MAX_FRAMES} or fewer"
-        )
-    bucket = Bucket(count, shape.height, shape.width)
-    request = DecodeRequest(
-        row=0,
-        key=path.name,
-        path=str(path),
-        offset=0,
-        length=path.stat().st_size,
-        kind=kind,
-        times=tuple(i / shape.fps if shape.fps else 0.0 for i in range(count)),
-        crop=crop(probe.height, probe.width, bucket, 0.5, 0.5),
-        shown=(probe.height, probe.width),
-        height=shape.height,
-        width=shape.width,
-        start=probe.start,
-        fps=probe.fps,
-        traits=probe.traits,
-        alpha_background=asked.alpha_background,
-    )
-    try:
-        return decode_frames(request)
-    except (BadClip, StorageFault) as error:
-        raise UserError(f"{flag} {path} cannot be read as {_a(kind)}: {error}") from error
+    return GivenFile.open(path, "image", flag).frames(shape, request.alpha_background)
 
 
 def _require(video: np.ndarray, count: int, path: Path, shape: ClipShape) -> None:
@@ -407,7 +351,3 @@ def _takes(op: str) -> str:
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-def _a(kind: str) -> str:
-    return "an image" if kind == "image" else "a video"
