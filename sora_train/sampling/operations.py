@@ -118,13 +118,17 @@ class Prepared:
     after: np.ndarray | None = None
     drop: int = 0
     """Frames left off the end, since they are the beginning again."""
+    lead: int = 0
+    """Frames left off the beginning, since they only lead in."""
+    told: tuple[str, ...] = ()
+    """Sentences on what was done with the files."""
 
     def finish(self, clip: np.ndarray) -> np.ndarray:
         """The whole video, uint8 (F, H, W, 3), from the clip that was made."""
         if self.known_F is not None and self.condition_frames is not None:
             known = (self.known_F > 0).numpy()[:, None, None, None]
             clip = np.where(known, self.condition_frames.pixels, clip)
-        clip = clip[: len(clip) - self.drop]
+        clip = clip[self.lead : len(clip) - self.drop]
         parts = [part for part in (self.before, clip, self.after) if part is not None]
         return np.concatenate(parts)
 

@@ -12,11 +12,13 @@ def sample(
     out: flags.Out = Path("samples"),
     prompt: flags.Prompt = None,
     prompts: flags.Prompts = None,
+    storyboard: flags.Storyboard = None,
     negative_prompt: flags.NegativePrompt = "",
     op: flags.Op = "t2v",
     image: flags.Image = None,
     last_image: flags.LastImage = None,
     video: flags.Video = None,
+    reference: flags.Reference = None,
     frames_given: flags.FramesGiven = None,
     gap: flags.Gap = None,
     strength: flags.Strength = None,
@@ -24,7 +26,7 @@ def sample(
     size: flags.Size = None,
     frames: flags.Frames = None,
     fps: flags.Fps = None,
-    seed: flags.Seed = 0,
+    seed: flags.Seed = None,
     steps: flags.Steps = None,
     solver: flags.Solver = None,
     guidance_scale: flags.GuidanceScale = None,
@@ -51,6 +53,7 @@ def sample(
     sora sample --ckpt RUN --prompt "..." --op infill --video a.mp4 --gap 5:13
     sora sample --ckpt RUN --prompt "..." --op connect --video a.mp4 --video b.mp4
     sora sample --ckpt RUN --prompt "..." --op edit --video a.mp4 --strength 0.6
+    sora sample --ckpt RUN --storyboard board.yaml
     sora sample --ckpt RUN --prompt "..." --adapter zork.safetensors:0.8 --adapter runs/style
     torchrun --nproc-per-node 4 -m sora_train sample --ckpt RUN --prompt "..." --parallel guidance=2,context=2
     """

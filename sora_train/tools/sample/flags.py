@@ -20,6 +20,14 @@ Prompts = Annotated[
         help="A text file with one prompt a line, or .yaml, .json or .jsonl with texts and fields: docs/generate.md."
     ),
 ]
+Storyboard = Annotated[
+    Path | None,
+    typer.Option(help="A YAML file of prompts, images and videos at times: docs/generate.md."),
+]
+Reference = Annotated[
+    list[Path] | None,
+    typer.Option(help="An image or a video that leads the clip in; may be given several times."),
+]
 NegativePrompt = Annotated[str, typer.Option(help="What guidance leads away from.")]
 Op = Annotated[
     str,
@@ -57,7 +65,10 @@ Frames = Annotated[
 Fps = Annotated[
     float | None, typer.Option(help="Frames a second; those of most training clips if left out.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same clip.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Seed of the noise, 0 if left out; the same seed gives the same clip."),
+]
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Solver steps; those of the run if left out.")
 ]
@@ -91,13 +102,13 @@ Parallel = Annotated[
 Num = Annotated[int, typer.Option(min=1, help="Clips a prompt.")]
 
 
-def size_of(text: str | None) -> tuple[int, int] | None:
+def size_of(text: str | None, name: str = "--size") -> tuple[int, int] | None:
     """WxH -> (width, height)."""
     if text is None:
         return None
     width, _, height = text.lower().partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise UserError(f"--size is '{text}'; write WIDTHxHEIGHT in pixels, for example 64x48")
+        raise UserError(f"{name} is '{text}'; write WIDTHxHEIGHT in pixels, for example 64x48")
     return int(width), int(height)
 
 

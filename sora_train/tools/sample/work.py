@@ -1,7 +1,7 @@
 """The work of `sora sample`: what was asked becomes values, is checked whole, and then made."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from sora_train.checkpoint.layout import split_step
 from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.config import Config
+from sora_train.data.index.kinds import media_kind
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import UserError
 from sora_train.models.text.lengths import CaptionLengths
@@ -16,9 +17,12 @@ from sora_train.models.vae.autoencoder import read_geometry
 from sora_train.runtime.world import World
 from sora_train.sampling import api
 from sora_train.sampling.experts import require_both
+from sora_train.sampling.given_files import GivenFile
 from sora_train.sampling.operations import Prepared, SampleRequest, prepare
 from sora_train.sampling.pipeline import CLIPS_AT_ONCE, views_of
 from sora_train.sampling.prompts.file import read_prompts
+from sora_train.sampling.prompts.placing import with_given, with_references
+from sora_train.sampling.prompts.storyboard import Storyboard, one_prompt
 from sora_train.sampling.prompts.written import Written, clean
 from sora_train.sampling.ranks.layout import Layout, layout_of
 from sora_train.sampling.ranks.team import Team
@@ -38,6 +42,7 @@ class Work:
     prepared: Prepared
     settings: dict[str, Any]
     """Of the sampler, as `Model.sample` takes them."""
+    seed: int
     notes: list[str]
     """Sentences for the user."""
     layout: Layout
@@ -68,7 +73,7 @@ def sample_to_folder(asked: SimpleNamespace, world: World | None = None) -> list
         prepared=work.prepared,
         negative_prompt=work.negatives,
         condition_noise=asked.condition_noise,
-        seed=asked.seed,
+        seed=work.seed,
         num=asked.num,
         **work.settings,
     )
@@ -77,44 +82,121 @@ def sample_to_folder(asked: SimpleNamespace, world: World | None = None) -> list
     labels = [prompt for prompt in work.prompts for _ in range(asked.num)]
     beside = [{"negative": one} if one else {} for one in work.negatives for _ in range(asked.num)]
     rate = work.prepared.shape.fps
-    return model.save(clips, labels, asked.out, fps=rate, seed=asked.seed, notes=beside)
+    return model.save(clips, labels, asked.out, fps=rate, seed=work.seed, notes=beside)
 
 
 def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
     """The work that is asked for, of so many processes. Raises UserError for whatever cannot be."""
     settings = _settings(asked)
-    files = asked.image, asked.last_image, tuple(asked.video or ())
-    given = asked.frames_given, flags.gap_of(asked.gap), flags.levels_of(asked.strength)
-    request = SampleRequest(asked.op, *files, *given)
-    written = [Written(prompt=clean(text, "--prompt")) for text in asked.prompt or []]
-    written += read_prompts(asked.prompts) if asked.prompts else []
-    negative = clean(asked.negative_prompt, "--negative-prompt")
-    shape = flags.size_of(asked.size), asked.frames, asked.fps
-    request.check()
-    if not written:
-        raise UserError('no prompt is given; add --prompt "..." or --prompts FILE')
+    board = _storyboard(asked)
+    request = _request(asked)
+    written, negative = _written(asked, board)
     recipe = load_recipe(asked.project) if asked.project else None
     run_dir, step = split_step(asked.ckpt)
     info = api.checkpoint_info(run_dir, step, recipe.config if recipe else Config)
     StoredTensors(info.checkpoint).prefix(asked.ema)
     require_both(info.spec, asked.ckpt, asked.other_expert)
     spec = api.with_settings(info.spec, settings)
-    cfg, geometry = info.cfg, read_geometry(info.cfg.vae)
-    fitting = api.fitting_shape(cfg, geometry, info.shape, *shape)
-    prepared = prepare(request, fitting, geometry, cfg.data.alpha_background)
+    cfg = info.cfg
     prompts = [one.text(cfg.data.source) for one in written]
     negatives = [one.negative or negative for one in written]
-    _require_use(asked, prepared.kind, spec, negatives)
-    notes = [prepared.note(spec, request.op), api.rate_note(info, prepared.shape)]
     lengths = CaptionLengths(cfg.text)
-    notes += lengths.cut_notes(prompts)
-    notes += lengths.cut_notes(negatives, "the negative prompt")
+    notes = lengths.cut_notes(prompts) + lengths.cut_notes(negatives, "the negative prompt")
+    if board:
+        prepared = _by_storyboard(asked, board, info, prompts)
+        prompts, negatives = [one_prompt(prompts, board, prepared.shape)], negatives[:1]
+    else:
+        prepared = _by_operation(asked, request, info)
+    _require_use(asked, prepared.kind, spec, negatives)
+    what = "this storyboard" if board else "--reference" if asked.reference else request.op
+    notes += [prepared.note(spec, what), *prepared.told, api.rate_note(info, prepared.shape)]
+    seed = asked.seed if asked.seed is not None else board.asked.seed or 0 if board else 0
     views = views_of(spec, conditioned=prepared.condition_frames is not None)
     clips = len(prompts) * asked.num
     layout = layout_of(asked.parallel, processes, clips, views, CLIPS_AT_ONCE)
     notes += [f"{processes} processes: --parallel {layout}"] if processes > 1 else []
     told = list(filter(None, notes))
-    return Work(run_dir, recipe, info, prompts, negatives, prepared, settings, told, layout)
+    return Work(run_dir, recipe, info, prompts, negatives, prepared, settings, seed, told, layout)
+
+
+def _request(asked: SimpleNamespace) -> SampleRequest:
+    """The operation. Raises UserError where its files or values do not fit it."""
+    files = asked.image, asked.last_image, tuple(asked.video or ())
+    given = asked.frames_given, flags.gap_of(asked.gap), flags.levels_of(asked.strength)
+    request = SampleRequest(asked.op, *files, *given)
+    request.check()
+    if asked.reference and asked.op != "t2v":
+        raise UserError(f"--op {asked.op} takes no --reference; it leads in what --op t2v makes")
+    return request
+
+
+def _storyboard(asked: SimpleNamespace) -> Storyboard | None:
+    """The storyboard, if there is one. Raises UserError where a flag is given for what it says itself."""
+    if asked.storyboard is None:
+        return None
+    said: tuple[str, ...] = (
+        "prompt",
+        "prompts",
+        "negative_prompt",
+        "image",
+        "last_image",
+        "video",
+        "reference",
+    )
+    said += ("frames", "frames_given", "gap", "strength")
+    given = [name for name in said if getattr(asked, name)] + ["op"] * (asked.op != "t2v")
+    if given:
+        raise UserError(
+            f"--storyboard says what is made when; leave out --{given[0].replace('_', '-')}, or the storyboard"
+        )
+    return Storyboard.read(asked.storyboard)
+
+
+def _written(asked: SimpleNamespace, board: Storyboard | None) -> tuple[list[Written], str]:
+    """The prompts, and what guidance leads away from where a prompt does not say."""
+    if board:
+        return list(board.prompts.values()), board.asked.negative
+    written = [Written(prompt=clean(text, "--prompt")) for text in asked.prompt or []]
+    written += read_prompts(asked.prompts) if asked.prompts else []
+    if not written:
+        raise UserError(
+            'no prompt is given; add --prompt "...", --prompts FILE or --storyboard FILE'
+        )
+    return written, clean(asked.negative_prompt, "--negative-prompt")
+
+
+def _by_operation(
+    asked: SimpleNamespace, request: SampleRequest, info: api.CheckpointInfo
+) -> Prepared:
+    """A clip by an operation, or led in by references."""
+    cfg, geometry = info.cfg, read_geometry(info.cfg.vae)
+    size = flags.size_of(asked.size)
+    shape = api.fitting_shape(cfg, geometry, info.shape, size, asked.frames, asked.fps)
+    if not asked.reference:
+        return prepare(request, shape, geometry, cfg.data.alpha_background)
+    files = [
+        GivenFile.open(path, media_kind(path.name) or "image", "--reference")
+        for path in asked.reference
+    ]
+    return with_references(files, shape, geometry, cfg.data.alpha_background)
+
+
+def _by_storyboard(
+    asked: SimpleNamespace, board: Storyboard, info: api.CheckpointInfo, texts: list[str]
+) -> Prepared:
+    """The video of a storyboard that the model makes in one piece."""
+    cfg, geometry = info.cfg, read_geometry(info.cfg.vae)
+    size = flags.size_of(asked.size) or flags.size_of(
+        board.asked.size or None, f"{board.path} size"
+    )
+    fps = asked.fps or board.asked.fps
+    shape = api.fitting_shape(cfg, geometry, info.shape, size, None, fps)
+    frames = board.frames_at(shape.fps, geometry)
+    shape = api.fitting_shape(cfg, geometry, info.shape, size, frames, fps)
+    by_cue = dict(zip(board.prompts, texts, strict=True))
+    script = board.script(shape, geometry, by_cue, cfg.data.alpha_background)
+    prepared = with_given(script.given(shape.fps, shape.frames), shape, geometry)
+    return replace(prepared, told=tuple(board.told))
 
 
 def _settings(asked: SimpleNamespace) -> dict[str, Any]:
