@@ -1,7 +1,7 @@
 """Consistency distillation: a guided flow learns to reach its own end in a few steps, without guidance.
 
-A consistency function f maps every point z_t of a trajectory of the flow's ODE to the trajectory's end at t = 0 (Song et
-al. 2023, arXiv:2303.01469). Written through the velocity u that the model predicts,
+A consistency function f maps every point z_t of a trajectory of the flow's ODE to the trajectory's end at t = 0
+(Song et al. 2023, arXiv:2303.01469). Written through the velocity u that the model predicts,
 
     f(z, t) = z - t * u(z, t),
 
