@@ -136,3 +136,19 @@ def bench_vae(arguments: Overrides = None) -> int:
     from benchmarks.vae import main
 
     return main(arguments or [])
+
+
+@bench_app.command("few-steps", context_settings=OVERRIDES)
+def bench_few_steps(arguments: Overrides = None) -> int:
+    """Score a model of the shapes world with fewer steps, without guidance, distilled, and with a step cache.
+
+    RUN is sampled in every way with the same prompts and noise, --distilled RUN beside it; --prompts N (256) and
+    --steps N (50) of the first row, --only TEXT the rows whose names contain it, --out DIR where the results go.
+
+    \b
+    sora bench few-steps runs/quickstart --distilled runs/quickstart-distilled
+    sora bench few-steps runs/quickstart --prompts 64 --only cache
+    """
+    from benchmarks.few_steps import main
+
+    return main(arguments or [])

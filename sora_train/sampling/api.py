@@ -51,6 +51,8 @@ SETTINGS = {
     },
 }
 """Fields of the spec that only the sampler reads, by the name under which they can be changed."""
+GUIDING = tuple(key for key in SETTINGS if key.startswith(("guidance_", "condition_scale")))
+"""Those about guidance, of which a distilled model takes none."""
 
 
 class Model:
@@ -86,6 +88,7 @@ class Model:
         prepared: Prepared | None = None,
         negative_prompt: str | Sequence[str] = "",
         condition_noise: float = 0.0,
+        step_cache: float = 0.0,
         on_clip: Callable[[int], None] | None = None,
         **settings: Any,
     ) -> list[np.ndarray]:
@@ -101,6 +104,8 @@ class Model:
             prepared: what `prepare` made of images and videos; it has a shape of its own.
             negative_prompt: what guidance leads away from, in place of the empty caption; one for all or one a prompt.
             condition_noise: noise level in [0, 1] at which condition frames are shown to the model.
+            step_cache: change up to which the transformer's blocks are skipped and their last answer is used again,
+                0.1 for example; 0 is off. docs/few_steps.md says what it costs.
             on_clip: called with the number of clips done.
             settings: `steps`, `guidance_scale` (1 is none), `guidance_scale_2`, `condition_scale`, `guidance_from`,
                 `guidance_to`, `guidance_rescale`, `solver`, `time_grid` or `time_rounding` in place
@@ -129,6 +134,7 @@ class Model:
             on_batch=on_clip,
             negative_prompt=negatives,
             condition_noise=condition_noise,
+            step_cache=step_cache,
             condition_frames=prepared and prepared.condition_frames,
             numbers=self.team and self.team.numbers(len(repeated)),
         )
@@ -238,6 +244,13 @@ def with_settings(spec: DiffusionSpec, settings: Mapping[str, Any]) -> Diffusion
     if unknown:
         raise UserError(f"'{unknown[0]}' is no sampler setting; choose among {', '.join(SETTINGS)}")
     changes = {SETTINGS[key]: value for key, value in settings.items() if value is not None}
+    guiding = [key for key in GUIDING if changes.get(key, getattr(spec, key)) != getattr(spec, key)]
+    if spec.folded_guidance and guiding:
+        raise UserError(
+            f"{guiding[0]} is {changes[guiding[0]]:g}, and this model was distilled with guidance of "
+            f"{spec.folded_guidance:g} in its weights, so it takes no other; leave it out, or sample the run it was "
+            "distilled from"
+        )
     try:
         return spec.replace(**changes)
     except ValueError as error:

@@ -28,6 +28,7 @@ from sora_train.models.image_encoder import pictures_of
 from sora_train.models.text_to_video import Text, TextToVideo, VideoDenoiser
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.pixels import from_uint8, to_uint8
+from sora_train.sampling.step_cache import StepCache, cached_steps
 
 CLIPS_AT_ONCE = 16
 """Clips of one batch."""
@@ -124,6 +125,7 @@ def sample_latents(
     negative_prompt: str | Sequence[str] = "",
     conditions: ConditionLatents | None = None,
     condition_noise: float = 0.0,
+    step_cache: float = 0.0,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Latents (B, C, T, H, W) of one batch of prompts from their noise.
@@ -133,6 +135,7 @@ def sample_latents(
         conditions: the condition frames, the same for all clips.
         condition_noise: noise level at which condition frames are shown to the model. They come back
             clean; a little hides flaws of generated ones (SkyReels-V2, arXiv:2504.13074).
+        step_cache: change up to which the transformer's blocks are skipped, see step_cache.py; 0 is off.
         on_step: called with the number of the sampler's steps done, after each.
     """
     batch = len(prompts)
@@ -145,15 +148,18 @@ def sample_latents(
     velocity = GuidedVelocity(
         model, spec, prompts, noise, fps, negative_prompt, conditions, condition_noise
     )
-    return sample_ode(
-        velocity,
-        noise,
-        spec,
-        condition_latents=latents,
-        mask_BT=mask_BT,
-        strength_T=strength_T,
-        on_step=on_step,
-    )
+    last = float(spec.sampling_times(noise.shape[2:])[-2])
+    cache = StepCache(batch, step_cache, last)
+    with cached_steps(model, cache):
+        return sample_ode(
+            cache.around(velocity),
+            noise,
+            spec,
+            condition_latents=latents,
+            mask_BT=mask_BT,
+            strength_T=strength_T,
+            on_step=on_step,
+        )
 
 
 @torch.no_grad()
@@ -171,6 +177,7 @@ def sample_clips(
     negative_prompt: str | Sequence[str] = "",
     condition_frames: ConditionFrames | None = None,
     condition_noise: float = 0.0,
+    step_cache: float = 0.0,
     numbers: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """One uint8 (T, H, W, 3) clip a prompt, or of those alone whose `numbers` are given.
@@ -202,6 +209,7 @@ def sample_clips(
             negative_prompt=[negatives[number] for number in rows],
             conditions=conditions,
             condition_noise=condition_noise,
+            step_cache=step_cache,
             on_step=on_step,
         )
         _require_finite(latents, dict(zip(rows, chunk, strict=True)), spec)

@@ -1,8 +1,8 @@
 """Skips the blocks of the transformer in steps in which little changes (TeaCache, Liu et al. 2024, arXiv:2411.19108).
 
-What the blocks add to their tokens changes slowly from step to step, and the first block's input, modulated by the noise
-level, tells by how much: its relative L1 change from call to call is added up (their eq. 4 to 6, without the polynomial
-that is fitted to each published model), and as long as the sum is below a threshold, what the blocks added last is added
+What the blocks add to their tokens changes slowly from step to step, and the first block's input, modulated by the
+noise level, tells by how much: its relative L1 change from call to call is added up (without the polynomial that the
+authors fit to each published model), and as long as the sum is below a threshold, what the blocks added last is added
 again in their place. Patches, modulation and the output layer are computed in every step.
 
 Each clip decides for itself, with and without its caption together, so it does not depend on the clips beside it.

@@ -34,6 +34,7 @@ def sample(
     condition_scale: flags.ConditionScale = None,
     guidance_interval: flags.GuidanceInterval = None,
     guidance_rescale: flags.GuidanceRescale = None,
+    step_cache: flags.StepCache = 0.0,
     num: flags.Num = 1,
     ema: flags.Weights = "ema",
     other_expert: flags.OtherExpert = "",

@@ -56,6 +56,13 @@ Strength = Annotated[
 ConditionNoise = Annotated[
     float, typer.Option(min=0, max=1, help="Noise level at which given frames are shown.")
 ]
+StepCache = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Skip the transformer's blocks in steps that change less, such as 0.1; 0: never.",
+    ),
+]
 Size = Annotated[
     str | None, typer.Option(metavar="WxH", help="Pixels; as in training if left out.")
 ]

@@ -73,6 +73,7 @@ def sample_to_folder(asked: SimpleNamespace, world: World | None = None) -> list
         prepared=work.prepared,
         negative_prompt=work.negatives,
         condition_noise=asked.condition_noise,
+        step_cache=asked.step_cache,
         seed=work.seed,
         num=asked.num,
         **work.settings,
@@ -237,6 +238,11 @@ def _require_use(
             raise UserError(
                 f"{flag} {value:g} is about given frames, and --op {asked.op} gives none; drop it"
             )
+    if any(negatives) and spec.folded_guidance:
+        raise UserError(
+            "a negative prompt needs guidance, and this model was distilled into one without; leave it out, or sample "
+            "the run it was distilled from"
+        )
     if any(negatives) and spec.guidance_scale == 1:
         raise UserError(
             "a negative prompt needs guidance, and guidance_scale is 1; raise --guidance-scale"
