@@ -101,8 +101,9 @@ class ConsistencyObjective(TextToVideoObjective):
             v = self.teacher.velocity(flow)
             # At the last step of the ODE nothing is left below, and the student is not asked.
             u = v if not bool(s_B.any()) else line_through(flow, v, s_B).predict(model).to(v)
-            share_B = expand_times(s_B / flow.t_B.clamp_min(torch.finfo(s_B.dtype).tiny))
-            return line_through(flow, (1 - share_B) * v + share_B * u, flow.t_B)
+            share = expand_times(s_B / flow.t_B.clamp_min(torch.finfo(s_B.dtype).tiny))
+            mean = torch.where(share > 0, (1 - share) * v + share * u, v)
+            return line_through(flow, mean, flow.t_B)
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"teacher": self.teacher.digest}

@@ -148,7 +148,8 @@ def sample_latents(
     velocity = GuidedVelocity(
         model, spec, prompts, noise, fps, negative_prompt, conditions, condition_noise
     )
-    last = float(spec.sampling_times(noise.shape[2:])[-2])
+    # Times reach the model in the precision of the noise.
+    last = float(spec.sampling_times(noise.shape[2:])[-2].to(noise.dtype))
     cache = StepCache(batch, step_cache, last)
     with cached_steps(model, cache):
         return sample_ode(
