@@ -159,6 +159,11 @@ class Config(Section):
                     f"{asked} puts guidance into the weights, and objective.{key}={getattr(objective, key):g} would "
                     f"guide samples once more; set objective.{key}=1"
                 )
+        if objective.frame_noise_share:
+            raise ValueError(
+                f"{asked} follows clips of one noise level, and objective.frame_noise_share="
+                f"{objective.frame_noise_share:g} draws one for each latent frame; set it to 0"
+            )
         if self.model.expert:
             raise ValueError(
                 f"{asked} is for one transformer, and model.expert={self.model.expert} is one of two; distill a model "

@@ -121,6 +121,11 @@ class Model:
             )
         if prepared and (size or frames or fps):
             raise UserError("size, frames and fps belong to prepare; its result has them already")
+        if step_cache and self.team and self.team.layout.team > 1:
+            raise UserError(
+                f"step_cache={step_cache:g} decides by all tokens of a clip, and {self.team.layout.team} processes share "
+                "them here; spread prompts alone, or leave it out"
+            )
         shape = prepared.shape if prepared else self.clip_shape(size, frames, fps)
         repeated = [prompt for prompt in prompts for _ in range(num)]
         negatives = [one for one in one_each(negative_prompt, prompts) for _ in range(num)]

@@ -41,6 +41,7 @@ def training_arguments(run: str, overrides: Sequence[str]) -> list[str]:
         "objective.guidance_scale=1",
         f"objective.num_steps={STEPS}",
         "objective.caption_dropout=0",
+        "objective.frame_noise_share=0",
         *TRAINING,
         *overrides,
     ]
