@@ -104,8 +104,7 @@ class Model:
             prepared: what `prepare` made of images and videos; it has a shape of its own.
             negative_prompt: what guidance leads away from, in place of the empty caption; one for all or one a prompt.
             condition_noise: noise level in [0, 1] at which condition frames are shown to the model.
-            step_cache: change up to which the transformer's blocks are skipped and their last answer is used again,
-                0.1 for example; 0 is off. docs/few_steps.md says what it costs.
+            step_cache: change up to which the transformer's blocks are skipped, 0.1 for example; 0: never.
             on_clip: called with the number of clips done.
             settings: `steps`, `guidance_scale` (1 is none), `guidance_scale_2`, `condition_scale`, `guidance_from`,
                 `guidance_to`, `guidance_rescale`, `solver`, `time_grid` or `time_rounding` in place
@@ -121,11 +120,7 @@ class Model:
             )
         if prepared and (size or frames or fps):
             raise UserError("size, frames and fps belong to prepare; its result has them already")
-        if step_cache and self.team and self.team.layout.team > 1:
-            raise UserError(
-                f"step_cache={step_cache:g} decides by all tokens of a clip, and {self.team.layout.team} processes share "
-                "them here; spread prompts alone, or leave it out"
-            )
+        self._require_own_clips(step_cache)
         shape = prepared.shape if prepared else self.clip_shape(size, frames, fps)
         repeated = [prompt for prompt in prompts for _ in range(num)]
         negatives = [one for one in one_each(negative_prompt, prompts) for _ in range(num)]
@@ -145,6 +140,15 @@ class Model:
         )
         clips = [prepared.finish(clip) for clip in clips] if prepared else clips
         return self.team.collect(clips, len(repeated)) if self.team else clips
+
+    def _require_own_clips(self, step_cache: float) -> None:
+        """Raises UserError where a step cache, which decides by all tokens of a clip, would see a part of them."""
+        sharing = self.team.layout.team if self.team else 1
+        if step_cache and sharing > 1:
+            raise UserError(
+                f"step_cache={step_cache:g} decides by all tokens of a clip, and {sharing} processes share them here; "
+                "spread prompts alone, or leave it out"
+            )
 
     def prepare(
         self,
