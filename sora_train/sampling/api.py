@@ -114,13 +114,9 @@ class Model:
             UserError: no prompt, a size, length or setting that cannot be, or the model is one of two experts.
         """
         require_both(self.spec, "this model", "")
-        if not prompts or num < 1:
-            raise UserError(
-                f"nothing to sample: {len(prompts)} prompts, num={num}; give a prompt and num >= 1"
-            )
         if prepared and (size or frames or fps):
             raise UserError("size, frames and fps belong to prepare; its result has them already")
-        self._require_own_clips(step_cache)
+        self._require_work(prompts, num, step_cache)
         shape = prepared.shape if prepared else self.clip_shape(size, frames, fps)
         repeated = [prompt for prompt in prompts for _ in range(num)]
         negatives = [one for one in one_each(negative_prompt, prompts) for _ in range(num)]
@@ -141,8 +137,12 @@ class Model:
         clips = [prepared.finish(clip) for clip in clips] if prepared else clips
         return self.team.collect(clips, len(repeated)) if self.team else clips
 
-    def _require_own_clips(self, step_cache: float) -> None:
-        """Raises UserError where a step cache, which decides by all tokens of a clip, would see a part of them."""
+    def _require_work(self, prompts: list[str], num: int, step_cache: float) -> None:
+        """Raises UserError where there is nothing to sample, or a step cache would see a part of a clip's tokens."""
+        if not prompts or num < 1:
+            raise UserError(
+                f"nothing to sample: {len(prompts)} prompts, num={num}; give a prompt and num >= 1"
+            )
         sharing = self.team.layout.team if self.team else 1
         if step_cache and sharing > 1:
             raise UserError(
