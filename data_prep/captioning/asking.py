@@ -11,6 +11,7 @@ from data_prep.captioning.schema import Description, Rubbish, parsed
 from data_prep.captioning.settings import CaptionConfig
 from data_prep.captioning.spending import Spending, Usage
 from data_prep.stage import Later
+from sora_train.base.chat import Failed
 
 # Clips that failed one after the other in a process, from which on each is tried once: the endpoint is down.
 MANY_FAILED = 16
@@ -24,14 +25,6 @@ class Reply:
     sent: int
     answered: int
     problem: str = ""
-
-
-class Failed(Exception):
-    """A try that failed; another may succeed unless `again` is false, after `wait` seconds at the earliest."""
-
-    def __init__(self, problem: str, again: bool = True, wait: float = 0.0):
-        super().__init__(problem)
-        self.again, self.wait = again, wait
 
 
 Ask = Callable[[CaptionConfig, Sequence[bytes], int], Reply]

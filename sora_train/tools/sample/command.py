@@ -13,6 +13,8 @@ def sample(
     prompt: flags.Prompt = None,
     prompts: flags.Prompts = None,
     storyboard: flags.Storyboard = None,
+    upsample: flags.Upsample = "",
+    upsample_model: flags.UpsampleModel = "",
     negative_prompt: flags.NegativePrompt = "",
     op: flags.Op = "t2v",
     image: flags.Image = None,

@@ -20,6 +20,17 @@ Prompts = Annotated[
         help="A text file with one prompt a line, or .yaml, .json or .jsonl with texts and fields: docs/generate.md."
     ),
 ]
+Upsample = Annotated[
+    str,
+    typer.Option(
+        metavar="rules|URL",
+        help="Make short prompts longer, by rules or by a model at an OpenAI-compatible endpoint: docs/generate.md.",
+    ),
+]
+UpsampleModel = Annotated[
+    str,
+    typer.Option(help="The model's name at that endpoint; its key is read from SORA_UPSAMPLE_KEY."),
+]
 Storyboard = Annotated[
     Path | None,
     typer.Option(help="A YAML file of prompts, images and videos at times: docs/generate.md."),

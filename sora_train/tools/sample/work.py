@@ -23,6 +23,7 @@ from sora_train.sampling.pipeline import CLIPS_AT_ONCE, views_of
 from sora_train.sampling.prompts.file import read_prompts
 from sora_train.sampling.prompts.placing import with_given, with_references
 from sora_train.sampling.prompts.storyboard import Storyboard, one_prompt
+from sora_train.sampling.prompts.upsampling import Upsampler
 from sora_train.sampling.prompts.written import Written, clean
 from sora_train.sampling.ranks.layout import Layout, layout_of
 from sora_train.sampling.ranks.team import Team
@@ -99,10 +100,10 @@ def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
     require_both(info.spec, asked.ckpt, asked.other_expert)
     spec = api.with_settings(info.spec, settings)
     cfg = info.cfg
-    prompts = [one.text(cfg.data.source) for one in written]
+    seed = asked.seed if asked.seed is not None else board.asked.seed or 0 if board else 0
+    prompts, notes = _texts(asked, written, cfg, seed)
     negatives = [one.negative or negative for one in written]
-    lengths = CaptionLengths(cfg.text)
-    notes = lengths.cut_notes(prompts) + lengths.cut_notes(negatives, "the negative prompt")
+    notes += CaptionLengths(cfg.text).cut_notes(negatives, "the negative prompt")
     if board:
         prepared = _by_storyboard(asked, board, info, prompts)
         prompts, negatives = [one_prompt(prompts, board, prepared.shape)], negatives[:1]
@@ -111,7 +112,6 @@ def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
     _require_use(asked, prepared.kind, spec, negatives)
     what = "this storyboard" if board else "--reference" if asked.reference else request.op
     notes += [prepared.note(spec, what), *prepared.told, api.rate_note(info, prepared.shape)]
-    seed = asked.seed if asked.seed is not None else board.asked.seed or 0 if board else 0
     views = views_of(spec, conditioned=prepared.condition_frames is not None)
     clips = len(prompts) * asked.num
     layout = layout_of(asked.parallel, processes, clips, views, CLIPS_AT_ONCE)
@@ -164,6 +164,24 @@ def _written(asked: SimpleNamespace, board: Storyboard | None) -> tuple[list[Wri
             'no prompt is given; add --prompt "...", --prompts FILE or --storyboard FILE'
         )
     return written, clean(asked.negative_prompt, "--negative-prompt")
+
+
+def _texts(
+    asked: SimpleNamespace, written: list[Written], cfg: Config, seed: int
+) -> tuple[list[str], list[str]]:
+    """What the model reads of each prompt, and sentences on what was done to them."""
+    prompts, lengths = [one.text(cfg.data.source) for one in written], CaptionLengths(cfg.text)
+    if not asked.upsample:
+        return prompts, lengths.cut_notes(prompts)
+    upsampler = Upsampler(
+        asked.upsample,
+        asked.upsample_model,
+        cfg.data.source,
+        seed,
+        lambda text: not lengths.lost(text),
+    )
+    texts = upsampler.all(prompts)
+    return texts, upsampler.notes + lengths.cut_notes(texts)
 
 
 def _by_operation(
