@@ -213,7 +213,7 @@ def sample_clips(
             step_cache=step_cache,
             on_step=on_step,
         )
-        _require_finite(latents, dict(zip(rows, chunk, strict=True)), spec)
+        require_finite_latents(latents, dict(zip(rows, chunk, strict=True)), spec)
         clips += [decode_clip(vae, one) for one in latents]
         if on_batch is not None:
             on_batch(len(clips))
@@ -374,7 +374,7 @@ class NoPicture(Fault):
     """What was sampled is not finite, so there is nothing to show."""
 
 
-def _require_finite(latents: Tensor, prompts: dict[int, str], spec: DiffusionSpec) -> None:
+def require_finite_latents(latents: Tensor, prompts: dict[int, str], spec: DiffusionSpec) -> None:
     """Raises NoPicture naming the first clip, of those with these numbers, whose latents hold NaN or infinities."""
     for one, (number, prompt) in zip(latents, prompts.items(), strict=True):
         if not is_finite(one):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -71,17 +73,41 @@ def stream_h264(
         _encode(frames, fps, str(partial), encoding)
 
 
+@contextlib.contextmanager
+def open_h264(
+    path: Path, fps: float, encoding: Encoding | None = None
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """`stream_h264` for whoever has the frames in hand one by one: what is yielded takes the next, uint8 (H, W, 3)."""
+    with (
+        renamed_when_whole(path) as partial,
+        _opened(str(partial), fps, encoding or Encoding()) as write,
+    ):
+        yield lambda frame: write(None, frame)
+
+
 def _encode(
     frames: Iterable[tuple[float | None, np.ndarray]], fps: float, file: str, encoding: Encoding
 ) -> None:
+    with _opened(file, fps, encoding) as write:
+        for time, rgb in frames:
+            write(time, rgb)
+
+
+@contextlib.contextmanager
+def _opened(
+    file: str, fps: float, encoding: Encoding
+) -> Iterator[Callable[[float | None, np.ndarray], None]]:
+    """A file that takes frames with their times, and ends whole unless the block raises."""
     rate = Fraction(fps).limit_denominator(_MAX_RATE_DENOMINATOR)
+    streams: list[av.VideoStream] = []
+    indices = itertools.count()
     with av.open(file, mode="w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = None
-        for index, (time, rgb) in enumerate(frames):
-            if stream is None:
-                stream = _stream(container, rate, rgb.shape, encoding)
+
+        def write(time: float | None, rgb: np.ndarray) -> None:
+            if not streams:
+                streams.append(_stream(container, rate, rgb.shape, encoding))
                 if time is not None:
-                    stream.codec_context.time_base = _CLOCK
+                    streams[0].codec_context.time_base = _CLOCK
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
             frame = frame.reformat(
                 format="yuv420p",
@@ -89,13 +115,16 @@ def _encode(
                 dst_colorspace=Colorspace.ITU709,
                 threads=1,
             )
+            index = next(indices)
             if time is None:
                 frame.pts, frame.time_base = index, 1 / rate
             else:
                 frame.pts, frame.time_base = round(time / _CLOCK), _CLOCK
-            container.mux(stream.encode(frame))
-        assert stream is not None, "a clip has a frame"
-        container.mux(stream.encode(None))
+            container.mux(streams[0].encode(frame))
+
+        yield write
+        assert streams, "a clip has a frame"
+        container.mux(streams[0].encode(None))
 
 
 def _stream(

@@ -37,6 +37,9 @@ def sample(
     guidance_interval: flags.GuidanceInterval = None,
     guidance_rescale: flags.GuidanceRescale = None,
     step_cache: flags.StepCache = 0.0,
+    seconds: flags.Seconds = None,
+    anchor_fps: flags.AnchorFps = None,
+    smooth_fps: flags.SmoothFps = None,
     num: flags.Num = 1,
     ema: flags.Weights = "ema",
     other_expert: flags.OtherExpert = "",
@@ -57,12 +60,20 @@ def sample(
     sora sample --ckpt RUN --prompt "..." --op connect --video a.mp4 --video b.mp4
     sora sample --ckpt RUN --prompt "..." --op edit --video a.mp4 --strength 0.6
     sora sample --ckpt RUN --storyboard board.yaml
+    sora sample --ckpt RUN --prompt "..." --seconds 60 --smooth-fps 24
     sora sample --ckpt RUN --prompt "..." --adapter zork.safetensors:0.8 --adapter runs/style
     torchrun --nproc-per-node 4 -m sora_train sample --ckpt RUN --prompt "..." --parallel guidance=2,context=2
     """
     asked = SimpleNamespace(**locals())
+    if asked.seconds is not None:
+        from sora_train.tools.sample.long import long_to_folder
+
+        print(*long_to_folder(asked), sep="\n")
+        return
     from sora_train.sampling.ranks.team import with_one_voice
-    from sora_train.tools.sample.work import sample_to_folder
+    from sora_train.tools.sample.work import require_no_long, sample_to_folder
+
+    require_no_long(asked)
 
     for path in with_one_voice(lambda world: sample_to_folder(asked, world)):
         print(path)

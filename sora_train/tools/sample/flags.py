@@ -117,6 +117,23 @@ Parallel = Annotated[
         help="Over what several processes are spread: prompts, guidance, context; or auto.",
     ),
 ]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        help="Make a long video of so many seconds, window by window; --frames is a window's length."
+    ),
+]
+AnchorFps = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Rate of the clip that holds a long video together; the lowest trained if left out, 0: none.",
+    ),
+]
+SmoothFps = Annotated[
+    float | None,
+    typer.Option(help="Make a long video once more at this higher rate, from its own frames."),
+]
 Num = Annotated[int, typer.Option(min=1, help="Clips a prompt.")]
 
 

@@ -66,7 +66,7 @@ def sample_to_folder(asked: SimpleNamespace, world: World | None = None) -> list
         work.notes.clear()
     for note in work.notes:
         print(note, file=sys.stderr)
-    model = _loaded(asked, work, team)
+    model = loaded(asked, work, team)
     for note in model.adapted.notes if is_main else []:
         print(note, file=sys.stderr)
     clips = model.sample(
@@ -85,6 +85,13 @@ def sample_to_folder(asked: SimpleNamespace, world: World | None = None) -> list
     beside = [{"negative": one} if one else {} for one in work.negatives for _ in range(asked.num)]
     rate = work.prepared.shape.fps
     return model.save(clips, labels, asked.out, fps=rate, seed=work.seed, notes=beside)
+
+
+def require_no_long(asked: SimpleNamespace) -> None:
+    """Raises UserError for a flag of long videos alone."""
+    for flag, value in (("--anchor-fps", asked.anchor_fps), ("--smooth-fps", asked.smooth_fps)):
+        if value is not None:
+            raise UserError(f"{flag} {value:g} is about long videos; give their --seconds too")
 
 
 def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
@@ -232,7 +239,8 @@ def _settings(asked: SimpleNamespace) -> dict[str, Any]:
     return given | flags.interval_of(asked.guidance_interval)
 
 
-def _loaded(asked: SimpleNamespace, work: Work, team: Team | None) -> api.Model:
+def loaded(asked: SimpleNamespace, work: Work, team: Team | None = None) -> api.Model:
+    """The model that is asked for."""
     return api.load(
         work.run_dir,
         step=work.info.checkpoint.step,

@@ -1,0 +1,194 @@
+"""A long video from a model: its passes, and the files they are streamed into.
+
+    anchors    one clip of a few frames a second over the whole length: what holds the video together
+    video      windows at the video's own rate, each shown the end of the one before and begun from the anchors
+    smooth     the same once more at a higher rate, begun from the frames of the video
+
+The passes are iterators that pull from each other, and frames go from the VAE straight into the encoder: memory does
+not grow with the length.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sora_train.base.progress import Progress
+from sora_train.checkpoint.layout import weights_digest
+from sora_train.data.decode.video_io import open_h264
+from sora_train.errors import UserError
+from sora_train.sampling.api import Model, with_settings
+from sora_train.sampling.long.passes import Coarse, Frames, Maker, Pass
+from sora_train.sampling.long.plan import Window, plan_windows, window_length
+from sora_train.sampling.long.store import Store
+from sora_train.sampling.pipeline import ClipShape
+from sora_train.sampling.prompts.script import Script
+
+SPARSE = 8
+"""Anchors have this many times fewer frames a second than the video, or fewer still."""
+
+
+@dataclass(frozen=True)
+class LongRequest:
+    """What to make of every script."""
+
+    seconds: float
+    shape: ClipShape
+    """Of a window, and the rate of the video."""
+    anchor_fps: float = 0.0
+    """Rate of the anchors; 0: none."""
+    anchor_strength: float = 0.9
+    """Noise level from which the windows are made out of the anchors."""
+    smooth_fps: float = 0.0
+    """Rate of the second pass; 0: none."""
+    smooth_strength: float = 0.6
+    """Noise level from which its windows are made out of the video."""
+
+    @property
+    def frames(self) -> int:
+        """Frames of the video at the window's rate."""
+        return max(1, round(self.seconds * self.shape.fps))
+
+    @property
+    def fps(self) -> float:
+        """Rate of the file."""
+        return self.smooth_fps or self.shape.fps
+
+    def check(self) -> None:
+        """Raises UserError for what cannot be."""
+        if not 0 < self.seconds < math.inf:
+            raise UserError(
+                f"--seconds is {self.seconds:g}; give the length of the video, for example 60"
+            )
+        if self.smooth_fps and not self.smooth_fps > self.shape.fps:
+            raise UserError(
+                f"--smooth-fps {self.smooth_fps:g} is no more than the {self.shape.fps:g} frames a second of the "
+                "video; give a higher rate, or leave it out"
+            )
+
+
+def anchor_rate(rates: Sequence[float], shape: ClipShape) -> float:
+    """The rate of the anchors: the lowest that was trained, where it is low enough; else 0, none."""
+    lowest = min(rates, default=0.0)
+    return lowest if 0 < lowest * SPARSE <= shape.fps else 0.0
+
+
+@dataclass(frozen=True)
+class Level:
+    """One pass before it is made."""
+
+    name: str
+    shape: ClipShape
+    frames: int
+    windows: list[Window]
+    strength: float
+
+
+def levels(request: LongRequest, model: Model, *, anchored: bool) -> list[Level]:
+    """The passes, the coarsest first."""
+    rates = [("video", request.shape.fps, request.frames, request.anchor_strength)]
+    if anchored and request.anchor_fps and request.seconds * request.anchor_fps >= 1:
+        count = math.ceil((request.frames - 1) * request.anchor_fps / request.shape.fps) + 1
+        rates.insert(0, ("anchors", request.anchor_fps, count, 1.0))
+    if request.smooth_fps:
+        frames = max(1, round(request.seconds * request.smooth_fps))
+        rates.append(("smooth", request.smooth_fps, frames, request.smooth_strength))
+    step = model.vae.frame_step
+    found = []
+    for name, fps, frames, strength in rates:
+        length = window_length(frames, request.shape.frames, step)
+        windows = plan_windows(frames, length, model.spec.history_frames, step)
+        shape = replace(request.shape, frames=length, fps=fps)
+        found.append(Level(name, shape, frames, windows, strength))
+    return found
+
+
+def make_long(
+    model: Model,
+    scripts: Sequence[Script],
+    request: LongRequest,
+    out: Path,
+    *,
+    seed: int = 0,
+    negative_prompts: Sequence[str] = (),
+    batch: int = 16,
+    progress: bool = True,
+    **settings: Any,
+) -> list[Path]:
+    """A video a script as `000.mp4` ... in `out`, windows of all of them made together; returns the files.
+
+    A job that was killed goes on from its last finished window when it is asked for the same again.
+
+    Args:
+        negative_prompts: what guidance leads away from, one a script; none: the empty caption.
+        settings: as `Model.sample` takes them.
+
+    Raises:
+        UserError: what is asked for cannot be.
+        Fault: the disk is full; finished windows are kept.
+    """
+    request.check()
+    spec = with_settings(model.spec, settings)
+    changes = len({cue.prompt for script in scripts for cue in script.cues if cue.prompt}) > len(
+        scripts
+    )
+    asked = levels(request, model, anchored=not changes)
+    negatives = list(negative_prompts) or [""] * len(scripts)
+    identity = {
+        "weights": weights_digest(model.adapted.base.checkpoint, model.adapted.base.weights),
+        "adapters": [[one.source, one.strength] for one in model.adapted.adapters],
+        "spec": spec.to_dict(),
+        "request": asdict(request),
+        "prompts": [[[cue.at, cue.prompt] for cue in script.cues] for script in scripts],
+        "negatives": negatives,
+        "seed": seed,
+        "batch": batch,
+    }
+    store = Store(out, identity)
+    chunks = -(-len(scripts) // batch)
+    total = sum(len(level.windows) for level in asked) * chunks * spec.num_steps
+    with Progress(total, "sampling", enabled=progress) as bar:
+        done = itertools.count(1)
+        maker = Maker(
+            model.model,
+            model.vae,
+            spec,
+            store,
+            seed,
+            negatives,
+            batch,
+            lambda: bar.update(next(done)),
+        )
+        frames = stacked(asked, maker, lambda at: [script.prompt_at(at) for script in scripts])
+        paths = [out / f"{number:03d}.mp4" for number in range(len(scripts))]
+        try:
+            write_videos(frames, paths, request.fps)
+        except OSError as error:
+            raise store.full(error) from error
+    store.remove()
+    return paths
+
+
+def stacked(asked: list[Level], maker: Maker, prompts: Callable[[float], list[str]]) -> Frames:
+    """The frames of the finest pass, which pulls those of the coarser ones as it needs them."""
+    frames: Frames = iter(())
+    coarse: Coarse | None = None
+    for level in asked:
+        frames = iter(Pass(level.name, maker, level.shape, level.windows, prompts, coarse))
+        finer = asked[asked.index(level) + 1 :]
+        if finer:
+            coarse = Coarse(frames, level.shape.fps, finer[0].strength)
+    return frames
+
+
+def write_videos(frames: Frames, paths: Sequence[Path], fps: float) -> None:
+    """Encode the videos as their frames come; files appear whole."""
+    with contextlib.ExitStack() as files:
+        write = [files.enter_context(open_h264(path, fps)) for path in paths]
+        for part in frames:
+            for one, clip in zip(write, part, strict=True):
+                for frame in clip:
+                    one(frame)

@@ -1,0 +1,70 @@
+"""The work of `sora sample --seconds`: long videos, checked whole before the model is loaded."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from sora_train.base.files import write_atomically
+from sora_train.errors import UserError
+from sora_train.sampling.long.video import LongRequest, anchor_rate, make_long
+from sora_train.sampling.prompts.script import Script
+from sora_train.tools.sample.work import Work, checked, loaded
+
+
+def long_to_folder(asked: SimpleNamespace) -> list[Path]:
+    """A long video of every prompt in `asked.out`; returns the files written."""
+    work = checked(asked)
+    request = request_of(asked, work)
+    request.check()
+    for note in [*work.notes, *notes(work)]:
+        print(note, file=sys.stderr)
+    model = loaded(asked, work)
+    for note in model.adapted.notes:
+        print(note, file=sys.stderr)
+    prompts = [prompt for prompt in work.prompts for _ in range(asked.num)]
+    negatives = [one for one in work.negatives for _ in range(asked.num)]
+    paths = make_long(
+        model,
+        [Script.of(prompt) for prompt in prompts],
+        request,
+        asked.out,
+        seed=asked.seed,
+        negative_prompts=negatives,
+        **work.settings,
+    )
+    rows = [
+        {"prompt": prompt, "file": path.name, "seed": asked.seed, "seconds": asked.seconds}
+        | ({"negative": negative} if negative else {})
+        for prompt, path, negative in zip(prompts, paths, negatives, strict=True)
+    ]
+    write_atomically(asked.out / "prompts.json", json.dumps(rows, indent=1))
+    return paths
+
+
+def request_of(asked: SimpleNamespace, work: Work) -> LongRequest:
+    """What the flags say. Raises UserError for flags that do not go together, and models that cannot."""
+    if asked.op != "t2v":
+        raise UserError(
+            f"--seconds makes a video from prompts, and --op is {asked.op}; leave out one of the two"
+        )
+    if work.info.spec.cond_mode != "replace":
+        raise UserError(
+            f"--seconds {asked.seconds:g} shows each window the end of the one before in its noisy latents, and this "
+            "model takes given frames as channels beside them (cond_mode=concat); take a model of cond_mode=replace"
+        )
+    shape = work.prepared.shape
+    rate = anchor_rate(work.info.frame_rates, shape)
+    anchors = rate if asked.anchor_fps is None else asked.anchor_fps
+    return LongRequest(asked.seconds, shape, anchors, smooth_fps=asked.smooth_fps or 0.0)
+
+
+def notes(work: Work) -> list[str]:
+    """A sentence where the run was not trained to continue, else none."""
+    shares = dict(work.info.spec.conditioning)
+    if shares.get("extend") or shares.get("random"):
+        return []
+    return [
+        "this run was not trained to continue a video (objective.conditioning.extend is 0), so what moves may stop at "
+        "the first window's end; experiment=quickstart_long shows how"
+    ]
