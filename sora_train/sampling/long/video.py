@@ -137,17 +137,8 @@ def make_long(
     )
     asked = levels(request, model, anchored=not changes)
     negatives = list(negative_prompts) or [""] * len(scripts)
-    identity = {
-        "weights": weights_digest(model.adapted.base.checkpoint, model.adapted.base.weights),
-        "adapters": [[one.source, one.strength] for one in model.adapted.adapters],
-        "spec": spec.to_dict(),
-        "request": asdict(request),
-        "prompts": [[[cue.at, cue.prompt] for cue in script.cues] for script in scripts],
-        "negatives": negatives,
-        "seed": seed,
-        "batch": batch,
-    }
-    store = Store(out, identity)
+    told = {"spec": spec.to_dict(), "negatives": negatives, "seed": seed, "batch": batch}
+    store = Store(out, identity(model, scripts, request) | told)
     chunks = -(-len(scripts) // batch)
     total = sum(len(level.windows) for level in asked) * chunks * spec.num_steps
     with Progress(total, "sampling", enabled=progress) as bar:
@@ -170,6 +161,17 @@ def make_long(
             raise store.full(error) from error
     store.remove()
     return paths
+
+
+def identity(model: Model, scripts: Sequence[Script], request: LongRequest) -> dict[str, Any]:
+    """What tells the windows of a request from those of others, beside the sampler's settings."""
+    base = model.adapted.base
+    return {
+        "weights": weights_digest(base.checkpoint, base.weights),
+        "adapters": [[one.source, one.strength] for one in model.adapted.adapters],
+        "request": asdict(request),
+        "prompts": [[[cue.at, cue.prompt] for cue in script.cues] for script in scripts],
+    }
 
 
 def stacked(asked: list[Level], maker: Maker, prompts: Callable[[float], list[str]]) -> Frames:

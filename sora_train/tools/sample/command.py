@@ -64,7 +64,11 @@ def sample(
     sora sample --ckpt RUN --prompt "..." --adapter zork.safetensors:0.8 --adapter runs/style
     torchrun --nproc-per-node 4 -m sora_train sample --ckpt RUN --prompt "..." --parallel guidance=2,context=2
     """
-    asked = SimpleNamespace(**locals())
+    run(SimpleNamespace(**locals()))
+
+
+def run(asked: SimpleNamespace) -> None:
+    """Make what was asked for, and print the files."""
     if asked.seconds is not None:
         from sora_train.tools.sample.long import long_to_folder
 
@@ -74,6 +78,5 @@ def sample(
     from sora_train.tools.sample.work import require_no_long, sample_to_folder
 
     require_no_long(asked)
-
     for path in with_one_voice(lambda world: sample_to_folder(asked, world)):
         print(path)
