@@ -26,6 +26,7 @@ from sora_train.tools.eval.command import evaluate
 from sora_train.tools.launch.command import launch_app
 from sora_train.tools.plan.command import models, plan
 from sora_train.tools.sample.command import sample
+from sora_train.tools.sweep.ab.command import ab
 from sora_train.tools.sweep.command import sweep_app
 from sora_train.tools.terminal import (
     OVERRIDES,
@@ -152,6 +153,7 @@ def bench(arguments: Annotated[list[str] | None, typer.Argument(metavar="NAME ..
 
 
 app.command()(sample)
+app.command(context_settings=OVERRIDES)(ab)
 app.command("eval")(evaluate)
 app.command(context_settings=OVERRIDES)(convert.fetch)
 app.command()(watch)

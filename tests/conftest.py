@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from sora_train.data.manifest import Manifest
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 # Idle OpenMP threads that spin take the cores from the decode processes beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A law holds on a busy machine too; what hangs is ended by pytest's own limit.
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session", autouse=True)

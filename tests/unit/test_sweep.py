@@ -215,7 +215,7 @@ def test_told_to_leave_it_tells_its_run_and_starts_no_other(project: Path):
     (project / "slow").touch()
     command = [sys.executable, "-m", "sora_train", "train", "own.py", "-m", "seed=0,1"]
     process = subprocess.Popen(command, cwd=project, env=environment(), stderr=subprocess.PIPE)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not (project / "sleeping").exists():
         assert time.monotonic() < until
         time.sleep(0.05)

@@ -132,6 +132,10 @@ class Runner:
         finally:
             self._live.discard(process)
 
+    def stop(self) -> None:
+        """Ask the runs to save and leave, and start no other."""
+        self._pass_on(signal.SIGTERM, None)
+
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         self.stopping = True
         for process in [*self._live]:
