@@ -178,6 +178,16 @@ METRICS: dict[str, Metric] = {
         "t2v, or of the first kind of the mix where t2v is not trained",
     ),
     "val/live/loss": Metric("1", "val/loss of the weights as they are, not averaged"),
+    "val/clips/oracle_*": Metric(
+        "share",
+        "`validation.clips` clips sampled of fixed prompts with fixed noise: those of the right colour, shape and "
+        "motion, on the shapes world",
+    ),
+    "val/clips/*": Metric(
+        "",
+        "their flicker, motion_energy (levels/s), smoothness, and drift_* (levels/s), the mean of the slopes' sizes; "
+        "docs/evaluation.md defines each",
+    ),
     "val/psnr": Metric("dB", "VAE task: reconstruction of held-out clips"),
     "val/ssim": Metric(
         "1", "VAE task: structural similarity of the same, frame by frame; 1 is equal"

@@ -43,6 +43,9 @@ class ValidationConfig(Section):
     """Kinds of conditioning that are validated, such as [t2v, i2v]; empty: all that are trained."""
     live: bool = True
     """Validate the weights as trained too, beside their average (`val/live/loss`)."""
+    clips: int = Field(0, ge=0)
+    """Clips sampled at each validation with the averaged weights and judged without networks: `val/clips/*`, as
+    `sora eval` judges them afterwards (docs/evaluation.md). They take as long as as many samples; 0: none."""
 
     @model_validator(mode="after")
     def _times_inside(self) -> "ValidationConfig":
