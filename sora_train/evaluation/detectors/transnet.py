@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,9 @@ HEIGHT, WIDTH = 27, 48
 """The pictures that the network was trained with."""
 BLOCK, CONTEXT = 50, 25
 """Pictures that one window decides on, and those before and behind them which it sees too."""
+MOST_KEPT = 256
+_SEEN: dict[bytes, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+"""What was found in the clips looked at last: cuts and features are asked for one after the other."""
 CUT = 0.5
 """Probability from which on a scene ends."""
 
@@ -36,8 +40,8 @@ def network() -> Any:
 
 
 def decided(window: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the middle `BLOCK` of a window of pictures, uint8 (BLOCK + 2 * CONTEXT, 27, 48, 3): the probability that a
-    scene ends with each, that each lies within a transition, and the features before these, (BLOCK, 1024).
+    """Of a window of pictures, uint8 (N + 2 * CONTEXT, 27, 48, 3), the N in its middle: the probability that a scene ends
+    with each, that each lies within a transition, and the features before these, (N, 1024).
     """
     import torch
 
@@ -48,23 +52,30 @@ def decided(window: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             ends, within = net.predict_raw(torch.from_numpy(window)[None])
     finally:
         hook.remove()
-    middle = slice(CONTEXT, CONTEXT + BLOCK)
+    middle = slice(CONTEXT, len(window) - CONTEXT)
     features = torch.relu(kept[0])[0, middle].numpy()
     return ends[0, middle, 0].numpy(), within[0, middle, 0].numpy(), features
 
 
 def looked_at(clip: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The same of every frame of a clip, uint8 (F, H, W, 3); beyond its ends the first and last frames stand again."""
+    key = hashlib.blake2b(np.ascontiguousarray(clip).data).digest()
+    if key in _SEEN:
+        return _SEEN[key]
     pictures = [
         Image.fromarray(frame).resize((WIDTH, HEIGHT), Image.Resampling.BOX) for frame in clip
     ]
     small = np.stack([np.asarray(picture) for picture in pictures])
     found = []
     for begin in range(0, len(small), BLOCK):
-        numbers = np.arange(begin - CONTEXT, begin + BLOCK + CONTEXT).clip(0, len(small) - 1)
-        found.append([part[: len(small) - begin] for part in decided(small[numbers])])
+        end = min(begin + BLOCK, len(small))
+        numbers = np.arange(begin - CONTEXT, end + CONTEXT).clip(0, len(small) - 1)
+        found.append(decided(small[numbers]))
     ends, within, features = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return ends, within, features
+    if len(_SEEN) >= MOST_KEPT:
+        _SEEN.clear()
+    _SEEN[key] = ends, within, features
+    return _SEEN[key]
 
 
 def cuts(clip: np.ndarray) -> list[int]:
