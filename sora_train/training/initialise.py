@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sora_train import checkpoint as checkpoints
 from sora_train.checkpoint.layout import split_step, weights_digest
 from sora_train.checkpoint.meta import CheckpointMeta, read_meta
+from sora_train.checkpoint.tensors import StoredTensors
 from sora_train.config import Config
 from sora_train.config.resumption import differences
 from sora_train.diffusion.spec import DiffusionSpec
@@ -34,6 +35,8 @@ from sora_train.parallel.materialise import fill
 from sora_train.parallel.shards import local, placed_as
 from sora_train.sampling.adapters import open_adapter
 
+EXTRAS = ("transformer.mask_proj.weight", "transformer.fps_proj.weight")
+"""What `model.mask_channel` and `model.fps_embed` add."""
 PREFIX = {"ema": "ema.", "live": "model."}
 """What names of tensors begin with in a checkpoint, by `init.weights`."""
 
@@ -60,7 +63,7 @@ def require_fitting(
     _require_expert(cfg, meta)
     prefix = PREFIX[cfg.init.weights]
     tensors = {f"{prefix}{name}": value for name, value in base_weights(model).items()}
-    checkpoints.require_part(checkpoint, tensors, prefix)
+    checkpoints.require_part(checkpoint, without_new_extras(checkpoint, tensors), prefix)
 
 
 def _require_expert(cfg: Config, meta: CheckpointMeta) -> None:
@@ -85,7 +88,24 @@ def take_weights(
     """Fill parameters, by name and sharded as they lie, with those of `init.run`."""
     prefix = PREFIX[cfg.init.weights]
     tensors = {f"{prefix}{name}": value for name, value in parameters.items()}
-    checkpoints.load_part(checkpoint, tensors, prefix)
+    held = without_new_extras(checkpoint, tensors)
+    checkpoints.load_part(checkpoint, held, prefix)
+    with torch.no_grad():
+        for name in tensors.keys() - held.keys():
+            tensors[name].zero_()
+
+
+def without_new_extras(
+    checkpoint: checkpoints.Checkpoint, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors less the extras that this run adds to the model of `init.run`: they begin at 0, where the model
+    computes what it did."""
+    stored = StoredTensors(checkpoint).shapes
+    return {
+        name: value
+        for name, value in tensors.items()
+        if name in stored or not name.endswith(EXTRAS)
+    }
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ class RunConfig(Section):
 class InitConfig(Section):
     run: str = ""
     """A run folder, or FOLDER@STEP, whose weights this run starts from: another run, or what `sora ckpt import` has
-    written. It counts only while this run has no checkpoint of its own."""
+    written. It counts only while this run has no checkpoint of its own. `model.mask_channel` and `model.fps_embed` may
+    be new: they begin at 0."""
     weights: Literal["ema", "live"] = "ema"
     """Start from that run's averaged weights, or from its weights as trained."""
     optimizer: bool = False

@@ -87,8 +87,8 @@ class Level:
     strength: float
 
 
-def levels(request: LongRequest, model: Model, *, anchored: bool) -> list[Level]:
-    """The passes, the coarsest first."""
+def levels(request: LongRequest, history: int, step: int, *, anchored: bool) -> list[Level]:
+    """The passes, the coarsest first, for windows that are shown `history` frames, of a VAE with this frame step."""
     rates = [("video", request.shape.fps, request.frames, request.anchor_strength)]
     if anchored and request.anchor_fps and request.seconds * request.anchor_fps >= 1:
         count = math.ceil((request.frames - 1) * request.anchor_fps / request.shape.fps) + 1
@@ -96,11 +96,10 @@ def levels(request: LongRequest, model: Model, *, anchored: bool) -> list[Level]
     if request.smooth_fps:
         frames = max(1, round(request.seconds * request.smooth_fps))
         rates.append(("smooth", request.smooth_fps, frames, request.smooth_strength))
-    step = model.vae.frame_step
     found = []
     for name, fps, frames, strength in rates:
         length = window_length(frames, request.shape.frames, step)
-        windows = plan_windows(frames, length, model.spec.history_frames, step)
+        windows = plan_windows(frames, length, history, step)
         shape = replace(request.shape, frames=length, fps=fps)
         found.append(Level(name, shape, frames, windows, strength))
     return found
@@ -135,7 +134,7 @@ def make_long(
     changes = len({cue.prompt for script in scripts for cue in script.cues if cue.prompt}) > len(
         scripts
     )
-    asked = levels(request, model, anchored=not changes)
+    asked = levels(request, spec.history_frames, model.vae.frame_step, anchored=not changes)
     negatives = list(negative_prompts) or [""] * len(scripts)
     told = {"spec": spec.to_dict(), "negatives": negatives, "seed": seed, "batch": batch}
     store = Store(out, identity(model, scripts, request) | told)
