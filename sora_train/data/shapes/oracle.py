@@ -89,7 +89,7 @@ def read(clip: np.ndarray, palette: Palette = COLOURS) -> list[Reading]:
     if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8:
         raise UserError(f"clip is {clip.dtype} {clip.shape}: give uint8 (frames, height, width, 3)")
     pixels = clip.astype(np.float32)
-    hue_THW, is_thing_THW = _hues(pixels, palette)
+    hue_THW, is_thing_THW = hues(pixels, palette)
     seeds = []
     for index, colour in enumerate(palette):
         seed_THW = is_thing_THW & (hue_THW == index)
@@ -139,7 +139,7 @@ def _opponent(rgb: np.ndarray) -> np.ndarray:
     return (red - (green + blue) / 2) + 1j * (math.sqrt(0.75) * (green - blue))
 
 
-def _hues(pixels: np.ndarray, palette: Palette) -> tuple[np.ndarray, np.ndarray]:
+def hues(pixels: np.ndarray, palette: Palette) -> tuple[np.ndarray, np.ndarray]:
     """Nearest palette colour of each pixel, and whether it is coloured enough to be a thing.
 
     The background's own tint is taken off first, which keeps a thing's hue up to its soft edge.

@@ -1,4 +1,4 @@
-"""What a probe is, and the list of all of them; `sora eval` asks each that fits the run."""
+"""What a probe is."""
 
 from __future__ import annotations
 
@@ -21,6 +21,3 @@ class Probe:
     """The metrics of one clip; those that cannot be measured on it are left out."""
     shapes_only: bool = True
     """Whether it is about runs on the shapes world."""
-
-
-PROBES: list[Probe] = []

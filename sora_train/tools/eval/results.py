@@ -13,7 +13,7 @@ from typing import Any
 from sora_train.base.files import write_atomically
 from sora_train.evaluation.cases import Sampled
 from sora_train.evaluation.paired import student
-from sora_train.evaluation.probes.probe import PROBES
+from sora_train.evaluation.probes.every import PROBES
 from sora_train.evaluation.registry import METRICS, Metric
 
 CONFIDENCE = 0.95

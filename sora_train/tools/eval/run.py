@@ -17,7 +17,7 @@ from sora_train.diffusion.condition_masks import ends_mask, kind_for
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.errors import Fault, UserError
 from sora_train.evaluation.cases import Case, Sampled, asked_by
-from sora_train.evaluation.probes.probe import PROBES
+from sora_train.evaluation.probes.every import PROBES
 from sora_train.objectives import TextToVideoObjective
 from sora_train.runtime.control_plane import ControlPlane
 from sora_train.runtime.world import World
@@ -89,7 +89,8 @@ def cases_of(
     for probe in PROBES:
         if shapes or not probe.shapes_only:
             size = shape.frames, shape.height, shape.width, shape.fps
-            cases += probe.ask(*size, MOST_CONDITIONED)
+            asked = probe.ask(*size, MOST_CONDITIONED)
+            cases += [case for case in asked if case.op in ("t2v", *operations(info.spec))]
     return cases
 
 
