@@ -138,6 +138,23 @@ def bench_vae(arguments: Overrides = None) -> int:
     return main(arguments or [])
 
 
+@bench_app.command("long", context_settings=OVERRIDES)
+def bench_long(arguments: Overrides = None) -> int:
+    """Judge long videos: what the oracle reads of their first and last second, their memory, and kills.
+
+    The first argument says which: quality, memory or kills. --seconds N (60), --steps N of the sampler, --out DIR where
+    the results go; quality: --prompts N (32), --no-anchors, --smooth-fps N; memory: --size N; kills: --times N (5).
+
+    \b
+    sora bench long quality runs/quickstart_long --prompts 32
+    sora bench long memory --size 256
+    sora bench long kills runs/quickstart_long --seconds 20
+    """
+    from benchmarks.long import main
+
+    return main(arguments or [])
+
+
 @bench_app.command("few-steps", context_settings=OVERRIDES)
 def bench_few_steps(arguments: Overrides = None) -> int:
     """Score a model of the shapes world with fewer steps, without guidance, distilled, and with a step cache.
