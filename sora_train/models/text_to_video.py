@@ -19,12 +19,12 @@ from sora_train.errors import ConfigError
 from sora_train.models.image_encoder import ImageEncoder
 from sora_train.models.text.encoder import TextEncoder
 from sora_train.models.text.published import build_text_encoder
-from sora_train.models.transformer.dit import VideoDiT
+from sora_train.models.transformer.dit import KnownCaptions, VideoDiT
 from sora_train.models.work_sharing import NO_SHARING, WorkSharing
 
-Text = tuple[Tensor, Tensor | None]
-"""Byte ids (B, S) or caption embeddings (B, S, E), and the mask (B, S) of the caption's own
-tokens."""
+Text = tuple[Tensor | KnownCaptions, Tensor | None]
+"""Byte ids (B, S), caption embeddings (B, S, E) or what the blocks make of them, and the mask (B, S) of the caption's
+own tokens."""
 
 
 @runtime_checkable
@@ -101,6 +101,8 @@ class TextToVideo(nn.Module):
         # The frozen encoder's embedding of the empty caption, kept at its first use.
         self._null: tuple[Tensor, ...] = ()
         self.text_padding = text.padding
+        self.stays = False
+        """Whether the weights are whole here and stay as they are, so that what `know` returns may be kept."""
         if not empty:
             self.init_weights(seed)
         for frozen in self._frozen if empty else ():
@@ -122,7 +124,7 @@ class TextToVideo(nn.Module):
         Args:
             latents_BCTHW: noisy latents.
             t_BT: noise level of each latent frame in [0, 1].
-            text: what `tokenize` returned; ids are encoded here, embeddings are taken as they are.
+            text: what `tokenize` or `know` returned; ids are encoded here, all else is taken as it is.
             mask_BT: 1 for condition frames; only for models with `mask_proj`.
             fps_B: frames a second of the clips; only models with `fps_proj` read it.
             images_BIE: what `embed_images` returned; only for models of `model.image_dim`.
@@ -132,20 +134,15 @@ class TextToVideo(nn.Module):
             ValueError: ids without a trainable encoder, or a mask missing where it is needed.
         """
         captions, mask_BS = text
-        if not captions.is_floating_point():
-            captions = self._encode(captions, mask_BS)
+        if isinstance(captions, Tensor):
+            captions = self._encoded(captions, mask_BS)
         if self.text_padding == "wan":
             mask_BS = None
         elif mask_BS is None:
             raise ValueError("text.padding is 'masked', so caption embeddings need their mask")
         if self.transformer.fps_proj is None:
             fps_B = None
-        transformer = self.transformer
-        if self.transformer_2 is not None:
-            if expert not in ("high", "low"):
-                raise ValueError("a model of two experts is told which one computes: high or low")
-            transformer = self.transformer_2 if expert == "low" else transformer
-        velocity: Tensor = transformer(
+        velocity: Tensor = self._expert(expert)(
             latents_BCTHW,
             t_BT,
             captions,
@@ -155,6 +152,22 @@ class TextToVideo(nn.Module):
             images_BIE=images_BIE,
         )
         return velocity
+
+    def know(self, text: Text, expert: str = "") -> Text:
+        """`text` as `forward` takes it, with all done that does not depend on the latents: for many calls with the same
+        captions. Not for weights that are sharded or change."""
+        captions, mask_BS = text
+        assert isinstance(captions, Tensor)
+        known = self._expert(expert).know_captions(self._encoded(captions, mask_BS))
+        return known, mask_BS
+
+    def _expert(self, expert: str) -> VideoDiT:
+        """The transformer that computes. Raises ValueError where there are two, and none is named."""
+        if self.transformer_2 is None:
+            return self.transformer
+        if expert not in ("high", "low"):
+            raise ValueError("a model of two experts is told which one computes: high or low")
+        return self.transformer_2 if expert == "low" else self.transformer
 
     @property
     def takes_mask(self) -> bool:
@@ -245,7 +258,10 @@ class TextToVideo(nn.Module):
         """The frozen encoder of images, outside the parameters of this model."""
         return self._images[0] if self._images else None
 
-    def _encode(self, ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
+    def _encoded(self, ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
+        """Embeddings of ids; embeddings are returned as they are."""
+        if ids_BS.is_floating_point():
+            return ids_BS
         if self.text_encoder is None:
             raise ValueError(
                 "byte ids were given, but the text encoder is frozen and outside the model; "

@@ -70,6 +70,7 @@ class Model:
     ):
         self.cfg, self.spec, self.shape, self.step = cfg, spec, shape, step
         self.model, self.vae = model.eval(), vae
+        self.model.stays = isinstance(model, TextToVideo)
         self.adapted = adapted
         self.team: Team | None = None
         # Of two experts that are joined later, the one whose base `adapted` is keeps these.

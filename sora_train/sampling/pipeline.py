@@ -271,6 +271,7 @@ class GuidedVelocity:
         copies = [*prompts, *nulls, *(nulls if self.by_condition else [])]
         self.text = model.tokenize(copies) if self.guided else None
         self.images = embedded_images(model, conditions)
+        self._known: dict[tuple[bool, str], Text] = {}
 
     def __call__(self, z: Tensor, t_BT: Tensor) -> Tensor:
         """v (B, C, T, H, W) from z of that shape and the noise level of each latent frame."""
@@ -280,12 +281,14 @@ class GuidedVelocity:
         guided = self.guided and self.spec.guidance_from <= t <= self.spec.guidance_to
         if not guided:
             assert self.plain is not None
-            return self._call([(shown, t_shown_BT, mask_BT, True)], self.plain, expert)
+            text = self._text(self.plain, expert, guided=False)
+            return self._call([(shown, t_shown_BT, mask_BT, True)], text, expert)
         assert self.text is not None
+        text = self._text(self.text, expert, guided=True)
         views = [(shown, t_shown_BT, mask_BT, True)] * 2
         if self.by_condition:
             views.append(self._without_conditions(z, t))
-        v, v_condition, *rest = self._call(views, self.text, expert).chunk(len(views))
+        v, v_condition, *rest = self._call(views, text, expert).chunk(len(views))
         v_guided = (
             guide_both(v, v_condition, rest[0], scale, self.spec.condition_scale)
             if rest
@@ -294,6 +297,16 @@ class GuidedVelocity:
         if not self.spec.guidance_rescale:
             return v_guided
         return rescale(v_guided, v, self.spec.guidance_rescale, 1 - self.mask_BT)
+
+    def _text(self, text: Text, expert: str, *, guided: bool) -> Text:
+        """Captions as the model takes them; of one that stays as it is, with all done that is the same in each step."""
+        if not getattr(self.model, "stays", False):
+            return text
+        assert isinstance(self.model, TextToVideo)
+        key = guided, expert
+        if key not in self._known:
+            self._known[key] = self.model.know(text, expert)
+        return self._known[key]
 
     def _with_conditions(self, z: Tensor, t_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the model sees of condition frames: they may carry a little noise."""

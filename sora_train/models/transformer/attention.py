@@ -5,6 +5,8 @@ Dimension key: B batch, T latent frames, P tokens of a frame, L = T * P queries,
 heads, K head width, D = N * K.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from sora_train.config.sections.model import ModelConfig
@@ -35,6 +37,13 @@ class AttentionCore(nn.Module):
         self, q_BLNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, key_mask_BS: Tensor | None = None
     ) -> Tensor:
         return attend(self.backend, q_BLNK, k_BSNK, v_BSNK, key_mask_BS)
+
+
+class CaptionKeys(NamedTuple):
+    """Keys and values of captions, as one block attends to them."""
+
+    k_BSNK: Tensor
+    v_BSNK: Tensor
 
 
 class Attention(nn.Module):
@@ -73,17 +82,21 @@ class Attention(nn.Module):
         v_BLNK = self._heads(self.to_v(x_BTPD)).flatten(1, 2)
         return self.to_out[0](self.core(q_BLNK, k_BLNK, v_BLNK).reshape(x_BTPD.shape))
 
+    def caption_keys(self, captions_BSD: Tensor) -> "CaptionKeys":
+        """What `attend_caption` makes of captions; it is the same at every noise level."""
+        k_BSNK = self._heads(self.norm_k(self.to_k(captions_BSD)))
+        return CaptionKeys(k_BSNK, self._heads(self.to_v(captions_BSD)))
+
     def attend_caption(
         self,
         x_BTPD: Tensor,
-        captions_BSD: Tensor,
+        captions: "Tensor | CaptionKeys",
         key_mask_BS: Tensor | None,
         images_BID: Tensor | None = None,
     ) -> Tensor:
-        """Every token to the caption's tokens, and to those of images. Returns (B, T, P, D)."""
+        """Every token to the caption's tokens (B, S, D), and to those of images. Returns (B, T, P, D)."""
         q_BLNK = self._heads(self.norm_q(self.to_q(x_BTPD))).flatten(1, 2)
-        k_BSNK = self._heads(self.norm_k(self.to_k(captions_BSD)))
-        v_BSNK = self._heads(self.to_v(captions_BSD))
+        k_BSNK, v_BSNK = self.caption_keys(captions) if isinstance(captions, Tensor) else captions
         y_BLNK = self.core(q_BLNK, k_BSNK, v_BSNK, key_mask_BS)
         if self.add_k_proj is not None and self.add_v_proj is not None:
             k_BINK = self._heads(self.norm_added_k(self.add_k_proj(images_BID)))

@@ -15,6 +15,7 @@ Dimension key, used as suffixes of tensor names:
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import UserError
 from sora_train.models.flops import transformer_flops
-from sora_train.models.transformer.attention import Attention
+from sora_train.models.transformer.attention import Attention, CaptionKeys
 from sora_train.models.transformer.layers import (
     ConditionEmbedder,
     FeedForward,
@@ -73,7 +74,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTPD: Tensor,
-        captions_BSD: Tensor,
+        captions: Tensor | CaptionKeys,
         modulation_BT6D: Tensor,
         table: Tensor,
         key_mask_BS: Tensor | None,
@@ -85,10 +86,16 @@ class Block(nn.Module):
         h_BTPD = modulate(self.norm1(x_BTPD), shift_a, scale_a)
         x_BTPD = torch.addcmul(x_BTPD, at_least_fp32(self.attn1.attend_self(h_BTPD, table)), gate_a)
         x_BTPD = x_BTPD + self.attn2.attend_caption(
-            self.norm2(x_BTPD), captions_BSD, key_mask_BS, images_BID
+            self.norm2(x_BTPD), captions, key_mask_BS, images_BID
         )
         h_BTPD = modulate(self.norm3(x_BTPD), shift_f, scale_f)
         return torch.addcmul(x_BTPD, at_least_fp32(self.ffn(h_BTPD)), gate_f)
+
+
+class KnownCaptions(NamedTuple):
+    """Captions as the blocks attend to them: two tensors a block in place of one."""
+
+    each_block: tuple[CaptionKeys, ...]
 
 
 class VideoDiT(nn.Module):
@@ -117,7 +124,7 @@ class VideoDiT(nn.Module):
         self,
         latents_BCTHW: Tensor,
         t_BT: Tensor,
-        captions_BSE: Tensor,
+        captions: "Tensor | KnownCaptions",
         caption_mask_BS: Tensor | None = None,
         *,
         mask_BT: Tensor | None = None,
@@ -130,7 +137,7 @@ class VideoDiT(nn.Module):
         Args:
             latents_BCTHW: noisy latents; H and W divisible by the patch size.
             t_BT: noise level of each latent frame in [0, 1], 0 = data.
-            captions_BSE: caption embeddings.
+            captions: embeddings (B, S, E), or what `know_captions` made of them.
             caption_mask_BS: True for real tokens; None attends to all of them (Wan's padding).
             mask_BT: 1 for condition frames, only with `model.mask_channel`; None means
                 none is.
@@ -157,15 +164,17 @@ class VideoDiT(nn.Module):
         )
         time_BTD = self._embed_time(t_BT, fps_B)
         modulation_BT6D = self.condition_embedder.modulation(time_BTD)
-        captions_BSD = self.condition_embedder.text_embedder(captions_BSE)
+        each_block: list[Tensor | CaptionKeys] = (
+            [self.condition_embedder.text_embedder(captions)] * len(self.blocks)
+            if isinstance(captions, Tensor)
+            else list(captions.each_block)
+        )
         embed_images = self.condition_embedder.image_embedder
         images_BID = None if embed_images is None else embed_images(images_BIE)
 
         x_BTPD, table = self.enter(x_BTPD), self.enter(table)
-        for block in self.blocks:
-            x_BTPD = block(
-                x_BTPD, captions_BSD, modulation_BT6D, table, caption_mask_BS, images_BID
-            )
+        for block, own in zip(self.blocks, each_block, strict=True):
+            x_BTPD = block(x_BTPD, own, modulation_BT6D, table, caption_mask_BS, images_BID)
 
         rows = (at_least_fp32(self.scale_shift_table) + time_BTD.unsqueeze(2)).unsqueeze(3)
         shift, scale = rows.unbind(2)
@@ -173,6 +182,11 @@ class VideoDiT(nn.Module):
         return rearrange(
             self.leave(v_BTPX), "B T (h w) (p q C) -> B C T (h p) (w q)", h=num_rows // p, p=p, q=q
         ).contiguous()
+
+    def know_captions(self, captions_BSE: Tensor) -> "KnownCaptions":
+        """What every block makes of captions, for many calls with the same ones: sampling changes the noise alone."""
+        captions_BSD = self.condition_embedder.text_embedder(captions_BSE)
+        return KnownCaptions(tuple(block.attn2.caption_keys(captions_BSD) for block in self.blocks))
 
     def _embed_time(self, t_BT: Tensor, fps_B: Tensor | None) -> Tensor:
         """Noise levels and frame rates as embeddings (B, T, D)."""
