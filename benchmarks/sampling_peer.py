@@ -3,8 +3,8 @@
     python -m benchmarks.sampling_peer [--repeats N] [--steps N] [--threads N] [--clips NAME,..]
 
 Seconds a step are those of the whole call over its steps: what is done once a clip is in them. Both leave latents,
-which are compared; decoding is the same autoencoder for both. Memory is the most bytes of tensors alive beyond the weights.
-With one thread its own time counts, to which other programs add little.
+which are compared; decoding is the same autoencoder for both. Memory is the most bytes of tensors alive beyond the
+weights. With one thread its own time counts, to which other programs add little.
 """
 
 import argparse

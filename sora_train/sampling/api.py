@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,6 +118,7 @@ class Model:
         if prepared and (size or frames or fps):
             raise UserError("size, frames and fps belong to prepare; its result has them already")
         self._require_work(prompts, num, step_cache)
+        self._use_tiles(prepared)
         shape = prepared.shape if prepared else self.clip_shape(size, frames, fps)
         repeated = [prompt for prompt in prompts for _ in range(num)]
         negatives = [one for one in one_each(negative_prompt, prompts) for _ in range(num)]
@@ -151,6 +152,14 @@ class Model:
                 "spread prompts alone, or leave it out"
             )
 
+    def _use_tiles(self, prepared: Prepared | None) -> None:
+        """Have the VAE work on a window's size at a time where the model does."""
+        frames = prepared.condition_frames if prepared else None
+        if frames is None or frames.windows is None or self.vae.tile:
+            return
+        rows, columns = (axis.weights.shape[1] for axis in frames.windows.axes[1:])
+        self.vae.use_tiles(max(rows, columns) * self.vae.spatial_factor)
+
     def prepare(
         self,
         request: SampleRequest,
@@ -159,11 +168,14 @@ class Model:
         frames: int | None = None,
         fps: float | None = None,
     ) -> Prepared:
-        """Read the images and videos of a request for `sample`; see docs/sampling.md.
+        """Read the images and videos of a request for `sample`; see docs/sampling.md. Of an upscaled video `size` is
+        that which it is made, and `frames` those of a window.
 
         Raises:
             UserError: a file that cannot be read or does not fit the request.
         """
+        if request.op == "upscale":
+            request, size = replace(request, size=size, patch=self.cfg.model.patch_size), None
         shape = self.clip_shape(size, frames, fps)
         return prepare(request, shape, self.vae.geometry, self.cfg.data.alpha_background)
 

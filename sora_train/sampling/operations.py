@@ -24,6 +24,11 @@ from sora_train.errors import UserError
 from sora_train.models.vae.geometry import Geometry
 from sora_train.sampling.given_files import GivenFile
 from sora_train.sampling.pipeline import ClipShape, ConditionFrames
+from sora_train.sampling.upscale import Windows
+
+
+UPSCALE_STRENGTH = 0.3
+"""Noise level from which an upscaled video is made anew: enough for new edges, too little for new things."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ OPERATIONS = {
     "connect": Operation("the way from a video to another", videos=2, also=("frames_given",)),
     "loop": Operation("a clip without an end", ("image",), videos=1, also=("frames_given",)),
     "edit": Operation("a video or an image made anew", ("image",), videos=1, also=("strength",)),
+    "upscale": Operation(
+        "a video or an image larger", ("image",), videos=1, also=("strength", "size")
+    ),
 }
 """Every operation by its name on the command line."""
 
@@ -68,6 +76,10 @@ class SampleRequest:
     """Noise level from which an edit starts; several are spread evenly over the clip."""
     alpha_background: str = "black"
     """The colour that lies under transparency; that of the run, which `prepare` sets."""
+    size: tuple[int, int] | None = None
+    """(width, height) in pixels to which a video is upscaled."""
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """`model.patch_size` of the run, in whose multiples an upscaled video is divided."""
 
     def check(self) -> None:
         """Raises UserError for an unknown operation, a missing file or one too many, or an impossible value."""
@@ -80,6 +92,7 @@ class SampleRequest:
             "frames_given": self.frames_given,
             "gap": self.gap,
             "strength": self.strength or None,
+            "size": self.size,
         }
         for name, value in flags.items():
             if value is not None and name not in (*takes.images, *takes.also):
@@ -93,6 +106,8 @@ class SampleRequest:
                 f"--op {self.op} got {_count(len(images), 'image')} and "
                 f"{_count(len(self.videos), 'video')}; {_takes(self.op)}"
             )
+        if self.op == "upscale" and self.size is None:
+            raise UserError("--op upscale is not told how large; give --size WxH in pixels")
         wrong = [value for value in self.strength if not 0 <= value <= 1]
         if wrong:
             raise UserError(
@@ -120,6 +135,8 @@ class Prepared:
     """Frames left off the end, since they are the beginning again."""
     lead: int = 0
     """Frames left off the beginning, since they only lead in."""
+    shown: tuple[int, int] | None = None
+    """Rows and columns of the picture, where others were added that the VAE needs."""
     told: tuple[str, ...] = ()
     """Sentences on what was done with the files."""
 
@@ -128,7 +145,8 @@ class Prepared:
         if self.known_F is not None and self.condition_frames is not None:
             known = (self.known_F > 0).numpy()[:, None, None, None]
             clip = np.where(known, self.condition_frames.pixels, clip)
-        clip = clip[self.lead : len(clip) - self.drop]
+        rows, columns = self.shown or clip.shape[1:3]
+        clip = clip[self.lead : len(clip) - self.drop, :rows, :columns]
         parts = [part for part in (self.before, clip, self.after) if part is not None]
         return np.concatenate(parts)
 
@@ -164,6 +182,8 @@ def prepare(
     """
     request.check()
     request = replace(request, alpha_background=alpha_background)
+    if request.op == "upscale":
+        return _upscale(request, shape, geometry)
     if request.op == "t2i" or (request.op == "edit" and request.image):
         shape = replace(shape, frames=1)
     geometry.latent_shape(shape.frames, shape.height, shape.width)
@@ -274,11 +294,40 @@ def _edit(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepa
         (video,), shape = _read_videos(request, shape)
         _require(video, shape.frames, request.videos[0], shape)
     num_frames = geometry.latent_shape(shape.frames, shape.height, shape.width)[1]
-    points = request.strength or (0.6,)
-    places = np.linspace(0, len(points) - 1, num_frames)
-    strength_T = torch.from_numpy(np.interp(places, np.arange(len(points)), points)).float()
+    strength_T = _spread(request.strength or (0.6,), num_frames)
     conditions = ConditionFrames(video[: shape.frames], "t2v", torch.zeros(num_frames), strength_T)
     return Prepared(shape, "t2v", conditions)
+
+
+def _spread(points: tuple[float, ...], num_frames: int) -> Tensor:
+    """A noise level for each latent frame, on straight lines through the points."""
+    places = np.linspace(0, len(points) - 1, num_frames)
+    return torch.from_numpy(np.interp(places, np.arange(len(points)), points)).float()
+
+
+def _upscale(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Prepared:
+    """A whole video at another size, made anew a little in windows of `shape`; its last frame, rows and columns are
+    repeated up to the next size that VAE and patches take, and cut off again."""
+    window = geometry.latent_shape(shape.frames, shape.height, shape.width)[1:]
+    kind, flag = ("image", "--image") if request.image else ("video", "--video")
+    path = request.image or request.videos[0]
+    file = GivenFile.open(path, kind, flag)
+    assert request.size is not None
+    width, height = request.size
+    shape = replace(shape, fps=file.probe.fps or shape.fps, height=height, width=width)
+    video = file.frames(shape, request.alpha_background)
+    multiples = geometry.frame_step, *(geometry.spatial_factor * n for n in request.patch[1:])
+    sizes = len(video) - 1, height, width
+    more = [-size % multiple for size, multiple in zip(sizes, multiples, strict=True)]
+    video = np.pad(video, [(0, count) for count in more] + [(0, 0)], mode="edge")
+    shape = ClipShape(*video.shape[:3], fps=shape.fps)
+    latent_size = geometry.latent_shape(shape.frames, shape.height, shape.width)[1:]
+    strength_T = _spread(request.strength or (UPSCALE_STRENGTH,), latent_size[0])
+    windows = Windows.over(latent_size, window, request.patch)
+    mask_T = torch.zeros(latent_size[0])
+    conditions = ConditionFrames(video, "t2v", mask_T, strength_T, windows)
+    told = (f"{path} at {width}x{height} is made in {_count(windows.count, 'window')}",)
+    return Prepared(shape, "t2v", conditions, drop=more[0], shown=(height, width), told=told)
 
 
 def _latent_frames(shape: ClipShape, geometry: Geometry, kind: str, op: str) -> int:

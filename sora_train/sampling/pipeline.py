@@ -22,13 +22,14 @@ from sora_train.diffusion.flow import interpolate
 from sora_train.diffusion.guidance import guide, guide_both, rescale
 from sora_train.diffusion.sampler import sample_ode
 from sora_train.diffusion.spec import DiffusionSpec
-from sora_train.errors import Fault
+from sora_train.errors import Fault, UserError
 from sora_train.models.finite_weights import is_finite
 from sora_train.models.image_encoder import pictures_of
 from sora_train.models.text_to_video import Text, TextToVideo, VideoDenoiser
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.pixels import from_uint8, to_uint8
 from sora_train.sampling.step_cache import StepCache, cached_steps
+from sora_train.sampling.upscale import Windows
 
 CLIPS_AT_ONCE = 16
 """Clips of one batch."""
@@ -61,6 +62,8 @@ class ConditionFrames:
     """1 for latent frames that are conditions."""
     strength_T: Tensor | None = None
     """Noise level from which each latent frame of a whole known clip is made anew; then no frame is a condition."""
+    windows: Windows | None = None
+    """In which such a clip is made anew, where it is not made at once."""
 
     def known_frames(self, vae: VideoVAE) -> Tensor:
         """Mask (F,) of the pixel frames that are known."""
@@ -83,6 +86,7 @@ class ConditionLatents:
     """The clip's pixels, uint8 (F, height, width, 3), of which a model may be given embeddings."""
     known_F: np.ndarray | None = None
     """Above 0 for those that are known."""
+    windows: Windows | None = None
 
 
 @torch.no_grad()
@@ -91,6 +95,11 @@ def encode_conditions(
 ) -> ConditionLatents:
     """Latents of the condition frames, each run from its own pixels, just as in training."""
     device = next(vae.parameters()).device
+    if frames.windows is not None and spec.cond_mode == "concat":
+        raise UserError(
+            "a model with cond_mode=concat takes condition channels of whole clips, and windows have none; "
+            "upscale with a model of cond_mode=replace"
+        )
     pixels = from_uint8(frames.pixels[None], device)
     mask_T = frames.mask_T.to(device)
     if spec.cond_mode == "concat":
@@ -107,7 +116,10 @@ def encode_conditions(
             latents, None, frames.strength_T, given, none, frames.pixels, known_F.cpu().numpy()
         )
     if frames.strength_T is not None:
-        return ConditionLatents(vae.encode(pixels).float(), None, frames.strength_T.to(device))
+        strength_T = frames.strength_T.to(device)
+        return ConditionLatents(
+            vae.encode(pixels).float(), None, strength_T, windows=frames.windows
+        )
     latents = encode_condition_frames(
         vae.encode, pixels, frames.known_frames(vae), vae.temporal_factor, vae.frame_step
     )
@@ -145,15 +157,19 @@ def sample_latents(
     if conditions is not None and (conditions.mask_T is not None or strength_T is not None):
         latents = conditions.latents.expand(batch, -1, -1, -1, -1)
         mask_BT = None if conditions.mask_T is None else conditions.mask_T.expand(batch, -1)
-    velocity = GuidedVelocity(
-        model, spec, prompts, noise, fps, negative_prompt, conditions, condition_noise
+    windows = None if conditions is None else conditions.windows
+    seen = noise if windows is None else noise[(..., *windows.first())]
+    guided = GuidedVelocity(
+        model, spec, prompts, seen, fps, negative_prompt, conditions, condition_noise
     )
+    # Noise levels are those of clips that the model sees.
+    spec = spec.replace(shift=spec.shift_for(seen.shape[2:]), shift_rule="constant")
     # Times reach the model in the precision of the noise.
     last = float(spec.sampling_times(noise.shape[2:])[-2].to(noise.dtype))
     cache = StepCache(batch, step_cache, last)
     with cached_steps(model, cache):
         return sample_ode(
-            cache.around(velocity),
+            cache.around(guided if windows is None else windows.blend(guided)),
             noise,
             spec,
             condition_latents=latents,

@@ -253,7 +253,9 @@ def test_what_does_not_fit_is_told_in_a_sentence(files, op, names, settings, fac
     says(caught.value, *facts)
 
 
-@pytest.mark.parametrize("op", [op for op in OPERATIONS if op not in ("t2v", "t2i", "edit")])
+@pytest.mark.parametrize(
+    "op", [op for op in OPERATIONS if op not in ("t2v", "t2i", "edit", "upscale")]
+)
 def test_a_clip_too_short_for_an_operation_is_told_the_shortest(files, op):
     names = ["a.mp4"] * OPERATIONS[op].videos or ["first.png"]
     for frames in (1, 5, 9):

@@ -43,7 +43,7 @@ NegativePrompt = Annotated[str, typer.Option(help="What guidance leads away from
 Op = Annotated[
     str,
     typer.Option(
-        help="What to make: t2v, t2i, i2v, extend, extend-back, infill, connect, loop or edit."
+        help="What to make: t2v, t2i, i2v, extend, extend-back, infill, connect, loop, edit, upscale."
     ),
 ]
 Image = Annotated[Path | None, typer.Option(help="The image a clip begins with.")]

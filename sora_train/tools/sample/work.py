@@ -131,8 +131,13 @@ def _request(asked: SimpleNamespace) -> SampleRequest:
     """The operation. Raises UserError where its files or values do not fit it."""
     files = asked.image, asked.last_image, tuple(asked.video or ())
     given = asked.frames_given, flags.gap_of(asked.gap), flags.levels_of(asked.strength)
-    request = SampleRequest(asked.op, *files, *given)
+    size = flags.size_of(asked.size) if asked.op == "upscale" else None
+    request = SampleRequest(asked.op, *files, *given, size=size)
     request.check()
+    if size and asked.fps:
+        raise UserError("--op upscale keeps a video's own rate; leave out --fps")
+    if size and asked.step_cache:
+        raise UserError("--op upscale goes from window to window; leave out --step-cache")
     if asked.reference and asked.op != "t2v":
         raise UserError(f"--op {asked.op} takes no --reference; it leads in what --op t2v makes")
     return request
@@ -196,8 +201,9 @@ def _by_operation(
 ) -> Prepared:
     """A clip by an operation, or led in by references."""
     cfg, geometry = info.cfg, read_geometry(info.cfg.vae)
-    size = flags.size_of(asked.size)
+    size = None if request.size else flags.size_of(asked.size)
     shape = api.fitting_shape(cfg, geometry, info.shape, size, asked.frames, asked.fps)
+    request = replace(request, patch=cfg.model.patch_size)
     if not asked.reference:
         return prepare(request, shape, geometry, cfg.data.alpha_background)
     files = [
