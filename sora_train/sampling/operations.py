@@ -26,7 +26,6 @@ from sora_train.sampling.given_files import GivenFile
 from sora_train.sampling.pipeline import ClipShape, ConditionFrames
 from sora_train.sampling.upscale import Windows
 
-
 UPSCALE_STRENGTH = 0.3
 """Noise level from which an upscaled video is made anew: enough for new edges, too little for new things."""
 
