@@ -28,7 +28,7 @@ from sora_train.sampling.adapters import AdaptedBase, NamedAdapter, adapted_base
 from sora_train.sampling.experts import require_both, require_pair
 from sora_train.sampling.files import save_clips, save_stills
 from sora_train.sampling.operations import Prepared, SampleRequest, prepare
-from sora_train.sampling.pipeline import ClipShape, one_each, sample_clips
+from sora_train.sampling.pipeline import ClipShape, ConditionFrames, one_each, sample_clips
 from sora_train.sampling.ranks.team import Team
 
 RATE_TOLERANCE = 0.01
@@ -117,8 +117,7 @@ class Model:
         require_both(self.spec, "this model", "")
         if prepared and (size or frames or fps):
             raise UserError("size, frames and fps belong to prepare; its result has them already")
-        self._require_work(prompts, num, step_cache)
-        self._use_tiles(prepared)
+        self._require_work(prompts, num, step_cache, prepared)
         shape = prepared.shape if prepared else self.clip_shape(size, frames, fps)
         repeated = [prompt for prompt in prompts for _ in range(num)]
         negatives = [one for one in one_each(negative_prompt, prompts) for _ in range(num)]
@@ -139,8 +138,16 @@ class Model:
         clips = [prepared.finish(clip) for clip in clips] if prepared else clips
         return self.team.collect(clips, len(repeated)) if self.team else clips
 
-    def _require_work(self, prompts: list[str], num: int, step_cache: float) -> None:
+    def _require_work(
+        self, prompts: list[str], num: int, step_cache: float, prepared: Prepared | None
+    ) -> None:
         """Raises UserError where there is nothing to sample, or a step cache would see a part of a clip's tokens."""
+        frames = prepared.condition_frames if prepared else None
+        if step_cache and frames and frames.windows:
+            raise UserError(
+                f"step_cache={step_cache:g} compares a step with the one before, and windows come between; leave it out"
+            )
+        self._use_tiles(frames)
         if not prompts or num < 1:
             raise UserError(
                 f"nothing to sample: {len(prompts)} prompts, num={num}; give a prompt and num >= 1"
@@ -152,9 +159,8 @@ class Model:
                 "spread prompts alone, or leave it out"
             )
 
-    def _use_tiles(self, prepared: Prepared | None) -> None:
+    def _use_tiles(self, frames: ConditionFrames | None) -> None:
         """Have the VAE work on a window's size at a time where the model does."""
-        frames = prepared.condition_frames if prepared else None
         if frames is None or frames.windows is None or self.vae.tile:
             return
         rows, columns = (axis.weights.shape[1] for axis in frames.windows.axes[1:])

@@ -14,7 +14,7 @@ Dimension key, used as suffixes of tensor names:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -164,11 +164,7 @@ class VideoDiT(nn.Module):
         )
         time_BTD = self._embed_time(t_BT, fps_B)
         modulation_BT6D = self.condition_embedder.modulation(time_BTD)
-        each_block: list[Tensor | CaptionKeys] = (
-            [self.condition_embedder.text_embedder(captions)] * len(self.blocks)
-            if isinstance(captions, Tensor)
-            else list(captions.each_block)
-        )
+        each_block = self._each_block(captions)
         embed_images = self.condition_embedder.image_embedder
         images_BID = None if embed_images is None else embed_images(images_BIE)
 
@@ -182,6 +178,12 @@ class VideoDiT(nn.Module):
         return rearrange(
             self.leave(v_BTPX), "B T (h w) (p q C) -> B C T (h p) (w q)", h=num_rows // p, p=p, q=q
         ).contiguous()
+
+    def _each_block(self, captions: "Tensor | KnownCaptions") -> Sequence[Tensor | CaptionKeys]:
+        """Captions as every block takes them."""
+        if isinstance(captions, KnownCaptions):
+            return captions.each_block
+        return [self.condition_embedder.text_embedder(captions)] * len(self.blocks)
 
     def know_captions(self, captions_BSE: Tensor) -> "KnownCaptions":
         """What every block makes of captions, for many calls with the same ones: sampling changes the noise alone."""

@@ -136,8 +136,6 @@ def _request(asked: SimpleNamespace) -> SampleRequest:
     request.check()
     if size and asked.fps:
         raise UserError("--op upscale keeps a video's own rate; leave out --fps")
-    if size and asked.step_cache:
-        raise UserError("--op upscale goes from window to window; leave out --step-cache")
     if asked.reference and asked.op != "t2v":
         raise UserError(f"--op {asked.op} takes no --reference; it leads in what --op t2v makes")
     return request
