@@ -319,7 +319,8 @@ def _upscale(request: SampleRequest, shape: ClipShape, geometry: Geometry) -> Pr
     sizes = len(video) - 1, height, width
     more = [-size % multiple for size, multiple in zip(sizes, multiples, strict=True)]
     video = np.pad(video, [(0, count) for count in more] + [(0, 0)], mode="edge")
-    shape = ClipShape(*video.shape[:3], fps=shape.fps)
+    frames, height_made, width_made = video.shape[:3]
+    shape = ClipShape(frames, height_made, width_made, shape.fps)
     latent_size = geometry.latent_shape(shape.frames, shape.height, shape.width)[1:]
     strength_T = _spread(request.strength or (UPSCALE_STRENGTH,), latent_size[0])
     windows = Windows.over(latent_size, window, request.patch)
