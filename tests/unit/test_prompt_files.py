@@ -42,6 +42,13 @@ def test_fields_of_a_scene_are_its_caption(index, split):
     assert told.text("shapes") == scene.caption
 
 
+def test_fields_of_shapes_stand_in_the_order_of_its_captions():
+    fields = {"style": "flat", "lighting": "dim", "camera": "camera pans left", "setting": "navy"}
+    told = Written(subject="a red ring", action="stays still", **fields).text("shapes")
+    wanted = "a red ring stays still on a navy background, camera pans left, dim light, flat style"
+    assert told == wanted
+
+
 @given(st.lists(st.one_of(TEXTS, FIELD_SETS), min_size=1, max_size=4), TEXTS)
 def test_every_form_of_a_file_holds_the_same_prompts(tmp_path_factory, entries, negative):
     folder = tmp_path_factory.mktemp("prompts")

@@ -24,12 +24,15 @@ def scripts(draw):
     return Script(tuple(cues))
 
 
-@given(scripts(), st.floats(0, 80))
+@given(scripts(), st.integers(0, 320).map(lambda eighths: eighths / 8))
 def test_a_prompt_holds_from_its_cue_up_to_the_next_one(script, seconds):
     starts = [cue for cue in script.cues if cue.prompt]
     if not starts:
         assert script.prompt_at(seconds) == ""
         return
+    assert all(script.prompt_at(cue.at) == cue.prompt for cue in starts)
+    if len(starts) > 1:
+        assert script.prompt_at(starts[1].at - 0.01) == starts[0].prompt
     bounds = [0.0, *(cue.at for cue in starts[1:]), float("inf")]
     (held,) = [
         cue.prompt

@@ -1,5 +1,6 @@
 """Storyboards and references: given frames lie on whole latent frames, and what cannot be is told in a sentence."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +265,30 @@ def test_a_storyboard_is_made_as_its_operation_makes_it(finished_run, files, tmp
     assert run([*asked, *by_flags]) == 0
     assert (tmp_path / "a/000.mp4").read_bytes() == (tmp_path / "b/000.mp4").read_bytes()
     assert (tmp_path / "a/prompts.json").read_text() == (tmp_path / "b/prompts.json").read_text()
+
+
+def test_a_long_storyboard_shows_what_is_given_where_it_is_given(
+    finished_run, files, tmp_path, capsys
+):
+    """Windows of 9 frames or so; the image's latents and the video's pixels come back in theirs."""
+    board(
+        files,
+        "  - {at: 0, prompt: a cat}\n"
+        "  - {at: 1.625, video: clip.mp4, seconds: 1}\n"
+        "  - {at: 3, prompt: a dog}",
+        "seconds: 4\nfps: 8\nsize: 32x32",
+    )
+    asked = ["sample", "--ckpt", str(finished_run), "--steps", "1", "--storyboard"]
+    assert run([*asked, str(files / "board.yaml"), "--out", str(tmp_path)]) == 0
+    says(capsys.readouterr().err, "not trained on frames given anywhere", "random")
+    made = GivenFile.open(tmp_path / "000.mp4", "video", "made")
+    assert made.probe.frames == 32 and made.probe.fps == 8
+    video = GivenFile.open(files / "clip.mp4", "video", "--video").frames(SHAPE, "black")
+    frames = made.frames(SHAPE, "black").astype(int)
+    apart = np.abs(frames[13:21] - video[:8].astype(int)).mean(axis=(1, 2, 3))
+    others = np.abs(frames[[5, 28]] - video[0].astype(int)).mean(axis=(1, 2, 3))
+    assert apart.max() < 8 < others.min(), (apart, others)
+    rows = json.loads((tmp_path / "prompts.json").read_text())
+    assert rows[0]["prompts"] == [{"at": 0.0, "prompt": "a cat"}, {"at": 3.0, "prompt": "a dog"}]
+    with refuses(UserError, "--storyboard says how long", "leave out --seconds"):
+        run([*asked, str(files / "board.yaml"), "--out", str(tmp_path), "--seconds", "3"])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_train.diffusion.condition_frames import encode_condition_frames
+from sora_train.diffusion.condition_frames import encode_condition_frames, latent_mask
 from sora_train.diffusion.draws import draw_noise
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.models.vae.autoencoder import VideoVAE
@@ -31,6 +31,7 @@ from sora_train.sampling.pipeline import (
     require_finite_latents,
     sample_latents,
 )
+from sora_train.sampling.prompts.placing import Run, is_still
 
 Frames = Iterator[np.ndarray]
 """The videos' next frames, uint8 (N, F, H, W, 3), until they end."""
@@ -85,14 +86,16 @@ class Pass:
         windows: Sequence[Window],
         prompts: Callable[[float], list[str]],
         coarse: Coarse | None = None,
+        given: Sequence[Run] = (),
     ):
         """
         Args:
             shape: of a window, and the rate of the pass.
             prompts: those of the N videos that hold at a time in seconds.
+            given: frames of all N videos at their places, whole latent frames.
         """
         self.name, self.maker, self.shape, self.windows = name, maker, shape, windows
-        self.prompts, self.coarse = prompts, coarse
+        self.prompts, self.coarse, self.given = prompts, coarse, given
 
     def __iter__(self) -> Frames:
         history: np.ndarray | None = None
@@ -102,7 +105,7 @@ class Pass:
             source = self._source(window)
             make = functools.partial(self._latents, name, window, shown, source)
             latents = self.maker.store.latents(name, make)
-            made = [self._frames(one, shown, row) for row, one in enumerate(latents)]
+            made = [self._frames(one, window, shown, row) for row, one in enumerate(latents)]
             fresh = np.stack(made)[:, : window.end - window.fresh]
             # A short last step may leave less than the next window is shown.
             history = fresh if history is None else np.concatenate([history, fresh], axis=1)
@@ -110,14 +113,31 @@ class Pass:
             history = history[:, -max(longest, 1) :]
             yield fresh
 
-    def _frames(self, latents: Tensor, shown: np.ndarray | None, row: int) -> np.ndarray:
-        """The frames that a window adds to a video, matched to those it was shown."""
+    def _frames(
+        self, latents: Tensor, window: Window, shown: np.ndarray | None, row: int
+    ) -> np.ndarray:
+        """The frames that a window adds to a video, matched to those it was shown; given videos keep their pixels."""
         vae = self.maker.vae
         clip = decode_clip(vae, latents.to(next(vae.parameters()).device))
-        if shown is None:
-            return clip
-        count = shown.shape[1]
-        return match(clip[:count], shown[row])(clip[count:])
+        if shown is not None:
+            count = shown.shape[1]
+            clip = match(clip[:count], shown[row])(clip[count:])
+        _, own_F, pixels = self._given_in(window)
+        own_F = own_F[-len(clip) :]
+        return np.where(own_F[:, None, None, None], pixels[-len(clip) :], clip)
+
+    def _given_in(self, window: Window) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which frames of a window are given, which of these are a video's (F,), and their pixels (F, H, W, 3)."""
+        length = self.shape.frames
+        pixels = np.zeros((length, self.shape.height, self.shape.width, 3), np.uint8)
+        given_F, own_F = np.zeros(length, bool), np.zeros(length, bool)
+        for first, frames in self.given:
+            begin, end = max(first, window.start), min(first + len(frames), window.start + length)
+            if begin < end:
+                place = slice(begin - window.start, end - window.start)
+                pixels[place] = frames[begin - first : end - first]
+                given_F[place], own_F[place] = True, not is_still(frames)
+        return given_F, own_F, pixels
 
     def _source(self, window: Window) -> tuple[np.ndarray, np.ndarray] | None:
         """The window as the coarse pass has it, (N, F, H, W, 3) blended from frame to frame, and of which frames it
@@ -153,7 +173,7 @@ class Pass:
         for start in range(0, len(prompts), maker.batch):
             rows = range(start, min(start + maker.batch, len(prompts)))
             noise = draw_noise(maker.seed, f"sample {name}", [(0, row) for row in rows], shape)
-            conditions = self._conditions(rows, shown, source)
+            conditions = self._conditions(rows, window, shown, source)
             made = sample_latents(
                 maker.model,
                 spec,
@@ -173,18 +193,20 @@ class Pass:
     def _conditions(
         self,
         rows: range,
+        window: Window,
         shown: np.ndarray | None,
         source: tuple[np.ndarray, np.ndarray] | None,
     ) -> ConditionLatents | None:
         """What some of the videos' next window is shown, and starts from."""
-        if shown is None and source is None:
+        given_F, _, given = self._given_in(window)
+        if shown is None and source is None and not given_F.any():
             return None
         vae, count = self.maker.vae, 0 if shown is None else shown.shape[1]
         device = next(vae.parameters()).device
         factor, shape = vae.temporal_factor, self.shape
         num_frames = vae.latent_shape(shape.frames, shape.height, shape.width)[1]
-        mask_F = (torch.arange(shape.frames) < count).float()
-        mask_T = torch.cat([mask_F[:1], mask_F[1:].view(-1, factor).amax(dim=1)])
+        mask_F = ((torch.arange(shape.frames) < count) | torch.from_numpy(given_F)).float()
+        mask_T = latent_mask(mask_F, factor)
         strength_T = torch.ones(num_frames)
         if source is not None and self.coarse is not None:
             own_F = torch.from_numpy(source[1]).float()
@@ -197,11 +219,12 @@ class Pass:
             pixels = np.zeros((shape.frames, shape.height, shape.width, 3), np.uint8)
             if source is not None:
                 pixels = source[0][row].copy()
+            pixels[given_F] = given[given_F]
             if shown is not None:
                 pixels[:count] = shown[row]
             clip = from_uint8(pixels[None], device)
             one = vae.encode(clip) if source is not None else None
-            if count:
+            if mask_F.any():
                 head = encode_condition_frames(vae.encode, clip, mask_F, factor, vae.frame_step)
                 one = (
                     head
@@ -210,6 +233,6 @@ class Pass:
                 )
             assert one is not None
             latents.append(one.float())
-        given = mask_T.to(device) if count else None
+        conditions_T = mask_T.to(device) if mask_F.any() else None
         from_T = strength_T.to(device) if source is not None else None
-        return ConditionLatents(torch.cat(latents), given, from_T)
+        return ConditionLatents(torch.cat(latents), conditions_T, from_T)

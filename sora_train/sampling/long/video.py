@@ -9,6 +9,7 @@ not grow with the length.
 """
 
 import contextlib
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from sora_train.sampling.long.passes import Coarse, Frames, Maker, Pass
 from sora_train.sampling.long.plan import Window, plan_windows, window_length
 from sora_train.sampling.long.store import Store
 from sora_train.sampling.pipeline import ClipShape
+from sora_train.sampling.prompts.placing import Run
 from sora_train.sampling.prompts.script import Script
 
 SPARSE = 8
@@ -134,9 +136,12 @@ def make_long(
     changes = len({cue.prompt for script in scripts for cue in script.cues if cue.prompt}) > len(
         scripts
     )
-    asked = levels(request, spec.history_frames, model.vae.frame_step, anchored=not changes)
+    step = model.vae.frame_step
+    given = given_of(scripts, request, step)
+    asked = levels(request, spec.history_frames, step, anchored=not changes and not given)
     negatives = list(negative_prompts) or [""] * len(scripts)
     told = {"spec": spec.to_dict(), "negatives": negatives, "seed": seed, "batch": batch}
+    told["given"] = [[at, hashlib.sha256(frames.tobytes()).hexdigest()] for at, frames in given]
     store = Store(out, identity(model, scripts, request) | told)
     chunks = -(-len(scripts) // batch)
     total = sum(len(level.windows) for level in asked) * chunks * spec.num_steps
@@ -152,7 +157,8 @@ def make_long(
             batch,
             lambda: bar.update(next(done)),
         )
-        frames = stacked(asked, maker, lambda at: [script.prompt_at(at) for script in scripts])
+        said = lambda at: [script.prompt_at(at) for script in scripts]  # noqa: E731
+        frames = stacked(asked, maker, said, given)
         paths = [out / f"{number:03d}.mp4" for number in range(len(scripts))]
         try:
             write_videos(frames, paths, request.fps)
@@ -173,12 +179,27 @@ def identity(model: Model, scripts: Sequence[Script], request: LongRequest) -> d
     }
 
 
-def stacked(asked: list[Level], maker: Maker, prompts: Callable[[float], list[str]]) -> Frames:
+def given_of(scripts: Sequence[Script], request: LongRequest, step: int) -> list[Run]:
+    """The frames that are given to all videos alike, on their whole latent frames."""
+    whole = 1 + -(-(request.frames - 1) // step) * step
+    given, *others = [script.given(request.shape.fps, whole) for script in scripts]
+    if any([at for at, _ in one] != [at for at, _ in given] for one in others):
+        raise UserError("videos that are made together have the same given frames; make them apart")
+    return given
+
+
+def stacked(
+    asked: list[Level],
+    maker: Maker,
+    prompts: Callable[[float], list[str]],
+    given: Sequence[Run] = (),
+) -> Frames:
     """The frames of the finest pass, which pulls those of the coarser ones as it needs them."""
     frames: Frames = iter(())
     coarse: Coarse | None = None
     for level in asked:
-        frames = iter(Pass(level.name, maker, level.shape, level.windows, prompts, coarse))
+        shown = given if level.name == "video" else ()
+        frames = iter(Pass(level.name, maker, level.shape, level.windows, prompts, coarse, shown))
         finer = asked[asked.index(level) + 1 :]
         if finer:
             coarse = Coarse(frames, level.shape.fps, finer[0].strength)

@@ -48,7 +48,7 @@ def with_given(runs: Sequence[Run], shape: ClipShape, geometry: Geometry) -> Pre
     pixels = np.zeros((shape.frames, shape.height, shape.width, 3), np.uint8)
     for first, frames in runs:
         place = slice(first, first + len(frames))
-        pixels[place], known_F[place], own_F[place] = frames, 1, float(not _is_still(frames))
+        pixels[place], known_F[place], own_F[place] = frames, 1, float(not is_still(frames))
     mask_T = latent_mask(known_F, geometry.temporal_factor)
     if mask_T.all():
         raise UserError(
@@ -108,5 +108,6 @@ def kind_of(mask_T: Tensor, *, stills: bool) -> str:
     return "extend" if head else "extend_back"
 
 
-def _is_still(frames: np.ndarray) -> bool:
+def is_still(frames: np.ndarray) -> bool:
+    """Whether a run of given frames is one image."""
     return bool((frames == frames[:1]).all())

@@ -69,6 +69,10 @@ def sample(
 
 def run(asked: SimpleNamespace) -> None:
     """Make what was asked for, and print the files."""
+    if asked.storyboard is not None:
+        from sora_train.tools.sample.work import storyboard_seconds
+
+        asked.seconds = storyboard_seconds(asked)
     if asked.seconds is not None:
         from sora_train.tools.sample.long import long_to_folder
 

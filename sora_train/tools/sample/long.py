@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from sora_train.base.files import write_atomically
 from sora_train.errors import UserError
@@ -26,16 +27,17 @@ def long_to_folder(asked: SimpleNamespace) -> list[Path]:
     negatives = [one for one in work.negatives for _ in range(asked.num)]
     paths = make_long(
         model,
-        [Script.of(prompt) for prompt in prompts],
+        [work.script or Script.of(prompt) for prompt in prompts],
         request,
         asked.out,
-        seed=asked.seed,
+        seed=work.seed,
         negative_prompts=negatives,
         **work.settings,
     )
     rows = [
-        {"prompt": prompt, "file": path.name, "seed": asked.seed, "seconds": asked.seconds}
+        {"prompt": prompt, "file": path.name, "seed": work.seed, "seconds": asked.seconds}
         | ({"negative": negative} if negative else {})
+        | ({"prompts": _said(work.script)} if work.script else {})
         for prompt, path, negative in zip(prompts, paths, negatives, strict=True)
     ]
     write_atomically(asked.out / "prompts.json", json.dumps(rows, indent=1))
@@ -59,12 +61,24 @@ def request_of(asked: SimpleNamespace, work: Work) -> LongRequest:
     return LongRequest(asked.seconds, shape, anchors, smooth_fps=asked.smooth_fps or 0.0)
 
 
+def _said(script: Script) -> list[dict[str, Any]]:
+    """The prompts of a script and when they begin."""
+    return [{"at": cue.at, "prompt": cue.prompt} for cue in script.cues if cue.prompt]
+
+
 def notes(work: Work) -> list[str]:
-    """A sentence where the run was not trained to continue, else none."""
-    shares = dict(work.info.spec.conditioning)
+    """Sentences on what the run was not trained for: to continue, and to be given frames anywhere."""
+    shares, found = dict(work.info.spec.conditioning), []
+    given = work.script is not None and any(cue.frames is not None for cue in work.script.cues)
+    if given and not shares.get("random"):
+        found.append(
+            "this run was not trained on frames given anywhere in a clip (objective.conditioning.random is 0), so what "
+            "is made may not lead up to those of the storyboard"
+        )
     if shares.get("extend") or shares.get("random"):
-        return []
+        return found
     return [
+        *found,
         "this run was not trained to continue a video (objective.conditioning.extend is 0), so what moves may stop at "
-        "the first window's end; experiment=quickstart_long shows how"
+        "the first window's end; experiment=quickstart_long shows how",
     ]

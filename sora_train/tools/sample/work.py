@@ -19,9 +19,10 @@ from sora_train.sampling import api
 from sora_train.sampling.experts import require_both
 from sora_train.sampling.given_files import GivenFile
 from sora_train.sampling.operations import Prepared, SampleRequest, prepare
-from sora_train.sampling.pipeline import CLIPS_AT_ONCE, views_of
+from sora_train.sampling.pipeline import CLIPS_AT_ONCE, ClipShape, views_of
 from sora_train.sampling.prompts.file import read_prompts
 from sora_train.sampling.prompts.placing import with_given, with_references
+from sora_train.sampling.prompts.script import Script
 from sora_train.sampling.prompts.storyboard import Storyboard, one_prompt
 from sora_train.sampling.prompts.upsampling import Upsampler
 from sora_train.sampling.prompts.written import Written, clean
@@ -48,6 +49,8 @@ class Work:
     """Sentences for the user."""
     layout: Layout
     """What several processes do."""
+    script: Script | None = None
+    """Of a storyboard that takes several windows."""
 
 
 def sample_to_folder(asked: SimpleNamespace, world: World | None = None) -> list[Path]:
@@ -111,9 +114,11 @@ def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
     prompts, notes = _texts(asked, written, cfg, seed)
     negatives = [one.negative or negative for one in written]
     notes += CaptionLengths(cfg.text).cut_notes(negatives, "the negative prompt")
+    script: Script | None = None
     if board:
-        prepared = _by_storyboard(asked, board, info, prompts)
-        prompts, negatives = [one_prompt(prompts, board, prepared.shape)], negatives[:1]
+        prepared, script = _by_storyboard(asked, board, info, prompts)
+        prompts = [prompts[0] if script else one_prompt(prompts, board, prepared.shape)]
+        negatives = negatives[:1]
     else:
         prepared = _by_operation(asked, request, info)
     _require_use(asked, prepared.kind, spec, negatives)
@@ -124,7 +129,9 @@ def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
     layout = layout_of(asked.parallel, processes, clips, views, CLIPS_AT_ONCE)
     notes += [f"{processes} processes: --parallel {layout}"] if processes > 1 else []
     told = list(filter(None, notes))
-    return Work(run_dir, recipe, info, prompts, negatives, prepared, settings, seed, told, layout)
+    return Work(
+        run_dir, recipe, info, prompts, negatives, prepared, settings, seed, told, layout, script
+    )
 
 
 def _request(asked: SimpleNamespace) -> SampleRequest:
@@ -211,22 +218,43 @@ def _by_operation(
     return with_references(files, shape, geometry, cfg.data.alpha_background)
 
 
+def storyboard_seconds(asked: SimpleNamespace) -> float | None:
+    """The length of a storyboard that takes more than one window of the model; None of a shorter one."""
+    if asked.seconds is not None:
+        raise UserError("--storyboard says how long the video is; leave out --seconds")
+    board = _storyboard(asked)
+    assert board is not None
+    recipe = load_recipe(asked.project) if asked.project else None
+    info = api.checkpoint_info(*split_step(asked.ckpt), recipe.config if recipe else Config)
+    fps = _storyboard_shape(asked, board, info).fps
+    frames = board.frames_at(fps, read_geometry(info.cfg.vae))
+    return board.asked.seconds if frames > info.shape.frames else None
+
+
 def _by_storyboard(
     asked: SimpleNamespace, board: Storyboard, info: api.CheckpointInfo, texts: list[str]
-) -> Prepared:
-    """The video of a storyboard that the model makes in one piece."""
+) -> tuple[Prepared, Script | None]:
+    """The video of a storyboard, if the model makes it in one piece; else a window of it, and its script."""
     cfg, geometry = info.cfg, read_geometry(info.cfg.vae)
+    window = _storyboard_shape(asked, board, info)
+    shape = replace(window, frames=board.frames_at(window.fps, geometry))
+    by_cue = dict(zip(board.prompts, texts, strict=True))
+    script = board.script(shape, geometry, by_cue, cfg.data.alpha_background)
+    if asked.seconds is not None:
+        return Prepared(window, "t2v", told=tuple(board.told)), script
+    prepared = with_given(script.given(shape.fps, shape.frames), shape, geometry)
+    return replace(prepared, told=tuple(board.told)), None
+
+
+def _storyboard_shape(
+    asked: SimpleNamespace, board: Storyboard, info: api.CheckpointInfo
+) -> ClipShape:
+    """The shape of a window of the model, of the storyboard's size and rate."""
     size = flags.size_of(asked.size) or flags.size_of(
         board.asked.size or None, f"{board.path} size"
     )
     fps = asked.fps or board.asked.fps
-    shape = api.fitting_shape(cfg, geometry, info.shape, size, None, fps)
-    frames = board.frames_at(shape.fps, geometry)
-    shape = api.fitting_shape(cfg, geometry, info.shape, size, frames, fps)
-    by_cue = dict(zip(board.prompts, texts, strict=True))
-    script = board.script(shape, geometry, by_cue, cfg.data.alpha_background)
-    prepared = with_given(script.given(shape.fps, shape.frames), shape, geometry)
-    return replace(prepared, told=tuple(board.told))
+    return api.fitting_shape(info.cfg, read_geometry(info.cfg.vae), info.shape, size, None, fps)
 
 
 def _settings(asked: SimpleNamespace) -> dict[str, Any]:
