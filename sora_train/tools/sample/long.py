@@ -34,11 +34,12 @@ def long_to_folder(asked: SimpleNamespace) -> list[Path]:
         negative_prompts=negatives,
         **work.settings,
     )
+    rows_beside = [row for row in work.beside for _ in range(asked.num)]
     rows = [
         {"prompt": prompt, "file": path.name, "seed": work.seed, "seconds": asked.seconds}
-        | ({"negative": negative} if negative else {})
+        | beside
         | ({"prompts": _said(work.script)} if work.script else {})
-        for prompt, path, negative in zip(prompts, paths, negatives, strict=True)
+        for prompt, path, beside in zip(prompts, paths, rows_beside, strict=True)
     ]
     write_atomically(asked.out / "prompts.json", json.dumps(rows, indent=1))
     return paths

@@ -51,6 +51,18 @@ class Work:
     """What several processes do."""
     script: Script | None = None
     """Of a storyboard that takes several windows."""
+    written: tuple[str, ...] = ()
+    """The prompts before they were made longer."""
+
+    @property
+    def beside(self) -> list[dict[str, str]]:
+        """What stands in prompts.json beside each prompt."""
+        rows = zip(self.prompts, self.written, self.negatives, strict=True)
+        return [
+            ({"written": written} if written != prompt else {})
+            | ({"negative": negative} if negative else {})
+            for prompt, written, negative in rows
+        ]
 
 
 def sample_to_folder(asked: SimpleNamespace, world: World | None = None) -> list[Path]:
@@ -85,7 +97,7 @@ def sample_to_folder(asked: SimpleNamespace, world: World | None = None) -> list
     if not is_main:
         return []
     labels = [prompt for prompt in work.prompts for _ in range(asked.num)]
-    beside = [{"negative": one} if one else {} for one in work.negatives for _ in range(asked.num)]
+    beside = [row for row in work.beside for _ in range(asked.num)]
     rate = work.prepared.shape.fps
     return model.save(clips, labels, asked.out, fps=rate, seed=work.seed, notes=beside)
 
@@ -111,14 +123,15 @@ def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
     spec = api.with_settings(info.spec, settings)
     cfg = info.cfg
     seed = asked.seed if asked.seed is not None else board.asked.seed or 0 if board else 0
-    prompts, notes = _texts(asked, written, cfg, seed)
+    plain = [one.text(cfg.data.source) for one in written]
+    prompts, notes = _texts(asked, plain, cfg, seed)
     negatives = [one.negative or negative for one in written]
     notes += CaptionLengths(cfg.text).cut_notes(negatives, "the negative prompt")
     script: Script | None = None
     if board:
         prepared, script = _by_storyboard(asked, board, info, prompts)
         prompts = [prompts[0] if script else one_prompt(prompts, board, prepared.shape)]
-        negatives = negatives[:1]
+        plain, negatives = plain[:1], negatives[:1]
     else:
         prepared = _by_operation(asked, request, info)
     _require_use(asked, prepared.kind, spec, negatives)
@@ -184,10 +197,10 @@ def _written(asked: SimpleNamespace, board: Storyboard | None) -> tuple[list[Wri
 
 
 def _texts(
-    asked: SimpleNamespace, written: list[Written], cfg: Config, seed: int
+    asked: SimpleNamespace, prompts: list[str], cfg: Config, seed: int
 ) -> tuple[list[str], list[str]]:
     """What the model reads of each prompt, and sentences on what was done to them."""
-    prompts, lengths = [one.text(cfg.data.source) for one in written], CaptionLengths(cfg.text)
+    lengths = CaptionLengths(cfg.text)
     if not asked.upsample:
         return prompts, lengths.cut_notes(prompts)
     upsampler = Upsampler(
