@@ -59,6 +59,7 @@ SHORT: dict[str, list[str]] = {
     "train -m my.yaml": [*SMALL, "dry_run=true"],
     "train my_project/train.py": [*SMALL, "train.steps=1", "sample.every=0"],
     "sample": ["--steps", "1"],
+    "eval": ["--num", "1", "--tiers", "a", "--steps", "1"],
     "prep run": [
         "workers=1",
         "scenes.detector=difference",

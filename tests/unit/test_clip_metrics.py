@@ -84,6 +84,8 @@ def test_a_known_seam():
     assert metrics.seam_ratio(clip, [4]) == 3
     assert metrics.seam_ratio(clip, [2]) == 1
     assert metrics.seam_ratio(clip, [2, 4]) == 3
+    # The seam itself is no part of what it is compared with.
+    assert metrics.seam_ratio(plain(0, 4, 16), [2]) == 3
 
 
 def test_a_seam_among_frames_that_stand_still_has_a_floor_of_one_level():

@@ -14,6 +14,7 @@ from sentences import refuses
 
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.data.shapes import world
+from sora_train.data.shapes.captions import ACTIONS
 from sora_train.errors import Fault, UserError
 from sora_train.evaluation.cases import Case, Sampled, asked_by
 from sora_train.evaluation.paired import of_pairs
@@ -123,6 +124,14 @@ def test_means_are_of_the_clips_that_have_a_number():
 def test_prompts_of_the_shapes_world_are_understood(held_out: bool):
     for prompt in world.eval_prompts(60, held_out=held_out):
         assert asked_by(prompt.text) == prompt
+
+
+@pytest.mark.parametrize("motion", ACTIONS)
+def test_both_wordings_of_a_motion_are_understood(motion: str):
+    for wording in ACTIONS[motion]:
+        found = asked_by(f"small red circle {wording} on a plain background, static camera")
+        assert found is not None
+        assert (found.colour, found.shape, found.motion) == ("red", "circle", motion)
 
 
 def test_other_prompts_ask_nothing_of_the_oracle():

@@ -37,7 +37,8 @@ class Compared:
         better = metric_of(self.name).better
         if math.isnan(self.difference.low):
             return "one number each" if metric_of(self.name).of_set else "too few clips to tell"
-        if self.difference.low == self.difference.high and self.clips < LEAST_EQUAL:
+        is_even = self.difference.low == self.difference.high != 0
+        if is_even and self.clips < LEAST_EQUAL:
             return "too few clips to tell"
         if not self.difference.sure:
             return "no difference told"

@@ -95,7 +95,8 @@ def _of_run(
         loss = runs.validation(info, model, clips)
         found.facts["val"] = loss
         found.of_set |= {"val_loss": loss["val/loss"]} if "val/loss" in loss else {}
-    return found, [clip.pixels for clip in clips if clip.pixels is not None]
+    # As many real clips as made ones: a distance hangs on both numbers.
+    return found, [clip.pixels for clip in clips if clip.pixels is not None][: options.num]
 
 
 def _saved(sampled: list[Sampled], out: Path, seed: int) -> list[Sampled]:

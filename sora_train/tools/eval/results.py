@@ -121,6 +121,7 @@ def write(evaluation: Evaluation) -> Path:
         for mean in means(evaluation)
     ]
     about = {"name": evaluation.name, **evaluation.facts, "notes": evaluation.notes}
+    evaluation.folder.mkdir(parents=True, exist_ok=True)
     path = evaluation.folder / FILE
     write_atomically(path, json.dumps(about | {"summary": summary, "clips": rows}, indent=1))
     return path

@@ -49,6 +49,7 @@ def vbench(clips: Path, python: Path, dimensions: Sequence[str], out: Path) -> d
     if not clips.is_dir() or not any(clips.glob("*.mp4")):
         raise UserError(f"{clips} holds no mp4 files; give a folder of clips")
     scores = {name: _one(clips.resolve(), python, name) for name in dimensions}
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps({"clips": str(clips), "scores": scores}, indent=1))
     return scores
 
