@@ -137,6 +137,14 @@ def test_guidance_of_the_teacher_is_folded_into_the_target_inside_its_interval_a
     torch.testing.assert_close(path.noise - path.x, expected)
 
 
+def test_the_target_follows_no_gradient():
+    factor = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    student = Flow(lambda z, t: factor * z)
+    path = objective(one_point(1.0)).towards(student, batch(torch.tensor([1.0, 0.3])))
+    assert not path.x.requires_grad and not path.noise.requires_grad
+    assert path.losses(student).requires_grad
+
+
 def test_condition_frames_stay_what_they_are_and_count_for_nothing():
     flow = batch(torch.tensor([0.7, 0.3], dtype=torch.float64), mask_T=(1, 0, 1))
     path = objective(one_point(1.0)).towards(one_point(1.0), flow)

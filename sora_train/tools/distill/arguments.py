@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sora_train.config import Config
+from sora_train.config import Config, OptimConfig
 from sora_train.config.overrides import text_as_written
 from sora_train.config.yaml_files import load_yaml
 from sora_train.errors import UserError
@@ -10,8 +10,17 @@ from sora_train.training.distillation import find_teacher
 
 STEPS = 4
 """Sampler steps of the result."""
-TRAINING = ("train.steps=600", "checkpoint.every=200", "validation.every=200", "sample.every=200")
+TRAINING = {
+    "train.steps": 500,
+    "optim.warmup_steps": 20,
+    "optim.decay": "linear",
+    "checkpoint.every": 250,
+    "validation.every": 250,
+    "sample.every": 250,
+}
 """How long: the student begins as its teacher, so it is a fraction of the teacher's own training."""
+LR_SHARE = 0.5
+"""Of the teacher's peak learning rate."""
 
 
 def training_arguments(run: str, overrides: Sequence[str]) -> list[str]:
@@ -22,6 +31,7 @@ def training_arguments(run: str, overrides: Sequence[str]) -> list[str]:
     if not config.is_file():
         raise UserError(f"{folder} has no config.yaml to distill by; give the folder of a run")
     values = load_yaml(config)
+    lr = (values.get("optim") or {}).get("lr", OptimConfig().lr)
     texts = {
         "name": f"{values.get('name', 'default')}, distilled",
         "run.dir": f"{folder}-distilled",
@@ -42,6 +52,7 @@ def training_arguments(run: str, overrides: Sequence[str]) -> list[str]:
         f"objective.num_steps={STEPS}",
         "objective.caption_dropout=0",
         "objective.frame_noise_share=0",
-        *TRAINING,
+        f"optim.lr={LR_SHARE * lr}",
+        *(f"{key}={value}" for key, value in TRAINING.items()),
         *overrides,
     ]
