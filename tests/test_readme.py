@@ -53,6 +53,7 @@ SMALL = [
 SHORT: dict[str, list[str]] = {
     "train experiment=quickstart": [*SMALL, "train.steps=2"],
     "train experiment=tiny_lora": [*SMALL, "train.steps=1"],
+    "distill": ["train.steps=1", "sample.every=0"],
     "ckpt export": [],
     "train experiment=real_tiny": [*SMALL, "train.steps=1", "sample.every=0"],
     "train my.yaml": [*SMALL, "train.steps=1", "sample.every=0"],

@@ -51,6 +51,7 @@ def test_help_answers_in_under_a_second():
 HELPED = [
     "train",
     "sample",
+    "distill",
     "prep shards",
     "data index",
     "data show",
