@@ -142,9 +142,8 @@ def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
     layout = layout_of(asked.parallel, processes, clips, views, CLIPS_AT_ONCE)
     notes += [f"{processes} processes: --parallel {layout}"] if processes > 1 else []
     told = list(filter(None, notes))
-    return Work(
-        run_dir, recipe, info, prompts, negatives, prepared, settings, seed, told, layout, script
-    )
+    made = prompts, negatives, prepared, settings, seed, told, layout, script, tuple(plain)
+    return Work(run_dir, recipe, info, *made)
 
 
 def _request(asked: SimpleNamespace) -> SampleRequest:
