@@ -106,7 +106,7 @@ METRICS: dict[str, Metric] = {
     ),
     "text_area": Metric(
         "b",
-        "share",
+        "area",
         "lower",
         "share of the middle frame that readable text covers",
         "RapidOCR 3",

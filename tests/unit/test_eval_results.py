@@ -53,7 +53,7 @@ def test_every_metric_says_what_it_is():
 def test_an_interval_of_shares_holds_the_truth_as_often_as_it_says(share: float):
     random = np.random.default_rng(0)
     draws = (random.random((2000, 16)) < share).astype(float)
-    ends = [interval(list(row)) for row in draws]
+    ends = [interval(list(row), shares=True) for row in draws]
     held = np.mean([low - 1e-12 <= share <= high + 1e-12 for low, high in ends])
     assert held >= 0.92
 
@@ -72,7 +72,7 @@ def test_an_interval_of_differences_holds_the_truth_as_often_as_it_says():
 
 
 def test_a_share_without_exception_is_not_sure():
-    low, high = interval([1.0] * 16)
+    low, high = interval([1.0] * 16, shares=True)
     assert low == pytest.approx(0.806, abs=1e-3) and high == 1
     assert all(map(math.isnan, interval([1.0])))
 

@@ -71,7 +71,15 @@ def means(evaluation: Evaluation) -> list[Mean]:
         inside = [one.numbers for one in evaluation.clips if one.case.group == group]
         for name in dict.fromkeys(name for numbers in inside for name in numbers):
             values = [numbers[name] for numbers in inside if name in numbers]
-            found.append(Mean(group, name, fmean(values), *interval(values), len(values)))
+            found.append(
+                Mean(
+                    group,
+                    name,
+                    fmean(values),
+                    *interval(values, shares=metric_of(name).unit == "share"),
+                    len(values),
+                )
+            )
     count = len(evaluation.clips)
     found += [
         Mean("all", name, value, math.nan, math.nan, count)
@@ -80,12 +88,12 @@ def means(evaluation: Evaluation) -> list[Mean]:
     return found
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Of the mean of these; NaN for a single one."""
+def interval(values: Sequence[float], *, shares: bool = False) -> tuple[float, float]:
+    """Of the mean of these, which are 0 or 1 each with `shares`; NaN for a single one."""
     count, mean = len(values), fmean(values)
     if count < 2:
         return math.nan, math.nan
-    if set(values) <= {0.0, 1.0}:
+    if shares:
         # Wilson 1927: a share of 0 or 1 is not sure because no clip differs.
         z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
         middle = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
