@@ -3,12 +3,13 @@
     sora bench long quality runs/quickstart_long --prompts 32
     sora bench long memory --size 256
     sora bench long kills runs/quickstart_long --times 5
+    sora bench long picture --out long
 
 quality: of the videos that show what their prompt says in the first second, how many still do in the last one; the
 motion energy of the last second over that of the first; the worst seam between windows over the median change inside;
 and slopes of what may drift. memory: the most a process takes above what it takes with the model loaded, for 5 seconds
 and for 60, with random weights. kills: the bytes of files whose making was killed at random moments, and those of one
-that was left alone.
+that was left alone. picture: frames of the videos of `quality` over time, as one PNG.
 """
 
 import argparse
@@ -27,10 +28,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
+from PIL import Image
 
 from sora_train.base.code_version import commit, cpu_model
 from sora_train.base.files import write_atomically
+from sora_train.checkpoint.layout import split_step
 from sora_train.data.shapes.oracle import read
 from sora_train.data.shapes.scene import Prompt
 from sora_train.data.shapes.world import LASTING_MOTIONS, eval_prompts
@@ -42,13 +46,15 @@ from sora_train.sampling.prompts.script import Script
 FACTORS = ("colour", "shape", "motion")
 SECOND = 9
 """Frames that span the world's second at 8 frames a second, both ends counted."""
+COLUMNS, ROWS = 13, 4
+EDGE = ((1, 1), (1, 1), (0, 0))
 ALIVE = 0.5
 """Share of the first second's motion energy that the last one keeps in a video that is not frozen."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sora bench long", description=__doc__)
-    parser.add_argument("what", choices=("quality", "memory", "kills", "peak"))
+    parser.add_argument("what", choices=("quality", "memory", "kills", "picture", "peak"))
     parser.add_argument("run", nargs="?", default="")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -60,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("long"))
     args = parser.parse_args(argv)
-    row = {"quality": quality, "memory": memory, "kills": kills, "peak": peak}[args.what](args)
+    ways = {"quality": quality, "memory": memory, "kills": kills, "picture": picture, "peak": peak}
+    row = ways[args.what](args)
     row |= {"commit": commit(), "cpu": cpu_model()}
     print(json.dumps(row, indent=1))
     if args.what != "peak":
@@ -75,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 def quality(args: argparse.Namespace) -> dict[str, Any]:
     """One video a prompt, and what the oracle reads of its first and of its last second."""
     prompts = eval_prompts(args.prompts, held_out=False, motions=LASTING_MOTIONS)
-    info, model = checkpoint_info(Path(args.run)), load(args.run)
+    info, model = checkpoint_info(*split_step(args.run)), load(args.run)
     rate = 0.0 if args.no_anchors else anchor_rate(info.frame_rates, model.shape)
     request = LongRequest(args.seconds, model.shape, rate, smooth_fps=args.smooth_fps)
     began = time.process_time()
@@ -107,12 +114,15 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
 def frames_of(path: Path, request: LongRequest) -> np.ndarray:
     """A file's frames, as whoever watches it sees them."""
     count = max(1, round(request.seconds * request.fps))
-    import av
-
-    with av.open(str(path)) as file:
-        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    frames = read_file(path)
     assert len(frames) == count, f"{path} has {len(frames)} frames"
-    return np.stack(frames)
+    return frames
+
+
+def read_file(path: Path) -> np.ndarray:
+    """All frames of a file, uint8 (F, H, W, 3)."""
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
 def judged(
@@ -177,6 +187,17 @@ def spread(values: list[float]) -> dict[str, float]:
     """Median, tenth and ninetieth percentile."""
     low, middle, high = np.percentile(values, [10, 50, 90])
     return {"median": float(middle), "p10": float(low), "p90": float(high)}
+
+
+def picture(args: argparse.Namespace) -> dict[str, Any]:
+    """A row for each of the first videos, a column for each tenth of the time; `long.png`."""
+    rows = []
+    for path in sorted((args.out / "videos").glob("*.mp4"))[:ROWS]:
+        clip = read_file(path)
+        places = np.linspace(0, len(clip) - 1, COLUMNS).round().astype(int)
+        rows.append(np.concatenate([np.pad(clip[at], EDGE) for at in places], axis=1))
+    Image.fromarray(np.concatenate(rows)).save(args.out / "long.png")
+    return {"picture": str(args.out / "long.png")}
 
 
 # --- memory ---

@@ -210,7 +210,7 @@ class Pass:
         strength_T = torch.ones(num_frames)
         if source is not None and self.coarse is not None:
             own_F = torch.from_numpy(source[1]).float()
-            own_T = torch.cat([own_F[:1], own_F[1:].view(-1, factor)[:, -1]])
+            own_T = torch.cat([own_F[:1], own_F[1:].view(-1, factor).amax(dim=1)])
             if self.coarse.fps * factor >= shape.fps:
                 own_T = torch.ones(num_frames)
             strength_T = torch.where(own_T > 0, self.coarse.strength, 1.0)
