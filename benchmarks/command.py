@@ -123,6 +123,21 @@ def bench_ckpt(arguments: Overrides = None) -> int:
     return main(arguments or [])
 
 
+@bench_app.command("sampling", context_settings=OVERRIDES)
+def bench_sampling(arguments: Overrides = None) -> int:
+    """Measure guided sampling beside diffusers' WanPipeline: the same weights, scheduler, steps and noise, in turns.
+
+    --clips NAME,.. which sizes (image, short, short_text, long), --steps N and --repeats N how much of it is measured,
+    --threads N on how many.
+
+    \b
+    sora bench sampling --clips image --repeats 3
+    """
+    from benchmarks.sampling_peer import main
+
+    return main(arguments or [])
+
+
 @bench_app.command("vae", context_settings=OVERRIDES)
 def bench_vae(arguments: Overrides = None) -> int:
     """Encode and decode held-out clips: PSNR and SSIM beside the compression ratio, frames a second.

@@ -1,6 +1,6 @@
 """Guided sampling beside diffusers' WanPipeline: the same weights, scheduler, steps, embeddings and noise, in turns.
 
-    python -m benchmarks.sampling_peer [--repeats N] [--steps N] [--threads N] [--clips NAME,..]
+    sora bench sampling [--repeats N] [--steps N] [--threads N] [--clips NAME,..]
 
 Seconds a step are those of the whole call over its steps: what is done once a clip is in them. Both leave latents,
 which are compared; decoding is the same autoencoder for both. Memory is the most bytes of tensors alive beyond the
@@ -21,6 +21,7 @@ from benchmarks.model import diffusers_model, take_turns
 from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.diffusion.spec import DiffusionSpec
+from sora_train.errors import UserError
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.transformer.cpu_kernels import clock
 from sora_train.models.vae.autoencoder import VideoVAE
@@ -61,7 +62,7 @@ CLIPS = {
     "image": Clip((1, 32, 32), 6, 4, "unipc"),
     "short": Clip((3, 32, 32), 6, 4, "unipc"),
     "short_text": Clip((3, 32, 32), 6, 4, "euler", captions=128),
-    "long": Clip((9, 48, 40), 4, 4, "unipc"),
+    "long": Clip((5, 40, 40), 4, 4, "unipc"),
 }
 
 
@@ -163,13 +164,16 @@ def _nothing(value: object) -> None:
     """A call whose result is not looked at."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clips", default=",".join(CLIPS))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.clips.split(",") if name not in CLIPS]
+    if unknown:
+        raise UserError(f"--clips has no '{unknown[0]}'; choose among {', '.join(CLIPS)}")
     torch.set_num_threads(options.threads)
     print(
         "| clip | ours, s a step | WanPipeline | ratio (least-most) | MiB | WanPipeline | apart |"
@@ -177,6 +181,7 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|--:|--:|", flush=True)
     for name in options.clips.split(","):
         print(compare(CLIPS[name], options), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
