@@ -8,6 +8,8 @@ PIP_FLAGS ?=
 # The interpreter of .venv; by default the first of 3.11 or later that is found.
 PYTHON ?=
 export PIP_FLAGS PYTHON
+# Where an environment forbids compiled files, each process would compile torch anew: seconds, hundreds of times.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST_FLAGS ?=
 # For example MUTANTS_FLAGS="--only draws,data".
 MUTANTS_FLAGS ?=
