@@ -5,6 +5,7 @@ noisy data have variance q(t) = (1 - t)^2 S^2 + t^2, the velocity is z q'(t) / 2
 ends at z S / sqrt(q(t)).
 """
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sora_train.config import Config
 from sora_train.config.compose import compose
 from sora_train.data.sample import Bucket, Clip, ClipBatch, MicroBatch
 from sora_train.diffusion.guidance import guide
@@ -53,11 +55,16 @@ class Flow(nn.Module):
         return ""
 
 
-def objective(teacher: nn.Module, *overrides: str, **guidance: float) -> ConsistencyObjective:
-    """With a teacher of its own, guided as `guidance` says (not at all)."""
+@functools.cache
+def composed(*overrides: str) -> tuple[Config, VideoVAE]:
     asked = ["experiment=parity_tiny", "distill.teacher=none", "objective.guidance_scale=1"]
     cfg = compose([*asked, *overrides]).config
-    vae = VideoVAE.from_config(cfg.vae)
+    return cfg, VideoVAE.from_config(cfg.vae)
+
+
+def objective(teacher: nn.Module, *overrides: str, **guidance: float) -> ConsistencyObjective:
+    """With a teacher of its own, guided as `guidance` says (not at all)."""
+    cfg, vae = composed(*overrides)
     spec = spec_of(cfg, vae, "")
     guided = {"guidance_scale": 1.0, **guidance}
     taught = Teacher(teacher, spec.replace(folded_guidance=0.0, **guided), "digest")
@@ -78,7 +85,9 @@ def one_point(c: float) -> Flow:
 
 @settings(deadline=None, max_examples=20)
 @given(
-    c=st.floats(-3, 3), t=st.lists(st.floats(0.05, 1), min_size=1, max_size=4), n=st.integers(1, 9)
+    c=st.floats(-3, 3),
+    t=st.lists(st.floats(0.05, 1), min_size=1, max_size=4),
+    n=st.sampled_from([1, 3, 8]),
 )
 def test_of_one_point_of_data_every_noise_level_is_led_to_it(c, t, n):
     flow = batch(torch.tensor(t, dtype=torch.float64))
@@ -154,8 +163,8 @@ def test_condition_frames_stay_what_they_are_and_count_for_nothing():
     assert float((path.x[:, :, 1] - 1.0).abs().max()) < 1e-6
 
 
-@settings(deadline=None, max_examples=20)
-@given(steps=st.integers(1, 5), times=st.integers(1, 4), shift=st.sampled_from([1.0, 3.0, 7.0]))
+@settings(deadline=None, max_examples=8)
+@given(steps=st.sampled_from([1, 4, 5]), times=st.integers(1, 3), shift=st.sampled_from([1.0, 3.0]))
 def test_all_levels_that_samples_are_made_at_are_trained_and_no_others_drawn(steps, times, shift):
     taught = objective(
         one_point(0.0),
