@@ -243,9 +243,9 @@ def peak(args: argparse.Namespace) -> dict[str, Any]:
     top = Sampled()
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder), {})
-        maker = Maker(model.eval(), vae, spec, store, 0, [""], 1, lambda: None)
+        maker = Maker(model.eval(), vae, spec, store, 0, [0], [""], 1, lambda: None)
         frames = stacked(passes, maker, lambda at: ["a red square rotates"])
-        write_videos(frames, [Path(folder) / "a.mp4"], request.fps)
+        write_videos(frames, [Path(folder) / "a.mp4"], request.fps, store)
     most = max(top.stop(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return {"loaded_mb": loaded / 1e6, "above_loaded_mb": (most - loaded) / 1e6}
 

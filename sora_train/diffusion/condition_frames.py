@@ -32,7 +32,7 @@ def pixel_mask(kind: str, mask_T: Tensor, factor: int) -> Tensor:
     """Mask (F,) of the pixel frames that are known where latent frames `mask_T` are conditions.
 
     All `factor` frames of such a latent frame, but only the last of them for the kinds that are
-    given as single images, and of the last one for `extend_to`.
+    given as single images.
 
     Args:
         factor: pixel frames of every latent frame but the first, the VAE's temporal factor.
@@ -40,8 +40,6 @@ def pixel_mask(kind: str, mask_T: Tensor, factor: int) -> Tensor:
     frames_TF = mask_T[1:, None].repeat(1, factor)
     if kind in STILL_KINDS:
         frames_TF[:, :-1] = 0
-    elif kind == "extend_to" and len(frames_TF):
-        frames_TF[-1, :-1] = 0
     return torch.cat([mask_T[:1], frames_TF.flatten()])
 
 

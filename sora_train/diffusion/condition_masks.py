@@ -22,7 +22,6 @@ KINDS = (
     "i2v_last",
     "i2v_both",
     "extend",
-    "extend_to",
     "extend_back",
     "infill",
     "connect",
@@ -63,14 +62,7 @@ def kind_for(kind: str, num_frames: int) -> str:
         raise ValueError(f"conditioning kind '{kind}' is unknown; choose among {', '.join(KINDS)}")
     if num_frames == 1:
         return "t2v"
-    if num_frames == 2 and kind in (
-        "i2v_both",
-        "infill",
-        "connect",
-        "loop",
-        "every_nth",
-        "extend_to",
-    ):
+    if num_frames == 2 and kind in ("i2v_both", "infill", "connect", "loop", "every_nth"):
         return "i2v"
     return kind
 
@@ -114,8 +106,6 @@ def frame_mask(kind: str, num_frames: int, u: float) -> Tensor:
             return ends_mask(num_frames, 1, 1)
         case "extend":
             return ends_mask(num_frames, 1 + int(u * last))
-        case "extend_to":
-            return ends_mask(num_frames, 1 + int(u * (last - 1)), 1)
         case "extend_back":
             return ends_mask(num_frames, 0, 1 + int(u * last))
         case "infill":

@@ -37,6 +37,8 @@ LAYOUTS = {
 }
 PROMPTS = ["a red circle", "", "a blue square moves left"]
 SETTINGS = {"steps": 3, "guidance_scale": 3.0, "negative_prompt": ["", "grey", "still"]}
+LONG = ["--seconds", "3"]
+TASKS = 7
 VAE = {
     "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True],
     "attn_scales": [],
@@ -177,10 +179,22 @@ def run_rank(rank: int, size: int, port: int, folder: Path, run_dir: str) -> Non
     tasks = {
         "measure": lambda: with_one_voice(measure),
         "sample": lambda: run([*command, "--out", str(folder / f"clips-{size}")]),
+        "long": lambda: run([*command, *LONG, "--out", str(folder / f"long-{size}")]),
+        "long_shared": lambda: run(
+            [
+                *command,
+                *LONG,
+                "--parallel",
+                "prompts=1",
+                "--out",
+                str(folder / f"long_shared-{size}"),
+            ]
+        ),
         "refuse": lambda: run([*command, "--parallel", "context=3"]),
         "fail": lambda: with_one_voice(fail_on_one),
         "vanish": lambda: with_one_voice(vanish),
     }
+    assert len(tasks) == TASKS
     for number, (name, task) in enumerate(tasks.items()):
         with (folder / f"{name}-{size}.{rank}").open("w") as log:
             os.dup2(log.fileno(), 1)
@@ -214,7 +228,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     import_everything()
     for size in map(int, sys.argv[3].split(",")):
-        port, kept = stores(5)
+        port, kept = stores(TASKS)
         context = torch.multiprocessing.get_context("fork")
         ranks = [
             context.Process(target=run_rank, args=(rank, size, port, folder, sys.argv[2]))

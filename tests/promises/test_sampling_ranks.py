@@ -10,11 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sentences import refuses
 
+from sora_train.cli import run
 from sora_train.config.sections.model import ModelConfig
 from sora_train.errors import UserError
 from sora_train.sampling.ranks.layout import AXES, Layout, check_context, layout_of
@@ -67,11 +70,33 @@ def require_one_voice(folder: Path, size: int) -> None:
     assert paths == [2] + [0] * (size - 1)
 
 
+def require_same_long_videos(folder: Path, run_dir: Path, size: int) -> None:
+    """Of two prompts, made apart by two teams and together by one, beside those of one process."""
+    command = ["sample", "--ckpt", str(run_dir), "--prompt", "a", "--prompt", "b", "--steps", "2"]
+    assert run([*command, "--seconds", "3", "--out", str(folder / "alone")]) == 0
+    for task in ("long", "long_shared"):
+        made = folder / f"{task}-{size}"
+        assert sorted(path.name for path in made.iterdir()) == [
+            "000.mp4",
+            "001.mp4",
+            "prompts.json",
+        ]
+        for name in ("000.mp4", "001.mp4"):
+            one, several = (read_all(path / name) for path in (folder / "alone", made))
+            assert len(one) == 24 and np.abs(one.astype(int) - several).mean() < 0.05, task
+
+
+def read_all(path: Path) -> np.ndarray:
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
 @pytest.mark.timeout(600)
 def test_two_processes_are_one(finished_run: Path, tmp_path: Path) -> None:
     launch(tmp_path, finished_run, 2)
     require_one_process(tmp_path, 2)
     require_one_voice(tmp_path, 2)
+    require_same_long_videos(tmp_path, finished_run, 2)
 
 
 @pytest.mark.slow
@@ -80,6 +105,7 @@ def test_four_processes_are_one(finished_run: Path, tmp_path: Path) -> None:
     launch(tmp_path, finished_run, 4)
     require_one_process(tmp_path, 4)
     require_one_voice(tmp_path, 4)
+    require_same_long_videos(tmp_path, finished_run, 4)
 
 
 @given(size=st.integers(1, 48), clips=st.integers(1, 20), views=st.integers(1, 3))

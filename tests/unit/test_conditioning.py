@@ -51,7 +51,6 @@ def masks(kind: str, num_frames: int) -> set[str]:
         ("i2v_both", {"10001"}),
         ("loop", {"10001"}),
         ("extend", {"10000", "11000", "11100", "11110"}),
-        ("extend_to", {"10001", "11001", "11101"}),
         ("extend_back", {"00001", "00011", "00111", "01111"}),
         ("infill", {"10111", "10011", "10001", "11011", "11001", "11101"}),
         ("connect", {"10001", "11011"}),
@@ -130,7 +129,7 @@ def assert_phases_agree(kind: str, mask_T: Tensor) -> None:
         assert count == (1 if i == 0 else FACTOR), f"latent {i} of {kind} has the phase of another"
         last = FACTOR * i
         own = [0] if i == 0 else list(range(last - FACTOR + 1, last + 1))
-        still = kind in STILL_KINDS or (kind == "extend_to" and i == len(mask_T) - 1)
+        still = kind in STILL_KINDS
         if still:
             own = [last]
         assert mean == pytest.approx(sum(own) / len(own)), f"latent {i} of {kind}"

@@ -43,7 +43,9 @@ def parts():
 def maker(folder: Path, on_step=lambda: None, batch: int = 2) -> Maker:
     model, vae, spec = parts()
     store = Store(folder, {"test": 1})
-    return Maker(model, vae, spec, store, 3, [""] * len(PROMPTS), batch, on_step)
+    return Maker(
+        model, vae, spec, store, 3, range(len(PROMPTS)), [""] * len(PROMPTS), batch, on_step
+    )
 
 
 def frames_of(folder: Path, on_step=lambda: None, request: LongRequest = REQUEST) -> np.ndarray:
@@ -62,7 +64,8 @@ def whole() -> np.ndarray:
 
 def test_a_video_has_its_length_and_moves() -> None:
     assert whole().shape == (3, 24, 16, 16, 3) and whole().dtype == np.uint8
-    assert all(len(np.unique(one, axis=0)) > 10 for one in whole())
+    # The frames of a latent frame are alike with this VAE: 24 of them are 7 pictures.
+    assert all(len(np.unique(one, axis=0)) == 7 for one in whole())
 
 
 @pytest.mark.parametrize("kill_at", [1, 6, 23])
@@ -138,27 +141,21 @@ def test_windows_begun_from_noise_alone_differ_from_those_of_anchors(tmp_path: P
     assert not np.array_equal(frames_of(tmp_path / "c", request=heard), without)
 
 
-def test_a_full_disk_is_told_and_keeps_what_is_finished(tmp_path: Path) -> None:
-    store = Store(tmp_path, {"test": 1})
+def test_on_a_full_disk_files_are_whole_or_not_there_and_finished_windows_are_kept(tmp_path: Path):
+    frames, paths = np.zeros((2, 5, 16, 16, 3), np.uint8), [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+    store = Store(tmp_path / "kept", {"test": 1})
     store.latents("video-0000", lambda: torch.zeros(1))
-    with refuses(Fault, "No space left on device", "1 finished windows", str(store.folder)):
-        raise store.full(OSError(28, "No space left on device"))
-    assert store.latents("video-0000", lambda: torch.ones(1)).item() == 0
-
-
-def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
-    frames = np.zeros((2, 5, 16, 16, 3), np.uint8)
 
     def torn():
         yield frames
         raise OSError(28, "No space left on device")
 
-    paths = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
-    with pytest.raises(OSError):
-        write_videos(torn(), paths, 8.0)
-    assert list(tmp_path.iterdir()) == []
-    write_videos(iter([frames, frames]), paths, 8.0)
-    assert sorted(tmp_path.iterdir()) == paths
+    with refuses(Fault, "No space left on device", "1 finished windows", str(store.folder)):
+        write_videos(torn(), paths, 8.0, store)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "kept"]
+    assert store.latents("video-0000", lambda: torch.ones(1)).item() == 0
+    write_videos(iter([frames, frames]), paths, 8.0, store)
+    assert sorted(tmp_path.glob("*.mp4")) == paths
 
 
 @pytest.mark.parametrize(

@@ -180,10 +180,7 @@ def test_concatenated_conditions_are_inputs_and_every_frame_counts() -> None:
         known = seen["z"][b, 16:20].amax(dim=(2, 3))
         assert torch.equal(known.amax(dim=0), found.mask_BT[b])
         inner = known[:, 1:].sum(dim=0)[found.mask_BT[b, 1:] > 0]
-        still = [kind in STILL_KINDS] * len(inner)
-        if kind == "extend_to":
-            still[-1] = True
-        assert inner.tolist() == [1 if one else 4 for one in still], kind
+        assert (inner == (1 if kind in STILL_KINDS else 4)).all(), kind
     assert concat.weights(batch)["velocity"] == count * 4 * concat.token_grid(batch)[1]
     assert float(found.counted_BT.sum()) * 4 == concat.weights(batch)["velocity"]
 

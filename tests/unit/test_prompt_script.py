@@ -68,3 +68,7 @@ def test_cues_out_of_order_are_refused():
         Script((Cue(2.0, "a"), Cue(1.0, "b")))
     with pytest.raises(ValueError, match="before the start"):
         Script((Cue(-1.0, "a"),))
+
+
+def test_a_script_of_prompts_alone_gives_nothing():
+    assert Script.of("red circle").given(8.0, 24) == []

@@ -24,9 +24,6 @@ class ConditioningConfig(Section):
     """Share trained with the first and the last frame given, as single images."""
     extend: float = Field(0.0, ge=0, le=1)
     """Share trained with the first k latent frames given, k drawn at random (extension forwards)."""
-    extend_to: float = Field(0.0, ge=0, le=1)
-    """Share trained with the first k latent frames given, k drawn at random, and the last frame as a single image (the
-    windows of a long video between its anchors)."""
     extend_back: float = Field(0.0, ge=0, le=1)
     """Share trained with the last k latent frames given, k drawn at random (extension backwards)."""
     infill: float = Field(0.0, ge=0, le=1)

@@ -179,7 +179,7 @@ def _metric(
 def curve_charts(rows: list[Row], prefix: str) -> list[Titled]:
     """A chart of each metric whose name begins so, but parts of a loss, which `training_charts` draws together."""
     names = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
-    charts = []
+    charts: list[Titled] = []
     for name in names:
         if "loss/" not in name:
             steps, values = series(rows, name)

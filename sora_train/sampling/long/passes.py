@@ -46,6 +46,8 @@ class Maker:
     spec: DiffusionSpec
     store: Store
     seed: int
+    numbers: Sequence[int]
+    """Of the videos made here among all that were asked for: their noise is keyed by them."""
     negatives: list[str]
     batch: int
     on_step: Callable[[], None]
@@ -172,7 +174,8 @@ class Pass:
         found = []
         for start in range(0, len(prompts), maker.batch):
             rows = range(start, min(start + maker.batch, len(prompts)))
-            noise = draw_noise(maker.seed, f"sample {name}", [(0, row) for row in rows], shape)
+            keys = [(0, maker.numbers[row]) for row in rows]
+            noise = draw_noise(maker.seed, f"sample {name}", keys, shape)
             conditions = self._conditions(rows, window, shown, source)
             made = sample_latents(
                 maker.model,

@@ -24,7 +24,9 @@ class Store:
     Its folder is named by a digest of the request, so another request never meets them.
     """
 
-    def __init__(self, beside: Path, request: dict[str, Any]):
+    def __init__(self, beside: Path, request: dict[str, Any], *, writes: bool = True):
+        """`writes`: whether this process keeps what is made; of those that make it together one does."""
+        self.writes = writes
         text = json.dumps(request, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()
         self.folder = beside / f".unfinished-{digest[:DIGITS]}"
@@ -39,6 +41,8 @@ class Store:
         if path.exists():
             return torch.from_numpy(np.load(path))
         made = make().float().cpu()
+        if not self.writes:
+            return made
         try:
             with renamed_when_whole(path) as partial, partial.open("wb") as file:
                 np.save(file, made.numpy())

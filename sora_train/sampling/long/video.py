@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sora_train.base.progress import Progress
 from sora_train.checkpoint.layout import weights_digest
 from sora_train.data.decode.video_io import open_h264
@@ -121,6 +123,8 @@ def make_long(
 ) -> list[Path]:
     """A video a script as `000.mp4` ... in `out`, windows of all of them made together; returns the files.
 
+    Of several processes each team makes videos of its own, and all of them wait for the last.
+
     A job that was killed goes on from its last finished window when it is asked for the same again.
 
     Args:
@@ -132,40 +136,41 @@ def make_long(
         Fault: the disk is full; finished windows are kept.
     """
     request.check()
-    spec = with_settings(model.spec, settings)
-    changes = len({cue.prompt for script in scripts for cue in script.cues if cue.prompt}) > len(
-        scripts
-    )
+    team, spec = model.team, with_settings(model.spec, settings)
+    prompts = {cue.prompt for script in scripts for cue in script.cues if cue.prompt}
     step = model.vae.frame_step
     given = given_of(scripts, request, step)
-    asked = levels(request, spec.history_frames, step, anchored=not changes and not given)
-    negatives = list(negative_prompts) or [""] * len(scripts)
+    anchored = len(prompts) <= len(scripts) and not given
+    asked = levels(request, spec.history_frames, step, anchored=anchored)
+    paths = [out / f"{number:03d}.mp4" for number in range(len(scripts))]
+    numbers = list(team.numbers(len(scripts))) if team else list(range(len(scripts)))
+    scripts = [scripts[number] for number in numbers]
+    negatives = [(negative_prompts or [""] * len(paths))[number] for number in numbers]
     told = {"spec": spec.to_dict(), "negatives": negatives, "seed": seed, "batch": batch}
-    told["given"] = [[at, hashlib.sha256(frames.tobytes()).hexdigest()] for at, frames in given]
-    store = Store(out, identity(model, scripts, request) | told)
+    told |= {"numbers": numbers, "given": [[at, _digest(frames)] for at, frames in given]}
+    writes = team is None or team.leads
+    store = Store(out, identity(model, scripts, request) | told, writes=writes)
     chunks = -(-len(scripts) // batch)
     total = sum(len(level.windows) for level in asked) * chunks * spec.num_steps
-    with Progress(total, "sampling", enabled=progress) as bar:
+    shown = progress and (team is None or team.world.is_main)
+    with Progress(total, "sampling", enabled=shown) as bar:
         done = itertools.count(1)
-        maker = Maker(
-            model.model,
-            model.vae,
-            spec,
-            store,
-            seed,
-            negatives,
-            batch,
-            lambda: bar.update(next(done)),
-        )
+        on_step = lambda: bar.update(next(done))  # noqa: E731
+        made_with = model.model, model.vae, spec, store, seed, numbers, negatives, batch, on_step
         said = lambda at: [script.prompt_at(at) for script in scripts]  # noqa: E731
-        frames = stacked(asked, maker, said, given)
-        paths = [out / f"{number:03d}.mp4" for number in range(len(scripts))]
-        try:
-            write_videos(frames, paths, request.fps)
-        except OSError as error:
-            raise store.full(error) from error
-    store.remove()
+        frames = stacked(asked, Maker(*made_with), said, given)
+        write_videos(
+            frames, [paths[number] for number in numbers] if writes else [], request.fps, store
+        )
+    if writes:
+        store.remove()
+    if team:
+        team.wait()
     return paths
+
+
+def _digest(frames: np.ndarray) -> str:
+    return hashlib.sha256(frames.tobytes()).hexdigest()
 
 
 def identity(model: Model, scripts: Sequence[Script], request: LongRequest) -> dict[str, Any]:
@@ -206,11 +211,17 @@ def stacked(
     return frames
 
 
-def write_videos(frames: Frames, paths: Sequence[Path], fps: float) -> None:
-    """Encode the videos as their frames come; files appear whole."""
-    with contextlib.ExitStack() as files:
-        write = [files.enter_context(open_h264(path, fps)) for path in paths]
-        for part in frames:
-            for one, clip in zip(write, part, strict=True):
-                for frame in clip:
-                    one(frame)
+def write_videos(frames: Frames, paths: Sequence[Path], fps: float, store: Store) -> None:
+    """Encode the videos as their frames come; files appear whole. Without paths the frames are made and dropped.
+
+    Raises Fault where the disk is full; finished windows are kept in `store`.
+    """
+    try:
+        with contextlib.ExitStack() as files:
+            write = [files.enter_context(open_h264(path, fps)) for path in paths]
+            for part in frames:
+                for one, clip in zip(write, part, strict=bool(paths)):
+                    for frame in clip:
+                        one(frame)
+    except OSError as error:
+        raise store.full(error) from error

@@ -47,9 +47,9 @@ class Script:
         A run ends with the video at the latest, and where the next one begins.
         """
         runs = [(round(cue.at * fps), cue.frames) for cue in self.cues if cue.frames is not None]
-        ends = [min(frames, first) for first, _ in runs[1:]] + [frames]
+        starts = [first for first, _ in runs] + [frames]
         cut = [
-            (first, run[: max(0, end - first)])
-            for (first, run), end in zip(runs, ends, strict=True)
+            (first, run[: max(0, min(frames, end) - first)])
+            for (first, run), end in zip(runs, starts[1:], strict=True)
         ]
         return [(first, run) for first, run in cut if len(run)]

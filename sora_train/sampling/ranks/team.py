@@ -82,6 +82,15 @@ class Team:
         if self._whole is not None:
             vae.stream = FramesInTurn(self._whole)
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what its team makes."""
+        return self.world.rank % self.layout.team == 0
+
+    def wait(self) -> None:
+        """Until all teams are here. A collective."""
+        self.control.gather_objects(None)
+
     def numbers(self, count: int) -> Sequence[int]:
         """Which of `count` clips this team makes."""
         return range(self.number, count, self.layout.prompts)

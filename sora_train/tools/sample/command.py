@@ -73,14 +73,14 @@ def run(asked: SimpleNamespace) -> None:
         from sora_train.tools.sample.work import storyboard_seconds
 
         asked.seconds = storyboard_seconds(asked)
-    if asked.seconds is not None:
-        from sora_train.tools.sample.long import long_to_folder
-
-        print(*long_to_folder(asked), sep="\n")
-        return
     from sora_train.sampling.ranks.team import with_one_voice
-    from sora_train.tools.sample.work import require_no_long, sample_to_folder
 
-    require_no_long(asked)
-    for path in with_one_voice(lambda world: sample_to_folder(asked, world)):
+    if asked.seconds is not None:
+        from sora_train.tools.sample.long import long_to_folder as to_folder
+    else:
+        from sora_train.tools.sample.work import require_no_long
+        from sora_train.tools.sample.work import sample_to_folder as to_folder
+
+        require_no_long(asked)
+    for path in with_one_voice(lambda world: to_folder(asked, world)):
         print(path)

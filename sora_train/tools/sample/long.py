@@ -8,20 +8,27 @@ from typing import Any
 
 from sora_train.base.files import write_atomically
 from sora_train.errors import UserError
+from sora_train.runtime.world import World
 from sora_train.sampling.long.video import LongRequest, anchor_rate, make_long
 from sora_train.sampling.prompts.script import Script
+from sora_train.sampling.ranks.team import Team
 from sora_train.tools.sample.work import Work, checked, loaded
 
 
-def long_to_folder(asked: SimpleNamespace) -> list[Path]:
-    """A long video of every prompt in `asked.out`; returns the files written."""
-    work = checked(asked)
+def long_to_folder(asked: SimpleNamespace, world: World | None = None) -> list[Path]:
+    """A long video of every prompt in `asked.out`; returns the files written, as the first process does.
+
+    `world`: of several processes.
+    """
+    work = checked(asked, world.size if world else 1)
     request = request_of(asked, work)
     request.check()
-    for note in [*work.notes, *notes(work)]:
+    team = Team(world, work.layout, work.info.cfg.model) if world else None
+    is_main = world is None or world.is_main
+    for note in [*work.notes, *notes(work)] if is_main else []:
         print(note, file=sys.stderr)
-    model = loaded(asked, work)
-    for note in model.adapted.notes:
+    model = loaded(asked, work, team)
+    for note in model.adapted.notes if is_main else []:
         print(note, file=sys.stderr)
     prompts = [prompt for prompt in work.prompts for _ in range(asked.num)]
     negatives = [one for one in work.negatives for _ in range(asked.num)]
@@ -34,6 +41,8 @@ def long_to_folder(asked: SimpleNamespace) -> list[Path]:
         negative_prompts=negatives,
         **work.settings,
     )
+    if not is_main:
+        return []
     rows_beside = [row for row in work.beside for _ in range(asked.num)]
     rows = [
         {"prompt": prompt, "file": path.name, "seed": work.seed, "seconds": asked.seconds}
