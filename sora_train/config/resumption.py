@@ -54,6 +54,7 @@ CLASSES: dict[str, ResumeClass] = {
     "objective": "refused",
     "loss": "refused",
     "vae_objective": "refused",
+    "distill": "refused",
     "adapter": "refused",
     "adapter.dropout": "recorded",
     "adapter.init": "free",

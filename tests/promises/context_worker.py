@@ -86,7 +86,7 @@ def inputs(clip: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Ten
     return images | {
         "latents_BCTHW": random(batch, 4, frames, 2 * rows, 2 * columns, seed=1).to(dtype),
         "t_BT": random(batch, frames, seed=2).sigmoid(),
-        "captions_BSE": random(batch, 5, 24, seed=3).to(dtype),
+        "captions": random(batch, 5, 24, seed=3).to(dtype),
         "caption_mask_BS": torch.arange(5)[None] < torch.tensor([[3], [5]])[:batch],
     }
 

@@ -169,7 +169,8 @@ class VideoDiT(nn.Module):
         images_BID = None if embed_images is None else embed_images(images_BIE)
 
         x_BTPD, table = self.enter(x_BTPD), self.enter(table)
-        for block, own in zip(self.blocks, each_block, strict=True):
+        for number, block in enumerate(self.blocks):
+            own = each_block[number]
             x_BTPD = block(x_BTPD, own, modulation_BT6D, table, caption_mask_BS, images_BID)
 
         rows = (at_least_fp32(self.scale_shift_table) + time_BTD.unsqueeze(2)).unsqueeze(3)

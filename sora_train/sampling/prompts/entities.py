@@ -44,8 +44,9 @@ def lost(prompt: str, longer: str) -> list[str]:
     for place, word in enumerate(asked):
         if word in GRAMMAR or word == "1":
             continue
+        too_few = _marks(word) and told.count(word) < asked.count(word)
         places = [i for i, stem in enumerate(stems) if stem == _stem(word)]
-        if not places and (word.isascii() or word not in longer.lower()):
+        if too_few or (not places and (word.isascii() or word not in longer.lower())):
             missing.append(word)
         elif places:
             missing += _changed(asked, place, told, places)

@@ -150,10 +150,10 @@ def _request(asked: SimpleNamespace) -> SampleRequest:
     """The operation. Raises UserError where its files or values do not fit it."""
     files = asked.image, asked.last_image, tuple(asked.video or ())
     given = asked.frames_given, flags.gap_of(asked.gap), flags.levels_of(asked.strength)
-    size = flags.size_of(asked.size) if asked.op == "upscale" else None
-    request = SampleRequest(asked.op, *files, *given, size=size)
+    size = flags.size_of(asked.size)
+    request = SampleRequest(asked.op, *files, *given, size=size if asked.op == "upscale" else None)
     request.check()
-    if size and asked.fps:
+    if request.size and asked.fps:
         raise UserError("--op upscale keeps a video's own rate; leave out --fps")
     if asked.reference and asked.op != "t2v":
         raise UserError(f"--op {asked.op} takes no --reference; it leads in what --op t2v makes")
