@@ -173,6 +173,8 @@ def judge(folder: Path, one: Break, known: dict[str, int]) -> Result:
         raise RuntimeError(f"{one.area}: {one.name}: no test was judged\n{said[-3000:]}")
     lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR "))]
     by = lines[-1].partition(" ")[2].split(" - ")[0] if lines else ""
+    if by.count("[") > by.count("]"):
+        by = by.partition("[")[0]  # a parameter with a dash in it
     if status == FAILED:
         again = [by] if "::" in by else list(one.tests)
         if str(again) not in known:
