@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sora_train.config.messages import validated
 from sora_train.config.sections.base import Section
@@ -18,7 +18,7 @@ from sora_train.sampling.pipeline import ClipShape
 from sora_train.sampling.prompts.file import written
 from sora_train.sampling.prompts.placing import Run, on_latent_frames
 from sora_train.sampling.prompts.script import Cue, Script
-from sora_train.sampling.prompts.written import Written, clean
+from sora_train.sampling.prompts.written import Written, cleaned
 
 
 class CueSection(Section):
@@ -68,13 +68,7 @@ class StoryboardFile(Section):
     cues: Annotated[tuple[CueSection, ...], Field(strict=False)]
     """What is seen when, in the order of time."""
 
-    @field_validator("negative")
-    @classmethod
-    def _a_text(cls, text: str, info: ValidationInfo) -> str:
-        try:
-            return clean(text, str(info.field_name))
-        except UserError as error:
-            raise ValueError(str(error)) from None
+    _text = field_validator("negative")(cleaned)
 
     @model_validator(mode="after")
     def _in_order(self) -> "StoryboardFile":

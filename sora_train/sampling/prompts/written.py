@@ -24,6 +24,14 @@ _WORDS_AROUND = {
 """What captions of the shapes world have around a value, which a user need not write."""
 
 
+def cleaned(text: str, info: ValidationInfo) -> str:
+    """The validator of a text in a file: see `clean`."""
+    try:
+        return clean(text, str(info.field_name))
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
 class Written(Section):
     """A prompt: its text, or fields of it."""
 
@@ -46,13 +54,7 @@ class Written(Section):
     negative: str = ""
     """What guidance leads away from."""
 
-    @field_validator("*")
-    @classmethod
-    def _a_text(cls, text: str, info: ValidationInfo) -> str:
-        try:
-            return clean(text, str(info.field_name))
-        except UserError as error:
-            raise ValueError(str(error)) from None
+    _texts = field_validator("*")(cleaned)
 
     @model_validator(mode="after")
     def _one_form(self) -> "Written":
