@@ -102,7 +102,7 @@ class Pass:
     def __iter__(self) -> Frames:
         history: np.ndarray | None = None
         for number, window in enumerate(self.windows):
-            shown = history[:, -window.history :] if history is not None else None
+            shown = history  # as many frames as every window but the first is shown
             name = f"{self.name}-{number:04d}"
             source = self._source(window)
             make = functools.partial(self._latents, name, window, shown, source)
