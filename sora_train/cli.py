@@ -120,7 +120,7 @@ def distill(run: RunAtStep, arguments: Overrides = None) -> int:
     sora sample --ckpt runs/quickstart-distilled --prompt "red circle moves left"
     """
     from sora_train.config import Config
-    from sora_train.tools.distill.arguments import training_arguments
+    from sora_train.tools.launch.distillation import training_arguments
     from sora_train.train import train as train_from_config
 
     return train_from_config(None, Config, training_arguments(run, arguments or []))

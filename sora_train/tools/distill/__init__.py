@@ -1,1 +1,0 @@
-"""`sora distill`: the training run that distills another into few steps without guidance."""

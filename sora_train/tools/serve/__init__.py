@@ -1,0 +1,1 @@
+"""The verbs of serving: `sora serve` with its keys, and `sora verify`."""
