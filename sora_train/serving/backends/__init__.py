@@ -1,0 +1,1 @@
+"""What makes the videos of jobs: our own sampler, or a server elsewhere."""

@@ -1,0 +1,160 @@
+"""What a job is: what was asked, how far it is, what came of it; and what can go wrong with one."""
+
+import hashlib
+import json
+import secrets
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sora_train.errors import Fault, UserError
+
+QUEUED, IN_PROGRESS, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
+CANCELLED = "cancelled"
+"""Deleted by its owner: never shown again; the row stays until its files are swept, and as a place in pages."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that belongs to a job, in the file store."""
+
+    name: str
+    """Its path in the store, `inputs/<job id>/reference.png`."""
+    kind: str
+    """image or video."""
+    digest: str = ""
+    """Of its content: what tells a repeated request from another one, since names hold the job's id."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a job makes; the API has checked it."""
+
+    op: str
+    """create, edit, extend or remix."""
+    prompt: str
+    model: str
+    seconds: float
+    size: tuple[int, int]
+    """Width, height."""
+    sampling_op: str = "t2v"
+    """The operation of `sora sample`."""
+    negative_prompt: str = ""
+    frames: int | None = None
+    fps: float | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    """None: one that follows from the job's id."""
+    strength: float | None = None
+    storyboard: list[dict[str, Any]] | None = None
+    """Cues, as docs/generate.md writes them; files among them by their name in `uploads`."""
+    adapters: tuple[str, ...] = ()
+    uploads: tuple[Upload, ...] = ()
+    """Images and clips given, in order."""
+    source: str | None = None
+    """The video that is edited, extended or remixed."""
+    character: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Asked":
+        tuples = {name: tuple(values[name]) for name in ("size", "adapters", "character")}
+        uploads = tuple(Upload(**one) for one in values["uploads"])
+        return cls(**{**values, **tuples, "uploads": uploads})
+
+    def fingerprint(self) -> str:
+        """Equal for the same request sent twice."""
+        values = self.to_dict()
+        values["uploads"] = [[one.kind, one.digest] for one in self.uploads]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as its owner sees it."""
+
+    id: str
+    owner: str
+    asked: Asked
+    status: str
+    """queued, in_progress, completed or failed."""
+    progress: int
+    """Percent."""
+    created_at: int
+    completed_at: int | None = None
+    """When it completed or failed."""
+    expires_at: int | None = None
+    """When its files are swept."""
+    error: dict[str, str] | None = None
+    """code, message."""
+    outputs: dict[str, str] = field(default_factory=dict)
+    """Variant (video, thumbnail, spritesheet) -> name in the file store; empty once they expired."""
+    usage: dict[str, Any] = field(default_factory=dict)
+    """Seconds billed, cost, model, size class."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Measured by the worker: seconds, size, fps, frames, seed, signed, watermark."""
+    attempts: int = 0
+    """Workers that took it so far."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in (COMPLETED, FAILED, CANCELLED)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A job in the hands of one worker until it expires; `token` fences it off from every other attempt."""
+
+    job: Job
+    token: str
+    worker: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an owner may have, checked in the transaction that creates a job. None: any number."""
+
+    active: int | None = None
+    """Jobs queued and in progress."""
+    seconds: float | None = None
+    """Seconds of video asked for since `since`; failed and cancelled jobs do not count."""
+    since: int = 0
+
+
+@dataclass(frozen=True)
+class Character:
+    """A clip that prompts may name."""
+
+    id: str
+    owner: str
+    name: str
+    upload: Upload
+    created_at: int
+
+
+def new_id(kind: str = "video") -> str:
+    """Never guessable, never a path."""
+    return f"{kind}_{secrets.token_hex(12)}"
+
+
+class KeyReused(UserError):
+    """An idempotency key was used before, for another request."""
+
+
+class TooMany(UserError):
+    """A job would exceed its owner's limits."""
+
+    def __init__(self, message: str, limit: str):
+        super().__init__(message)
+        self.limit = limit
+        """active or seconds."""
+
+
+class UnknownJob(UserError):
+    """There is no such job of this owner."""
+
+
+class DatabaseAway(Fault):
+    """The database cannot be reached or is locked; the call changed nothing, or may be made again safely."""
