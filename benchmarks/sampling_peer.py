@@ -1,9 +1,9 @@
 """Guided sampling beside diffusers' WanPipeline: the same weights, scheduler, steps, embeddings and noise, in turns.
 
-    sora bench sampling [--repeats N] [--steps N] [--threads N] [--clips NAME,..]
+    sora bench sampling [--repeats N] [--steps N] [--threads N] [--clips NAME,..] [--dtypes NAME,..]
 
 Seconds a step are those of the whole call over its steps: what is done once a clip is in them. Both leave latents,
-which are compared; decoding is the same autoencoder for both. Memory is the most bytes of tensors alive beyond the
+and each says how far they lie from the peer's in float32; decoding is the same autoencoder for both. Memory is the most bytes of tensors alive beyond the
 weights. With one thread its own time counts, to which other programs add little.
 """
 
@@ -28,6 +28,7 @@ from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives.spec import build_spec
 from sora_train.sampling.pipeline import sample_latents
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMPT, SHIFT, SCALE, FPS = "a cat walks over a table", 3.0, 5.0, 8.0
 SCHEDULERS = {
     "euler": ("flow_match_euler", "none"),
@@ -90,7 +91,7 @@ def random_model(cfg: Config) -> TextToVideo:
 
 
 def peer(
-    ours: TextToVideo, cfg: Config, spec: DiffusionSpec, noise: Tensor
+    ours: TextToVideo, cfg: Config, spec: DiffusionSpec, noise: Tensor, dtype: torch.dtype
 ) -> Callable[[], Tensor]:
     """WanPipeline's call, from embeddings to latents."""
     scheduler = (
@@ -104,7 +105,7 @@ def peer(
         tokenizer=None,
         text_encoder=None,
         vae=None,
-        transformer=diffusers_model(cfg.model, ours.transformer.state_dict(), torch.float32).eval(),
+        transformer=diffusers_model(cfg.model, ours.transformer.state_dict(), dtype).eval(),
         scheduler=scheduler,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -130,7 +131,7 @@ def peak(call: Callable[[], Tensor]) -> float:
     return live.peak / 2**20
 
 
-def compare(clip: Clip, options: argparse.Namespace) -> str:
+def compare(clip: Clip, dtype: str, options: argparse.Namespace) -> str:
     """A row of the table."""
     cfg = config_of(clip)
     ours = random_model(cfg)
@@ -142,21 +143,26 @@ def compare(clip: Clip, options: argparse.Namespace) -> str:
         shift_rule="constant", guidance_scale=SCALE,
     )  # fmt: skip
     noise = torch.randn(1, 16, *clip.latents, generator=torch.Generator().manual_seed(0))
-    theirs = peer(ours, cfg, spec, noise)
+    expected = peer(ours, cfg, spec, noise, torch.float32)()
+    theirs = peer(ours, cfg, spec, noise, DTYPES[dtype])
+    # As `sora_train.load` does it.
+    ours.transformer.to(DTYPES[dtype])
 
     def mine() -> Tensor:
         return sample_latents(ours, spec, [PROMPT], noise, FPS)
 
-    expected, made = theirs(), mine()
-    apart = float((made - expected).abs().max() / expected.abs().max())
+    def apart(made: Tensor) -> float:
+        return float((made.float() - expected).norm() / expected.norm())
+
     calls = {"ours": lambda: _nothing(mine()), "peer": lambda: _nothing(theirs())}
     taken = take_turns(calls, 0, options.repeats, clock())
     ratios = sorted(a / b for a, b in zip(taken["ours"], taken["peer"], strict=True))
     ours_s, peer_s = (sorted(taken[name])[len(ratios) // 2] / spec.num_steps for name in calls)
     middle = ratios[len(ratios) // 2]
     return (
-        f"| {clip}, {clip.solver} | {ours_s:.3f} | {peer_s:.3f} | {middle:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) | "
-        f"{peak(mine):.0f} | {peak(theirs):.0f} | {apart:.1e} |"
+        f"| {clip}, {clip.solver}, {dtype} | {ours_s:.3f} | {peer_s:.3f} | "
+        f"{middle:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) | "
+        f"{peak(mine):.0f} | {peak(theirs):.0f} | {apart(mine()):.1e} | {apart(theirs()):.1e} |"
     )
 
 
@@ -170,17 +176,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clips", default=",".join(CLIPS))
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.clips.split(",") if name not in CLIPS]
-    if unknown:
-        raise UserError(f"--clips has no '{unknown[0]}'; choose among {', '.join(CLIPS)}")
+    for flag, known in (("clips", CLIPS), ("dtypes", DTYPES)):
+        unknown = [name for name in getattr(options, flag).split(",") if name not in known]
+        if unknown:
+            raise UserError(f"--{flag} has no '{unknown[0]}'; choose among {', '.join(known)}")
     torch.set_num_threads(options.threads)
     print(
-        "| clip | ours, s a step | WanPipeline | ratio (least-most) | MiB | WanPipeline | apart |"
+        "| clip | ours, s a step | WanPipeline | ratio (least-most) | MiB | WanPipeline | off | WanPipeline |"
     )
-    print("|---|--:|--:|--:|--:|--:|--:|", flush=True)
+    print("|---|--:|--:|--:|--:|--:|--:|--:|", flush=True)
     for name in options.clips.split(","):
-        print(compare(CLIPS[name], options), flush=True)
+        for dtype in options.dtypes.split(","):
+            print(compare(CLIPS[name], dtype, options), flush=True)
     return 0
 
 

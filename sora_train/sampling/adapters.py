@@ -96,8 +96,9 @@ class AdaptedBase:
             for adapter, strength in zip(self.adapters, strengths, strict=True)
         ]
         for name in self.changed:
-            parameters[name].copy_(self.base.read(name))
-        self.merge_into(parameters)
+            # Not by way of the parameter, which may be too narrow to hold the base's value.
+            value = self.base.read(name).to(parameters[name].device)
+            parameters[name].copy_(self.merged(name, value))
 
     @property
     def changed(self) -> list[str]:

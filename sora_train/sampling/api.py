@@ -23,6 +23,7 @@ from sora_train.models.transformer.attention_backends import missing
 from sora_train.models.transformer.dit import check_patches
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.geometry import Geometry
+from sora_train.parallel.protocol import resolve_param_dtype
 from sora_train.runtime.world import pick_device
 from sora_train.sampling.adapters import AdaptedBase, NamedAdapter, adapted_base
 from sora_train.sampling.experts import require_both, require_pair
@@ -53,6 +54,8 @@ SETTINGS = {
 """Fields of the spec that only the sampler reads, by the name under which they can be changed."""
 GUIDING = tuple(key for key in SETTINGS if key.startswith(("guidance_", "condition_scale")))
 """Those about guidance, of which a distilled model takes none."""
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What `load` takes for `dtype`."""
 
 
 class Model:
@@ -299,10 +302,25 @@ def shipped_config(
     )
 
 
-def attending_here(model: ModelConfig, device: torch.device) -> ModelConfig:
+def require_dtype(asked: str) -> None:
+    """Raises UserError where `load` does not take it for `dtype`."""
+    if asked not in DTYPES:
+        raise UserError(f"--dtype {asked} is not known; choose one of {', '.join(DTYPES)}")
+
+
+def dtype_of(asked: str, cfg: Config, device: torch.device) -> torch.dtype:
+    """In which the transformer multiplies; see `load`."""
+    require_dtype(asked)
+    if asked != "auto":
+        return DTYPES[asked]
+    trained_in = resolve_param_dtype(cfg.parallel.param_dtype, device)
+    return torch.float32 if device.type == "cpu" else trained_in
+
+
+def attending_here(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
     """`model` with the attention kernel it was trained with, or where samples are made without it (another
-    machine, or weights in float32) with the one that `auto` takes: they compute the same."""
-    if missing(model.attention, device, torch.float32, model.head_dim) is None:
+    machine, or weights in another dtype) with the one that `auto` takes: they compute the same."""
+    if missing(model.attention, device, dtype, model.head_dim) is None:
         return model
     return model.model_copy(update={"attention": "auto"})
 
@@ -372,6 +390,7 @@ def load(
     base: str = "",
     any_base: bool = False,
     other_expert: str = "",
+    dtype: str = "auto",
     team: Team | None = None,
 ) -> Model:
     """The model of a run folder, or of `RUN@STEP`; of an adapter's run, that of its base with the adapter.
@@ -386,6 +405,8 @@ def load(
         base: FOLDER or FOLDER@STEP of the base of an adapter's run, if it is no longer where `init.run` says.
         any_base: take adapters of another base too, and leave out what the model lacks.
         other_expert: the run, or RUN@STEP, of the other of two experts, whose weights are of the same kind.
+        dtype: in which the transformer multiplies: `float32`, `bfloat16`, or `auto`, which is float32 on a CPU and
+            elsewhere what the run was trained in. Norms, noise levels and the sampler stay in float32.
         team: of several processes, all of which call this, and then `sample` with the same arguments.
 
     Raises:
@@ -394,9 +415,10 @@ def load(
     """
     target = team.world.device if team else pick_device(device)
     adapting: dict[str, Any] = {"adapters": adapters, "base": base, "any_base": any_base}
-    model = _loaded(run, step, weights, target, project, other_expert, **adapting)
+    made = weights, target, dtype, project
+    model = _loaded(run, step, *made, other_expert, **adapting)
     if other_expert:
-        model = _joined(model, _loaded(other_expert, None, weights, target, project))
+        model = _joined(model, _loaded(other_expert, None, *made))
     if team is not None:
         team.share(model.model, model.vae)
         model.team = team
@@ -408,6 +430,7 @@ def _loaded(
     step: int | None,
     weights: str,
     target: torch.device,
+    dtype: str,
     project: Project | None,
     other_expert: str = "",
     **adapting: Any,
@@ -429,8 +452,12 @@ def _loaded(
             f"{run} was trained on the latents of another VAE than vae.path={cfg.vae.path!r} now holds; "
             "restore that folder"
         )
-    cfg = cfg.model_copy(update={"model": attending_here(cfg.model, target)})
-    filled = _filled(cfg, project, adapted).to(target)
+    computes_in = dtype_of(dtype, cfg, target)
+    cfg = cfg.model_copy(update={"model": attending_here(cfg.model, target, computes_in)})
+    filled = _filled(cfg, project, adapted)
+    # Merged in float32 first; a project's own model may call its transformer otherwise.
+    getattr(filled, "transformer", filled).to(computes_in)
+    filled = filled.to(target)
     return Model(cfg, spec, filled, vae.to(target), info.shape, info.checkpoint.step, adapted)
 
 

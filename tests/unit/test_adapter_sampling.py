@@ -314,15 +314,17 @@ def test_there_must_be_something_to_merge_and_room_for_it(base: Path, zork: Path
 # -- strengths ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_strengths_are_those_of_a_model_loaded_with_them(
-    base: Path, shapes: dict[str, tuple[int, int]]
+    base: Path, shapes: dict[str, tuple[int, int]], dtype: str
 ):
     first, second = some_adapter(shapes), some_adapter(shapes, 1, dora=True)
-    model = load(base, adapters=[NamedAdapter("first", first), NamedAdapter("second", second)])
+    both = [NamedAdapter("first", first), NamedAdapter("second", second)]
+    model = load(base, adapters=both, dtype=dtype)
     for one, two in ((0.25, 1.0), (1.0, -0.5)):
         model.set_strengths(one, two)
         given = [NamedAdapter("first", first, one), NamedAdapter("second", second, two)]
-        anew = weights(load(base, adapters=given))
+        anew = weights(load(base, adapters=given, dtype=dtype))
         assert all(torch.equal(value, anew[name]) for name, value in weights(model).items())
     with refuses(UserError, "1 strengths", "2 adapters", "first", "second"):
         model.set_strengths(1.0)

@@ -304,6 +304,7 @@ def test_each_prompt_is_led_away_from_its_own_negative(parts):
         (["--op", "i2v", "--image", "first.png", "--frames", "6"], ("for example 5",)),
         (["--guidance-interval", "0.9:0.1"], ("guidance_from",)),
         (["--guidance-interval", "all"], ("--guidance-interval", "'all'")),
+        (["--dtype", "half"], ("--dtype half", "float32, bfloat16")),
         (["--solver", "dpm"], ("euler, heun, unipc",)),
         (["--op", "edit", "--video", "a.mp4", "--strength", "much"], ("--strength is 'much'",)),
         (["--op", "infill", "--video", "a.mp4", "--gap", "9"], ("--gap is '9'",)),
@@ -324,6 +325,19 @@ def test_mistakes_are_told_before_the_model_is_loaded(
         run(["sample", "--ckpt", str(finished_run), "--prompt", "x", "--out", str(out), *flags])
     says(caught.value, *facts)
     assert not out.exists()
+
+
+def test_bfloat16_halves_the_transformer_and_keeps_the_video(finished_run: Path):
+    """Rounding of 2^-9 a product, not another video: the pixels' mean difference is a few levels of 255 at most."""
+    wide, narrow = (
+        api.load(finished_run, dtype=dtype, device="cpu") for dtype in ("auto", "bfloat16")
+    )
+    assert {one.dtype for one in wide.model.transformer.parameters()} == {torch.float32}
+    assert {one.dtype for one in narrow.model.transformer.parameters()} == {torch.bfloat16}
+    assert {one.dtype for one in narrow.vae.parameters()} == {torch.float32}
+    clips = [one.sample(["x"], frames=5, steps=4)[0].astype(float) for one in (wide, narrow)]
+    apart = abs(clips[0] - clips[1]).mean()
+    assert 0 < apart < 3
 
 
 def test_an_untrained_operation_is_told_and_goes_on(finished_run: Path, files, tmp_path, capsys):

@@ -179,6 +179,7 @@ def identity(model: Model, scripts: Sequence[Script], request: LongRequest) -> d
     return {
         "weights": weights_digest(base.checkpoint, base.weights),
         "adapters": [[one.source, one.strength] for one in model.adapted.adapters],
+        "dtypes": sorted({str(one.dtype) for one in model.model.parameters()}),
         "request": asdict(request),
         "prompts": [[[cue.at, cue.prompt] for cue in script.cues] for script in scripts],
     }

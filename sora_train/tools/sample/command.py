@@ -43,6 +43,7 @@ def sample(
     num: flags.Num = 1,
     ema: flags.Weights = "ema",
     other_expert: flags.OtherExpert = "",
+    dtype: flags.Dtype = "auto",
     adapter: Adapters = None,
     base: AdapterBase = "",
     any_base: AnyBase = False,

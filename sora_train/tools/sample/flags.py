@@ -101,6 +101,14 @@ OtherExpert = Annotated[
     str,
     typer.Option(metavar="RUN", help="The run of the other expert, where --ckpt holds one of two."),
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="In which the transformer multiplies: float32, bfloat16 (half the memory; faster where the processor has "
+        "units for it), or auto: float32 on a CPU, elsewhere what the run was trained in.",
+    ),
+]
 ConditionScale = Annotated[
     float | None, typer.Option(min=0, help="Guidance by the given frames; 1 switches it off.")
 ]

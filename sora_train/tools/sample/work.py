@@ -115,6 +115,7 @@ def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
     board = _storyboard(asked)
     request = _request(asked)
     written, negative = _written(asked, board)
+    api.require_dtype(asked.dtype)
     recipe = load_recipe(asked.project) if asked.project else None
     run_dir, step = split_step(asked.ckpt)
     info = api.checkpoint_info(run_dir, step, recipe.config if recipe else Config)
@@ -294,6 +295,7 @@ def loaded(asked: SimpleNamespace, work: Work, team: Team | None = None) -> api.
         base=asked.base,
         any_base=asked.any_base,
         other_expert=asked.other_expert,
+        dtype=asked.dtype,
         team=team,
     )
 

@@ -302,7 +302,7 @@ def on_one_machine(cfg: Config, run: Path) -> Config:
 
 def context_alone(cfg: Config, world: World) -> RunContext:
     """The run as seen from this machine: no folder is locked, no rank met and nothing watched."""
-    cfg = cfg.model_copy(update={"model": attending_here(cfg.model, world.device)})
+    cfg = cfg.model_copy(update={"model": attending_here(cfg.model, world.device, torch.float32)})
     alone = ControlPlane(replace(world, rank=0, size=1))
     folder = RunFolder(cfg, is_main=False)
     health = Health(cfg.health, alone, folder.path, watched=False)
