@@ -2,9 +2,9 @@
 
     sora bench sampling [--repeats N] [--steps N] [--threads N] [--clips NAME,..] [--dtypes NAME,..]
 
-Seconds a step are those of the whole call over its steps: what is done once a clip is in them. Both leave latents,
-and each says how far they lie from the peer's in float32; decoding is the same autoencoder for both. Memory is the most bytes of tensors alive beyond the
-weights. With one thread its own time counts, to which other programs add little.
+Seconds a step are those of the whole call over its steps: what is done once a clip is in them. Both leave latents, and
+each says how far they lie from the peer's in float32; decoding is the same autoencoder for both. Memory is the most
+bytes of tensors alive beyond the weights. With one thread its own time counts, to which other programs add little.
 """
 
 import argparse
