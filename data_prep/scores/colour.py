@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.scores.passing import SmallFrame, grey_of
+from data_prep.scores.passing import SmallFrame
+from sora_train.evaluation.detectors.opencv import grey_of
 
 
 class Colour:

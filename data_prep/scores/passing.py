@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_prep.media.reading import frames_between, picture, small_picture
-from sora_train.evaluation.detectors.opencv import limited, opencv
+from sora_train.evaluation.detectors.opencv import grey_of, limited
 
 SHORT_SIDE = 144
 """Pixels of the shorter side of a small frame: the unit in which motion is measured is this side."""
@@ -94,12 +94,6 @@ def small_size(height: int, width: int) -> tuple[int, int]:
         min(LONGEST_SIDE, max(2, round(side * scale / 2) * 2)) for side in (height, width)
     )
     return small_height, small_width
-
-
-def grey_of(rgb: np.ndarray) -> np.ndarray:
-    """Luma of BT.601, uint8 (H, W), of uint8 (H, W, 3) RGB."""
-    cv2 = opencv()
-    return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
 
 
 def all_scores(watchers: Iterable[Watcher]) -> dict[str, Any]:

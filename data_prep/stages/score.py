@@ -13,15 +13,12 @@ import pyarrow as pa
 from data_prep.media.reading import BACKGROUND, open_clip
 from data_prep.scores.blur import blur
 from data_prep.scores.colour import Colour, colours
-from data_prep.scores.faces import faces
 from data_prep.scores.motion import Motion
-from data_prep.scores.nsfw import nsfw
 from data_prep.scores.overlay import Overlay
 from data_prep.scores.passing import (
     LARGEST_SAMPLE,
     Watcher,
     all_scores,
-    grey_of,
     watch,
 )
 from data_prep.scores.stillness import Stillness
@@ -32,7 +29,9 @@ from sora_train.data.decode.frames import blaming_the_clip
 from sora_train.errors import UserError
 from sora_train.evaluation.detectors.brisque import brisque
 from sora_train.evaluation.detectors.embedding import embedded
-from sora_train.evaluation.detectors.opencv import limited
+from sora_train.evaluation.detectors.faces import faces
+from sora_train.evaluation.detectors.nsfw import nsfw
+from sora_train.evaluation.detectors.opencv import grey_of, limited
 from sora_train.evaluation.detectors.text import text
 
 PACKAGES = {

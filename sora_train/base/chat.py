@@ -1,4 +1,4 @@
-"""One request to an OpenAI-compatible endpoint for chat completions, and what went wrong in the end of a sentence."""
+"""One request to an OpenAI-compatible endpoint, mostly for chat completions; what went wrong ends a sentence."""
 
 import http.client
 import json
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sora_train.base.text import printable
+from sora_train.base.timed import TimedHTTP, TimedHTTPS
 from sora_train.errors import UserError
 
 MOST_BYTES = 1 << 20
@@ -49,10 +50,15 @@ class Completion:
 
 def complete(address: str, body: dict[str, Any], key: str, seconds: float) -> Completion:
     """The answer of `address`/chat/completions. Raises Failed and Denied."""
+    return _completion(answered(f"{address}/chat/completions", body, key, seconds))
+
+
+def answered(url: str, body: dict[str, Any], key: str, seconds: float) -> bytes:
+    """What an address of an endpoint answers to a body of JSON. Raises Failed and Denied."""
     began = time.monotonic()
     try:
-        with opened(f"{address}/chat/completions", json.dumps(body).encode(), key, seconds) as one:
-            return _completion(_read(one, began + seconds))
+        with opened(url, json.dumps(body).encode(), key, seconds) as one:
+            return _read(one, began + seconds)
     except urllib.error.HTTPError as error:
         if error.code in _DENIED:
             raise Denied(status(error), error.code) from None
@@ -68,11 +74,12 @@ def complete(address: str, body: dict[str, Any], key: str, seconds: float) -> Co
 
 
 def opened(url: str, body: bytes | None, key: str, seconds: float) -> Any:
-    """The response of an address; `body` is JSON. Raises what urllib does."""
+    """The response of an address, whole within `seconds`; `body` is JSON. Raises what urllib does."""
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    return urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=seconds)
+    opener = urllib.request.build_opener(TimedHTTP, TimedHTTPS)
+    return opener.open(urllib.request.Request(url, body, headers), timeout=seconds)
 
 
 def key_in(variable: str, name: str) -> str:

@@ -13,9 +13,6 @@ from skimage.measure import blur_effect
 from benchmarks.footage import CAMERAS, Shot
 from data_prep.scores.blur import blur
 from data_prep.scores.colour import colours
-from data_prep.scores.faces import faces
-from data_prep.scores.nsfw import nsfw
-from data_prep.scores.passing import grey_of
 from data_prep.stages.score import NAMES
 from sora_train.errors import UserError
 from sora_train.evaluation.detectors.brisque import (
@@ -27,6 +24,9 @@ from sora_train.evaluation.detectors.brisque import (
     normalised,
 )
 from sora_train.evaluation.detectors.embedding import embedded
+from sora_train.evaluation.detectors.faces import faces
+from sora_train.evaluation.detectors.nsfw import nsfw
+from sora_train.evaluation.detectors.opencv import grey_of
 from sora_train.evaluation.detectors.text import text
 from tests.prep.scored import filmed, only
 from tests.sentences import refuses

@@ -15,7 +15,8 @@ def opencv() -> Any:
         import cv2
     except ImportError as error:
         raise UserError(
-            "scores of pictures need OpenCV; install it with `pip install 'sora_train[prep]'`, or 'sora_train[eval]'"
+            "scores of pictures need OpenCV; install it with `pip install 'sora_train[prep]'`, 'sora_train[eval]' or "
+            "'sora_train[serve]'"
         ) from error
     if not cv2.__version__.startswith("4."):
         raise UserError(
@@ -24,6 +25,12 @@ def opencv() -> Any:
         )
     cv2.setNumThreads(1)
     return cv2
+
+
+def grey_of(rgb: np.ndarray) -> np.ndarray:
+    """Luma of BT.601, uint8 (H, W), of uint8 (H, W, 3) RGB."""
+    cv2 = opencv()
+    return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
 
 
 def limited(rgb: np.ndarray, longest: int) -> np.ndarray:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
-from data_prep.scores.passing import grey_of
 from sora_train.errors import UserError
-from sora_train.evaluation.detectors.opencv import limited, opencv
+from sora_train.evaluation.detectors.opencv import grey_of, limited, opencv
 
 LARGEST = 640
 """Pixels of the longer side of a picture that is searched."""
@@ -21,27 +21,33 @@ SAME_PLACE = 0.3
 """Share of their union that a face and the one after must have in common."""
 NEIGHBOURS = 8
 YUNET_CONFIDENCE = 0.8
+_ONE_AT_A_TIME = Lock()
+"""OpenCV's detectors keep a state while they look, and a server asks from several threads."""
 
 
-def faces(pairs: Sequence[tuple[np.ndarray, np.ndarray]], model: str) -> dict[str, Any]:
+def faces(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], model: str, name: str = "score.face_model"
+) -> dict[str, Any]:
     """Of pairs of pictures, uint8 (H, W, 3) RGB, a little apart in time; a still picture is a pair with itself.
 
     A face counts where both show it in about the same place, since cascades see faces in folds and leaves. `faces`:
-    the most in one pair. `face_area`: the largest face's share of its picture, in [0, 1].
+    the most in one pair. `face_area`: the largest face's share of its picture, in [0, 1]. `model` is a YuNet file,
+    or '' for the cascades of OpenCV's wheel. Raises UserError, which begins with `name`, for a file that is none.
     """
     count, area = 0, 0.0
     for pair in pairs:
-        one, other = (_found(limited(picture, LARGEST), model) for picture in pair)
+        one, other = (_found(limited(picture, LARGEST), model, name) for picture in pair)
         seen = [box for box in one if any(_in_common(box, later) >= SAME_PLACE for later in other)]
         count = max(count, len(seen))
         area = max([area, *(box[2] * box[3] for box in seen)])
     return {"faces": count, "face_area": float(area)}
 
 
-def _found(rgb: np.ndarray, model: str) -> list[tuple[float, float, float, float]]:
+def _found(rgb: np.ndarray, model: str, name: str) -> list[tuple[float, float, float, float]]:
     """(left, top, width, height) of each face, as shares of the picture's width and height."""
     height, width = rgb.shape[:2]
-    boxes = _by_yunet(rgb, model) if model else _by_cascade(rgb)
+    with _ONE_AT_A_TIME:
+        boxes = _by_yunet(rgb, model, name) if model else _by_cascade(rgb)
     return [(x / width, y / height, w / width, h / height) for x, y, w, h in boxes]
 
 
@@ -56,8 +62,8 @@ def _by_cascade(rgb: np.ndarray) -> list[list[float]]:
     return [[float(side) for side in box] for box in found]
 
 
-def _by_yunet(rgb: np.ndarray, model: str) -> list[list[float]]:
-    detector = _yunet(model)
+def _by_yunet(rgb: np.ndarray, model: str, name: str) -> list[list[float]]:
+    detector = _yunet(model, name)
     detector.setInputSize((rgb.shape[1], rgb.shape[0]))
     found = detector.detect(np.ascontiguousarray(rgb[:, :, ::-1]))[1]
     return [] if found is None else [[float(side) for side in box[:4]] for box in found]
@@ -81,11 +87,11 @@ def _cascade() -> Any:
 
 
 @cache
-def _yunet(model: str) -> Any:
+def _yunet(model: str, name: str) -> Any:
     cv2 = opencv()
     try:
         return cv2.FaceDetectorYN.create(model, "", (320, 320), YUNET_CONFIDENCE)
     except cv2.error as error:
         raise UserError(
-            f"score.face_model={model} cannot be loaded: {error}; give an ONNX file of YuNet"
+            f"{name}={model} cannot be loaded: {error}; give an ONNX file of YuNet"
         ) from error
