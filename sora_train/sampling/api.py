@@ -29,8 +29,9 @@ from sora_train.sampling.adapters import AdaptedBase, NamedAdapter, adapted_base
 from sora_train.sampling.experts import require_both, require_pair
 from sora_train.sampling.files import save_clips, save_stills
 from sora_train.sampling.operations import Prepared, SampleRequest, prepare
-from sora_train.sampling.pipeline import ClipShape, ConditionFrames, one_each, sample_clips
+from sora_train.sampling.pipeline import ClipShape, one_each, sample_clips
 from sora_train.sampling.ranks.team import Team
+from sora_train.sampling.upscale import in_tiles
 
 RATE_TOLERANCE = 0.01
 """By so much a rate may lie outside those trained: 23.976 is 24."""
@@ -124,20 +125,22 @@ class Model:
         shape = prepared.shape if prepared else self.clip_shape(size, frames, fps)
         repeated = [prompt for prompt in prompts for _ in range(num)]
         negatives = [one for one in one_each(negative_prompt, prompts) for _ in range(num)]
-        clips = sample_clips(
-            self.model,
-            self.vae,
-            with_settings(self.spec, settings),
-            repeated,
-            shape,
-            seed=seed,
-            on_batch=on_clip,
-            negative_prompt=negatives,
-            condition_noise=condition_noise,
-            step_cache=step_cache,
-            condition_frames=prepared and prepared.condition_frames,
-            numbers=self.team and self.team.numbers(len(repeated)),
-        )
+        known = prepared.condition_frames if prepared else None
+        with in_tiles(self.vae, known.windows if known else None):
+            clips = sample_clips(
+                self.model,
+                self.vae,
+                with_settings(self.spec, settings),
+                repeated,
+                shape,
+                seed=seed,
+                on_batch=on_clip,
+                negative_prompt=negatives,
+                condition_noise=condition_noise,
+                step_cache=step_cache,
+                condition_frames=known,
+                numbers=self.team and self.team.numbers(len(repeated)),
+            )
         clips = [prepared.finish(clip) for clip in clips] if prepared else clips
         return self.team.collect(clips, len(repeated)) if self.team else clips
 
@@ -150,7 +153,6 @@ class Model:
             raise UserError(
                 f"step_cache={step_cache:g} compares a step with the one before, and windows come between; leave it out"
             )
-        self._use_tiles(frames)
         if not prompts or num < 1:
             raise UserError(
                 f"nothing to sample: {len(prompts)} prompts, num={num}; give a prompt and num >= 1"
@@ -161,13 +163,6 @@ class Model:
                 f"step_cache={step_cache:g} decides by all tokens of a clip, and {sharing} processes share them here; "
                 "spread prompts alone, or leave it out"
             )
-
-    def _use_tiles(self, frames: ConditionFrames | None) -> None:
-        """Have the VAE work on a window's size at a time where the model does."""
-        if frames is None or frames.windows is None or self.vae.tile:
-            return
-        rows, columns = (axis.weights.shape[1] for axis in frames.windows.axes[1:])
-        self.vae.use_tiles(max(rows, columns) * self.vae.spatial_factor)
 
     def prepare(
         self,
@@ -236,14 +231,16 @@ def fitting_shape(
     size: tuple[int, int] | None,
     frames: int | None,
     fps: float | None,
+    flag: str = "--size",
 ) -> ClipShape:
-    """The shape asked for, gaps filled from the usual one. Raises UserError when VAE or patches cannot take it."""
+    """The shape asked for, gaps filled from the usual one. Raises UserError, which names the `flag` of the size, when
+    VAE or patches cannot take it."""
     multiple = geometry.spatial_factor * math.lcm(*cfg.model.patch_size[1:])
     width, height = size or (usual.width, usual.height)
     if width % multiple or height % multiple or min(width, height) < multiple:
         near_width, near_height = (max(1, round(x / multiple)) * multiple for x in (width, height))
         raise UserError(
-            f"--size {width}x{height} does not fit the model: width and height must be multiples of {multiple}; "
+            f"{flag} {width}x{height} does not fit the model: width and height must be multiples of {multiple}; "
             f"the nearest is {near_width}x{near_height}"
         )
     count = frames or usual.frames

@@ -29,7 +29,7 @@ from sora_train.models.text_to_video import Text, TextToVideo, VideoDenoiser
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.pixels import from_uint8, to_uint8
 from sora_train.sampling.step_cache import StepCache, cached_steps
-from sora_train.sampling.upscale import Windows
+from sora_train.sampling.upscale import WHOLE, Place, Windows
 
 CLIPS_AT_ONCE = 16
 """Clips of one batch."""
@@ -160,7 +160,7 @@ def sample_latents(
     windows = None if conditions is None else conditions.windows
     seen = noise if windows is None else noise[(..., *windows.first())]
     guided = GuidedVelocity(
-        model, spec, prompts, seen, fps, negative_prompt, conditions, condition_noise
+        model, spec, prompts, noise, fps, negative_prompt, conditions, condition_noise
     )
     # Noise levels are those of clips that the model sees.
     spec = spec.replace(shift=spec.shift_for(seen.shape[2:]), shift_rule="constant")
@@ -289,11 +289,13 @@ class GuidedVelocity:
         self.images = embedded_images(model, conditions)
         self._known: dict[tuple[bool, str], Text] = {}
 
-    def __call__(self, z: Tensor, t_BT: Tensor) -> Tensor:
-        """v (B, C, T, H, W) from z of that shape and the noise level of each latent frame."""
+    def __call__(self, z: Tensor, t_BT: Tensor, place: Place = WHOLE) -> Tensor:
+        """v (B, C, T, H, W) from z of that shape and the noise level of each latent frame; z may be a window, at
+        `place`."""
         t, expert = float(t_BT.max()), self.spec.expert_at(t_BT.max())
         scale = self.scale_2 if expert == "low" else self.spec.guidance_scale
-        shown, t_shown_BT, mask_BT = self._with_conditions(z, t_BT)
+        noise, mask_BT = self.noise[(..., *place)], self.mask_BT[:, place[0]]
+        shown, t_shown_BT = self._with_conditions(z, t_BT, noise, mask_BT)
         guided = self.guided and self.spec.guidance_from <= t <= self.spec.guidance_to
         if not guided:
             assert self.plain is not None
@@ -303,7 +305,7 @@ class GuidedVelocity:
         text = self._text(self.text, expert, guided=True)
         views = [(shown, t_shown_BT, mask_BT, True)] * 2
         if self.by_condition:
-            views.append(self._without_conditions(z, t))
+            views.append(self._without_conditions(z, t, noise, mask_BT))
         v, v_condition, *rest = self._call(views, text, expert).chunk(len(views))
         v_guided = (
             guide_both(v, v_condition, rest[0], scale, self.spec.condition_scale)
@@ -312,7 +314,7 @@ class GuidedVelocity:
         )
         if not self.spec.guidance_rescale:
             return v_guided
-        return rescale(v_guided, v, self.spec.guidance_rescale, 1 - self.mask_BT)
+        return rescale(v_guided, v, self.spec.guidance_rescale, 1 - mask_BT)
 
     def _text(self, text: Text, expert: str, *, guided: bool) -> Text:
         """Captions as the model takes them; of one that stays as it is, with all done that is the same in each step."""
@@ -324,21 +326,25 @@ class GuidedVelocity:
             self._known[key] = self.model.know(text, expert)
         return self._known[key]
 
-    def _with_conditions(self, z: Tensor, t_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _with_conditions(
+        self, z: Tensor, t_BT: Tensor, noise: Tensor, mask_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What the model sees of condition frames: they may carry a little noise."""
-        if self.condition_noise and bool(self.mask_BT.any()):
-            is_condition = self.mask_BT > 0
+        if self.condition_noise and bool(mask_BT.any()):
+            is_condition = mask_BT > 0
             t_BT = torch.where(is_condition, torch.full_like(t_BT, self.condition_noise), t_BT)
-            noisy = interpolate(z, self.noise, t_BT)
+            noisy = interpolate(z, noise, t_BT)
             z = torch.where(is_condition[:, None, :, None, None], noisy, z)
-        return z, t_BT, self.mask_BT
+        return z, t_BT
 
-    def _without_conditions(self, z: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor, bool]:
+    def _without_conditions(
+        self, z: Tensor, t: float, noise: Tensor, mask_BT: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, bool]:
         """The same clip on its way from noise, without conditions."""
-        t_BT = torch.full_like(self.mask_BT, t)
-        noisy = interpolate(z, self.noise, t_BT)
-        z = torch.where((self.mask_BT > 0)[:, None, :, None, None], noisy, z)
-        return z, t_BT, torch.zeros_like(self.mask_BT), False
+        t_BT = torch.full_like(mask_BT, t)
+        noisy = interpolate(z, noise, t_BT)
+        z = torch.where((mask_BT > 0)[:, None, :, None, None], noisy, z)
+        return z, t_BT, torch.zeros_like(mask_BT), False
 
     def _call(
         self,

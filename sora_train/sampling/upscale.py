@@ -8,6 +8,7 @@ less towards its borders; the weights of all windows add up to 1 everywhere.
 Dimension key: B batch, C channels, T, H, W latent frames, rows, columns, of the clip or of a window.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sora_train.models.vae.autoencoder import VideoVAE
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Place = tuple[slice, slice, slice]
+WHOLE: Place = (slice(None), slice(None), slice(None))
+VelocityAt = Callable[[Tensor, Tensor, Place], Tensor]
 
 
 @dataclass(frozen=True)
@@ -98,15 +103,29 @@ class Windows:
         ends = [start + length for start in starts[:-1]]
         return sorted({*starts[1:], *ends})
 
-    def blend(self, velocity: Velocity) -> Velocity:
-        """The velocity of a whole clip from that of one window."""
+    def blend(self, velocity: VelocityAt) -> Velocity:
+        """The velocity of a whole clip from that of one window, which is told its place."""
 
         def blended(z: Tensor, t_BT: Tensor) -> Tensor:
             total = torch.zeros_like(z)
             for (frames, rows, columns), weight in self:
-                place = (..., frames, rows, columns)
-                v = velocity(z[place].contiguous(), t_BT[:, frames])
-                total[place] += v.to(z) * weight.to(z)
+                place = (frames, rows, columns)
+                v = velocity(z[(..., *place)].contiguous(), t_BT[:, frames], place)
+                total[(..., *place)] += v.to(z) * weight.to(z)
             return total
 
         return blended
+
+
+@contextlib.contextmanager
+def in_tiles(vae: VideoVAE, windows: Windows | None) -> Iterator[None]:
+    """Have the VAE work on a window's size at a time where the model does; a size of its own holds."""
+    own = vae.tile
+    if windows is not None and not own:
+        rows, columns = (axis.weights.shape[1] for axis in windows.axes[1:])
+        vae.use_tiles(max(rows, columns) * vae.spatial_factor)
+    try:
+        yield
+    finally:
+        if vae.tile != own:
+            vae.use_tiles(own)

@@ -15,9 +15,9 @@ from sora_train.config.compose import compose
 from sora_train.errors import Fault, UserError
 from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
-from sora_train.models.vae.pixels import to_uint8
+from sora_train.models.vae.pixels import from_uint8, to_uint8
 from sora_train.objectives.spec import build_spec
-from sora_train.sampling.long.passes import Coarse, Maker
+from sora_train.sampling.long.passes import Coarse, Maker, resized
 from sora_train.sampling.long.store import Store
 from sora_train.sampling.long.video import LongRequest, levels, stacked, write_videos
 from sora_train.sampling.pipeline import ClipShape
@@ -89,6 +89,25 @@ def test_a_killed_job_goes_on_from_its_last_window(tmp_path: Path, kill_at: int)
     )
     assert kept == (kill_at - 1) // per_window
     assert next(again) == (total - kept) * per_window
+
+
+def test_a_video_is_refined_at_another_size(tmp_path: Path) -> None:
+    """At a strength of almost nothing what comes is the resized video as the VAE tells it, whatever the windows and the
+    parts of the picture; at a strength of its own it is another one of that size."""
+    plain = dataclasses.replace(REQUEST, smooth_fps=0.0)
+    refined = dataclasses.replace(plain, refined_size=(40, 32), refined_strength=1e-4)
+    before = frames_of(tmp_path / "plain", request=plain)
+    vae = parts()[1]
+    made = frames_of(tmp_path / "same", request=refined)
+    assert made.shape == (3, 16, 32, 40, 3) and vae.tile == 0
+    wanted = resized(before, ClipShape(9, 32, 40, 8.0))
+    # The VAE's own loss, for windows whose frames it sees alike.
+    decoded = vae.decode(vae.encode(from_uint8(wanted[:, :9])))
+    coded = np.stack([to_uint8(one) for one in decoded])
+    assert abs(made[:, :9].astype(int) - coded.astype(int)).mean() < 1
+    anew = dataclasses.replace(refined, refined_strength=0.5)
+    other = frames_of(tmp_path / "anew", request=anew)
+    assert abs(other.astype(int) - made.astype(int)).mean() > 2
 
 
 def test_another_request_does_not_meet_these_windows(tmp_path: Path) -> None:
@@ -164,6 +183,7 @@ def test_on_a_full_disk_files_are_whole_or_not_there_and_finished_windows_are_ke
         (LongRequest(0.0, REQUEST.shape), ("--seconds", "0")),
         (LongRequest(float("inf"), REQUEST.shape), ("--seconds", "inf")),
         (LongRequest(5.0, REQUEST.shape, smooth_fps=8.0), ("--smooth-fps 8", "no more than")),
+        (LongRequest(5.0, REQUEST.shape, refined_size=(32, 8)), ("--refine 32x8", "16x16")),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(request_, facts) -> None:

@@ -22,8 +22,14 @@ from sora_train.models.text_to_video import TextToVideo
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.objectives.spec import build_spec
 from sora_train.sampling.operations import SampleRequest, prepare
-from sora_train.sampling.pipeline import ClipShape, encode_conditions, sample_latents
-from sora_train.sampling.upscale import Windows, axis_of
+from sora_train.sampling.pipeline import (
+    ClipShape,
+    ConditionLatents,
+    GuidedVelocity,
+    encode_conditions,
+    sample_latents,
+)
+from sora_train.sampling.upscale import WHOLE, Place, Windows, axis_of
 
 
 @settings(max_examples=40)
@@ -58,7 +64,7 @@ def test_windows_that_do_not_move_are_refused() -> None:
         axis_of(20, 8, 8)
 
 
-def known_flow(z: torch.Tensor, t_BT: torch.Tensor) -> torch.Tensor:
+def known_flow(z: torch.Tensor, t_BT: torch.Tensor, place: Place = WHOLE) -> torch.Tensor:
     """Of each latent by itself, nonlinear, and of its frame's noise level."""
     return torch.tanh(z) * (1 + t_BT[:, None, :, None, None]) + 0.3
 
@@ -82,6 +88,42 @@ def test_a_window_as_large_as_the_clip_is_the_plain_velocity() -> None:
         assert torch.equal(windows.blend(known_flow)(z, t_BT), known_flow(z, t_BT))
 
 
+class LocalModel(torch.nn.Module):
+    """A model that looks at nothing but each latent and its frame's noise level."""
+
+    takes_mask = True
+
+    def forward(self, z, t_BT, text, *, mask_BT=None, fps_B=None):
+        return known_flow(z, t_BT) + mask_BT[:, None, :, None, None]
+
+    def tokenize(self, prompts):
+        return list(prompts)
+
+    def embed(self, prompts, stored, sharing):
+        raise AssertionError("nothing is embedded")
+
+    def text_digest(self):
+        return ""
+
+
+def test_given_frames_are_shown_to_every_window_with_the_noise_of_its_place() -> None:
+    """Under guidance by prompt and by given frames that carry noise, windows make what the whole clip would be."""
+    draws = torch.Generator().manual_seed(0)
+    noise, z = (torch.randn(2, 3, 5, 8, 8, generator=draws).double() for _ in range(2))
+    mask_T = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]).double()
+    known = ConditionLatents(torch.zeros(1, 3, 5, 8, 8).double(), mask_T, None)
+    cfg = compose(["experiment=parity_tiny", "model.mask_channel=true"]).config
+    vae, model = VideoVAE.from_config(cfg.vae), TextToVideo(cfg.model, cfg.text, seed=0)
+    spec = build_spec(cfg, vae, model)
+    assert spec is not None
+    spec = spec.replace(guidance_scale=3.0, condition_scale=2.0)
+    velocity = GuidedVelocity(LocalModel(), spec, ["a", "b"], noise, 8.0, "", known, 0.2)
+    t_BT = torch.full((2, 5), 0.7).double() * (1 - mask_T)
+    windows = Windows.over((5, 8, 8), (5, 4, 4), (1, 2, 2))
+    assert windows.count > 3
+    torch.testing.assert_close(windows.blend(velocity)(z, t_BT), velocity(z, t_BT))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_windows_that_disagree_fade_into_each_other(axis: int) -> None:
     """Each window has a brightness of its own, the worst that a model can do: side by side their borders would be
@@ -91,7 +133,7 @@ def test_windows_that_disagree_fade_into_each_other(axis: int) -> None:
     windows = Windows.over(size, window, (1, 1, 1))
     levels = iter([20.0, 60.0] * windows.count)
 
-    def own_level(z: torch.Tensor, t_BT: torch.Tensor) -> torch.Tensor:
+    def own_level(z: torch.Tensor, t_BT: torch.Tensor, place: Place) -> torch.Tensor:
         return torch.full_like(z, next(levels))
 
     made = windows.blend(own_level)(torch.zeros(1, 3, *size), torch.zeros(1, size[0]))

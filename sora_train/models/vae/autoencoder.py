@@ -223,6 +223,8 @@ class VideoVAE(nn.Module):
                 tile_overlap_factor_height=0.25,
                 tile_overlap_factor_width=0.25,
             )
+        elif self.kind.class_name != WAN:
+            self.autoencoder.disable_tiling()
 
     def forward(
         self, pixels: Tensor, draw_noise: Callable[[tuple[int, ...]], Tensor] | None = None

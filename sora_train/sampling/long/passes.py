@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_train.diffusion.condition_frames import encode_condition_frames, latent_mask
@@ -32,6 +33,7 @@ from sora_train.sampling.pipeline import (
     sample_latents,
 )
 from sora_train.sampling.prompts.placing import Run, is_still
+from sora_train.sampling.upscale import Windows, in_tiles
 
 Frames = Iterator[np.ndarray]
 """The videos' next frames, uint8 (N, F, H, W, 3), until they end."""
@@ -52,6 +54,8 @@ class Maker:
     batch: int
     on_step: Callable[[], None]
     """Called after each step of the sampler, of each batch."""
+    patch: tuple[int, int, int] = (1, 1, 1)
+    """`model.patch_size`, in whose multiples a picture is divided."""
 
 
 class Coarse:
@@ -89,15 +93,17 @@ class Pass:
         prompts: Callable[[float], list[str]],
         coarse: Coarse | None = None,
         given: Sequence[Run] = (),
+        parts: Windows | None = None,
     ):
         """
         Args:
             shape: of a window, and the rate of the pass.
             prompts: those of the N videos that hold at a time in seconds.
             given: frames of all N videos at their places, whole latent frames.
+            parts: of the picture, where it is larger than what the model makes at once.
         """
         self.name, self.maker, self.shape, self.windows = name, maker, shape, windows
-        self.prompts, self.coarse, self.given = prompts, coarse, given
+        self.prompts, self.coarse, self.given, self.parts = prompts, coarse, given, parts
 
     def __iter__(self) -> Frames:
         history: np.ndarray | None = None
@@ -106,8 +112,9 @@ class Pass:
             name = f"{self.name}-{number:04d}"
             source = self._source(window)
             make = functools.partial(self._latents, name, window, shown, source)
-            latents = self.maker.store.latents(name, make)
-            made = [self._frames(one, window, shown, row) for row, one in enumerate(latents)]
+            with in_tiles(self.maker.vae, self.parts):
+                latents = self.maker.store.latents(name, make)
+                made = [self._frames(one, window, shown, row) for row, one in enumerate(latents)]
             fresh = np.stack(made)[:, : window.end - window.fresh]
             # A short last step may leave less than the next window is shown.
             history = fresh if history is None else np.concatenate([history, fresh], axis=1)
@@ -148,6 +155,7 @@ class Pass:
             return None
         times = (window.start + np.arange(self.shape.frames)) / self.shape.fps
         first, frames = self.coarse.between(times[0], times[-1])
+        frames = resized(frames, self.shape)
         place = np.clip(times * self.coarse.fps - first, 0, frames.shape[1] - 1)
         low = np.floor(place + 1e-6).astype(int)
         part = np.clip(place - low, 0, 1)[:, None, None, None].astype(np.float32)
@@ -238,4 +246,18 @@ class Pass:
             latents.append(one.float())
         conditions_T = mask_T.to(device) if mask_F.any() else None
         from_T = strength_T.to(device) if source is not None else None
-        return ConditionLatents(torch.cat(latents), conditions_T, from_T)
+        return ConditionLatents(torch.cat(latents), conditions_T, from_T, windows=self.parts)
+
+
+def resized(frames: np.ndarray, shape: ClipShape) -> np.ndarray:
+    """Videos uint8 (N, F, H, W, 3) at the size of `shape`, by cubic interpolation."""
+    size = shape.height, shape.width
+    if frames.shape[2:4] == size:
+        return frames
+    found = [
+        F.interpolate(
+            torch.from_numpy(clip).movedim(-1, 1).float(), size, mode="bicubic", antialias=True
+        )
+        for clip in frames
+    ]
+    return torch.stack(found).round_().clamp_(0, 255).byte().movedim(2, -1).numpy()

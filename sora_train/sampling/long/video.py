@@ -3,6 +3,7 @@
     anchors    one clip of a few frames a second over the whole length: what holds the video together
     video      windows at the video's own rate, each shown the end of the one before and begun from the anchors
     smooth     the same once more at a higher rate, begun from the frames of the video
+    refined    the same once more at a larger size, each window in parts of the picture that overlap
 
 The passes are iterators that pull from each other, and frames go from the VAE straight into the encoder: memory does
 not grow with the length.
@@ -27,9 +28,11 @@ from sora_train.sampling.api import Model, with_settings
 from sora_train.sampling.long.passes import Coarse, Frames, Maker, Pass
 from sora_train.sampling.long.plan import Window, plan_windows, window_length
 from sora_train.sampling.long.store import Store
+from sora_train.sampling.operations import UPSCALE_STRENGTH
 from sora_train.sampling.pipeline import ClipShape
 from sora_train.sampling.prompts.placing import Run
 from sora_train.sampling.prompts.script import Script
+from sora_train.sampling.upscale import Windows
 
 SPARSE = 8
 """Anchors have this many times fewer frames a second than the video, or fewer still."""
@@ -50,6 +53,10 @@ class LongRequest:
     """Rate of the second pass; 0: none."""
     smooth_strength: float = 0.6
     """Noise level from which its windows are made out of the video."""
+    refined_size: tuple[int, int] | None = None
+    """(width, height) of the last pass; None: there is none."""
+    refined_strength: float = UPSCALE_STRENGTH
+    """Noise level from which its windows are made out of the resized ones."""
 
     @property
     def frames(self) -> int:
@@ -72,6 +79,15 @@ class LongRequest:
                 f"--smooth-fps {self.smooth_fps:g} is no more than the {self.shape.fps:g} frames a second of the "
                 "video; give a higher rate, or leave it out"
             )
+        own = self.shape.width, self.shape.height
+        if self.refined_size and any(
+            side < made for side, made in zip(self.refined_size, own, strict=True)
+        ):
+            width, height = self.refined_size
+            raise UserError(
+                f"--refine {width}x{height} is smaller than the {own[0]}x{own[1]} that the video is made in; give a "
+                "larger size, or leave it out"
+            )
 
 
 def anchor_rate(rates: Sequence[float], shape: ClipShape) -> float:
@@ -90,6 +106,16 @@ class Level:
     windows: list[Window]
     strength: float
 
+    def parts(self, of: ClipShape, maker: Maker) -> Windows | None:
+        """Parts of the picture as large as those `of` the model's own, where this is larger."""
+        if (self.shape.height, self.shape.width) == (of.height, of.width):
+            return None
+        whole, part = (
+            maker.vae.latent_shape(self.shape.frames, one.height, one.width)[1:]
+            for one in (self.shape, of)
+        )
+        return Windows.over(whole, part, maker.patch)
+
 
 def levels(request: LongRequest, history: int, step: int, *, anchored: bool) -> list[Level]:
     """The passes, the coarsest first, for windows that are shown `history` frames, of a VAE with this frame step."""
@@ -106,6 +132,11 @@ def levels(request: LongRequest, history: int, step: int, *, anchored: bool) -> 
         windows = plan_windows(frames, length, history, step)
         shape = replace(request.shape, frames=length, fps=fps)
         found.append(Level(name, shape, frames, windows, strength))
+    if request.refined_size:
+        width, height = request.refined_size
+        shape = replace(found[-1].shape, width=width, height=height)
+        refined = replace(found[-1], name="refined", shape=shape, strength=request.refined_strength)
+        found.append(refined)
     return found
 
 
@@ -156,9 +187,10 @@ def make_long(
     with Progress(total, "sampling", enabled=shown) as bar:
         done = itertools.count(1)
         on_step = lambda: bar.update(next(done))  # noqa: E731
+        patch = model.cfg.model.patch_size
         made_with = model.model, model.vae, spec, store, seed, numbers, negatives, batch, on_step
         said = lambda at: [script.prompt_at(at) for script in scripts]  # noqa: E731
-        frames = stacked(asked, Maker(*made_with), said, given)
+        frames = stacked(asked, Maker(*made_with, patch), said, given)
         write_videos(
             frames, [paths[number] for number in numbers] if writes else [], request.fps, store
         )
@@ -205,7 +237,9 @@ def stacked(
     coarse: Coarse | None = None
     for level in asked:
         shown = given if level.name == "video" else ()
-        frames = iter(Pass(level.name, maker, level.shape, level.windows, prompts, coarse, shown))
+        parts = level.parts(asked[0].shape, maker)
+        made = level.name, maker, level.shape, level.windows, prompts, coarse, shown, parts
+        frames = iter(Pass(*made))
         finer = asked[asked.index(level) + 1 :]
         if finer:
             coarse = Coarse(frames, level.shape.fps, finer[0].strength)

@@ -40,6 +40,7 @@ def sample(
     seconds: flags.Seconds = None,
     anchor_fps: flags.AnchorFps = None,
     smooth_fps: flags.SmoothFps = None,
+    refine: flags.Refine = None,
     num: flags.Num = 1,
     ema: flags.Weights = "ema",
     other_expert: flags.OtherExpert = "",

@@ -142,6 +142,13 @@ SmoothFps = Annotated[
     float | None,
     typer.Option(help="Make a long video once more at this higher rate, from its own frames."),
 ]
+Refine = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WxH",
+        help="Make a long video once more at this larger size, in overlapping parts of the picture.",
+    ),
+]
 Num = Annotated[int, typer.Option(min=1, help="Clips a prompt.")]
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 from sora_train.base.files import write_atomically
 from sora_train.errors import UserError
+from sora_train.models.vae.autoencoder import read_geometry
 from sora_train.runtime.world import World
+from sora_train.sampling.api import fitting_shape
 from sora_train.sampling.long.video import LongRequest, anchor_rate, make_long
 from sora_train.sampling.prompts.script import Script
 from sora_train.sampling.ranks.team import Team
+from sora_train.tools.sample import flags
 from sora_train.tools.sample.work import Work, checked, loaded
 
 
@@ -68,7 +71,12 @@ def request_of(asked: SimpleNamespace, work: Work) -> LongRequest:
     shape = work.prepared.shape
     rate = anchor_rate(work.info.frame_rates, shape)
     anchors = rate if asked.anchor_fps is None else asked.anchor_fps
-    return LongRequest(asked.seconds, shape, anchors, smooth_fps=asked.smooth_fps or 0.0)
+    size = flags.size_of(asked.refine, "--refine")
+    if size:
+        cfg = work.info.cfg
+        fitting_shape(cfg, read_geometry(cfg.vae), shape, size, None, None, flag="--refine")
+    smooth = asked.smooth_fps or 0.0
+    return LongRequest(asked.seconds, shape, anchors, smooth_fps=smooth, refined_size=size)
 
 
 def _said(script: Script) -> list[dict[str, Any]]:

@@ -104,9 +104,10 @@ def sample_to_folder(asked: SimpleNamespace, world: World | None = None) -> list
 
 def require_no_long(asked: SimpleNamespace) -> None:
     """Raises UserError for a flag of long videos alone."""
-    for flag, value in (("--anchor-fps", asked.anchor_fps), ("--smooth-fps", asked.smooth_fps)):
-        if value is not None:
-            raise UserError(f"{flag} {value:g} is about long videos; give their --seconds too")
+    for name in ("anchor_fps", "smooth_fps", "refine"):
+        if (value := getattr(asked, name)) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {value} is about long videos; give their --seconds too")
 
 
 def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
