@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import secrets
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -137,6 +138,11 @@ class Character:
 def new_id(kind: str = "video") -> str:
     """Never guessable, never a path."""
     return f"{kind}_{secrets.token_hex(12)}"
+
+
+def is_id(text: str) -> bool:
+    """Whether a text that a client sent may be an id at all; what is not never reaches database or disk."""
+    return re.fullmatch(r"[a-z]{1,16}_[0-9a-f]{24}", text) is not None
 
 
 class KeyReused(UserError):

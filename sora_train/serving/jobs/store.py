@@ -26,6 +26,7 @@ from sora_train.serving.jobs.job import (
     TooMany,
     UnknownJob,
     Upload,
+    is_id,
     new_id,
 )
 from sora_train.serving.jobs.tables import CHARACTERS, JOBS, METADATA, WEBHOOKS
@@ -134,6 +135,8 @@ class JobStore:
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         """None where there is none, it is somebody else's, or it was deleted."""
+        if not is_id(job_id):
+            return None
         mine = [JOBS.c.owner == owner] if owner is not None else []
         with self.database.read() as connection:
             row = _one(connection, sql.and_(JOBS.c.id == job_id, JOBS.c.status.in_(LISTED), *mine))
@@ -150,7 +153,8 @@ class JobStore:
         wanted = [JOBS.c.owner == owner, JOBS.c.status.in_(LISTED)]
         with self.database.read() as connection:
             if after is not None:
-                row = _one(connection, sql.and_(JOBS.c.id == after, JOBS.c.owner == owner))
+                this = sql.and_(JOBS.c.id == after, JOBS.c.owner == owner)
+                row = _one(connection, this) if is_id(after) else None
                 if row is None:
                     raise UnknownJob(f"there is no video {after!r}; give the id of one as `after`")
                 number = row.number
@@ -162,6 +166,8 @@ class JobStore:
 
     def delete(self, job_id: str, owner: str) -> bool:
         """Cancel and forget a job; a worker stops at its next heartbeat, and sweeps the files. False: there is none."""
+        if not is_id(job_id):
+            return False
         gone = {"status": CANCELLED, "idempotency_key": None, "swept": False}
         mine = JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.status.in_(LISTED)
         with self.database.write() as connection:
@@ -171,7 +177,7 @@ class JobStore:
         """Jobs by status."""
         query = sql.select(JOBS.c.status, sql.func.count()).group_by(JOBS.c.status)
         with self.database.read() as connection:
-            found = {status: count for status, count in connection.execute(query).tuples()}
+            found = {status: count for status, count in connection.execute(query)}
         return {status: found.get(status, 0) for status in LISTED}
 
     def add_character(self, owner: str, name: str, upload: Upload) -> Character:
@@ -184,6 +190,8 @@ class JobStore:
         return made
 
     def get_character(self, character_id: str, owner: str) -> Character | None:
+        if not is_id(character_id):
+            return None
         mine = CHARACTERS.c.id == character_id, CHARACTERS.c.owner == owner
         with self.database.read() as connection:
             row = connection.execute(sql.select(CHARACTERS).where(*mine)).one_or_none()
