@@ -97,8 +97,7 @@ class Model:
         on_clip: Callable[[int], None] | None = None,
         **settings: Any,
     ) -> list[np.ndarray]:
-        """`num` clips a prompt, one prompt's next to each other, uint8 (T, H, W, 3) each; the first of several
-        processes has them all, the others none.
+        """`num` clips a prompt, one prompt's together, uint8 (T, H, W, 3); of several processes the first has them.
 
         Args:
             size: (width, height) in pixels; default: that of most training clips.
@@ -111,9 +110,8 @@ class Model:
             condition_noise: noise level in [0, 1] at which condition frames are shown to the model.
             step_cache: change up to which the transformer's blocks are skipped, 0.1 for example; 0: never.
             on_clip: called with the number of clips done.
-            settings: `steps`, `guidance_scale` (1 is none), `guidance_scale_2`, `condition_scale`, `guidance_from`,
-                `guidance_to`, `guidance_rescale`, `solver`, `time_grid` or `time_rounding` in place
-                of the spec's; None leaves a setting alone.
+            settings: `steps`, `guidance_scale` (1 is none) or another of SETTINGS in place of the spec's; None leaves
+                one alone.
 
         Raises:
             UserError: no prompt, a size, length or setting that cannot be, or the model is one of two experts.
