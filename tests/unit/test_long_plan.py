@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sentences import refuses
 
 from sora_train.errors import UserError
-from sora_train.sampling.long.colour import GAINS, match
+from sora_train.sampling.long.colour import FADE, GAINS, joined, match
 from sora_train.sampling.long.plan import plan_windows, window_length
 from sora_train.sampling.long.video import LongRequest, anchor_rate, levels
 from sora_train.sampling.pipeline import ClipShape
@@ -103,3 +103,20 @@ def test_a_gain_beyond_drift_is_not_followed() -> None:
     grey = np.full_like(wanted, 90)
     assert match(grey, wanted).gain.tolist() == [1, 1, 1], "nothing there to stretch"
     assert match(grey, wanted)(grey).mean() == pytest.approx(wanted.mean(), abs=1)
+
+
+def test_what_is_left_at_the_border_fades() -> None:
+    """A window that makes another texture than it was shown, of the same colours: at the border one part in five of the
+    step is left, and after four frames the window is as it was made."""
+    scene = textured()
+    other = np.ascontiguousarray(scene[:, ::-1])
+    shown = np.repeat(scene[:1], 5, axis=0)
+    made = np.repeat(other[:1], 5 + 9, axis=0)
+    fresh = joined(made, shown)
+    assert fresh.shape == made[5:].shape
+    rest = shown[-1].astype(float) - made[0]
+    for number in range(9):
+        left = max(0, FADE - number) / (FADE + 1)
+        assert np.abs(fresh[number] - (made[0] + left * rest)).max() <= 0.51
+    again = joined(np.concatenate([shown, other[:3]]), shown)
+    assert np.array_equal(again, other[:3]), "nothing is left, so nothing is added"

@@ -1,8 +1,10 @@
-"""Colour and exposure of a window matched to the frames it continues.
+"""A window joined to the frames it continues: in colour and exposure, and in every pixel at the border.
 
 Every window is encoded, sampled and decoded anew, and each time a little contrast is lost; over sixty windows that is
 seen. The frames a window was shown come back from it too, so what became of them says what to undo: for each channel
-the gain and the shift that give them their mean and deviation again.
+the gain and the shift that give them their mean and deviation again. What is then left of the last of them, pixel by
+pixel, is a step that everybody would see at the border, since all of it comes at once: it is added to the new frames,
+less with each.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ import numpy as np
 
 GAINS = (0.9, 1.1)
 """Within these a gain is drift; what is beyond is another scene."""
+FADE = 4
+"""New frames over which the rest fades."""
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,14 @@ def match(made: np.ndarray, wanted: np.ndarray) -> Match:
     # A channel without detail has no contrast to restore.
     gain = np.where(spread < 1, 1.0, gain)
     return Match(gain, goal - gain * mean)
+
+
+def joined(made: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """The new frames of a window `made` (F, H, W, 3), uint8, which begins with the frames that are `shown`."""
+    count = len(shown)
+    matched = match(made[:count], shown)(made)
+    rest = shown[-1].astype(np.float32) - matched[count - 1]
+    fresh = matched[count:].astype(np.float32)
+    kept = np.arange(FADE, 0, -1, dtype=np.float32)[: len(fresh)] / (FADE + 1)
+    fresh[: len(kept)] += kept[:, None, None, None] * rest
+    return np.clip(np.rint(fresh), 0, 255).astype(np.uint8)

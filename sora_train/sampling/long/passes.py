@@ -22,7 +22,7 @@ from sora_train.diffusion.draws import draw_noise
 from sora_train.diffusion.spec import DiffusionSpec
 from sora_train.models.vae.autoencoder import VideoVAE
 from sora_train.models.vae.pixels import from_uint8
-from sora_train.sampling.long.colour import match
+from sora_train.sampling.long.colour import joined
 from sora_train.sampling.long.plan import Window
 from sora_train.sampling.long.store import Store
 from sora_train.sampling.pipeline import (
@@ -129,8 +129,7 @@ class Pass:
         vae = self.maker.vae
         clip = decode_clip(vae, latents.to(next(vae.parameters()).device))
         if shown is not None:
-            count = shown.shape[1]
-            clip = match(clip[:count], shown[row])(clip[count:])
+            clip = joined(clip, shown[row])
         _, own_F, pixels = self._given_in(window)
         own_F = own_F[-len(clip) :]
         return np.where(own_F[:, None, None, None], pixels[-len(clip) :], clip)
