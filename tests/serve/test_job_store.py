@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import sqlalchemy as sql
 from databases import Postgres
 from sentences import refuses, says
 
@@ -12,12 +13,11 @@ from sora_train.serving.jobs.job import (
     Asked,
     DatabaseAway,
     KeyReused,
-    Limits,
-    TooMany,
     UnknownJob,
     Upload,
 )
 from sora_train.serving.jobs.store import JobStore
+from sora_train.serving.jobs.tables import JOBS, USAGE
 
 DONE = {"outputs": {"video": "v"}, "facts": {"seconds": 4.0}, "usage": {"cost": 1.0}}
 
@@ -204,32 +204,46 @@ def test_a_key_makes_one_job_of_many_at_once(store: JobStore) -> None:
     assert len({job.id for job, _ in made}) == 1 and sum(is_new for _, is_new in made) == 1
 
 
-def test_limits_hold_for_many_at_once(store: JobStore) -> None:
+def test_room_is_asked_one_job_at_a_time_and_what_it_raises_undoes_the_job(store: JobStore) -> None:
+    active = sql.select(sql.func.count()).where(JOBS.c.owner == "o", JOBS.c.status == "queued")
+
     def attempt(_: int) -> bool:
+        def room(connection: sql.Connection) -> None:
+            if connection.scalar(active) >= 3:
+                raise Full
+
         try:
-            return store.create("o", asked(), limits=Limits(active=3))[1]
-        except TooMany as error:
-            says(error, "3")
-            assert error.limit == "active"
+            return store.create("o", asked(), room=room)[1]
+        except Full:
             return False
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(attempt, range(16))) == 3
-    assert store.create("p", asked(), limits=Limits(active=3))[1]
-    assert store.complete(store.claim("w", lease_seconds=10), **DONE)
-    assert store.create("o", asked(), limits=Limits(active=3))[1]
+    assert len(store.page("o")[0]) == 3
 
 
-def test_seconds_are_counted_of_a_period_without_what_failed(store: JobStore, clock: Clock) -> None:
-    limits = Limits(seconds=10.0, since=1000)
-    failed, _ = store.create("o", asked(seconds=9.0), limits=limits)
-    assert store.fail(store.claim("w", lease_seconds=10), code="c", message="m")
-    assert store.create("o", asked(seconds=8.0), limits=limits)[1]
-    with refuses(TooMany, "8", "10", "4") as refused:
-        store.create("o", asked(seconds=4.0), limits=limits)
-    assert refused.value.limit == "seconds"
-    clock.now = 2000.0
-    assert store.create("o", asked(seconds=4.0), limits=Limits(seconds=10.0, since=2000))[1]
+def test_a_repeated_request_asks_for_no_room(store: JobStore) -> None:
+    def full(_: sql.Connection) -> None:
+        raise Full
+
+    job, _ = store.create("o", asked(), idempotency_key="k")
+    assert store.create("o", asked(), idempotency_key="k", room=full) == (job, False)
+
+
+def test_a_completed_job_is_billed_once_and_stays_billed(store: JobStore) -> None:
+    job, _ = store.create("o", asked())
+    lease = store.claim("w", lease_seconds=10)
+    billed = {"model": "m", "size_class": "48p", "seconds": 2.0, "cost": 0.5}
+    done = {**DONE, "usage": billed}
+    assert store.complete(lease, **done) and store.complete(lease, **done)
+    assert store.delete(job.id, "o")
+    with store.database.read() as connection:
+        rows = [dict(row._mapping) for row in connection.execute(sql.select(USAGE))]
+    assert rows == [{"job": job.id, "owner": "o", "at": rows[0]["at"], **billed}]
+
+
+class Full(Exception):
+    """There is no room."""
 
 
 @pytest.mark.parametrize("ascending", [False, True])

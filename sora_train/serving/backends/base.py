@@ -1,6 +1,7 @@
 """What a backend is: something that makes the video of a job in a folder that outlives its process."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,16 @@ class Cancelled(Exception):
     """`make` was told to stop and stopped."""
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets that does not say."""
+
+    seconds: float
+    size: tuple[int, int]
+    """Width, height."""
+    fps: float
+
+
 class Backend(Protocol):
     """Makes videos; one object serves one worker, one job at a time."""
 
@@ -31,6 +42,9 @@ class Backend(Protocol):
 
     def models(self) -> list[str]:
         """Names that `Asked.model` may have; the first is the default."""
+
+    def defaults(self, model: str) -> Defaults:
+        """What the model was trained on."""
 
     def check(self, asked: Asked) -> None:
         """Called by the API before a job is stored. Raises BadRequest for what cannot be made."""

@@ -47,6 +47,10 @@ class Asked:
     seed: int | None = None
     """None: one that follows from the job's id."""
     strength: float | None = None
+    gap: tuple[int, int] | None = None
+    """Frames of a video that infill makes anew."""
+    frames_given: int | None = None
+    """Frames taken from each video."""
     storyboard: list[dict[str, Any]] | None = None
     """Cues, as docs/generate.md writes them; files among them by their name in `uploads`."""
     adapters: tuple[str, ...] = ()
@@ -54,6 +58,8 @@ class Asked:
     """Images and clips given, in order."""
     source: str | None = None
     """The video that is edited, extended or remixed."""
+    source_seconds: float = 0.0
+    """How long it is, where the delivered video holds it too: that is `seconds` longer."""
     character: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,7 +69,8 @@ class Asked:
     def from_dict(cls, values: dict[str, Any]) -> "Asked":
         tuples = {name: tuple(values[name]) for name in ("size", "adapters", "character")}
         uploads = tuple(Upload(**one) for one in values["uploads"])
-        return cls(**{**values, **tuples, "uploads": uploads})
+        gap = tuple(values["gap"]) if values.get("gap") else None
+        return cls(**{**values, **tuples, "uploads": uploads, "gap": gap})
 
     def fingerprint(self) -> str:
         """Equal for the same request sent twice."""
@@ -114,17 +121,6 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What an owner may have, checked in the transaction that creates a job. None: any number."""
-
-    active: int | None = None
-    """Jobs queued and in progress."""
-    seconds: float | None = None
-    """Seconds of video asked for since `since`; failed and cancelled jobs do not count."""
-    since: int = 0
-
-
-@dataclass(frozen=True)
 class Character:
     """A clip that prompts may name."""
 
@@ -147,15 +143,6 @@ def is_id(text: str) -> bool:
 
 class KeyReused(UserError):
     """An idempotency key was used before, for another request."""
-
-
-class TooMany(UserError):
-    """A job would exceed its owner's limits."""
-
-    def __init__(self, message: str, limit: str):
-        super().__init__(message)
-        self.limit = limit
-        """active or seconds."""
 
 
 class UnknownJob(UserError):

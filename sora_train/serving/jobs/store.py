@@ -22,14 +22,12 @@ from sora_train.serving.jobs.job import (
     Job,
     KeyReused,
     Lease,
-    Limits,
-    TooMany,
     UnknownJob,
     Upload,
     is_id,
     new_id,
 )
-from sora_train.serving.jobs.tables import CHARACTERS, JOBS, METADATA, WEBHOOKS
+from sora_train.serving.jobs.tables import CHARACTERS, JOBS, METADATA, USAGE, WEBHOOKS
 
 MAX_ATTEMPTS = 5
 LISTED = (QUEUED, IN_PROGRESS, COMPLETED, FAILED)
@@ -68,13 +66,15 @@ class JobStore:
         *,
         job_id: str | None = None,
         idempotency_key: str | None = None,
-        limits: Limits | None = None,
+        room: Callable[[sql.Connection], None] | None = None,
     ) -> tuple[Job, bool]:
         """(the job, whether it is new); the same id or key gives the job that is there.
 
+        Args:
+            room: called in the transaction, the owner locked, before a new job; what it raises undoes it.
+
         Raises:
             KeyReused: the key was given with another request.
-            TooMany: the owner's limits are reached.
         """
         job_id = job_id or new_id()
         with self.database.write() as connection:
@@ -87,8 +87,8 @@ class JobStore:
                         f"the idempotency key {idempotency_key!r} was used for another request; give each its own"
                     )
                 return _job(known), False
-            if limits is not None:
-                self._require_room(connection, owner, asked, limits)
+            if room is not None:
+                room(connection)
             values = {
                 "id": job_id,
                 "owner": owner,
@@ -109,29 +109,6 @@ class JobStore:
         if key is not None:
             same = sql.or_(same, JOBS.c.idempotency_key == key)
         return _one(connection, sql.and_(JOBS.c.owner == owner, same))
-
-    def _require_room(
-        self, connection: sql.Connection, owner: str, asked: Asked, limits: Limits
-    ) -> None:
-        own = JOBS.c.owner == owner
-        if limits.active is not None:
-            active = sql.select(sql.func.count()).where(own, JOBS.c.status.in_(ACTIVE))
-            count = connection.execute(active).scalar_one()
-            if count >= limits.active:
-                raise TooMany(
-                    f"{count} jobs are queued or in progress, and {limits.active} may be; wait until one is done",
-                    "active",
-                )
-        if limits.seconds is not None:
-            counted = JOBS.c.status.in_((*ACTIVE, COMPLETED)), JOBS.c.created_at >= limits.since
-            total = sql.select(sql.func.coalesce(sql.func.sum(JOBS.c.seconds), 0.0))
-            used = connection.execute(total.where(own, *counted)).scalar_one()
-            if used + asked.seconds > limits.seconds:
-                raise TooMany(
-                    f"{used:g} of {limits.seconds:g} seconds of video are used, and {asked.seconds:g} more are asked "
-                    "for; ask for less, or wait for the next period",
-                    "seconds",
-                )
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         """None where there is none, it is somebody else's, or it was deleted."""
@@ -257,7 +234,18 @@ class JobStore:
             if keep_seconds is not None:
                 expires = int(self.database.now(connection) + keep_seconds)
             made = {"outputs": outputs, "facts": facts, "usage": usage, "expires_at": expires}
-            return self._ended(connection, lease, COMPLETED, progress=100, error=None, **made)
+            if self._ended(connection, lease, COMPLETED, progress=100, error=None, **made):
+                self._bill(connection, lease.job, usage)
+                return True
+            return False
+
+    def _bill(self, connection: sql.Connection, job: Job, usage: dict[str, Any]) -> None:
+        """Once a job: a row that outlives it."""
+        billed = sql.select(USAGE.c.job).where(USAGE.c.job == job.id)
+        if "seconds" in usage and connection.execute(billed).first() is None:
+            at = int(self.database.now(connection))
+            columns = {name: usage[name] for name in ("model", "size_class", "seconds", "cost")}
+            connection.execute(USAGE.insert().values(job=job.id, owner=job.owner, at=at, **columns))
 
     def fail(self, lease: Lease, *, code: str, message: str) -> bool:
         """The job failed for good. False: it was cancelled, or somebody else has it."""

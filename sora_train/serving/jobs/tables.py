@@ -64,3 +64,17 @@ WEBHOOKS = Table(
     Column("reason", sql.String),
     Index("webhooks_by_due", "due"),
 )
+
+USAGE = Table(
+    "usage",
+    METADATA,
+    # What a job was billed stays when the job is deleted.
+    Column("job", sql.String, primary_key=True),
+    Column("owner", sql.String, nullable=False),
+    Column("at", sql.BigInteger, nullable=False),
+    Column("model", sql.String, nullable=False),
+    Column("size_class", sql.String, nullable=False),
+    Column("seconds", sql.Float, nullable=False),
+    Column("cost", sql.Float, nullable=False),
+    Index("usage_by_owner", "owner", "at"),
+)
