@@ -13,6 +13,7 @@ that was left alone. picture: frames of the videos of `quality` over time, as on
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -156,6 +157,10 @@ def judged(
     if seams:
         row["seam_worst"] = spread([seam_ratio(clip, seams) for clip in clips])
         row["seam_mean"] = spread([seam_mean(clip, seams) for clip in clips])
+        row["seam_median"] = spread([seam_median(clip, seams) for clip in clips])
+        # As many places in the middle of windows: what the worst of so many is where nothing was joined.
+        inside = [a + (b - a) // 2 for a, b in itertools.pairwise([*seams, len(clips[0])])]
+        row["inside_worst"] = spread([seam_ratio(clip, inside) for clip in clips])
     slopes = [drift(clip, fps) for clip in clips]
     row |= {name: spread([one[name] for one in slopes]) for name in slopes[0]}
     return row
@@ -181,6 +186,14 @@ def seam_mean(clip: np.ndarray, seams: list[int]) -> float:
     borders = np.array(seams) - 1
     inner = np.delete(found, borders)
     return float(found[borders].mean()) / max(1.0, float(np.median(inner)))
+
+
+def seam_median(clip: np.ndarray, seams: list[int]) -> float:
+    """The median change at seams over the median change elsewhere, or over one level if that is less."""
+    found = changes(clip)
+    borders = np.array(seams) - 1
+    inner = np.delete(found, borders)
+    return float(np.median(found[borders])) / max(1.0, float(np.median(inner)))
 
 
 def spread(values: list[float]) -> dict[str, float]:

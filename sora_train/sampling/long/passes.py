@@ -77,7 +77,8 @@ class Coarse:
             self._held = more if self._held is None else np.concatenate([self._held, more], axis=1)
         assert self._held is not None, "a pass has frames"
         begin = min(begin, self._first + self._held.shape[1] - 1)
-        self._held, self._first = self._held[:, begin - self._first :], begin
+        # Copied, since a part of an array keeps all of it.
+        self._held, self._first = self._held[:, begin - self._first :].copy(), begin
         return begin, self._held[:, : end - begin]
 
 
@@ -107,20 +108,24 @@ class Pass:
 
     def __iter__(self) -> Frames:
         history: np.ndarray | None = None
+        longest = max((one.history for one in self.windows), default=0)
         for number, window in enumerate(self.windows):
-            shown = history  # as many frames as every window but the first is shown
-            name = f"{self.name}-{number:04d}"
-            source = self._source(window)
-            make = functools.partial(self._latents, name, window, shown, source)
-            with in_tiles(self.maker.vae, self.parts):
-                latents = self.maker.store.latents(name, make)
-                made = [self._frames(one, window, shown, row) for row, one in enumerate(latents)]
-            fresh = np.stack(made)[:, : window.end - window.fresh]
+            fresh = self._made(f"{self.name}-{number:04d}", window, history)
             # A short last step may leave less than the next window is shown.
             history = fresh if history is None else np.concatenate([history, fresh], axis=1)
-            longest = max((one.history for one in self.windows), default=0)
-            history = history[:, -max(longest, 1) :]
+            # Copied, since a part of an array keeps all of it.
+            history = history[:, -max(longest, 1) :].copy()
             yield fresh
+
+    def _made(self, name: str, window: Window, shown: np.ndarray | None) -> np.ndarray:
+        """The frames (N, F, H, W, 3) that a window adds. All else that was held is let go with the return: a pass waits
+        for long while a finer one works."""
+        source = self._source(window)
+        make = functools.partial(self._latents, name, window, shown, source)
+        with in_tiles(self.maker.vae, self.parts):
+            latents = self.maker.store.latents(name, make)
+            made = [self._frames(one, window, shown, row) for row, one in enumerate(latents)]
+        return np.stack([one[: window.end - window.fresh] for one in made])
 
     def _frames(
         self, latents: Tensor, window: Window, shown: np.ndarray | None, row: int
