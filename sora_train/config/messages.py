@@ -1,5 +1,6 @@
 """Pydantic's errors as sentences: the dotted key, the value, what it must be, the remedy."""
 
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def _sentence(
     where = _origin(place.path, sources)
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return unknown_key(place.path, list(keys(cls))) + where
+        return unknown_key(place.path, _known(cls, place)) + where
     if kind == "missing":
         return f"config key '{place.path}' has no value; it must be {describe(place.annotation, place.metadata)}{where}"
     if kind in ("value_error", "assertion_error"):
@@ -106,6 +107,16 @@ def _sentence(
     allowed = describe(place.annotation, place.metadata)
     hint = _remedy(place, value)
     return f"config key '{place.path}' must be {allowed}, got {value!r}{hint}{where}"
+
+
+def _known(cls: type[Section], place: _Place) -> list[str]:
+    """The keys that may have been meant: all of the config, or those of a section that is named by its user."""
+    parent, known = place.path.rpartition(".")[0], list(keys(cls))
+    owner = section_of(place.annotation)
+    listed = re.sub(r"\[\d+\]", "[]", parent)
+    if owner is None or not parent or any(key.startswith(f"{listed}.") for key in known):
+        return known
+    return [f"{parent}.{name}" for name in owner.model_fields]
 
 
 def _remedy(place: _Place, value: Any) -> str:
@@ -145,6 +156,9 @@ def _locate(cls: type[Section], loc: tuple[int | str, ...]) -> _Place:
         if isinstance(item, int):
             path += f"[{item}]"
             annotation, metadata = _element(annotation, item), ()
+        elif get_origin(annotation) is dict:
+            path += f".{item}"
+            annotation, metadata = get_args(annotation)[1], ()
         elif section is not None and item in section.model_fields:
             field = section.model_fields[item]
             path += f".{item}" if path else item

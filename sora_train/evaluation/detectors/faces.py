@@ -21,6 +21,8 @@ SAME_PLACE = 0.3
 """Share of their union that a face and the one after must have in common."""
 NEIGHBOURS = 8
 YUNET_CONFIDENCE = 0.8
+Box = tuple[float, float, float, float]
+"""Left, top, width, height, as shares of the picture's width and height."""
 _ONE_AT_A_TIME = Lock()
 """OpenCV's detectors keep a state while they look, and a server asks from several threads."""
 
@@ -36,19 +38,25 @@ def faces(
     """
     count, area = 0, 0.0
     for pair in pairs:
-        one, other = (_found(limited(picture, LARGEST), model, name) for picture in pair)
-        seen = [box for box in one if any(_in_common(box, later) >= SAME_PLACE for later in other)]
+        one, other = (boxes(picture, model, name) for picture in pair)
+        seen = in_both(one, other)
         count = max(count, len(seen))
         area = max([area, *(box[2] * box[3] for box in seen)])
     return {"faces": count, "face_area": float(area)}
 
 
-def _found(rgb: np.ndarray, model: str, name: str) -> list[tuple[float, float, float, float]]:
-    """(left, top, width, height) of each face, as shares of the picture's width and height."""
+def boxes(rgb: np.ndarray, model: str, name: str) -> list[Box]:
+    """Each face of one picture, false ones among them."""
+    rgb = limited(rgb, LARGEST)
     height, width = rgb.shape[:2]
     with _ONE_AT_A_TIME:
-        boxes = _by_yunet(rgb, model, name) if model else _by_cascade(rgb)
-    return [(x / width, y / height, w / width, h / height) for x, y, w, h in boxes]
+        found = _by_yunet(rgb, model, name) if model else _by_cascade(rgb)
+    return [(x / width, y / height, w / width, h / height) for x, y, w, h in found]
+
+
+def in_both(one: Sequence[Box], other: Sequence[Box]) -> list[Box]:
+    """The faces of one picture that another one has in about the same place."""
+    return [box for box in one if any(_in_common(box, later) >= SAME_PLACE for later in other)]
 
 
 def _by_cascade(rgb: np.ndarray) -> list[list[float]]:
