@@ -136,6 +136,13 @@ def new_id(kind: str = "video") -> str:
     return f"{kind}_{secrets.token_hex(12)}"
 
 
+def seed_of(job: Job) -> int:
+    """The seed that was asked for, or one that is the same in every attempt."""
+    if job.asked.seed is not None:
+        return job.asked.seed
+    return int.from_bytes(hashlib.sha256(job.id.encode()).digest()[:4])
+
+
 def is_id(text: str) -> bool:
     """Whether a text that a client sent may be an id at all; what is not never reaches database or disk."""
     return re.fullmatch(r"[a-z]{1,16}_[0-9a-f]{24}", text) is not None
