@@ -94,7 +94,7 @@ class Model:
         negative_prompt: str | Sequence[str] = "",
         condition_noise: float = 0.0,
         step_cache: float = 0.0,
-        on_clip: Callable[[int], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
         **settings: Any,
     ) -> list[np.ndarray]:
         """`num` clips a prompt, one prompt's together, uint8 (T, H, W, 3); of several processes the first has them.
@@ -109,7 +109,7 @@ class Model:
             negative_prompt: what guidance leads away from, in place of the empty caption; one for all or one a prompt.
             condition_noise: noise level in [0, 1] at which condition frames are shown to the model.
             step_cache: change up to which the transformer's blocks are skipped, 0.1 for example; 0: never.
-            on_clip: called with the number of clips done.
+            on_step: called after each of the sampler's steps with their number in this batch of clips.
             settings: `steps`, `guidance_scale` (1 is none) or another of SETTINGS in place of the spec's; None leaves
                 one alone.
 
@@ -132,7 +132,7 @@ class Model:
                 repeated,
                 shape,
                 seed=seed,
-                on_batch=on_clip,
+                on_step=on_step,
                 negative_prompt=negatives,
                 condition_noise=condition_noise,
                 step_cache=step_cache,
@@ -281,6 +281,19 @@ def with_settings(spec: DiffusionSpec, settings: Mapping[str, Any]) -> Diffusion
         return spec.replace(**changes)
     except ValueError as error:
         raise UserError(f"{error}; change {', '.join(settings)}") from error
+
+
+def require_guidance(spec: DiffusionSpec, negatives: Sequence[str]) -> None:
+    """Raises UserError where there is a negative prompt and no guidance to lead away from it."""
+    if any(negatives) and spec.folded_guidance:
+        raise UserError(
+            "a negative prompt needs guidance, and this model was distilled into one without; leave it out, or sample "
+            "the run it was distilled from"
+        )
+    if any(negatives) and spec.guidance_scale == 1:
+        raise UserError(
+            "a negative prompt needs guidance, and guidance_scale is 1; raise --guidance-scale"
+        )
 
 
 def shipped_config(

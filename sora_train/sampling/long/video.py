@@ -150,16 +150,17 @@ def make_long(
     negative_prompts: Sequence[str] = (),
     batch: int = 16,
     progress: bool = True,
+    on_step: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> list[Path]:
     """A video a script as `000.mp4` ... in `out`, windows of all of them made together; returns the files.
 
-    Of several processes each team makes videos of its own, and all of them wait for the last.
-
-    A job that was killed goes on from its last finished window when it is asked for the same again.
+    Of several processes each team makes videos of its own, and all of them wait for the last. A job that was killed
+    goes on from its last finished window when it is asked for the same again.
 
     Args:
         negative_prompts: what guidance leads away from, one a script; none: the empty caption.
+        on_step: called with the number of steps done here and of all, which some found done.
         settings: as `Model.sample` takes them.
 
     Raises:
@@ -186,14 +187,14 @@ def make_long(
     shown = progress and (team is None or team.world.is_main)
     with Progress(total, "sampling", enabled=shown) as bar:
         done = itertools.count(1)
-        on_step = lambda: bar.update(next(done))  # noqa: E731
+        tell = on_step or (lambda step, _: bar.update(step))
+        step_done = lambda: tell(next(done), total)  # noqa: E731
         patch = model.cfg.model.patch_size
-        made_with = model.model, model.vae, spec, store, seed, numbers, negatives, batch, on_step
+        made_with = model.model, model.vae, spec, store, seed, numbers, negatives, batch, step_done
         said = lambda at: [script.prompt_at(at) for script in scripts]  # noqa: E731
         frames = stacked(asked, Maker(*made_with, patch), said, given)
-        write_videos(
-            frames, [paths[number] for number in numbers] if writes else [], request.fps, store
-        )
+        own = [paths[number] for number in numbers] if writes else []
+        write_videos(frames, own, request.fps, store)
     if writes:
         store.remove()
     if team:

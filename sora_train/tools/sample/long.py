@@ -8,10 +8,9 @@ from typing import Any
 
 from sora_train.base.files import write_atomically
 from sora_train.errors import UserError
-from sora_train.models.vae.autoencoder import read_geometry
 from sora_train.runtime.world import World
-from sora_train.sampling.api import fitting_shape
-from sora_train.sampling.long.video import LongRequest, anchor_rate, make_long
+from sora_train.sampling.long.asked import long_request
+from sora_train.sampling.long.video import LongRequest, make_long
 from sora_train.sampling.prompts.script import Script
 from sora_train.sampling.ranks.team import Team
 from sora_train.tools.sample import flags
@@ -63,20 +62,14 @@ def request_of(asked: SimpleNamespace, work: Work) -> LongRequest:
         raise UserError(
             f"--seconds makes a video from prompts, and --op is {asked.op}; leave out one of the two"
         )
-    if work.info.spec.cond_mode != "replace":
-        raise UserError(
-            f"--seconds {asked.seconds:g} shows each window the end of the one before in its noisy latents, and this "
-            "model takes given frames as channels beside them (cond_mode=concat); take a model of cond_mode=replace"
-        )
-    shape = work.prepared.shape
-    rate = anchor_rate(work.info.frame_rates, shape)
-    anchors = rate if asked.anchor_fps is None else asked.anchor_fps
-    size = flags.size_of(asked.refine, "--refine")
-    if size:
-        cfg = work.info.cfg
-        fitting_shape(cfg, read_geometry(cfg.vae), shape, size, None, None, flag="--refine")
-    smooth = asked.smooth_fps or 0.0
-    return LongRequest(asked.seconds, shape, anchors, smooth_fps=smooth, refined_size=size)
+    return long_request(
+        work.info,
+        work.prepared.shape,
+        asked.seconds,
+        anchor_fps=asked.anchor_fps,
+        smooth_fps=asked.smooth_fps or 0.0,
+        refined_size=flags.size_of(asked.refine, "--refine"),
+    )
 
 
 def _said(script: Script) -> list[dict[str, Any]]:

@@ -18,10 +18,11 @@ from sora_train.runtime.world import World
 from sora_train.sampling import api
 from sora_train.sampling.experts import require_both
 from sora_train.sampling.given_files import GivenFile
+from sora_train.sampling.long.asked import by_storyboard, storyboard_window, takes_windows
 from sora_train.sampling.operations import Prepared, SampleRequest, prepare
-from sora_train.sampling.pipeline import CLIPS_AT_ONCE, ClipShape, views_of
+from sora_train.sampling.pipeline import CLIPS_AT_ONCE, views_of
 from sora_train.sampling.prompts.file import read_prompts
-from sora_train.sampling.prompts.placing import with_given, with_references
+from sora_train.sampling.prompts.placing import with_references
 from sora_train.sampling.prompts.script import Script
 from sora_train.sampling.prompts.storyboard import Storyboard, one_prompt
 from sora_train.sampling.prompts.upsampling import Upsampler
@@ -131,7 +132,9 @@ def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
     notes += CaptionLengths(cfg.text).cut_notes(negatives, "the negative prompt")
     script: Script | None = None
     if board:
-        prepared, script = _by_storyboard(asked, board, info, prompts)
+        window = storyboard_window(board, info, _storyboard_size(asked, board), asked.fps)
+        long = asked.seconds is not None
+        prepared, script = by_storyboard(board, info, window, prompts, long=long)
         prompts = [prompts[0] if script else one_prompt(prompts, board, prepared.shape)]
         plain, negatives = plain[:1], negatives[:1]
     else:
@@ -240,35 +243,14 @@ def storyboard_seconds(asked: SimpleNamespace) -> float | None:
     assert board is not None
     recipe = load_recipe(asked.project) if asked.project else None
     info = api.checkpoint_info(*split_step(asked.ckpt), recipe.config if recipe else Config)
-    fps = _storyboard_shape(asked, board, info).fps
-    frames = board.frames_at(fps, read_geometry(info.cfg.vae))
-    return board.asked.seconds if frames > info.shape.frames else None
+    window = storyboard_window(board, info, _storyboard_size(asked, board), asked.fps)
+    return board.asked.seconds if takes_windows(board, info, window) else None
 
 
-def _by_storyboard(
-    asked: SimpleNamespace, board: Storyboard, info: api.CheckpointInfo, texts: list[str]
-) -> tuple[Prepared, Script | None]:
-    """The video of a storyboard, if the model makes it in one piece; else a window of it, and its script."""
-    cfg, geometry = info.cfg, read_geometry(info.cfg.vae)
-    window = _storyboard_shape(asked, board, info)
-    shape = replace(window, frames=board.frames_at(window.fps, geometry))
-    by_cue = dict(zip(board.prompts, texts, strict=True))
-    script = board.script(shape, geometry, by_cue, cfg.data.alpha_background)
-    if asked.seconds is not None:
-        return Prepared(window, "t2v", told=tuple(board.told)), script
-    prepared = with_given(script.given(shape.fps, shape.frames), shape, geometry)
-    return replace(prepared, told=tuple(board.told)), None
-
-
-def _storyboard_shape(
-    asked: SimpleNamespace, board: Storyboard, info: api.CheckpointInfo
-) -> ClipShape:
-    """The shape of a window of the model, of the storyboard's size and rate."""
-    size = flags.size_of(asked.size) or flags.size_of(
+def _storyboard_size(asked: SimpleNamespace, board: Storyboard) -> tuple[int, int] | None:
+    return flags.size_of(asked.size) or flags.size_of(
         board.asked.size or None, f"{board.path} size"
     )
-    fps = asked.fps or board.asked.fps
-    return api.fitting_shape(info.cfg, read_geometry(info.cfg.vae), info.shape, size, None, fps)
 
 
 def _settings(asked: SimpleNamespace) -> dict[str, Any]:
@@ -311,12 +293,4 @@ def _require_use(
             raise UserError(
                 f"{flag} {value:g} is about given frames, and --op {asked.op} gives none; drop it"
             )
-    if any(negatives) and spec.folded_guidance:
-        raise UserError(
-            "a negative prompt needs guidance, and this model was distilled into one without; leave it out, or sample "
-            "the run it was distilled from"
-        )
-    if any(negatives) and spec.guidance_scale == 1:
-        raise UserError(
-            "a negative prompt needs guidance, and guidance_scale is 1; raise --guidance-scale"
-        )
+    api.require_guidance(spec, negatives)
