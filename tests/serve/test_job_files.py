@@ -6,9 +6,9 @@ from pathlib import Path
 import fsspec
 import pytest
 from sentences import refuses
-from sora_train.serving.jobs.files import FileStore
 
 from sora_train.errors import Fault
+from sora_train.serving.jobs.files import FileStore
 
 
 @pytest.fixture(params=["folder", "memory", "file"])

@@ -14,13 +14,13 @@ import pytest
 from databases import Postgres
 from PIL import Image
 from sentences import says
-from sora_train.serving.jobs.files import FileStore
 
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import Fault, UserError
 from sora_train.serving.access.prices import Prices
 from sora_train.serving.backends.base import Cancelled, Retry
 from sora_train.serving.jobs.delivery import Steps
+from sora_train.serving.jobs.files import FileStore
 from sora_train.serving.jobs.job import Asked, DatabaseAway, Upload
 from sora_train.serving.jobs.store import JobStore
 from sora_train.serving.jobs.sweeping import sweep
