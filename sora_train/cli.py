@@ -26,6 +26,7 @@ from sora_train.tools.eval.command import evaluate
 from sora_train.tools.launch.command import launch_app
 from sora_train.tools.plan.command import models, plan
 from sora_train.tools.sample.command import sample
+from sora_train.tools.serve.verify import verify
 from sora_train.tools.sweep.ab.command import ab
 from sora_train.tools.sweep.command import sweep_app
 from sora_train.tools.terminal import (
@@ -162,6 +163,7 @@ app.command(context_settings=OVERRIDES)(models)
 app.command()(init)
 app.command()(report)
 app.command()(replay)
+app.command()(verify)
 # --help must reach the benchmarks.
 app.command(context_settings={**OVERRIDES, "help_option_names": []})(bench)
 
