@@ -26,6 +26,7 @@ from sora_train.tools.eval.command import evaluate
 from sora_train.tools.launch.command import launch_app
 from sora_train.tools.plan.command import models, plan
 from sora_train.tools.sample.command import sample
+from sora_train.tools.serve.command import serve_app
 from sora_train.tools.serve.verify import verify
 from sora_train.tools.sweep.ab.command import ab
 from sora_train.tools.sweep.command import sweep_app
@@ -180,5 +181,6 @@ for name, group in {
     "doctor": doctor_app,
     "launch": launch_app,
     "sweep": sweep_app,
+    "serve": serve_app,
 }.items():
     app.add_typer(group, name=name)

@@ -11,7 +11,7 @@ class ApiError(Exception):
 
     status = 500
     type = "server_error"
-    code: str | None = None
+    code = "server_error"
 
     def __init__(
         self,

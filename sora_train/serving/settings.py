@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from sora_train.config.explain import scalar
 from sora_train.config.messages import validated
+from sora_train.config.schema import MISSING, keys, plain
 from sora_train.config.sections.base import Section
 from sora_train.config.yaml_files import load_yaml
 from sora_train.errors import ConfigError, UserError
@@ -179,9 +181,18 @@ class Settings(Section):
             return False
 
 
-def parse_size(text: str) -> tuple[int, int] | None:
+def listing() -> str:
+    """Every setting with what it may be, its default and its meaning, in the order of the file."""
+    lines = []
+    for name, key in keys(Settings).items():
+        default = "" if key.default == MISSING else f", default {scalar(plain(key.default))}"
+        lines += [f"{name}: {key.allowed}{default}", f"    {key.doc}"]
+    return "\n".join(lines)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
     """(width, height) of `1280x720`; None of anything else. Both are even, as H.264 wants them."""
-    width, cross, height = text.partition("x")
+    width, cross, height = (text or "").partition("x")
     numbers = (width, height)
     # `isdecimal` alone takes digits of other scripts; a number of six digits is no size.
     if not cross or not all(n.isascii() and n.isdecimal() and len(n) < 6 for n in numbers):

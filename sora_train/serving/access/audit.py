@@ -1,11 +1,14 @@
 """The audit log: who did what when, by which request; nothing in it is ever changed."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sql
 
 from sora_train.serving.access.tables import AUDIT
 from sora_train.serving.jobs.database import Database
+
+if TYPE_CHECKING:
+    from sora_train.serving.safety.decision import Entry
 
 
 class Audit:
@@ -44,6 +47,14 @@ class Audit:
     def _insert(self, connection: sql.Connection, **values: Any) -> None:
         at = int(self.database.now(connection))
         connection.execute(AUDIT.insert().values(at=at, **values))
+
+    def record(self, entry: "Entry") -> None:
+        """A decision of the safety policy; those to which no rule applied are not worth a line."""
+        if entry.rules or entry.action == "block":
+            names = ("category", "reason", "rules", "digest", "text")
+            detail = {name: value for name in names if (value := getattr(entry, name))}
+            event = f"{entry.stage}.{entry.action}"
+            self.note(event, owner="policy", subject=entry.subject, **detail)
 
     def lines(self, *, owner: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
         """The newest lines, the newest first."""

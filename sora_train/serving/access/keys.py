@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sql
 
 from sora_train.errors import UserError
+from sora_train.serving.access.billed import month_start, used_since
 from sora_train.serving.access.tables import KEYS
 from sora_train.serving.errors import Unauthorized
 from sora_train.serving.jobs.database import Database
@@ -82,6 +83,22 @@ class Keys:
         with self.database.read() as connection:
             rows = connection.execute(sql.select(KEYS).order_by(KEYS.c.created_at, KEYS.c.id)).all()
         return [_key(row) for row in rows]
+
+    def report(self) -> list[dict[str, Any]]:
+        """The keys with their state, and what each was billed this month."""
+        with self.database.read() as connection:
+            now = self.database.now(connection)
+            since = month_start(now)
+            used = {
+                row.id: used_since(connection, row.id, since)
+                for row in connection.execute(sql.select(KEYS.c.id))
+            }
+        return [
+            {**vars(key), "state": key.state(now)}
+            | {f"used_{name}": value for name, value in used[key.id].items()}
+            for key in self.all()
+            if key.id in used
+        ]
 
     def any(self) -> bool:
         """Whether a key was ever added: from then on every request needs one."""

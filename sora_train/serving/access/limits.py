@@ -4,18 +4,18 @@ Each check is part of the transaction that uses up what it counts, with the owne
 no more together than one would.
 """
 
-import datetime
 from dataclasses import dataclass
 
 import sqlalchemy as sql
 
+from sora_train.serving.access.billed import month_start, used_since
 from sora_train.serving.access.keys import Key
 from sora_train.serving.access.prices import Prices
 from sora_train.serving.access.tables import KEYS
 from sora_train.serving.errors import TooManyRequests, Unavailable
 from sora_train.serving.jobs.database import Database
 from sora_train.serving.jobs.job import IN_PROGRESS, QUEUED, Asked
-from sora_train.serving.jobs.tables import JOBS, USAGE
+from sora_train.serving.jobs.tables import JOBS
 from sora_train.serving.settings import LimitSettings
 
 MINUTE = 60.0
@@ -92,24 +92,6 @@ class Limits:
                 )
                 error.type = "insufficient_quota"
                 raise error
-
-
-def used_since(connection: sql.Connection, owner: str, since: int) -> dict[str, float]:
-    """Seconds, cost and number of videos that were billed."""
-    columns = (
-        sql.func.coalesce(sql.func.sum(USAGE.c.seconds), 0.0),
-        sql.func.coalesce(sql.func.sum(USAGE.c.cost), 0.0),
-        sql.func.count(),
-    )
-    mine = USAGE.c.owner == owner, USAGE.c.at >= since
-    seconds, cost, videos = connection.execute(sql.select(*columns).where(*mine)).one()
-    return {"seconds": float(seconds), "cost": float(cost), "videos": videos}
-
-
-def month_start(now: float) -> int:
-    """When the calendar month began, in UTC."""
-    first = datetime.datetime.fromtimestamp(now, datetime.UTC)
-    return int(first.replace(day=1, hour=0, minute=0, second=0, microsecond=0).timestamp())
 
 
 def _given(own: int | None, otherwise: int) -> int:

@@ -48,10 +48,7 @@ class Prices:
         """What a completed job costs: the seconds that it made, of an extension the new ones alone.
 
         Args:
-            facts: measured by the worker: `seconds` of the video, `size`, and `new_seconds` where others made the rest.
+            facts: measured by the worker: `size`, and `billed_seconds`, without what an extension extends.
         """
-        seconds = float(facts.get("seconds", job.asked.seconds))
-        if job.asked.op == "extend":
-            seconds = min(seconds, float(facts.get("new_seconds", job.asked.seconds)))
-        size = facts.get("size", job.asked.size)
-        return self.of(job.asked.model, (int(size[0]), int(size[1])), seconds)
+        width, height = facts["size"]
+        return self.of(job.asked.model, (int(width), int(height)), float(facts["billed_seconds"]))
