@@ -149,5 +149,6 @@ def main(argv: list[str]) -> int:
         print(line(results[-1], results[0]), flush=True)
     if given.out:
         values = [dataclasses.asdict(result) for result in results]
+        given.out.mkdir(parents=True, exist_ok=True)
         write_atomically(given.out / "few_steps.json", json.dumps(values, indent=1) + "\n")
     return 0

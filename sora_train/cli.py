@@ -118,7 +118,7 @@ def distill(run: RunAtStep, arguments: Overrides = None) -> int:
 
     \b
     sora distill runs/quickstart
-    sora distill runs/quickstart@700 run.dir=runs/fast objective.num_steps=2 train.steps=1000
+    sora distill runs/quickstart@700 run.dir=runs/fast objective.num_steps=2 train.steps=500
     sora sample --ckpt runs/quickstart-distilled --prompt "red circle moves left"
     """
     from sora_train.config import Config

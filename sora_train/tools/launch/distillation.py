@@ -11,12 +11,12 @@ from sora_train.training.distillation import find_teacher
 STEPS = 4
 """Sampler steps of the result."""
 TRAINING = {
-    "train.steps": 500,
+    "train.steps": 900,
     "optim.warmup_steps": 20,
     "optim.decay": "linear",
-    "checkpoint.every": 250,
-    "validation.every": 250,
-    "sample.every": 250,
+    "checkpoint.every": 300,
+    "validation.every": 300,
+    "sample.every": 300,
 }
 """How long: the student begins as its teacher, so it is a fraction of the teacher's own training."""
 LR_SHARE = 0.5
