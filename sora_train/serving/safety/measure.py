@@ -60,10 +60,11 @@ class Row:
 def read_labelled(path: Path) -> dict[str, Labelled]:
     """Raises UserError with the file, the key and the remedy."""
     try:
-        prompts = {"prompts": load_yaml(path)}
-        return validated(_File, prompts, {"prompts": str(path)}).prompts
+        return validated(_File, {"prompts": load_yaml(path)}).prompts
     except ConfigError as error:
-        raise UserError(str(error).replace("config key 'prompts.", "key '")) from None
+        told = str(error).replace("config key 'prompts.", "key '")
+        lines = (line if str(path) in line else f"{path}: {line}" for line in told.splitlines())
+        raise UserError("\n".join(lines)) from None
 
 
 def measure(policy: Policy, labelled: dict[str, Labelled]) -> list[Row]:
