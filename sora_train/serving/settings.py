@@ -31,6 +31,20 @@ class BackendSettings(Section):
     """Name in requests -> model of the backend, such as `sora-2: quickstart`."""
     adapters: dict[str, str] = {}
     """Name in requests -> FILE or RUN[:WEIGHT]; requests may name these and no others."""
+    fps: float = Field(24.0, gt=0)
+    """Frames a second of the other server's model, for requests that name none."""
+    poll_seconds: float = Field(1.0, gt=0)
+    """Pause before the other server is asked again how far a video is."""
+    answer_seconds: float = Field(60.0, gt=0)
+    """Time within which the other server answers, uploads included."""
+    download_seconds: float = Field(600.0, gt=0)
+    """Time within which a video is downloaded from it."""
+    download_bytes: int = Field(4 << 30, ge=1)
+    """Largest video that is downloaded."""
+    patience_seconds: float = Field(600.0, gt=0)
+    """How long it may be away or in trouble before a job goes back into the queue."""
+    job_seconds: float = Field(7200.0, gt=0)
+    """How long it may keep a video without completing it, its own queue included; then the job fails."""
 
 
 class LimitSettings(Section):
