@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from sora_train.errors import Fault, UserError
 from sora_train.serving.jobs.job import Asked, Job
@@ -70,3 +70,11 @@ class Backend(Protocol):
             Retry: not now.
             UserError: this job can never be made; the message is shown to its owner.
         """
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """A backend whose videos are made by another process, which goes on when `make` stops."""
+
+    def forget(self, folder: Path) -> None:
+        """The job of this folder is over, and nobody waits for what is still made for it."""

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from sora_train.base.chat import key_in
 from sora_train.base.files import read_json, renamed_when_whole, write_atomically
-from sora_train.errors import UserError
 from sora_train.serving.backends.base import Cancelled, Defaults, Retry
 from sora_train.serving.backends.dialects import (
     DIALECTS,
@@ -32,12 +31,15 @@ from sora_train.serving.backends.upstream import (
     upstream_root,
 )
 from sora_train.serving.errors import Unavailable
+from sora_train.serving.jobs.delivery import Refused
 from sora_train.serving.jobs.job import Asked, Job, seed_of
 from sora_train.serving.settings import BackendSettings
 
 log = logging.getLogger(__name__)
 
 VIDEO, NOTE = "video.mp4", "upstream.json"
+FAILED = "backend_failed"
+"""Code of a job that the other server did not make."""
 GONE_AFTER = 3
 """Times in a row that a video must be unknown: of several servers behind one address, just one knows it."""
 SUBMISSIONS = 5
@@ -125,21 +127,20 @@ class OpenAIBackend:
         progress: Callable[[int], None],
         cancelled: Callable[[], bool],
     ) -> Path:
-        """The video, downloaded whole. Raises Cancelled, Retry, and UserError with the reason."""
+        """The video, downloaded whole. Raises Cancelled, Retry, BadRequest, and Refused with the reason."""
         return _Course(self, job, inputs, folder, progress, cancelled).video()
 
     def forget(self, folder: Path) -> None:
-        """Tell the other server to stop what it makes for the job of this folder, if it makes anything."""
+        """Have the other server stop what it makes for the job of this folder, if it makes anything."""
         note = _Note.read(folder, self.upstream.root)
         if note.id:
             self.delete(note.id, DELETIONS)
 
     def delete(self, video_id: str, tries: int = 1) -> None:
         """Have the other server stop and forget a video; where it does not listen, it keeps it."""
-        upstream = self.upstream if tries > 1 else self._short
         for again in range(tries):
             try:
-                upstream.delete(video_id)
+                self._short.delete(video_id)
                 return
             except Gone:
                 return
@@ -209,16 +210,16 @@ class _Course:
         return target
 
     def _submit(self) -> None:
-        """Have the video begun; its id is then in the note. Raises Cancelled, Retry, UserError."""
+        """Have the video begun; its id is then in the note. Raises Cancelled, Retry, Refused."""
         request = self._request()
         while True:
             self._require_wanted()
             if self.note.lost + self.note.unsure >= SUBMISSIONS:
-                raise UserError(f"the model's server lost this video {SUBMISSIONS} times")
+                raise Refused(FAILED, f"the model's server lost this video {SUBMISSIONS} times")
             try:
                 theirs = self.upstream.create(request, f"{self.job.id}-{self.note.lost}")
             except Declined as error:
-                raise UserError(f"the model's server refuses this: {error}") from None
+                raise Refused(FAILED, f"the model's server refuses this: {error}") from None
             except Away as error:
                 if error.unsure:
                     self.note.unsure += 1
@@ -231,7 +232,7 @@ class _Course:
             return
 
     def _request(self) -> Written:
-        """As the other server wants it. Raises Cancelled, Retry, UserError."""
+        """As the other server wants it. Raises Cancelled, Retry, BadRequest."""
         asked = self.job.asked
         while True:
             self._require_wanted()
@@ -245,7 +246,7 @@ class _Course:
             return dialect.written(asked, self.settings.fps, seed_of(self.job), image)
 
     def _completed(self) -> bool:
-        """Wait for the video. False: the other server has forgotten it. Raises Cancelled, Retry, UserError."""
+        """Wait for the video. False: the other server has forgotten it. Raises Cancelled, Retry, Refused."""
         unknown = 0
         while True:
             self._require_wanted()
@@ -269,15 +270,17 @@ class _Course:
             self._sleep(self.settings.poll_seconds)
 
     def _require_hope(self, theirs: Theirs) -> None:
-        """Raises UserError for a video that failed, or that takes too long."""
+        """Raises Refused for a video that failed, or that takes too long."""
         if theirs.status == "failed":
             self.backend.delete(theirs.id)
-            raise UserError(f"the model's server failed: {theirs.error or 'it does not say why'}")
+            why = theirs.error or "it does not say why"
+            raise Refused(FAILED, f"the model's server failed: {why}")
         if time.time() - self.note.accepted > self.settings.job_seconds:
             self.backend.delete(theirs.id)
-            raise UserError(
+            raise Refused(
+                FAILED,
                 f"the model's server did not complete this video within {self.settings.job_seconds:g} s; its last "
-                f"status was {theirs.status!r:.80}"
+                f"status was {theirs.status!r:.80}",
             )
 
     def _tell(self, percent: int) -> None:
@@ -287,7 +290,7 @@ class _Course:
             self.progress(percent)
 
     def _download(self, target: Path) -> None:
-        """The video under its name, or a note that it is lost. Raises Cancelled, Retry, UserError."""
+        """The video under its name, or a note that it is lost. Raises Cancelled, Retry, Refused."""
         missing = 0
         while True:
             self._require_wanted()
@@ -304,9 +307,10 @@ class _Course:
                 self._sleep(self.settings.poll_seconds)
             except TooLarge:
                 self.backend.delete(self.note.id)
-                raise UserError(
+                raise Refused(
+                    FAILED,
                     f"the video is larger than {self.settings.download_bytes >> 20} MiB; ask for a shorter or a "
-                    "smaller one"
+                    "smaller one",
                 ) from None
             except Away as error:
                 self._wait_out(error)

@@ -1,6 +1,7 @@
 """Files that nobody needs any more: of deleted, expired and failed jobs, and work in progress of jobs that are over."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import sqlalchemy as sql
@@ -14,11 +15,17 @@ from sora_train.serving.jobs.tables import JOBS
 AT_ONCE = 100
 
 
-def sweep(store: JobStore, files: FileStore, work: Path) -> int:
+def sweep(
+    store: JobStore,
+    files: FileStore,
+    work: Path,
+    forget: Callable[[Path], None] = lambda folder: None,
+) -> int:
     """Remove such files; returns of how many jobs. Raises DatabaseAway, or Fault where the store is away.
 
     Args:
         work: the folder of this machine's work in progress, one folder a job.
+        forget: told of such a folder before it is gone.
     """
     swept = _due(store)
     for job_id in swept:
@@ -28,6 +35,7 @@ def sweep(store: JobStore, files: FileStore, work: Path) -> int:
     for folder in work.iterdir() if work.is_dir() else []:
         job = store.get(folder.name)
         if job is None or job.is_over:
+            forget(folder)
             shutil.rmtree(folder, ignore_errors=True)
     return len(swept)
 

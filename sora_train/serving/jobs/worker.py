@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sora_train.errors import Fault, SoraError, UserError
-from sora_train.serving.backends.base import Backend, Cancelled
+from sora_train.serving.backends.base import Backend, Cancelled, Elsewhere
 from sora_train.serving.jobs.delivery import Delivered, Refused, Steps, attempt_folder, deliver
 from sora_train.serving.jobs.files import FileStore
 from sora_train.serving.jobs.job import DatabaseAway, Job, Lease, seed_of
@@ -178,12 +178,19 @@ class Worker:
         """The job was cancelled, or this worker is to stop."""
         try:
             released = self.store.release(lease)
+            deleted = not released and self.store.get(lease.job.id) is None
         except DatabaseAway:
             return  # its lease ends by itself
         log.info("%s: %s", lease.job.id, "given back" if released else "cancelled")
         if released:
             # Only then: the answer that this job is complete may have been lost.
             self.files.remove(attempt_folder(lease))
+        elif deleted:
+            self._forget(self.work / lease.job.id)
+
+    def _forget(self, folder: Path) -> None:
+        if isinstance(self.backend, Elsewhere):
+            self.backend.forget(folder)
 
     def _end(self, lease: Lease, hold: "Hold", code: str, message: str) -> None:
         log.warning("%s: %s: %s", lease.job.id, code, message)
@@ -231,7 +238,7 @@ class Worker:
                 if self.webhooks is not None:
                     self.webhooks.send_due()
                 if time.monotonic() >= next_sweep and not last:
-                    sweep(self.store, self.files, self.work)
+                    sweep(self.store, self.files, self.work, self._forget)
                     next_sweep = time.monotonic() + self.pace.sweep
             except (Fault, OSError) as error:
                 log.warning("%s", error)

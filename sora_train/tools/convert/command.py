@@ -122,11 +122,13 @@ def ckpt_export(
         return
     _require_diffusers("--to", layout)
     from sora_train.checkpoint.layout import split_step
+    from sora_train.tools.convert.served import serve_commands
     from sora_train.tools.convert.to_diffusers import export_pipeline
 
     folder, step = split_step(run_dir)
     options: dict[str, Any] = {"fps": fps, "max_shard_bytes": int(max_shard_gb * 1e9)}
     print(export_pipeline(folder, out, step=step, weights=weights, other=other_expert, **options))
+    print("\n".join(serve_commands(out)))
 
 
 def fetch(arguments: RunArguments = None, config_dir: ConfigDir = None) -> None:
