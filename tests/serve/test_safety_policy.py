@@ -86,6 +86,11 @@ def test_all_texts_of_a_video_are_judged_together(tmp_path):
     assert decision.prompts == ("A stranger walks", "", "the unknown maker falls")
     assert decision.prompt == "A stranger walks"
     assert not policy.judge_prompt("a hall", "she is naked").allowed
+    assert policy.judge_prompt("Jo\n\n\n\nthen\n\n\nJo", "", "Acme").prompts == (
+        "A stranger\n\n\n\nthen\n\n\na stranger", "", "An unknown maker"
+    )  # fmt: skip
+    assert policy.judge_prompt("the naked", "eye").category == "bare"
+    assert policy.judge_prompt("the", "Jo Doe").prompts == ("the", "A stranger")
     assert not policy.judge_prompt("there is a child", "a gun").allowed
     assert policy.judge_prompt().allowed
 

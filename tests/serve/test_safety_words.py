@@ -100,6 +100,8 @@ def test_ideographs_are_words_of_their_own():
 def test_the_place_is_that_in_the_text_as_it_was_written():
     assert found("ﬁne Ｅｌｏｎ\u200b Ｍｕｓｋ!", "elon musk") == ["Ｅｌｏｎ\u200b Ｍｕｓｋ"]
     assert found("Straße der naked Füße", "naked") == ["naked"]
+    assert found("Beyonce\u0301\u200b sings", "beyonce") == ["Beyonce\u0301\u200b"]
+    assert found("\u200bﬁﬁ a", "fifi") == ["ﬁﬁ"]
 
 
 @pytest.mark.parametrize(

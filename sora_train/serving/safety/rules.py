@@ -1,13 +1,14 @@
 """The policy's rules on texts: which apply, and the texts with the terms rewritten that are to be."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sora_train.errors import UserError
 from sora_train.serving.safety.matching import BadTerm, Hit, Terms, near
 from sora_train.serving.safety.policy_file import PolicyFile
-from sora_train.serving.safety.words import Reading, Word, read
+from sora_train.serving.safety.words import Word, read
 
 _ALLOWED = "allow"
 _LIST = "@"
@@ -62,9 +63,16 @@ class Rules:
 
     def apply(self, texts: Sequence[str]) -> tuple[list[Found], list[str]]:
         """All rules that apply to texts of one video, in the order of the categories; the texts rewritten."""
-        whole = _BETWEEN.join(texts)
-        reading = read(whole)
-        hits = _not_allowed(self._terms.find(reading))
+        begins = [0]
+        for text in texts:
+            begins.append(begins[-1] + len(text) + len(_BETWEEN))
+        reading = read(_BETWEEN.join(texts))
+        place = [bisect_right(begins, word.begin) - 1 for word in reading.words]
+        # A term stands in one text; terms near each other may stand in several.
+        whole = [
+            hit for hit in self._terms.find(reading) if place[hit.first] == place[hit.after - 1]
+        ]
+        hits = _not_allowed(whole)
         found = []
         for name, category in self.policy.categories.items():
             by_term: dict[str, list[Hit]] = {}
@@ -77,30 +85,35 @@ class Rules:
                 if together := near(hits, lists, pattern.within):
                     rule = " near ".join(hit.term for hit in together)
                     found.append(Found(name, rule, tuple(together)))
-        return found, self._rewritten(whole, reading, found).split(_BETWEEN)
+        rewritten = list(texts)
+        for hit in reversed(self._to_rewrite(found)):
+            number, becomes = place[hit.first], self._becomes[hit.owner, hit.term]
+            words = [
+                replace(word, begin=word.begin - begins[number], end=word.end - begins[number])
+                for word in reading.words[max(0, hit.first - 1) : hit.after]
+            ]
+            before = words[0] if hit.first and place[hit.first - 1] == number else None
+            begin = words[1 if hit.first else 0].begin
+            rewritten[number] = _replaced(rewritten[number], before, begin, words[-1].end, becomes)
+        return found, rewritten
 
-    def _rewritten(self, text: str, reading: Reading, found: Sequence[Found]) -> str:
+    def _to_rewrite(self, found: Sequence[Found]) -> list[Hit]:
+        """The hits that are rewritten, in order; of those that overlap the first and longest."""
         rewriting = [
             hit
             for one in found
             if self.policy.categories[one.category].action == "rewrite"
             for hit in one.hits
         ]
-        # From the end, so that places before stay; of those that overlap the first and longest.
         chosen: list[Hit] = []
         for hit in sorted(rewriting, key=lambda hit: (hit.first, -hit.after)):
             if not chosen or hit.first >= chosen[-1].after:
                 chosen.append(hit)
-        for hit in reversed(chosen):
-            becomes = self._becomes[hit.owner, hit.term]
-            text = _replaced(text, reading.words, hit, becomes)
-        return text
+        return chosen
 
 
-def _replaced(text: str, words: list[Word], hit: Hit, becomes: str) -> str:
-    """The text with a hit's words replaced; an article before them fits what they become."""
-    begin, end = words[hit.first].begin, words[hit.after - 1].end
-    before = words[hit.first - 1] if hit.first else None
+def _replaced(text: str, before: Word | None, begin: int, end: int, becomes: str) -> str:
+    """The text with a piece of it replaced; an article before it fits what it becomes."""
     if before and before.text in ("a", "an", "the") and not text[before.end : begin].strip():
         article, space, rest = becomes.partition(" ")
         if space and article in ("a", "an"):

@@ -61,8 +61,10 @@ def skeleton(text: str) -> str:
 def read(text: str) -> Reading:
     """The words of a text and its disguised words."""
     folded, origin = _folded(text)
+    # A word ends where the next letter begins that is seen: the marks on its own last one are of it.
+    after = [*origin, len(text)]
     words = [
-        Word(folded[begin:end], origin[begin], origin[end - 1] + 1)
+        Word(folded[begin:end], origin[begin], max(origin[end - 1] + 1, after[end]))
         for match in _WORD.finditer(folded)
         for begin, end in _parts(folded, match.start(), match.end())
     ]
