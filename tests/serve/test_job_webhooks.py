@@ -140,6 +140,17 @@ def test_an_endpoint_that_is_away_is_given_up_after_a_day(
     assert sending.webhooks.send_due() == 0
 
 
+def test_an_endpoint_of_one_owner_hears_of_no_other(database_url: str) -> None:
+    store = JobStore(database_url, endpoints=["http://all", ("http://mine", "o")])
+    for owner in ("o", "p"):
+        job, _ = store.create(owner, ASKED)
+        assert store.complete(store.claim("w", lease_seconds=9), outputs={}, facts={}, usage={})
+    with store.database.read() as connection:
+        rows = connection.exec_driver_sql("SELECT endpoint FROM webhooks ORDER BY number").all()
+    assert [row.endpoint for row in rows] == ["http://all", "http://mine", "http://all"]
+    store.database.close()
+
+
 def test_gone_is_gone(sending: Sending, receiver: Receiver) -> None:
     sending.end()
     receiver.answers = [410]

@@ -14,6 +14,7 @@ from sentences import refuses
 import sora_train
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import UserError
+from sora_train.sampling.operations import SampleRequest
 from sora_train.serving.backends.base import BadRequest, Cancelled
 from sora_train.serving.backends.local import LocalBackend
 from sora_train.serving.jobs.job import Asked, Job, Upload
@@ -108,6 +109,50 @@ def test_an_image_leads_in_short_and_long_videos(backend, tmp_path: Path, image:
         wanted = asked(sampling_op="i2v", uploads=(IMAGE,), seconds=seconds)
         frames = make(backend, tmp_path / str(seconds), wanted, image)
         assert len(frames) == round(seconds * FPS)
+
+
+@pytest.mark.parametrize(
+    ("names", "first", "last"),
+    [
+        (["image"], 0, None),
+        (["last_image"], None, 0),
+        (["image", "last_image"], 0, 1),
+        (["last_image", "image"], 1, 0),
+        (["input_reference"], 0, None),
+    ],
+)
+def test_the_last_image_is_where_its_name_says(backend, tmp_path, names, first, last) -> None:
+    """A clip is that of `sora sample --image FIRST --last-image LAST`."""
+    paths = []
+    for number in range(len(names)):
+        paths.append(tmp_path / f"{number:02d}.png")
+        colour = np.full((32, 32, 3), (40 + 120 * number, 200, 10), np.uint8)
+        Image.fromarray(colour).save(paths[-1])
+    uploads = tuple(Upload(f"inputs/a/{name}.png", "image") for name in names)
+    wanted = asked(sampling_op="i2v", uploads=uploads, frames=5)
+    ends = tuple(None if place is None else paths[place] for place in (first, last))
+    assert backend._images(wanted, paths) == ends
+    if len(names) == 1:  # two leave nothing to make in a clip of this model
+        frames = make(backend, tmp_path / "w", wanted, *paths)
+        model = sora_train.load(backend.ckpt)
+        prepared = model.prepare(SampleRequest("i2v", *ends), size=(32, 32), frames=5)
+        (clip,) = model.sample(["a red ring"], prepared=prepared, seed=3, steps=2)
+        assert same_file(frames, clip, tmp_path)
+
+
+def test_what_the_sampler_refuses_is_told_about_fields(backend, tmp_path, image: Path) -> None:
+    two = Upload("inputs/a/image.png", "image"), Upload("inputs/a/last_image.png", "image")
+    with refuses(UserError, "op i2v", "frames 9") as refused:
+        make(backend, tmp_path, asked(sampling_op="i2v", uploads=two, frames=5), image, image)
+    assert "--" not in str(refused.value)
+
+
+def test_characters_lead_in_and_are_left_off(backend, tmp_path: Path, video: Path) -> None:
+    wanted = asked(character=("char_1",))
+    assert len(make(backend, tmp_path / "w", wanted, video)) == 4
+    with refuses(BadRequest, "0.625") as refused:
+        backend.check(replace(wanted, seconds=2.0))
+    assert refused.value.param == "characters"
 
 
 @pytest.mark.parametrize("op", ["extend", "extend-back"])

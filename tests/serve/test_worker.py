@@ -188,10 +188,12 @@ def test_inputs_come_in_their_order_and_the_source_last(here: Here, tmp_path: Pa
     here.backend.instead.append(
         lambda made: [path.read_text() for path in made.inputs[:2]] == ["b.png", "a.mp4"] or 1 / 0
     )
-    job, _ = here.store.create("o", asked(uploads=uploads, source=source.id))
+    one = here.store.add_character("o", "Zork", Upload("inputs/x/b.png", "image"))
+    job, _ = here.store.create("o", asked(uploads=uploads, source=source.id, character=(one.id,)))
     here.worker.work_one()
     assert here.store.get(job.id).status == "completed"
-    assert [path.suffix for path in here.backend.inputs[-1]] == [".png", ".mp4", ".mp4"]
+    kinds = [path.suffix for path in here.backend.inputs[-1]]
+    assert kinds == [".png", ".mp4", ".mp4", ".png"]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +201,7 @@ def test_inputs_come_in_their_order_and_the_source_last(here: Here, tmp_path: Pa
     [
         ({"source": "video_" + 24 * "0"}, "source_gone"),
         ({"uploads": (Upload("inputs/y/a.png", "image"),)}, "input_gone"),
+        ({"character": ("char_" + 24 * "0",)}, "input_gone"),
     ],
 )
 def test_a_job_whose_files_are_gone_fails(here: Here, gone: dict, code: str) -> None:

@@ -60,7 +60,8 @@ class Backend(Protocol):
         """The job's video, an mp4 in `folder`.
 
         Args:
-            inputs: the files of `job.asked.uploads` in their order, then the source's video where there is one.
+            inputs: the files of `job.asked.uploads` in their order, then the source's video where there is one, then
+                the clips of its characters.
             folder: the same for every attempt on this machine, so a killed job goes on from what lies in it.
             progress: told percents as they grow.
             cancelled: whether nobody wants the video any more; asked now and then.

@@ -32,11 +32,11 @@ from sora_train.sampling.long.asked import (
 from sora_train.sampling.long.video import make_long
 from sora_train.sampling.operations import OPERATIONS, Prepared, SampleRequest, prepare
 from sora_train.sampling.pipeline import ClipShape
-from sora_train.sampling.prompts.placing import on_latent_frames
+from sora_train.sampling.prompts.placing import on_latent_frames, with_references
 from sora_train.sampling.prompts.script import Cue, Script
 from sora_train.sampling.prompts.storyboard import Storyboard, StoryboardFile, one_prompt
 from sora_train.sampling.prompts.written import clean
-from sora_train.serving.backends.base import BadRequest, Cancelled
+from sora_train.serving.backends.base import BadRequest, Cancelled, Defaults
 from sora_train.serving.jobs.job import Asked, Job, seed_of
 
 EDIT_STRENGTH = 0.6
@@ -109,6 +109,10 @@ class LocalBackend:
     def models(self) -> list[str]:
         return [*self.names, self._own_name]
 
+    def defaults(self, model: str) -> Defaults:
+        shape = self.info.shape
+        return Defaults(shape.frames / shape.fps, (shape.width, shape.height), shape.fps)
+
     # --- what can be made ---
 
     def check(self, asked: Asked) -> None:
@@ -139,6 +143,11 @@ class LocalBackend:
             with _field("storyboard"):
                 _board(asked)
         elif self._is_long(asked):
+            if asked.character:
+                most = self.info.shape.frames / self._shape(asked, frames=None).fps
+                raise BadRequest(
+                    "characters", f"videos with characters have {most:g} seconds at most"
+                )
             with _field("seconds"):
                 long_request(self.info, self._shape(asked), asked.seconds).check()
 
@@ -193,11 +202,17 @@ class LocalBackend:
                 raise Cancelled
             progress(100 * done // total)
 
-        asked = job.asked
         step(0, 1)
-        model = self._model(asked.adapters)
-        making = Making(asked, model, folder, seed_of(job), step)
-        files = inputs[: len(asked.uploads)] + (inputs[-1:] if _shows_source(asked) else [])
+        model = self._model(job.asked.adapters)
+        try:
+            return self._made(Making(job.asked, model, folder, seed_of(job), step), inputs)
+        except UserError as error:
+            raise UserError(_of_fields(error)) from error
+
+    def _made(self, making: Making, inputs: list[Path]) -> Path:
+        asked, folder = making.asked, making.folder
+        count = len(asked.uploads) + int(asked.source is not None)
+        files = inputs[: count if _shows_source(asked) else len(asked.uploads)]
         if asked.storyboard is not None:
             return self._by_storyboard(making, files)
         if self._is_long(asked):
@@ -206,10 +221,10 @@ class LocalBackend:
         if asked.sampling_op in CONTINUING:
             clip, fps = self._continued(making, request)
         else:
-            prepared = self._prepared(asked, request)
+            prepared = self._prepared(asked, request, inputs[count:])
             made = making.clip(prepared, asked.prompt, seed=making.seed, part=0, parts=1)
             clip, fps = made, prepared.shape.fps
-            if asked.sampling_op in ("t2v", "i2v") and asked.frames is None:
+            if asked.sampling_op in ("t2v", "i2v"):
                 clip = clip[: self._wanted(asked)]
         return _written(clip, fps, folder)
 
@@ -223,7 +238,7 @@ class LocalBackend:
 
     def _request(self, asked: Asked, files: list[Path]) -> SampleRequest:
         """The operation with its files."""
-        images = [path for path in files if media_kind(path.name) == "image"]
+        images = self._images(asked, files)
         videos = tuple(path for path in files if media_kind(path.name) != "image")
         strength = () if asked.strength is None else (asked.strength,)
         op, size = asked.sampling_op, None
@@ -231,19 +246,36 @@ class LocalBackend:
             # An edit of a whole video, however long: in windows, as an upscaled one, at its own size.
             op, size = "upscale", asked.size
             strength = strength or ((EDIT_STRENGTH,) if asked.sampling_op == "edit" else ())
-        first, last = [*images, None, None][:2]
+        first, last = images
         given = asked.frames_given, asked.gap, strength
         patch = self.info.cfg.model.patch_size
         return SampleRequest(op, first, last, videos, *given, size=size, patch=patch)
 
-    def _prepared(self, asked: Asked, request: SampleRequest) -> Prepared:
+    def _images(self, asked: Asked, files: list[Path]) -> tuple[Path | None, Path | None]:
+        """The first and the last image of a clip: one alone is the first, unless its name says `last_image`."""
+        images = [path for path in files if media_kind(path.name) == "image"]
+        stems = [Path(one.name).stem for one in asked.uploads if one.kind == "image"]
+        if stems == ["last_image"]:
+            return None, images[0]
+        first, last = [*images, None, None][:2]
+        return (last, first) if stems[:1] == ["last_image"] else (first, last)
+
+    def _prepared(
+        self, asked: Asked, request: SampleRequest, characters: Sequence[Path] = ()
+    ) -> Prepared:
+        """`characters`: clips that lead in, and are left off."""
         shape = self._shape(asked)
+        alpha = self.info.cfg.data.alpha_background
+        if characters:
+            # They take up to a half of the clip.
+            shape = replace(shape, frames=self._whole(2 * self._wanted(asked)))
+            files = [GivenFile.open(path, "video", "characters") for path in characters]
+            return with_references(files, shape, self.geometry, alpha)
         if request.op == "upscale":
             # Windows have the size of the model's own clips.
             shape = self._shape(asked, size=None)
         elif request.op in ("t2v", "i2v") and asked.frames is None:
             shape = replace(shape, frames=self._whole(self._wanted(asked)))
-        alpha = self.info.cfg.data.alpha_background
         return prepare(request, shape, self.geometry, alpha)
 
     def _whole(self, frames: int) -> int:
@@ -293,7 +325,10 @@ class LocalBackend:
         cues = [Cue(0.0, asked.prompt)]
         shape, factor = self._shape(asked), self.geometry.temporal_factor
         alpha = self.info.cfg.data.alpha_background
-        for path, at in zip(files, (0, self._wanted(asked) - 1), strict=False):
+        ends = zip(self._images(asked, files), (0, self._wanted(asked) - 1), strict=True)
+        for path, at in ends:
+            if path is None:
+                continue
             image = GivenFile.open(path, "image", "input_reference").frames(shape, alpha)
             first, frames = on_latent_frames(image, at, factor, is_still=True)
             cues.append(Cue(first / shape.fps, frames=frames))
@@ -373,11 +408,15 @@ def _read_board(asked: Asked, files: list[Path], folder: Path) -> Storyboard:
 
 @contextmanager
 def _field(name: str) -> Iterator[None]:
-    """A sentence of the sampler about a flag is one about a field of the request."""
+    """What the sampler refuses is a field of the request."""
     try:
         yield
     except BadRequest:
         raise
     except UserError as error:
-        told = re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), str(error))
-        raise BadRequest(name, told) from None
+        raise BadRequest(name, _of_fields(error)) from None
+
+
+def _of_fields(error: UserError) -> str:
+    """A sentence of the sampler about flags, about fields: `--negative-prompt` is `negative_prompt`."""
+    return re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), str(error))

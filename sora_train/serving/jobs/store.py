@@ -43,14 +43,14 @@ class JobStore:
         url: str,
         *,
         max_attempts: int = MAX_ATTEMPTS,
-        endpoints: Sequence[str] = (),
+        endpoints: Sequence[str | tuple[str, str]] = (),
         clock: Callable[[], float] | None = None,
     ):
         """
         Args:
             url: as `Database` takes it.
             max_attempts: workers that may be lost on a job before it fails.
-            endpoints: addresses that are told when a job ends.
+            endpoints: addresses that are told when a job ends, or (address, owner) for those of one owner.
             clock: for tests.
         """
         self.database = Database(url, clock)
@@ -287,12 +287,15 @@ class JobStore:
         """End a job and note the news of it, in one transaction."""
         now = int(self.database.now(connection))
         ended = JOBS.update().where(which).values(status=status, completed_at=now, **values)
-        row = connection.execute(ended.returning(JOBS.c.id)).one_or_none()
+        row = connection.execute(ended.returning(JOBS.c.id, JOBS.c.owner)).one_or_none()
         if row is None:
             return False
         news = {"event": new_id("evt"), "type": f"video.{status}", "job": row.id}
         times = {"created_at": now, "due": float(now)}
-        for endpoint in self.endpoints:
+        for told in self.endpoints:
+            endpoint, owner = (told, row.owner) if isinstance(told, str) else told
+            if owner != row.owner:
+                continue
             connection.execute(WEBHOOKS.insert().values(**news, **times, endpoint=endpoint))
         return True
 

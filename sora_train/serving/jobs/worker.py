@@ -6,6 +6,7 @@ Whatever happens to the process, its lease ends and the job is free again; what 
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import shutil
@@ -108,7 +109,7 @@ class Worker:
         scratch = folder / lease.token
         scratch.mkdir(parents=True, exist_ok=True)
         source = self._source(job, hold)
-        inputs = self._inputs(job, source, folder)
+        inputs = self._inputs(job, source, folder, hold)
         video = self.backend.make(job, inputs, folder, hold.tell, lambda: hold.ended)
         if hold.ended:
             raise Cancelled
@@ -119,7 +120,7 @@ class Worker:
             self.files,
             self.steps,
             seed=seed_of(job),
-            parent=inputs[-1] if source is not None else None,
+            parent=inputs[len(job.asked.uploads)] if source is not None else None,
         )
         if self._told(hold, lambda: self._completed(lease, made)):
             log.info("%s: completed", job.id)
@@ -148,10 +149,16 @@ class Worker:
             raise Refused("source_gone", f"the video {source_id} was deleted or has expired")
         return source
 
-    def _inputs(self, job: Job, source: Job | None, folder: Path) -> list[Path]:
+    def _inputs(self, job: Job, source: Job | None, folder: Path, hold: "Hold") -> list[Path]:
         """The files of the job, copied beside its work."""
         names = [upload.name for upload in job.asked.uploads]
         names += [source.outputs["video"]] if source else []
+        for one in job.asked.character:
+            ask = functools.partial(self.store.get_character, one, job.owner)
+            character = self._told(hold, ask)
+            if character is None:
+                raise Refused("input_gone", f"there is no character {one}")
+            names.append(character.upload.name)
         paths = []
         for number, name in enumerate(names):
             path = folder / "inputs" / f"{number:02d}{Path(name).suffix}"
