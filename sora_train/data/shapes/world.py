@@ -101,7 +101,7 @@ IMAGE_SHARE = 0.04
 LASTING_MOTIONS = ("still", "rotate", "bounce")
 """Motions that can go on for any time and never leave the frame."""
 EARLY = 1 / 8
-"""By this part of its period a bounce may begin before or after its lowest point, where motions go on."""
+"""By this part of its period a motion that goes on may begin before or after its first moment."""
 PAIR_SHARE = 0.04
 PAN_SHARE = 0.04
 
@@ -218,9 +218,9 @@ def sample_scene(
 
 
 def going_on(scene: Scene, u: float = 0.0) -> Scene:
-    """The scene with a motion that plays once a second, begun anywhere in its period as `u` says: a turn anywhere, a
-    bounce near its lowest point, so that the first second shows one bounce."""
-    start = {"rotate": u, "bounce": EARLY * (2 * u - 1)}.get(scene.motion, 0.0)
+    """The scene with a motion that plays once a second, begun near the first moment of its period, by `u` in [0, 1)
+    before or after it: a turn nearly upright, a bounce near its lowest point, so that every whole second shows one."""
+    start = 0.0 if scene.motion == "still" else EARLY * (2 * u - 1)
     return replace(scene, periods=(scene.num_frames - 1) / scene.fps, start=start)
 
 
