@@ -184,3 +184,21 @@ def bench_few_steps(arguments: Overrides = None) -> int:
     from benchmarks.few_steps import main
 
     return main(arguments or [])
+
+
+@bench_app.command("serve", context_settings=OVERRIDES)
+def bench_serve(arguments: Overrides = None) -> int:
+    """Load `sora serve`, kill it, and measure what it adds to the sampler; real processes over 127.0.0.1.
+
+    The first argument says which: load, chaos or overhead. --ckpt RUN what makes the videos (a tiny model),
+    --postgres in place of SQLite, --clients N and --seconds S how much, --kills N of chaos, --out DIR where the results
+    go. The exit code is 1 where anything was lost, doubled, or answered 5xx.
+
+    \b
+    sora bench serve load --clients 200 --seconds 60 --postgres
+    sora bench serve chaos --seconds 300 --kills 20
+    sora bench serve overhead
+    """
+    from benchmarks.serve import main
+
+    return main(arguments or [])

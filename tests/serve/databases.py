@@ -1,12 +1,15 @@
 """Databases to test with: a PostgreSQL server of our own, which can be killed and started again."""
 
+import contextlib
 import os
 import pwd
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import psycopg
@@ -62,6 +65,17 @@ class Postgres:
     def kill(self) -> None:
         """Every process of the server ends at once, with whatever it was doing."""
         self._as_owner(f"pg_ctl -D {self.data} -m immediate stop")
+
+    def shoot(self) -> None:
+        """The same by SIGKILL: no process of the server does anything more."""
+        first = (self.data / "postmaster.pid").read_text().split()[0]
+        pids = [first, *Path(f"/proc/{first}/task/{first}/children").read_text().split()]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        end = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
+            time.sleep(0.01)
 
     def close(self) -> None:
         self.kill()

@@ -1,0 +1,387 @@
+"""`sora serve` under load, under kills, and beside the bare sampler; real processes, real HTTP over 127.0.0.1.
+
+    sora bench serve load --clients 200 --seconds 60
+    sora bench serve chaos --seconds 300 --kills 20 --postgres
+    sora bench serve overhead
+
+load: clients create, poll, download, delete; what they were answered, how long it took by their own clock and by the
+server's, and whether their books, the server's lists, the database and the folder of files agree at the end. chaos: the
+same, patiently, while gateways, workers and the database are killed; every file is decoded and its signature read.
+overhead: seconds of a job from the request to the answer that says completed, beside those of its sampling alone.
+Without --ckpt the model is the smallest one, after two steps of training.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+
+from benchmarks.serve_clients import COMPLETED, DELETED, OPEN, Api, Client, Habits, Notes, session
+from benchmarks.serve_fleet import Fleet, children, postgres, tiny_run
+from sora_train.base.code_version import commit, cpu_model
+from sora_train.base.files import write_atomically
+
+TINY = {"seconds": 0.5, "size": "32x32", "steps": 2}
+QUIET = ("retrieve", "content", "list", "delete")
+"""Calls that generate nothing."""
+RAMP_SECONDS = 5.0
+"""In which the clients arrive."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="sora bench serve", description=__doc__)
+    parser.add_argument("what", choices=("load", "chaos", "overhead"))
+    parser.add_argument("--ckpt", default="")
+    parser.add_argument("--postgres", action="store_true")
+    parser.add_argument("--clients", type=int)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("serve_bench"))
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    ways = {"load": load, "chaos": chaos}
+    with postgres() if args.postgres else contextlib.nullcontext() as server:
+        folder = args.out / f"{args.what}-{time.strftime('%H%M%S')}"
+        row = ways[args.what](args, folder, server)
+    kind = "postgresql" if args.postgres else "sqlite"
+    row = {"database": kind, "commit": commit(), "cpu": cpu_model(), **row}
+    print(json.dumps(row, indent=1))
+    write_atomically(args.out / f"{args.what}-{kind}.json", json.dumps(row, indent=1))
+    return 1 if row.get("problems") else 0
+
+
+# --- load ---
+
+
+def load(args: argparse.Namespace, folder: Path, server: Any) -> dict[str, Any]:
+    """Clients for so many seconds. Two gateways share a PostgreSQL, one has a SQLite to itself."""
+    ckpt = args.ckpt or str(tiny_run(args.out))
+    gateways = (1, 0) if server else (1,)
+    with Fleet(folder, {"backend": {"ckpt": ckpt}}, gateways=gateways, postgres=server) as fleet:
+        seconds = args.seconds or 60.0
+        habits = Habits(asks=[TINY], wait=60.0)
+        row, clients = asyncio.run(
+            _loaded(fleet, args.clients or 200, seconds, habits, args.seed, folder)
+        )
+        problems = [*row.pop("problems"), *database_problems(fleet, clients)]
+    problems += file_problems(folder, clients, signed=False)
+    return row | _found(problems)
+
+
+async def _loaded(
+    fleet: Fleet, count: int, seconds: float, habits: Habits, seed: int, folder: Path
+) -> tuple[dict[str, Any], list[Client]]:
+    notes = Notes()
+    async with session(notes) as http:
+        apis = apis_of(fleet, http, notes, count, seed)
+        clients = [Client(api, habits, made_folder(folder / "downloads")) for api in apis]
+        await warm_up(clients[0])
+        begin = time.monotonic()
+        spent, busy = cpu_seconds(fleet), machine_seconds()
+        lives = [
+            asyncio.create_task(_late(client, n * RAMP_SECONDS / count, begin + seconds))
+            for n, client in enumerate(clients)
+        ]
+        await asyncio.sleep(seconds)
+        calls, lags = list(notes.calls), sorted(notes.lags)
+        spent = {name: value - spent[name] for name, value in cpu_seconds(fleet).items()}
+        others = machine_seconds() - busy - sum(spent.values())
+        at_server = [await _metrics(http, address) for address in fleet.addresses]
+        await asyncio.gather(*lives)
+        await asyncio.gather(*(client.check_books() for client in clients))
+    row = {
+        "clients": count,
+        "seconds": seconds,
+        "calls_a_second": round(len(calls) / seconds, 1),
+        **calls_row(calls),
+        "at_server_ms": server_row(at_server),
+        "client_woke_late_ms": round(1000 * at(lags, 0.99), 1),
+        "cpu_seconds": {name: round(value, 1) for name, value in spent.items()},
+        "cpu_seconds_of_others": round(others, 1),
+        "load_average": os.getloadavg()[0],
+        "problems": notes.problems,
+    }
+    return row | fates_row(clients), clients
+
+
+async def warm_up(client: Client) -> None:
+    """A first video: the worker has its model afterwards. What was noted of it is forgotten."""
+    habits, client.habits = client.habits, Habits(asks=[TINY], changes_mind=0.0, pause=0.2)
+    await client.live(time.monotonic() + 0.001)
+    client.habits = habits
+    client.api.notes.calls.clear()
+    client.api.notes.lags.clear()
+
+
+async def _late(client: Client, pause: float, until: float) -> None:
+    await asyncio.sleep(pause)
+    await client.live(until)
+
+
+def apis_of(
+    fleet: Fleet, http: Any, notes: Notes, count: int, seed: int, patience: float = 0.0
+) -> list[Api]:
+    """A client's calls each, with a key of its own."""
+    from sora_train.serving.access.keys import Keys
+    from sora_train.serving.service import open_store
+    from sora_train.serving.settings import Settings
+
+    database = open_store(Settings.model_validate(fleet.settings)).database
+    secrets = [Keys(database).add(f"client {number}")[1] for number in range(count)]
+    database.close()
+    draws = [random.Random(f"{seed}/{number}") for number in range(count)]
+    return [
+        Api(http, fleet.addresses, secret, notes, draw, patience)
+        for secret, draw in zip(secrets, draws, strict=True)
+    ]
+
+
+async def _metrics(http: Any, address: str) -> str:
+    async with http.get(f"{address}/metrics") as response:
+        return str(await response.text())
+
+
+# --- what was measured ---
+
+
+def at(values: Sequence[float], share: float) -> float:
+    """The smallest of the sorted values that this share of them does not exceed."""
+    return values[min(len(values) - 1, int(share * len(values)))] if values else 0.0
+
+
+def calls_row(calls: list[tuple[str, int, float]]) -> dict[str, Any]:
+    """Milliseconds by kind of call, and the answers by status."""
+    kinds: dict[str, list[float]] = {"quiet": []}
+    for what, _, seconds in calls:
+        kinds.setdefault(what, []).append(seconds)
+        if what in QUIET:
+            kinds["quiet"].append(seconds)
+    told = {}
+    for what, values in kinds.items():
+        values.sort()
+        told[what] = {"calls": len(values)} | {
+            name: round(1000 * at(values, share), 1)
+            for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("most", 1.0))
+        }
+    return {"ms": told, "statuses": dict(Counter(str(status) for _, status, _ in calls))}
+
+
+def server_row(pages: list[str]) -> dict[str, Any]:
+    """Of the calls that generate nothing, by the histograms of the servers: p50 and p99, even within a bucket."""
+    counts: Counter[float] = Counter()
+    for line in "\n".join(pages).splitlines():
+        if not line.startswith("sora_request_seconds_bucket{") or "/v1/videos" not in line:
+            continue
+        labels, _, value = line.rpartition(" ")
+        named = dict(part.split("=", 1) for part in labels[labels.index("{") + 1 : -1].split(","))
+        if named["method"] != '"POST"':
+            counts[float(named["le"].strip('"').replace("+Inf", "inf"))] += float(value)
+    total = counts[float("inf")]
+    return {"calls": int(total)} | {
+        name: round(1000 * _quantile(counts, share * total), 1)
+        for name, share in (("p50", 0.5), ("p99", 0.99))
+    }
+
+
+def _quantile(counts: Counter[float], wanted: float) -> float:
+    low, below = 0.0, 0.0
+    for bound in sorted(counts):
+        if counts[bound] >= wanted and counts[bound] > below:
+            return low + (bound - low) * (wanted - below) / (counts[bound] - below)
+        low, below = bound, counts[bound]
+    return low
+
+
+def fates_row(clients: list[Client]) -> dict[str, Any]:
+    return {"videos": dict(Counter(fate for one in clients for fate in one.fates.values()))}
+
+
+def _found(problems: list[str]) -> dict[str, Any]:
+    return {"problems": len(problems), "first_problems": problems[:20]}
+
+
+def cpu_seconds(fleet: Fleet) -> dict[str, float]:
+    """Of the gateways, their workers, and this process."""
+    took = os.times()
+    gateways = [gateway.pid for gateway in fleet.gateways]
+    return {
+        "gateways": sum(map(_cpu, gateways)),
+        "workers": sum(map(_cpu, fleet.gateway_workers())),
+        "clients": took.user + took.system,
+    } | ({"database": _cpu_of_postgres(fleet.postgres)} if fleet.postgres else {})
+
+
+def _cpu(pid: int) -> float:
+    """User and system time of a process, and of its children that are gone."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu_of_postgres(server: Any) -> float:
+    first = int((server.data / "postmaster.pid").read_text().split()[0])
+    return sum(map(_cpu, (first, *children(first))))
+
+
+def machine_seconds() -> float:
+    """CPU time that anybody used."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def made_folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+# --- what must agree ---
+
+
+def database_problems(fleet: Fleet, clients: list[Client]) -> Iterator[str]:
+    """A row for each video that was taken in, a bill for each that was completed, and its files under one attempt."""
+    import sqlalchemy as sql
+
+    from sora_train.serving.jobs.files import FileStore
+    from sora_train.serving.jobs.tables import JOBS, USAGE
+    from sora_train.serving.service import open_store
+    from sora_train.serving.settings import Settings
+
+    settings = Settings.model_validate(fleet.settings)
+    database, files = open_store(settings).database, FileStore(settings.files_url)
+    with database.read() as connection:
+        rows = {row.id: row for row in connection.execute(sql.select(JOBS))}
+        bills = list(connection.execute(sql.select(USAGE.c.job)).scalars())
+    database.close()
+    fates = {name: fate for one in clients for name, fate in one.fates.items()}
+    for name in sorted(rows.keys() ^ fates.keys()):
+        yield f"{name}: {'nobody asked for it' if name in rows else 'lost'}"
+    for name in sorted(fates.keys() & rows.keys()):
+        row = rows[name]
+        if (fates[name] == DELETED) != (row.status == "cancelled") or fates[name] == OPEN:
+            yield f"{name}: {fates[name]} for its client, {row.status} in the database"
+        if row.status == COMPLETED:
+            if bills.count(name) != 1:
+                yield f"{name}: billed {bills.count(name)} times"
+            found = files.names(f"outputs/{name}")
+            if found != sorted(row.outputs.values()):
+                yield f"{name}: files {found}, of which the job knows {sorted(row.outputs.values())}"
+
+
+def file_problems(folder: Path, clients: list[Client], *, signed: bool) -> Iterator[str]:
+    """Every file decodes to the frames that were told, and is signed where it should be."""
+    for client in clients:
+        for video in client.videos.values():
+            if video["status"] != COMPLETED:
+                continue
+            path = client.folder / f"{video['id']}.mp4"
+            try:
+                with av.open(str(path)) as container:
+                    frames = sum(1 for _ in container.decode(video=0))
+            except (OSError, av.FFmpegError) as error:
+                yield f"{video['id']}: does not decode: {error}"
+                continue
+            if frames != video["frames"]:
+                yield f"{video['id']}: {frames} frames of {video['frames']}"
+            if video["provenance"]["signed"] != signed:
+                yield f"{video['id']}: signed is {video['provenance']['signed']}"
+            if signed:
+                yield from _signature_problems(folder, path)
+
+
+def _signature_problems(folder: Path, path: Path) -> Iterator[str]:
+    from sora_train.serving.provenance.certificates import read_anchors
+    from sora_train.serving.provenance.verdict import verdict
+
+    found = verdict(path, read_anchors(folder / "data/dev_certs/bench/anchors.pem"))
+    if found.state != "Trusted" or found.title != path.name:
+        yield f"{path.stem}: {found.state} {found.failures} as {found.title}"
+
+
+# --- chaos ---
+
+
+def chaos(args: argparse.Namespace, folder: Path, server: Any) -> dict[str, Any]:
+    """Two gateways, a worker of the first and one beside them, and somebody who kills them by a plan of chance."""
+    ckpt = args.ckpt or str(tiny_run(args.out))
+    settings = {"backend": {"ckpt": ckpt}, "signing": {"dev_cert": "bench"}}
+    with Fleet(folder, settings, gateways=(1, 0), workers=1, postgres=server) as fleet:
+        seconds = args.seconds or 300.0
+        killer = Killer(fleet, args.kills, seconds, args.seed)
+        row, clients = asyncio.run(
+            _disturbed(fleet, args.clients or 20, seconds, killer, args.seed, folder)
+        )
+        problems = [*row.pop("problems"), *database_problems(fleet, clients)]
+    problems += file_problems(folder, clients, signed=True)
+    return row | _found(problems)
+
+
+class Killer(threading.Thread):
+    """Kills one thing after the other, evenly spread over the time, and starts each again after a pause."""
+
+    def __init__(self, fleet: Fleet, kills: int, seconds: float, seed: int):
+        super().__init__(daemon=True)
+        self.fleet, self.draw = fleet, random.Random(seed)
+        ways = [fleet.kill_gateway, fleet.kill_worker, fleet.kill_database]
+        self.ways = [ways[number % 3] for number in range(kills)]
+        self.draw.shuffle(self.ways)
+        self.gap = seconds / (kills + 1)
+        self.done: list[str] = []
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        begin = time.monotonic()
+        try:
+            for number, way in enumerate(self.ways, 1):
+                moment = begin + self.gap * (number + self.draw.uniform(-0.4, 0.4))
+                time.sleep(max(0.0, moment - time.monotonic()))
+                self.done.append(way(self.draw, self.draw.uniform(0.0, 3.0)))
+        except BaseException as error:
+            self.failure = error
+
+
+async def _disturbed(
+    fleet: Fleet, count: int, seconds: float, killer: Killer, seed: int, folder: Path
+) -> tuple[dict[str, Any], list[Client]]:
+    notes = Notes()
+    # A few windows, so that kills meet videos half made; more than that would leave little to count.
+    asks = [TINY, TINY, TINY | {"seconds": 6.0}]
+    habits = Habits(
+        asks=asks, changes_mind=0.15, looks=(1, 8), pause=0.5, may_fail=True, wait=400.0
+    )
+    async with session(notes) as http:
+        apis = apis_of(fleet, http, notes, count, seed, patience=120.0)
+        clients = [Client(api, habits, made_folder(folder / "downloads")) for api in apis]
+        begin = time.monotonic()
+        killer.start()
+        await asyncio.gather(*(client.live(begin + seconds) for client in clients))
+        await asyncio.to_thread(killer.join, 120.0)
+        await asyncio.gather(*(client.check_books() for client in clients))
+    if killer.failure is not None or killer.is_alive():
+        notes.problems.append(f"the killer itself failed: {killer.failure!r}")
+    failures = Counter(
+        one["error"]["code"]
+        for client in clients
+        for one in client.videos.values()
+        if one["error"] is not None
+    )
+    row = {
+        "clients": count,
+        "seconds": seconds,
+        "until_all_was_over": round(time.monotonic() - begin, 1),
+        "kills": dict(Counter(killer.done)),
+        **calls_row(notes.calls),
+        "failures": dict(failures),
+        "load_average": os.getloadavg()[0],
+        "problems": notes.problems,
+    }
+    return row | fates_row(clients), clients
