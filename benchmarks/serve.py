@@ -7,7 +7,8 @@
 load: clients create, poll, download, delete; what they were answered, how long it took by their own clock and by the
 server's, and whether their books, the server's lists, the database and the folder of files agree at the end. chaos: the
 same, patiently, while gateways, workers and the database are killed; every file is decoded and its signature read.
-overhead: seconds of a job from the request to the answer that says completed, beside those of its sampling alone.
+overhead: seconds of a job from the request to the answer that says completed, less those of its sampling; the same
+sampling alone, in this process, stands beside it.
 Without --ckpt the model is the smallest one, after two steps of training.
 """
 
@@ -17,8 +18,10 @@ import contextlib
 import json
 import os
 import random
+import re
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,10 +29,21 @@ from typing import Any
 
 import av
 
-from benchmarks.serve_clients import COMPLETED, DELETED, OPEN, Api, Client, Habits, Notes, session
+from benchmarks.serve_clients import (
+    COMPLETED,
+    DELETED,
+    OPEN,
+    PROMPTS,
+    Api,
+    Client,
+    Habits,
+    Notes,
+    session,
+)
 from benchmarks.serve_fleet import Fleet, children, postgres, tiny_run
 from sora_train.base.code_version import commit, cpu_model
 from sora_train.base.files import write_atomically
+from sora_train.errors import Fault
 
 TINY = {"seconds": 0.5, "size": "32x32", "steps": 2}
 QUIET = ("retrieve", "content", "list", "delete")
@@ -46,11 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--video-seconds", type=float, default=0.5)
+    parser.add_argument("--size", default="32x32")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("serve_bench"))
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    ways = {"load": load, "chaos": chaos}
+    ways = {"load": load, "chaos": chaos, "overhead": overhead}
     with postgres() if args.postgres else contextlib.nullcontext() as server:
         folder = args.out / f"{args.what}-{time.strftime('%H%M%S')}"
         row = ways[args.what](args, folder, server)
@@ -385,3 +403,79 @@ async def _disturbed(
         "problems": notes.problems,
     }
     return row | fates_row(clients), clients
+
+
+# --- overhead ---
+
+
+def overhead(args: argparse.Namespace, folder: Path, server: Any) -> dict[str, Any]:
+    """One job after the other, and before each the same video by the sampler alone."""
+    ckpt = args.ckpt or str(tiny_run(args.out))
+    bare = Bare(ckpt, args)
+    settings = {"backend": {"ckpt": ckpt}, "signing": {"dev_cert": "bench"}, "poll_ms": 20}
+    rows = []
+    with Fleet(folder, settings, postgres=server) as fleet:
+        for number in range(-1, args.times):
+            row = {"bare": bare.seconds(folder)} | served(fleet, bare.body)
+            if number >= 0:  # the first loads the model
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    told = {}
+    for name in rows[0]:
+        values = sorted(row[name] for row in rows)
+        told[name] = {"median": at(values, 0.5), "least": values[0], "most": values[-1]}
+    return {
+        "times": args.times,
+        "job": bare.body,
+        "seconds": told,
+        "overhead_share": at(sorted(row["overhead"] / row["made"] for row in rows), 0.5),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+class Bare:
+    """The sampler without a service around it."""
+
+    def __init__(self, ckpt: str, args: argparse.Namespace):
+        from sora_train.serving.backends.local import LocalBackend
+
+        self.backend = LocalBackend(ckpt)
+        self.body = {"prompt": PROMPTS[0], "seconds": args.video_seconds, "size": args.size}
+        self.body |= {"steps": args.steps, "seed": args.seed}
+
+    def seconds(self, folder: Path) -> float:
+        from sora_train.serving.jobs.job import Asked, Job, new_id
+
+        width, height = map(int, self.body["size"].split("x"))
+        given = {name: self.body[name] for name in ("prompt", "seconds", "steps", "seed")}
+        asked = Asked("create", model=self.backend.models()[0], size=(width, height), **given)
+        work = made_folder(folder / new_id())
+        begin = time.perf_counter()
+        self.backend.make(
+            Job(work.name, "o", asked, "in_progress", 0, 0), [], work, lambda _: None, lambda: False
+        )
+        return time.perf_counter() - begin
+
+
+def served(fleet: Fleet, body: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a job as its user sees them, and of its parts as the worker's log has them."""
+    begin = time.perf_counter()
+    video = _asked(fleet, "/v1/videos", json.dumps(body).encode())
+    while video["status"] not in (COMPLETED, "failed"):
+        time.sleep(0.02)
+        video = _asked(fleet, f"/v1/videos/{video['id']}")
+    total = time.perf_counter() - begin
+    if video["status"] != COMPLETED:
+        raise Fault(f"the video failed: {video['error']}")
+    log = fleet.gateways[0].log.read_text()
+    (told,) = re.findall(f"{video['id']}: completed: (.*)", log)
+    parts = {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+) s", told)}
+    rest = total - sum(parts[name] for name in ("made", "marked", "signed"))
+    return {"total": total, **parts, "overhead": rest}
+
+
+def _asked(fleet: Fleet, path: str, body: bytes | None = None) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(fleet.addresses[0] + path, body, headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return dict(json.load(answer))

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -154,6 +155,21 @@ def test_the_steps_follow_each_other_and_signing_is_last(here: Here) -> None:
     assert done.usage["seconds"] == done.facts["new_seconds"] == 0.5
     assert done.facts["seconds"] == 2.5
     assert here.files.local(done.outputs["video"]).read_bytes().endswith(b"\0\0\0\x08free" * 2)
+
+
+def test_the_log_tells_what_each_part_took(here: Here, caplog) -> None:
+    def mark(source: Path, target: Path) -> None:
+        time.sleep(0.5)
+        target.write_bytes(source.read_bytes())
+
+    here.worker.steps = Steps(mark=mark)
+    here.store.create("o", asked())
+    with caplog.at_level("INFO"):
+        here.worker.work_one()
+    (told,) = (line for line in caplog.messages if "completed" in line)
+    parts = dict(re.findall(r"(\w+) ([\d.]+) s", told))
+    assert list(parts) == ["prepared", "made", "judged", "marked", "signed", "stored"]
+    assert float(parts["marked"]) >= 0.5 > max(float(parts["judged"]), float(parts["signed"]))
 
 
 def test_what_the_policy_forbids_is_not_delivered(here: Here) -> None:

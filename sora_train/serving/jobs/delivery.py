@@ -3,6 +3,7 @@
 Signing comes last: whatever changes the file after it breaks it.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,12 +65,29 @@ class Delivered:
     usage: dict[str, Any]
 
 
+class Laps:
+    """Seconds of the parts of some work, one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def end(self, name: str) -> None:
+        """This part is done, and the next begins."""
+        now = time.monotonic()
+        self.seconds[name], self._last = now - self._last, now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.seconds.items())
+
+
 def deliver(
     lease: Lease,
     video: Path,
     scratch: Path,
     files: FileStore,
     steps: Steps,
+    laps: Laps,
     *,
     seed: int,
     parent: Path | None = None,
@@ -78,6 +96,7 @@ def deliver(
 
     Args:
         scratch: a folder that is empty.
+        laps: told each part as it is done.
         parent: the video it was made from.
 
     Raises:
@@ -93,9 +112,11 @@ def deliver(
                 "the video was made and then blocked, because it may break the usage policy"
                 + (f" ({judged.category})" if judged.category else ""),
             )
+    laps.end("judged")
     if steps.mark is not None:
         steps.mark(video, scratch / "marked.mp4")
         video = scratch / "marked.mp4"
+    laps.end("marked")
     if steps.sign is not None:
         signed = scratch / "signed.mp4"
         try:
@@ -103,6 +124,7 @@ def deliver(
         except (SoraError, ValueError) as error:
             raise Refused("signing_failed", "the video was made and could not be signed") from error
         video = signed
+    laps.end("signed")
     facts = {**asdict(measured(video)), "seed": seed}
     facts["new_seconds"] = round(max(0.0, facts["seconds"] - job.asked.source_seconds), 3)
     facts |= {"watermark": steps.mark is not None, "signed": steps.sign is not None}
@@ -111,4 +133,5 @@ def deliver(
     outputs = {name: f"{attempt_folder(lease)}/{FILES[name]}" for name in FILES}
     for name, path in made.items():
         files.put(outputs[name], path)
+    laps.end("stored")
     return Delivered(outputs, facts, steps.bill(job, facts) if steps.bill else {})

@@ -20,7 +20,14 @@ from typing import TypeVar
 
 from sora_train.errors import Fault, SoraError, UserError
 from sora_train.serving.backends.base import Backend, Cancelled, Elsewhere
-from sora_train.serving.jobs.delivery import Delivered, Refused, Steps, attempt_folder, deliver
+from sora_train.serving.jobs.delivery import (
+    Delivered,
+    Laps,
+    Refused,
+    Steps,
+    attempt_folder,
+    deliver,
+)
 from sora_train.serving.jobs.files import FileStore
 from sora_train.serving.jobs.job import DatabaseAway, Job, Lease, seed_of
 from sora_train.serving.jobs.store import JobStore
@@ -105,12 +112,14 @@ class Worker:
         return True
 
     def _make_and_deliver(self, lease: Lease, hold: "Hold") -> None:
-        job, folder = lease.job, self.work / lease.job.id
+        job, folder, laps = lease.job, self.work / lease.job.id, Laps()
         scratch = folder / lease.token
         scratch.mkdir(parents=True, exist_ok=True)
         source = self._source(job, hold)
         inputs = self._inputs(job, source, folder, hold)
+        laps.end("prepared")
         video = self.backend.make(job, inputs, folder, hold.tell, lambda: hold.ended)
+        laps.end("made")
         if hold.ended:
             raise Cancelled
         made = deliver(
@@ -119,11 +128,12 @@ class Worker:
             scratch,
             self.files,
             self.steps,
+            laps,
             seed=seed_of(job),
             parent=inputs[len(job.asked.uploads)] if source is not None else None,
         )
         if self._told(hold, lambda: self._completed(lease, made)):
-            log.info("%s: completed", job.id)
+            log.info("%s: completed: %s", job.id, laps)
             self._remove_lost_attempts(lease)
             shutil.rmtree(folder, ignore_errors=True)
         else:
