@@ -4,6 +4,7 @@
 #   docker/install.sh system                  packages of the distribution (Debian, Ubuntu; as root)
 #   docker/install.sh slurm                   a SLURM to test with (Debian, Ubuntu; as root)
 #   docker/install.sh postgres                a PostgreSQL to test with (Debian, Ubuntu; as root)
+#   docker/install.sh browser                 a Chromium to test the playground with (Debian; as root)
 #   docker/install.sh python VENV [EXTRA,..]  sora_train with the versions of constraints.txt into VENV
 #   docker/install.sh flash VENV              flash-attn, compiled for this CUDA; needs nvcc and up to an hour
 #   docker/install.sh check VENV              that it imports, finds its configs and takes a training step
@@ -82,6 +83,7 @@ step=${1:-}
 case $step in
   system) apt system "python3 python3-dev python3-venv gcc g++ git ca-certificates ffmpeg" ;;
   slurm) apt slurm "slurm-wlm munge" ;;
+  browser) apt browser "chromium" ;;
   postgres) apt postgres "postgresql" ;; # the tests start servers of their own; that of the package may stay stopped
   python | flash | check)
     [[ -n ${2:-} ]] || stop "'$step' needs the folder of an environment: docker/install.sh $step .venv"
@@ -91,7 +93,7 @@ case $step in
     "step_$step" "${@:2}"
     ;;
   *)
-    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
-    stop "'$step' is no step; give system, slurm, postgres, python, flash or check"
+    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+    stop "'$step' is no step; give system, slurm, postgres, browser, python, flash or check"
     ;;
 esac

@@ -15,6 +15,7 @@ from sora_train.serving.api.measures import Measures
 from sora_train.serving.api.reference import page_of
 from sora_train.serving.api.videos import routes
 from sora_train.serving.errors import ApiError, BadRequest, NotAllowed, NotFound
+from sora_train.serving.playground.page import playground
 from sora_train.serving.service import Service
 
 
@@ -34,6 +35,7 @@ def build_app(service: Service, fetch: Callable[[str], bytes] | None = None) -> 
     measures = Measures(service.store)
     _explain_errors(app)
     app.include_router(routes(service, fetch or _from_internet()))
+    app.include_router(playground())
     _add_health(app, service, measures)
     app.add_middleware(
         Gate, most_bytes=service.settings.limits.upload_bytes, measured=measures.request
