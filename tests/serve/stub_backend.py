@@ -86,7 +86,7 @@ class Server:
         self.http = TestClient(self.app, base_url=HOME)
 
     def _fetch(self, url: str) -> bytes:
-        from sora_train.serving.remote_images import BadImageUrl, RemoteImages
+        from sora_train.serving.safety.remote_images import BadImageUrl, RemoteImages
 
         if url in self.fetched:
             return self.fetched[url]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sora_train.serving.remote_images import BadImageUrl, RemoteImages, is_public
+from sora_train.serving.safety.remote_images import BadImageUrl, RemoteImages, is_public
 from tests.sentences import refuses
 from tests.serve.rude_server import answer, rude_server, silent, slowly
 

@@ -44,7 +44,7 @@ def build_app(service: Service, fetch: Callable[[str], bytes] | None = None) -> 
 
 
 def _from_internet() -> Callable[[str], bytes]:
-    from sora_train.serving.remote_images import RemoteImages
+    from sora_train.serving.safety.remote_images import RemoteImages
 
     return RemoteImages().fetch
 
