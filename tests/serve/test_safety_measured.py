@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from sora_train.cli import run
 from sora_train.errors import UserError
 from sora_train.serving.safety.measure import Labelled, Row, measure, read_labelled
 from sora_train.serving.safety.policy import Policy
@@ -95,6 +96,7 @@ def test_the_command_says_what_becomes_of_prompts(tmp_path):
         "precision",
         "minors",
     )
+    assert run(["serve", "policy", "check", "--prompt", "a hall"]) == 0
     told = CliRunner().invoke(
         policy_app, ["check", "--prompts", str(PROMPTS / "dev.yaml"), "--json", "-"]
     )

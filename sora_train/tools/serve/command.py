@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sora_train.errors import UserError
+from sora_train.tools.serve.policy import policy_app
 from sora_train.tools.terminal import JsonFile, command_group, table_of, write_json
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ keys_app = command_group(
     "The API keys of a server: only their hashes are kept, so each is shown once."
 )
 serve_app.add_typer(keys_app, name="keys")
+serve_app.add_typer(policy_app, name="policy")
 
 
 @keys_app.command()
