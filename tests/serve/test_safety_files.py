@@ -359,6 +359,19 @@ def test_faces_of_uploads_are_what_the_policy_makes_of_them(tmp_path, kind, face
     assert judge(upload(cat), kind).allowed
 
 
+@pytest.mark.parametrize(
+    "lefts, is_found", [((0.1,), True), ((0.1, 0.12), True), ((0.1, 0.6, 0.1), False)]
+)
+def test_a_face_of_a_clip_is_in_about_the_same_place_twice(monkeypatch, lefts, is_found):
+    seen = iter(lefts)
+    monkeypatch.setattr(pictures, "boxes", lambda *given: [(next(seen), 0.2, 0.3, 0.3)])
+    watch = pictures.Watch(1.0, looks_for_faces=True)
+    for _ in lefts:
+        watch.see(np.zeros((8, 8, 3), np.uint8))
+    watch.end()
+    assert ("faces" in watch.found) == is_found
+
+
 def test_the_classifier_of_the_wheel_lets_a_cat_and_an_astronaut_pass(tmp_path):
     judge = policy(tmp_path, "uploads: {faces: allow}\n").judge_upload
     for picture in (skimage.data.chelsea(), skimage.data.astronaut()):
