@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import logging
+import random
 import shlex
 import threading
 import time
@@ -32,7 +33,8 @@ from sora_train.serving.settings import BackendSettings
 from sora_train.tools.convert import adapter_file, command, to_diffusers
 
 QUICK = {
-    "poll_seconds": 0.02, "answer_seconds": 2.0, "download_seconds": 2.0, "patience_seconds": 4.0, "job_seconds": 20.0,
+    "poll_seconds": 0.02, "answer_seconds": 20.0, "download_seconds": 20.0, "patience_seconds": 30.0,
+    "job_seconds": 90.0,
 }  # fmt: skip
 JOB_ID = "video_" + "0" * 24
 
@@ -284,7 +286,7 @@ def test_a_status_that_never_changes_ends_the_job_in_time_and_frees_the_server(c
     begin = time.monotonic()
     with refuses(Refused, "did not complete this video within 0.4 s", "'in_progress'"):
         case.make(job_seconds=0.4)
-    assert time.monotonic() - begin < 3 and len(case.server.deleted) == 1
+    assert time.monotonic() - begin < 20 and len(case.server.deleted) == 1
     case.nothing_partial()
 
 
@@ -294,8 +296,8 @@ def test_the_time_of_a_video_is_counted_over_attempts(case: Case) -> None:
     with pytest.raises(Cancelled):
         case.make(wanted=lambda: next(stops, True))
     note = json.loads((case.folder / "upstream.json").read_text())
-    (case.folder / "upstream.json").write_text(json.dumps(note | {"accepted": time.time() - 30}))
-    with refuses(Refused, "within 20 s"):
+    (case.folder / "upstream.json").write_text(json.dumps(note | {"accepted": time.time() - 99}))
+    with refuses(Refused, "within 90 s"):
         case.make()
     assert len(case.server.made) == 1
 
@@ -392,7 +394,7 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(tmp_path: Path) -> None
     thread.start()
     time.sleep(0.4)
     with serving(server, "vllm-omni"):
-        thread.join(10)
+        thread.join(60)
     assert done and len(server.made) == 1
     assert json.loads((case.folder / "upstream.json").read_text())["unsure"] == 0
 
@@ -403,7 +405,7 @@ def test_a_server_that_stays_away_gives_the_job_back(tmp_path: Path) -> None:
     begin = time.monotonic()
     with refuses(Retry, "127.0.0.1:9", "trouble for 0.5 s", "refused"):
         case.make(patience_seconds=0.5)
-    assert 0.4 < time.monotonic() - begin < 3
+    assert 0.4 < time.monotonic() - begin < 20
 
 
 @pytest.mark.parametrize(
@@ -418,13 +420,14 @@ def test_trouble_that_passes_is_outlasted(vllm: Case, trouble: str, looking: boo
         "garbage": answers(200, b"{\xff"),
         "list": answers(200, [1]),
         "reset": resets,
-        "silent": silent(0.6),
+        "silent": silent(30),
         "huge": answers(200, b" " * (5 << 20)),
     }[trouble]
     place = ("GET", "") if looking else ("POST", "/v1/videos")
     vllm.server.moods += [(*place, mood)] * 2
     begin = time.monotonic()
-    vllm.delivered(dialect="vllm-omni", answer_seconds=0.3)
+    seconds = 1.0 if trouble == "silent" else 20.0
+    vllm.delivered(dialect="vllm-omni", answer_seconds=seconds)
     assert len(vllm.server.made) == 1 and not vllm.server.moods
     if trouble == "429":
         assert time.monotonic() - begin > 0.6, "it was not left alone"
@@ -471,7 +474,7 @@ BOXES = {
     "no picture": answers(200, CLIP[:32] + b"\0\0\0\x08moov" + b"\0\0\0\x08mdat"),
     "reset": resets,
     "500": answers(500),
-    "drip": drips(CLIP, 0.01),
+    "drip": drips(CLIP, 0.05),
     "404": answers(404),
 }  # fmt: skip
 
@@ -479,7 +482,7 @@ BOXES = {
 @pytest.mark.parametrize("name", BOXES)
 def test_a_download_that_is_not_whole_is_made_again(vllm: Case, name: str) -> None:
     vllm.server.moods += [("GET", "/content", BOXES[name])] * 2
-    vllm.delivered(download_seconds=0.4)
+    vllm.delivered(download_seconds=1.5 if name == "drip" else 20.0)
     assert len(vllm.server.made) == 1 and not vllm.server.moods
 
 
@@ -489,7 +492,7 @@ def test_downloads_that_never_are_whole_give_the_job_back(vllm: Case, name: str)
     begin = time.monotonic()
     with pytest.raises(Retry):
         vllm.make(download_seconds=0.3, patience_seconds=0.6)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
     vllm.nothing_partial()
     vllm.server.always.clear()
     vllm.delivered()
@@ -515,6 +518,41 @@ def test_a_file_that_they_lost_is_made_again(vllm: Case) -> None:
     vllm.server.moods += [("GET", "/content", answers(404, {"detail": "not found on disk"}))] * 3
     vllm.delivered()
     assert len(vllm.server.made) == 2
+
+
+# --- all at once ---
+
+SHORT = {"patience_seconds": 2.0, "download_seconds": 2.0, "answer_seconds": 2.0}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_happens_a_job_ends_whole_or_with_a_reason(vllm: Case, seed: int) -> None:
+    """Trouble of all kinds at random places; forgetting everything is the one reason to make a video again."""
+    draw, server = random.Random(seed), vllm.server
+    common = [answers(500), answers(503), answers(200, b"{"), answers(204), resets]
+    downloads = [mood for name, mood in BOXES.items() if name not in ("drip", "404")]
+    forgetting = after(server.restart, answers(503))
+    forgets = draw.random() < 0.5
+    for _ in range(draw.randrange(12)):
+        place = draw.choice(
+            [("POST", "/v1/videos"), ("GET", ""), ("GET", "/content"), ("DELETE", "")]
+        )
+        pool = common + (downloads if place[1] == "/content" else [])
+        pool = pool + [forgetting, answers(404)] * 2 if forgets and place[0] == "GET" else pool
+        server.moods.append((*place, draw.choice(pool)))
+    server.looks = draw.randrange(6)
+    for _ in range(3):  # a worker takes it again as often as it is given back
+        try:
+            vllm.delivered(**SHORT, dialect="vllm-omni")
+            break
+        except Retry:
+            vllm.nothing_partial()
+        except Refused as error:
+            says(error, "lost this video 5 times")
+            return vllm.nothing_partial()
+    else:
+        pytest.fail("the trouble was over, and the video did not come")
+    assert len(server.made) == 1 or forgets
 
 
 # --- their servers of our models ---
@@ -549,14 +587,14 @@ class Here:
         self.thread = threading.Thread(target=self.worker.run)
 
     def until(self, true: Callable[[], object]) -> None:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while not true():
             assert time.monotonic() < end, "it did not come"
             time.sleep(0.02)
 
     def stop(self) -> None:
         self.worker.stop.set()
-        self.thread.join(10)
+        self.thread.join(60)
         assert not self.thread.is_alive()
         self.store.database.close()
 
