@@ -55,6 +55,15 @@ def news(store: JobStore) -> list[tuple[str, str, str]]:
         return [tuple(row) for row in rows]
 
 
+def test_a_request_sent_twice_is_one_though_its_files_get_other_names() -> None:
+    def sent(job: str, digest: str = "d1") -> str:
+        name = f"inputs/{job}/cue-0.png"
+        cues = [{"at": 0.0, "image": name}, {"at": 2.0, "prompt": "a ring"}]
+        return asked(uploads=(Upload(name, "image", digest),), storyboard=cues).fingerprint()
+
+    assert sent("video_1") == sent("video_2") != sent("video_2", "d2")
+
+
 def test_a_job_comes_back_as_it_was_asked(store: JobStore) -> None:
     cues = [{"at": 0.0, "prompt": "a\u2028b 'x' -- %s :name"}]
     files = Upload("inputs/x/a.png", "image", "d1"), Upload("inputs/x/b.mp4", "video", "d2")
