@@ -71,4 +71,5 @@ def open_store(settings: Settings) -> JobStore:
         raise UserError(
             f"the data folder {settings.folder} cannot be made: {error.strerror}; choose another --data"
         ) from None
-    return JobStore(settings.database_url, endpoints=[hook.url for hook in settings.webhooks])
+    endpoints = [(hook.url, hook.key) if hook.key else hook.url for hook in settings.webhooks]
+    return JobStore(settings.database_url, endpoints=endpoints)
