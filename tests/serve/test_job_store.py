@@ -266,9 +266,10 @@ def test_pages_are_complete_and_stable_while_jobs_are_added(store: JobStore, asc
         if not more:
             break
         after = found[-1]
-        # New ones, and the deletion of the one that the next page begins behind.
+        # New ones, and now and then the deletion of the one that the next page begins behind.
         before += [store.create("o", asked())[0].id] if len(before) < 15 else []
-        store.delete(after, "o")
+        if len(found) % 2:
+            store.delete(after, "o")
     assert found == (before if ascending else before[10::-1])
     with refuses(UnknownJob, "video_x"):
         store.page("o", after="video_x")
