@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -50,8 +51,17 @@ def run(settings: Settings) -> None:
             lifespan="off",
             timeout_graceful_shutdown=int(LEAVE_SECONDS),
         )
+        server = uvicorn.Server(config)
+
+        def told(*_: object) -> None:
+            # The server stops by itself, and raises the signal again when it has: the workers are still to be ended.
+            if not server.started:
+                raise KeyboardInterrupt
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, told)
         with Workers(settings):
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
 
 
 def require_keys(settings: Settings) -> None:
@@ -76,6 +86,12 @@ def _listener(settings: Settings) -> socket.socket:
         raise UserError(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; choose another --port"
         ) from None
+
+
+def worker_command(config: Path) -> list[str]:
+    """The command line of a worker of this gateway."""
+    words = ["serve", "worker", "--config", str(config), "--with-parent"]
+    return [sys.executable, "-m", "sora_train", *words]
 
 
 class Workers:
@@ -118,12 +134,12 @@ class Workers:
         return path
 
     def _look_after(self, config: Path) -> None:
-        command = [sys.executable, "-m", "sora_train", "serve", "worker", "--config", str(config)]
+        command = worker_command(config)
         pause = _PAUSES[0]
         while not self._ends.is_set():
             begin = time.monotonic()
             # The worker leaves when this pipe closes, which it does even if this process is killed.
-            process = subprocess.Popen([*command, "--with-parent"], stdin=subprocess.PIPE)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE)
             self._running.add(process)
             if self._ends.is_set():
                 process.terminate()

@@ -97,6 +97,7 @@ def open_sign(settings: Settings) -> Callable[[Job, Path, Path, Path | None], No
         certificate=Path(chosen.certificate) if chosen.certificate else None,
         key=Path(chosen.key) if chosen.key else None,
         callback=chosen.callback,
+        timestamps=chosen.timestamps,
         dev_folder=settings.folder / "dev_certs" / chosen.dev_cert if chosen.dev_cert else None,
     )
 

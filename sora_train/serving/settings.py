@@ -80,8 +80,6 @@ class SigningSettings(Section):
     """PEM file of the private key in PKCS#8."""
     callback: str = ""
     """`package.module:function` that signs bytes, for keys that stay in a KMS or HSM."""
-    algorithm: str = "es256"
-    """Of the key: es256, es384, ps256, ed25519."""
     dev_cert: str = ""
     """Name of a development chain that is made in the data folder; nobody else trusts it."""
     timestamps: str = ""

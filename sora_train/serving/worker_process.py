@@ -26,7 +26,7 @@ def run_worker(settings: Settings, *, with_parent: bool = False) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stop.set())
         if with_parent:
-            threading.Thread(target=_leave_with_parent, daemon=True).start()
+            leave_with_parent()
         worker.run()
 
 
@@ -67,7 +67,11 @@ def _secret(hook: WebhookSettings) -> str:
     return secret
 
 
-def _leave_with_parent() -> None:
-    """The process that started this one holds the other end of its input, until it is gone."""
-    sys.stdin.buffer.read()
-    os.kill(os.getpid(), signal.SIGTERM)
+def leave_with_parent() -> None:
+    """End this process as SIGTERM does when the one that started it, which holds the end of its input, is gone."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

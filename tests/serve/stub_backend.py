@@ -11,7 +11,9 @@ from starlette.testclient import TestClient
 from sora_train.data.decode.video_io import encode_h264, open_h264
 from sora_train.serving.api.app import build_app
 from sora_train.serving.backends.base import BadRequest, Defaults
+from sora_train.serving.jobs.delivery import Steps
 from sora_train.serving.jobs.job import Asked, Job
+from sora_train.serving.jobs.worker import Pace, Worker
 from sora_train.serving.service import Service
 from sora_train.serving.settings import Settings
 
@@ -102,39 +104,22 @@ class Server:
         return TestClient(self.app, base_url=HOME, headers={"Authorization": f"Bearer {key}"})
 
     def work(self) -> Job | None:
-        """Complete the oldest job as a worker would."""
-        store = self.service.store
-        lease = store.claim("test", lease_seconds=60)
-        if lease is None:
-            return None
-        job, folder = lease.job, self.service.settings.folder
-        made = self.service.backend.make(job, [], folder, lambda _: None, lambda: False)
-        outputs = {"video": f"outputs/{job.id}/video.mp4"}
-        self.service.files.put(outputs["video"], made)
-        for variant, kind, ending in (
-            ("thumbnail", "WEBP", "webp"),
-            ("spritesheet", "JPEG", "jpg"),
-        ):
-            outputs[variant] = f"outputs/{job.id}/{variant}.{ending}"
-            (folder / variant).write_bytes(picture(kind=kind))
-            self.service.files.put(outputs[variant], folder / variant)
-        seconds = job.asked.seconds + job.asked.source_seconds
-        facts = {
-            "seconds": seconds,
-            "size": list(job.asked.size),
-            "fps": 8.0,
-            "seed": job.asked.seed or 7,
-        }
-        facts |= {
-            "billed_seconds": job.asked.seconds,
-            "frames": round(seconds * 8),
-            "signed": True,
-            "watermark": True,
-        }
-        usage = self.service.prices.usage(job, facts)
-        assert store.complete(lease, outputs=outputs, facts=facts, usage=usage, keep_seconds=3600)
-        return store.get(job.id)
+        """Bring the oldest job to its end as a worker does."""
+        service = self.service
+        waiting = [
+            job
+            for job in service.store.page("local", ascending=True, limit=100)[0]
+            if not job.is_over
+        ]
+        steps = Steps(bill=service.prices.usage)
+        folder = service.settings.folder / "work"
+        pace = Pace(keep=3600.0)
+        worker = Worker(
+            service.store, service.files, service.backend, folder, steps=steps, pace=pace
+        )
+        did = worker.work_one()
+        return service.store.get(waiting[0].id) if did and waiting else None
 
     def work_all(self) -> None:
-        while self.work():
-            pass
+        while any(self.service.store.counts()[name] for name in ("queued", "in_progress")):
+            self.work()

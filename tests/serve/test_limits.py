@@ -45,7 +45,7 @@ class Gateway:
         if fails:
             assert self.store.fail(lease, code="c", message="m")
             return
-        facts = {"billed_seconds": lease.job.asked.seconds, "size": [64, 48]}
+        facts = {"new_seconds": lease.job.asked.seconds, "size": [64, 48]}
         usage = self.prices.usage(lease.job, facts)
         assert self.store.complete(lease, outputs={"video": "v"}, facts=facts, usage=usage)
 

@@ -48,7 +48,7 @@ class Prices:
         """What a completed job costs: the seconds that it made, of an extension the new ones alone.
 
         Args:
-            facts: measured by the worker: `size`, and `billed_seconds`, without what an extension extends.
+            facts: measured by the worker: `size`, and `new_seconds`, without what an extension extends.
         """
         width, height = facts["size"]
-        return self.of(job.asked.model, (int(width), int(height)), float(facts["billed_seconds"]))
+        return self.of(job.asked.model, (int(width), int(height)), float(facts["new_seconds"]))
