@@ -19,7 +19,7 @@ PYTEST_WORKERS ?= 2
 PYTEST_APART = -n $(PYTEST_WORKERS) --dist loadfile --max-worker-restart=0
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-all test-slurm mutants lint format docs house tiny_vae clean
+.PHONY: help env quickstart test test-all test-slurm test-serve mutants lint format docs house tiny_vae clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):.*## */\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ test-all: $(STAMP)  ## the long tests too
 
 test-slurm: $(STAMP)  ## the tests on a real SLURM of two nodes, started here (docker/install.sh slurm brings it)
 	$(BIN)/python -m pytest -s $(PYTEST_FLAGS) tests/integration/slurm
+
+test-serve: $(STAMP)  ## all tests of sora serve: PostgreSQL, a browser, both clients of OpenAI, load and kills
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/serve
 
 mutants: $(STAMP)  ## small breaks of the code, each tried against the tests nearest to it (about half an hour on 2 cores)
 	$(BIN)/python tests/mutants/mutate.py $(MUTANTS_FLAGS)

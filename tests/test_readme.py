@@ -81,6 +81,7 @@ SHORT: dict[str, list[str]] = {
     "plan": ["plan.counted=0"],
     "fetch": [],
     "launch": ["--print"],
+    "serve": ["--settings"],
     "watch": [],
     "bench all": ["--toy", "--only", "sampling"],
     "doctor experiment=quickstart": ["--no-bandwidth"],
@@ -95,7 +96,13 @@ SHORT: dict[str, list[str]] = {
 }
 """How each kind of `sora` command is cut short: what is appended to it. A command of no kind here is a failure."""
 
-MAKE_RUNS = {"test": "pytest", "test-all": "pytest", "test-slurm": "pytest", "lint": "ruff"}
+MAKE_RUNS = {
+    "test": "pytest",
+    "test-all": "pytest",
+    "test-slurm": "pytest",
+    "test-serve": "pytest",
+    "lint": "ruff",
+}
 """Targets that are looked at with `make -n` alone, since running them would run this test: what they must call."""
 
 

@@ -114,7 +114,7 @@ class Settings(Section):
     data: str = "serve"
     """Folder of the database, the files and the work in progress."""
     database: str = ""
-    """postgresql+psycopg://... for several gateways or nodes; empty: SQLite in the data folder."""
+    """postgresql://USER:PASSWORD@HOST/NAME for several gateways or nodes; empty: SQLite in the data folder."""
     files: str = ""
     """Folder or address (s3://...) of videos and uploads; empty: in the data folder."""
     workers: int = Field(1, ge=0)

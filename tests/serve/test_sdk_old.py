@@ -18,11 +18,14 @@ def test_the_client_of_the_second_generation(tmp_path: Path):
     told = "import openai; print(openai.__version__)"
     paths = os.pathsep.join([str(target), *filter(None, sys.path)])
     env = {**os.environ, "PYTHONPATH": paths}
-    caught = {"env": env, "capture_output": True, "text": True, "check": False}
-    shown = subprocess.run([sys.executable, "-c", told], **caught)
+    shown = ran([sys.executable, "-c", told], env)
     assert shown.stdout.strip() == VERSION, shown.stderr
     tests = Path(__file__).parent / "test_sdk.py"
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(tests)]
-    done = subprocess.run(command, **caught)
+    done = ran(command, env)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+def ran(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)

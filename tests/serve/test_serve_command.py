@@ -60,7 +60,7 @@ def test_addresses_that_others_reach_need_a_key(tmp_path: Path, host: str):
         (["serve", "keys", "add", "a", "--days", "-1"], ["days"]),
         (["serve", "worker"], ["--ckpt"]),
     ],
-    ids=lambda part: " ".join(part),
+    ids=" ".join,
 )
 def test_what_cannot_start_says_why(tmp_path: Path, monkeypatch, arguments: list, words: list):
     monkeypatch.chdir(tmp_path)
