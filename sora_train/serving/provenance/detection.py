@@ -16,7 +16,7 @@ import numpy as np
 
 from sora_train.serving.provenance.pattern import BANDS, PERIODS, REACH, band, waves
 
-FALSE_ALARM = 1e-9
+FALSE_ALARM = 1e-6
 CROPS = np.exp(-0.006 * np.arange(86))
 """Shares of the short side that a crop may have left; between two of them a wave at the edge loses its phase by less
 than a sixth of a turn."""
@@ -72,9 +72,9 @@ def spectrum(picture: np.ndarray, periods_per_pixel: float) -> Iterator[np.ndarr
 
 def scores(spectrum: np.ndarray, key_phases: np.ndarray) -> np.ndarray:
     """Z at every shift [down, right], in steps of a GRID-th of the short side."""
-    products = np.zeros((GRID, GRID), complex)
-    products[np.ix_(PERIODS % GRID, PERIODS % GRID)] = spectrum * key_phases.conj()
-    return np.fft.ifft2(products).real * GRID**2
+    products = np.zeros((GRID, GRID // 2 + 1), np.complex64)
+    products[np.ix_(PERIODS % GRID, PERIODS[REACH:])] = (spectrum * key_phases.conj())[:, REACH:]
+    return np.fft.irfft2(products, (GRID, GRID)) * GRID**2
 
 
 def detect(picture: np.ndarray, key_phases: np.ndarray) -> Detection:

@@ -8,7 +8,7 @@ import hashlib
 
 import numpy as np
 
-BANDS = ((6, 26), (3, 12))
+BANDS = ((6, 26), (4, 14))
 """Least and most periods along the short side. The first suits frames whose short side is at least SMALL pixels; of
 smaller ones a codec keeps only the coarser waves of the second."""
 SMALL = 128

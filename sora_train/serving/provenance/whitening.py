@@ -17,10 +17,11 @@ from sora_train.errors import UserError
 SIDE = 256
 MAX_FRAMES = 240
 """More frames than this add little to the mean of flattened frames; of longer videos evenly spaced ones are used."""
-_MEAN_RADIUS, _CONTRAST_RADIUS = 2, 4
-_LEVELS = 1.0
+_MEAN_RADIUS, _CONTRAST_RADIUS, _QUIET_RADIUS = 2, 2, 4
+_LEVELS = 0.5
 """Added to the local contrast of a frame, in 8-bit levels: less is noise of the codec."""
 _OF_MEAN = 0.1
+_QUIET_LEVELS = 6.0
 _MAX = 3.0
 _BLACK, _WHITE, _ROOM = 16, 235, 12
 
@@ -71,9 +72,9 @@ def quietness(luma: np.ndarray) -> np.ndarray:
     """
     luma = luma.astype(np.float32)
     detail = luma - local_mean(luma, _MEAN_RADIUS)
-    contrast = np.sqrt(np.maximum(local_mean(detail * detail, _CONTRAST_RADIUS), 0))
+    contrast = np.sqrt(np.maximum(local_mean(detail * detail, _QUIET_RADIUS), 0))
     room = np.clip(np.minimum(luma - _BLACK, _WHITE - luma) / _ROOM, 0, 1)
-    return local_mean(room / np.sqrt(contrast + 2), _CONTRAST_RADIUS)
+    return local_mean(room / np.sqrt(contrast + _QUIET_LEVELS), _QUIET_RADIUS)
 
 
 def _over_contrast(picture: np.ndarray, radius: int, floor: float) -> np.ndarray:
