@@ -202,3 +202,19 @@ def bench_serve(arguments: Overrides = None) -> int:
     from benchmarks.serve import main
 
     return main(arguments or [])
+
+
+@bench_app.command("watermark", context_settings=OVERRIDES)
+def bench_watermark(arguments: Overrides = None) -> int:
+    """Mark clips invisibly, crop, scale and compress them, and count what the key finds and what other keys find.
+
+    --videos DIR real clips beside those of the shapes world, --shapes N scenes of each size, --keys N for each clip,
+    --trials N looks for false alarms, --out DIR where the results go.
+
+    \b
+    sora bench watermark --keys 1 --trials 0
+    sora bench watermark --videos clips --keys 3 --trials 30000
+    """
+    from benchmarks.watermark import main
+
+    return main(arguments or [])
