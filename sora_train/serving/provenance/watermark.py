@@ -25,7 +25,7 @@ from sora_train.serving.provenance.whitening import (
     small_luma,
 )
 
-STRENGTH, STRENGTH_OF_SMALL = 2.2, 2.9
+STRENGTH, STRENGTH_OF_SMALL = 2.15, 2.9
 """Root mean square of the mark in 8-bit levels of luma; small is below FULL pixels on the short side."""
 FULL = 256
 CRF = 12
