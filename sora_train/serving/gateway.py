@@ -39,7 +39,7 @@ def run(settings: Settings) -> None:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(
-            f"sora serve: http://{shown}:{port}/v1 (its pages: http://{shown}:{port}/docs)",
+            f"sora serve: http://{shown}:{port}/v1 (playground: http://{shown}:{port}/, reference: http://{shown}:{port}/docs)",
             flush=True,
         )
         config = uvicorn.Config(

@@ -23,7 +23,7 @@ from sora_train.serving.service import Service
 from sora_train.serving.settings import Settings
 
 CHROMIUM = shutil.which("chromium")
-LONG_SECONDS = 60.0
+LONG_SECONDS = 30.0
 """A test that waits longer than this for the page has found a fault."""
 
 
