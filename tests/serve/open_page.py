@@ -6,7 +6,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -96,7 +95,7 @@ class Site:
             Steps(
                 mark=shutil.copyfile,
                 sign=lambda job, source, target, parent: shutil.copyfile(source, target),
-                bill=self._bill,
+                bill=self.service.prices.usage,
             ),
             pace=Pace(poll=0.05, keep=3600),
         )
@@ -117,10 +116,6 @@ class Site:
             for thread in self.threads:
                 thread.join(LONG_SECONDS)
             self.service.store.database.close()
-
-    def _bill(self, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
-        billed = facts["seconds"] - job.asked.source_seconds
-        return self.service.prices.usage(job, {"billed_seconds": billed, **facts})
 
     def jobs(self, owner: str = "local") -> list[Job]:
         """The newest first."""
