@@ -20,6 +20,8 @@ from sora_train.serving.jobs.job import DatabaseAway
 
 LOCK_SECONDS = 15.0
 """How long a statement waits for another's lock, and a connection for the server."""
+CONNECTIONS = 15
+"""Of a process, all kept: making another takes longer than what it is needed for."""
 
 
 class Database:
@@ -44,6 +46,12 @@ class Database:
             raise UserError(f"database is of kind {kind}; {_SPELLINGS}")
         self.is_sqlite = kind == "sqlite"
         self.engine = self._sqlite() if self.is_sqlite else self._postgresql()
+        # Each statement by itself: BEGIN and COMMIT are ways to the server and back.
+        self._reading = (
+            self.engine
+            if self.is_sqlite
+            else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        )
 
     def _sqlite(self) -> sql.Engine:
         if not self.url.database or self.url.database == ":memory:":
@@ -51,7 +59,7 @@ class Database:
                 f"database {self.shown} is in memory, where jobs do not survive; {_SPELLINGS}"
             )
         Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = sql.create_engine(self.url, connect_args={"timeout": LOCK_SECONDS})
+        engine = sql.create_engine(self.url, connect_args={"timeout": LOCK_SECONDS}, **_POOL)
 
         @event.listens_for(engine, "connect")
         def configure(connection: Any, _: Any) -> None:
@@ -71,12 +79,8 @@ class Database:
             "connect_timeout": int(LOCK_SECONDS),
             "options": f"-c lock_timeout={int(LOCK_SECONDS)}s",
         }
-        return sql.create_engine(
-            self.url.set(drivername="postgresql+psycopg"),
-            connect_args=options,
-            pool_pre_ping=True,
-            pool_timeout=LOCK_SECONDS,
-        )
+        url = self.url.set(drivername="postgresql+psycopg")
+        return sql.create_engine(url, connect_args=options, pool_pre_ping=True, **_POOL)
 
     @property
     def shown(self) -> str:
@@ -93,8 +97,8 @@ class Database:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sql.Connection]:
-        """One consistent view of the database. Raises DatabaseAway."""
-        with self._sentences(), self.engine.connect() as connection, connection.begin():
+        """To look: each statement sees what was committed before it. Raises DatabaseAway."""
+        with self._sentences(), self._reading.connect() as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
@@ -140,4 +144,5 @@ class Database:
         self.engine.dispose()
 
 
+_POOL: dict[str, Any] = {"pool_size": CONNECTIONS, "max_overflow": 0, "pool_timeout": LOCK_SECONDS}
 _SPELLINGS = "write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
