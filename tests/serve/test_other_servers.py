@@ -133,7 +133,7 @@ def test_length_and_seed_are_said_where_the_request_says_none(case: Case) -> Non
 
 def test_an_image_goes_along_byte_by_byte(case: Case, tmp_path: Path) -> None:
     image = tmp_path / "00.png"
-    image.write_bytes(bytes(range(256)) * 40 + b"\r\n--boundary")
+    image.write_bytes(b"\n" + bytes(range(256)) * 40 + b"\r\n--boundary\r\n")
     job = a_job(sampling_op="i2v", uploads=(Upload("inputs/x/image.png", "image"),))
     source = tmp_path / "01.mp4"  # of a remix: no input of theirs
     source.write_bytes(b"not sent")
@@ -390,7 +390,7 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(tmp_path: Path) -> None
     (tmp_path / "job").mkdir()
     case = Case(server, "vllm-omni", tmp_path / "job", ExitStack())
     done: list[Path] = []
-    thread = threading.Thread(target=lambda: done.append(case.make()))
+    thread = threading.Thread(target=lambda: done.append(case.make(dialect="vllm-omni")))
     thread.start()
     time.sleep(0.4)
     with serving(server, "vllm-omni"):
@@ -461,6 +461,7 @@ def test_what_is_told_of_another_video_is_not_believed(vllm: Case) -> None:
     vllm.server.moods.append(("GET", "", answers(200, {"id": "other", "status": "completed"})))
     vllm.server.moods.append(("GET", "", answers(500, {"id": "other", "status": "failed"})))
     vllm.delivered(dialect="vllm-omni")
+    assert len(vllm.server.made) == 1
 
 
 # --- downloads ---
