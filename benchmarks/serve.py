@@ -53,6 +53,20 @@ RAMP_SECONDS = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    ways = {"load": load, "chaos": chaos, "overhead": overhead}
+    with postgres() if args.postgres else contextlib.nullcontext() as server:
+        folder = args.out / f"{args.what}-{time.strftime('%H%M%S')}"
+        row = ways[args.what](args, folder, server)
+    kind = "postgresql" if args.postgres else "sqlite"
+    row = {"database": kind, "commit": commit(), "cpu": cpu_model(), **row}
+    print(json.dumps(row, indent=1))
+    write_atomically(args.out / f"{args.what}-{kind}.json", json.dumps(row, indent=1))
+    return 1 if row.get("problems") else 0
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sora bench serve", description=__doc__)
     parser.add_argument("what", choices=("load", "chaos", "overhead"))
     parser.add_argument("--ckpt", default="")
@@ -66,17 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("serve_bench"))
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    ways = {"load": load, "chaos": chaos, "overhead": overhead}
-    with postgres() if args.postgres else contextlib.nullcontext() as server:
-        folder = args.out / f"{args.what}-{time.strftime('%H%M%S')}"
-        row = ways[args.what](args, folder, server)
-    kind = "postgresql" if args.postgres else "sqlite"
-    row = {"database": kind, "commit": commit(), "cpu": cpu_model(), **row}
-    print(json.dumps(row, indent=1))
-    write_atomically(args.out / f"{args.what}-{kind}.json", json.dumps(row, indent=1))
-    return 1 if row.get("problems") else 0
+    return parser.parse_args(argv)
 
 
 # --- load ---
@@ -174,7 +178,7 @@ async def _metrics(http: Any, address: str) -> str:
 
 
 def at(values: Sequence[float], share: float) -> float:
-    """The smallest of the sorted values that this share of them does not exceed."""
+    """The value below which this share of the sorted values lies."""
     return values[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 

@@ -14,6 +14,9 @@ from sora_train.serving.parts import open_backend, open_policy, open_sign, open_
 from sora_train.serving.service import Service
 from sora_train.serving.settings import Settings, WebhookSettings
 
+BEHIND = 5
+"""How much less urgent workers are than the gateway that started them: it answers while they use every core."""
+
 
 def run_worker(settings: Settings, *, with_parent: bool = False) -> None:
     """Work until the process is told to stop, or its parent is gone; a job at hand goes back into the queue.
@@ -26,6 +29,7 @@ def run_worker(settings: Settings, *, with_parent: bool = False) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stop.set())
         if with_parent:
+            os.nice(BEHIND)
             leave_with_parent()
         worker.run()
 
@@ -71,7 +75,9 @@ def leave_with_parent() -> None:
     """End this process as SIGTERM does when the one that started it, which holds the end of its input, is gone."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not by the buffer, whose lock this thread would hold while the interpreter ends.
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
