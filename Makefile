@@ -49,6 +49,10 @@ test-slurm: $(STAMP)  ## the tests on a real SLURM of two nodes, started here (d
 
 test-serve: $(STAMP)  ## all tests of sora serve: PostgreSQL, a browser, both clients of OpenAI, load and kills
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/serve
+	$(BIN)/sora bench serve load
+	$(BIN)/sora bench serve load --postgres
+	$(BIN)/sora bench serve chaos
+	$(BIN)/sora bench serve chaos --postgres
 
 mutants: $(STAMP)  ## small breaks of the code, each tried against the tests nearest to it (about half an hour on 2 cores)
 	$(BIN)/python tests/mutants/mutate.py $(MUTANTS_FLAGS)

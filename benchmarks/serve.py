@@ -79,7 +79,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("serve_bench"))
+    parser.add_argument("--out", type=Path, default=Path("runs/serve_bench"))
     return parser.parse_args(argv)
 
 

@@ -379,7 +379,9 @@ def test_methods_that_a_path_does_not_know(server: Server, method: str):
         (MemoryError(), 500),
     ],
 )
-def test_faults_inside_are_told_without_the_inside(server: Server, monkeypatch, fault, status: int):
+def test_faults_inside_are_told_without_the_inside(
+    server: Server, monkeypatch, caplog, fault, status: int
+):
     def fail(*_, **__):
         raise fault
 
@@ -387,6 +389,10 @@ def test_faults_inside_are_told_without_the_inside(server: Server, monkeypatch, 
     monkeypatch.setattr(server.service.files, "put", fail)
     message = refused(server.http.get("/v1/videos"), status)
     assert "secret" not in message and "postgresql" not in message
+    (line,) = caplog.records
+    # A database that is away is no riddle: a sentence for each request, not a page.
+    assert bool(line.exc_info) != isinstance(fault, DatabaseAway)
+    assert "does not answer" in line.getMessage() or line.exc_info
     answer = server.http.post("/v1/videos", data={"prompt": "a"}, files={"image": picture()})
     refused(answer, status)
 

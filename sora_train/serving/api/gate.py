@@ -65,7 +65,9 @@ class Gate:
             await self.app(scope, self._counted(receive), answer)
         except Exception as error:
             told = as_api_error(error)
-            if told.status >= 500:
+            if isinstance(error, Fault):  # while the database is away, every request says so
+                log.error("%s failed: %s", request_id, error)
+            elif told.status >= 500:
                 log.error("%s failed", request_id, exc_info=error)
             if status:
                 raise  # the answer has begun: only a broken connection says that it is not whole
