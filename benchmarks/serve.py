@@ -23,16 +23,12 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
-
+from benchmarks.serve_books import database_problems, file_problems
 from benchmarks.serve_clients import (
     COMPLETED,
-    DELETED,
-    OPEN,
     PROMPTS,
     Api,
     Client,
@@ -40,14 +36,13 @@ from benchmarks.serve_clients import (
     Notes,
     session,
 )
-from benchmarks.serve_fleet import Fleet, children, postgres, tiny_run
+from benchmarks.serve_fleet import Fleet, postgres, tiny_run
+from benchmarks.serve_times import at, calls_row, cpu_seconds, machine_seconds, server_row
 from sora_train.base.code_version import commit, cpu_model
 from sora_train.base.files import write_atomically
 from sora_train.errors import Fault
 
 TINY = {"seconds": 0.5, "size": "32x32", "steps": 2}
-QUIET = ("retrieve", "content", "list", "delete")
-"""Calls that generate nothing."""
 RAMP_SECONDS = 5.0
 """In which the clients arrive."""
 
@@ -174,57 +169,6 @@ async def _metrics(http: Any, address: str) -> str:
         return str(await response.text())
 
 
-# --- what was measured ---
-
-
-def at(values: Sequence[float], share: float) -> float:
-    """The value below which this share of the sorted values lies."""
-    return values[min(len(values) - 1, int(share * len(values)))] if values else 0.0
-
-
-def calls_row(calls: list[tuple[str, int, float]]) -> dict[str, Any]:
-    """Milliseconds by kind of call, and the answers by status."""
-    kinds: dict[str, list[float]] = {"quiet": []}
-    for what, _, seconds in calls:
-        kinds.setdefault(what, []).append(seconds)
-        if what in QUIET:
-            kinds["quiet"].append(seconds)
-    told = {}
-    for what, values in kinds.items():
-        values.sort()
-        told[what] = {"calls": len(values)} | {
-            name: round(1000 * at(values, share), 1)
-            for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("most", 1.0))
-        }
-    return {"ms": told, "statuses": dict(Counter(str(status) for _, status, _ in calls))}
-
-
-def server_row(pages: list[str]) -> dict[str, Any]:
-    """Of the calls that generate nothing, by the histograms of the servers: p50 and p99, even within a bucket."""
-    counts: Counter[float] = Counter()
-    for line in "\n".join(pages).splitlines():
-        if not line.startswith("sora_request_seconds_bucket{") or "/v1/videos" not in line:
-            continue
-        labels, _, value = line.rpartition(" ")
-        named = dict(part.split("=", 1) for part in labels[labels.index("{") + 1 : -1].split(","))
-        if named["method"] != '"POST"':
-            counts[float(named["le"].strip('"').replace("+Inf", "inf"))] += float(value)
-    total = counts[float("inf")]
-    return {"calls": int(total)} | {
-        name: round(1000 * _quantile(counts, share * total), 1)
-        for name, share in (("p50", 0.5), ("p99", 0.99))
-    }
-
-
-def _quantile(counts: Counter[float], wanted: float) -> float:
-    low, below = 0.0, 0.0
-    for bound in sorted(counts):
-        if counts[bound] >= wanted and counts[bound] > below:
-            return low + (bound - low) * (wanted - below) / (counts[bound] - below)
-        low, below = bound, counts[bound]
-    return low
-
-
 def fates_row(clients: list[Client]) -> dict[str, Any]:
     return {"videos": dict(Counter(fate for one in clients for fate in one.fates.values()))}
 
@@ -233,100 +177,9 @@ def _found(problems: list[str]) -> dict[str, Any]:
     return {"problems": len(problems), "first_problems": problems[:20]}
 
 
-def cpu_seconds(fleet: Fleet) -> dict[str, float]:
-    """Of the gateways, their workers, and this process."""
-    took = os.times()
-    gateways = [gateway.pid for gateway in fleet.gateways]
-    return {
-        "gateways": sum(map(_cpu, gateways)),
-        "workers": sum(map(_cpu, fleet.gateway_workers())),
-        "clients": took.user + took.system,
-    } | ({"database": _cpu_of_postgres(fleet.postgres)} if fleet.postgres else {})
-
-
-def _cpu(pid: int) -> float:
-    """User and system time of a process, and of its children that are gone."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-
-def _cpu_of_postgres(server: Any) -> float:
-    first = int((server.data / "postmaster.pid").read_text().split()[0])
-    return sum(map(_cpu, (first, *children(first))))
-
-
-def machine_seconds() -> float:
-    """CPU time that anybody used."""
-    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
 def made_folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-# --- what must agree ---
-
-
-def database_problems(fleet: Fleet, clients: list[Client]) -> Iterator[str]:
-    """A row for each video that was taken in, a bill for each that was completed, and its files under one attempt."""
-    import sqlalchemy as sql
-
-    from sora_train.serving.jobs.files import FileStore
-    from sora_train.serving.jobs.tables import JOBS, USAGE
-    from sora_train.serving.service import open_store
-    from sora_train.serving.settings import Settings
-
-    settings = Settings.model_validate(fleet.settings)
-    database, files = open_store(settings).database, FileStore(settings.files_url)
-    with database.read() as connection:
-        rows = {row.id: row for row in connection.execute(sql.select(JOBS))}
-        bills = list(connection.execute(sql.select(USAGE.c.job)).scalars())
-    database.close()
-    fates = {name: fate for one in clients for name, fate in one.fates.items()}
-    for name in sorted(rows.keys() ^ fates.keys()):
-        yield f"{name}: {'nobody asked for it' if name in rows else 'lost'}"
-    for name in sorted(fates.keys() & rows.keys()):
-        row = rows[name]
-        if (fates[name] == DELETED) != (row.status == "cancelled") or fates[name] == OPEN:
-            yield f"{name}: {fates[name]} for its client, {row.status} in the database"
-        if row.status == COMPLETED:
-            if bills.count(name) != 1:
-                yield f"{name}: billed {bills.count(name)} times"
-            found = files.names(f"outputs/{name}")
-            if found != sorted(row.outputs.values()):
-                yield f"{name}: files {found}, of which the job knows {sorted(row.outputs.values())}"
-
-
-def file_problems(folder: Path, clients: list[Client], *, signed: bool) -> Iterator[str]:
-    """Every file decodes to the frames that were told, and is signed where it should be."""
-    for client in clients:
-        for video in client.videos.values():
-            if video["status"] != COMPLETED:
-                continue
-            path = client.folder / f"{video['id']}.mp4"
-            try:
-                with av.open(str(path)) as container:
-                    frames = sum(1 for _ in container.decode(video=0))
-            except (OSError, av.FFmpegError) as error:
-                yield f"{video['id']}: does not decode: {error}"
-                continue
-            if frames != video["frames"]:
-                yield f"{video['id']}: {frames} frames of {video['frames']}"
-            if video["provenance"]["signed"] != signed:
-                yield f"{video['id']}: signed is {video['provenance']['signed']}"
-            if signed:
-                yield from _signature_problems(folder, path)
-
-
-def _signature_problems(folder: Path, path: Path) -> Iterator[str]:
-    from sora_train.serving.provenance.certificates import read_anchors
-    from sora_train.serving.provenance.verdict import verdict
-
-    found = verdict(path, read_anchors(folder / "data/dev_certs/bench/anchors.pem"))
-    if found.state != "Trusted" or found.title != path.name:
-        yield f"{path.stem}: {found.state} {found.failures} as {found.title}"
 
 
 # --- chaos ---

@@ -17,7 +17,7 @@ pytest.importorskip("aiohttp")
 from aiohttp import web
 from stub_backend import write_clip
 
-from benchmarks import serve
+from benchmarks import serve, serve_books, serve_times
 from benchmarks.serve_clients import COMPLETED, DELETED, Api, Client, Habits, Notes, session
 from benchmarks.serve_fleet import Fleet
 
@@ -81,9 +81,9 @@ def test_a_worker_that_leaves_before_its_gateway_ends_well() -> None:
 
 def test_shares_are_those_of_the_values() -> None:
     values = [float(number) for number in range(1, 101)]
-    assert [serve.at(values, share) for share in (0.5, 0.99, 1.0)] == [51, 100, 100]
+    assert [serve_times.at(values, share) for share in (0.5, 0.99, 1.0)] == [51, 100, 100]
     calls = [("retrieve", 200, 0.001 * number) for number in range(1, 101)]
-    row = serve.calls_row([*calls, ("create", 503, 9.0)])
+    row = serve_times.calls_row([*calls, ("create", 503, 9.0)])
     assert row["ms"]["quiet"] == {"calls": 100, "p50": 51, "p90": 91, "p99": 100, "most": 100}
     assert row["statuses"] == {"200": 100, "503": 1}
 
@@ -94,7 +94,7 @@ def test_the_servers_own_times_are_added_up_over_gateways() -> None:
         line.format(*row) for row in (("0.1", "GET", 90), ("0.2", "GET", 100), ("+Inf", "GET", 100))
     ]
     other = line.format("+Inf", "POST", 7)
-    row = serve.server_row(["\n".join([*page, other]), "\n".join(page)])
+    row = serve_times.server_row(["\n".join([*page, other]), "\n".join(page)])
     assert row == {"calls": 200, "p50": 55.6, "p99": 190.0}
 
 
@@ -161,7 +161,9 @@ def test_files_that_are_cut_short_or_unsigned_are_noticed(tmp_path: Path) -> Non
     data = write_clip(tmp_path / "whole.mp4").read_bytes()
     (tmp_path / "short.mp4").write_bytes(data[: len(data) // 2])
     client: Any = SimpleNamespace(folder=tmp_path, videos={"a": whole, "b": short})
-    (told,) = serve.file_problems(tmp_path, [client], signed=False)
+    (told,) = serve_books.file_problems(tmp_path, [client], signed=False)
     assert told.startswith("short: ")
     client.videos = {"a": whole | {"frames": 17}}
-    assert list(serve.file_problems(tmp_path, [client], signed=False)) == ["whole: 16 frames of 17"]
+    assert list(serve_books.file_problems(tmp_path, [client], signed=False)) == [
+        "whole: 16 frames of 17"
+    ]
