@@ -74,8 +74,13 @@ def require_keys(settings: Settings) -> None:
     if not has_one:
         raise UserError(
             f"host {settings.host} is reached from elsewhere and there is no API key; add one with "
-            "`sora serve keys add NAME`, or listen on 127.0.0.1"
+            f"`sora serve keys add NAME{_where(settings)}`, or listen on 127.0.0.1"
         )
+
+
+def _where(settings: Settings) -> str:
+    """The flag by which another command finds the same keys; an address of a database may hold a password."""
+    return " --database URL" if settings.database else f" --data {settings.data}"
 
 
 def _listener(settings: Settings) -> socket.socket:

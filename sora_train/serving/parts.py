@@ -112,7 +112,8 @@ def open_sign(settings: Settings) -> Callable[[Job, Path, Path, Path | None], No
             parent=parent,
             parameters={
                 "seconds": asked.seconds,
-                "size": list(asked.size),
+                # As text: C2PA would keep small numbers in a list as bytes.
+                "size": "{}x{}".format(*asked.size),
                 "operation": asked.sampling_op,
             },
         )

@@ -54,6 +54,8 @@ class LimitSettings(Section):
     """Jobs of one key that may wait or run at once; 0: any number."""
     seconds: float = Field(60.0, gt=0)
     """Longest video in seconds that is made for one request."""
+    fps: float = Field(60.0, gt=0)
+    """Most frames a second."""
     pixels: int = Field(1920 * 1088, ge=4)
     """Most pixels of a frame."""
     upload_bytes: int = Field(256 << 20, ge=1)

@@ -6,7 +6,6 @@ import socket
 import struct
 import threading
 import zlib
-from pathlib import Path
 
 import pytest
 import uvicorn
@@ -462,8 +461,17 @@ def test_what_breaks_off_on_the_wire_is_no_job(server: Server):
         assert not thread.is_alive()
 
 
-def test_uploads_are_gone_from_the_folder_when_a_server_starts(tmp_path: Path):
-    first = Server(tmp_path)
-    (first.service.settings.folder / "incoming" / "left").mkdir()
-    Server(tmp_path)
-    assert not any((first.service.settings.folder / "incoming").iterdir())
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"fps": 61}, "fps"),
+        ({"guidance_scale": 0, "negative_prompt": "what is forbidden"}, "guidance_scale"),
+        ({"guidance_scale": 0.9, "negative_prompt": "what is forbidden"}, "guidance_scale"),
+        (
+            {"storyboard": [{"at": n / 9, "prompt": "a", "image": "data:,"} for n in range(17)]},
+            "storyboard",
+        ),
+    ],
+)
+def test_what_would_cost_much_or_leads_around_the_policy(server: Server, body: dict, param: str):
+    refused(server.http.post("/v1/videos", json={"prompt": "a", **body}), param=param)

@@ -183,3 +183,14 @@ def test_many_senders_do_not_send_the_same(sending: Sending, receiver: Receiver)
 def test_a_secret_that_is_none_is_refused(sending: Sending) -> None:
     with refuses(UserError, "http://x", "whsec_"):
         Webhooks(sending.store.database, {"http://x": "whsec_ä"})
+
+
+def test_who_leaves_does_not_wait_for_endpoints_that_are_away(
+    sending: Sending, receiver: Receiver
+) -> None:
+    for _ in range(4):
+        sending.end()
+    leaving = threading.Event()
+    leaving.set()
+    receiver.answers = [200, 500, 200]
+    assert sending.webhooks.send_due(stop=leaving) == 2 and len(receiver.got) == 2

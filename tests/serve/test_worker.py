@@ -157,6 +157,28 @@ def test_the_steps_follow_each_other_and_signing_is_last(here: Here) -> None:
     assert here.files.local(done.outputs["video"]).read_bytes().endswith(b"\0\0\0\x08free" * 2)
 
 
+@pytest.mark.parametrize(
+    ("op", "is_made_from"), [("edit", True), ("extend", True), ("create", False)]
+)
+def test_a_clip_that_was_sent_is_the_parent_of_what_is_made_from_it(
+    here: Here, tmp_path: Path, op: str, is_made_from: bool
+) -> None:
+    parents = []
+
+    def sign(job, source, target, parent):
+        target.write_bytes(source.read_bytes())
+        parents.append(parent and parent.read_bytes())
+
+    clip = a_video(tmp_path)
+    here.files.put("inputs/a/image.png", clip)
+    here.files.put("inputs/a/video.mp4", clip)
+    uploads = (Upload("inputs/a/image.png", "image"), Upload("inputs/a/video.mp4", "video"))
+    here.worker.steps = Steps(sign=sign)
+    here.store.create("o", replace(asked(uploads=uploads), op=op))
+    assert here.worker.work_one()
+    assert parents == [clip.read_bytes() if is_made_from else None]
+
+
 def test_the_log_tells_what_each_part_took(here: Here, caplog) -> None:
     def mark(source: Path, target: Path) -> None:
         time.sleep(0.5)

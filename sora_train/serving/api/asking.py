@@ -8,6 +8,7 @@ from typing import Any
 from sora_train.errors import ConfigError, UserError
 from sora_train.serving.api.bodies import Body
 from sora_train.serving.api.fields import (
+    MOST_FILES,
     CreateFields,
     EditFields,
     ExtendFields,
@@ -274,8 +275,13 @@ class Asking:
             raise BadRequest(param, "The video's files have expired.", "video_expired")
 
     def _copy(self, name: str) -> Arrived:
-        with self.service.files.open(name) as file:
-            return self.visit.take(file, "video_id")
+        try:
+            with self.service.files.open(name) as file:
+                return self.visit.take(file, "video_id")
+        except FileNotFoundError:
+            raise BadRequest(
+                "video_id", "The video's files have expired.", "video_expired"
+            ) from None
 
     def _storyboard(
         self, fields: CreateFields, body: Body
@@ -287,6 +293,11 @@ class Asking:
             if extra:
                 raise BadRequest("files", "'files' are shown by a storyboard, and none is given.")
             return None, {}
+        if sum(bool(cue.file) for cue in fields.storyboard) > MOST_FILES:
+            raise BadRequest(
+                "storyboard",
+                f"Invalid value for 'storyboard': its cues show at most {MOST_FILES} files.",
+            )
         cues, arrived = [], {}
         for number, cue in enumerate(fields.storyboard):
             row = {
@@ -342,6 +353,17 @@ class Asking:
             raise BadRequest(
                 "seconds",
                 f"Invalid value for 'seconds': the video would be {whole:g} s long; at most {limits.seconds:g} s.",
+            )
+        if asked.fps is not None and asked.fps > limits.fps:
+            raise BadRequest(
+                "fps", f"Invalid value for 'fps': {asked.fps:g}; at most {limits.fps:g}."
+            )
+        if asked.negative_prompt and asked.guidance_scale is not None and asked.guidance_scale < 1:
+            # The policy judges what a video shows.
+            raise BadRequest(
+                "guidance_scale",
+                f"Invalid value for 'guidance_scale': {asked.guidance_scale:g} with a 'negative_prompt': below 1 it "
+                "leads to what is to be avoided; raise it, or leave one out.",
             )
         width, height = asked.size
         if width * height > limits.pixels:

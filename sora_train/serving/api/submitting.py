@@ -1,6 +1,7 @@
 """From what is wanted to a job in the database: safety, what the backend says, the files, then all at once the row."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from sora_train.serving.api.asking import Wanted
 from sora_train.serving.api.uploads import Arrived
 from sora_train.serving.backends.base import BadRequest as BackendRefuses
 from sora_train.serving.errors import BadRequest
-from sora_train.serving.jobs.job import Character, Job, Upload, new_id
+from sora_train.serving.jobs.job import Character, DatabaseAway, Job, Upload, new_id
 from sora_train.serving.service import Service
 
 if TYPE_CHECKING:
@@ -49,13 +50,28 @@ class Submitting:
             self.service.limits.require_room(connection, caller.key, asked)
             self._note(caller, "video.created", job_id, connection, op=asked.op, model=asked.model)
 
+        def create() -> Job:
+            store = self.service.store
+            given: dict[str, Any] = {"job_id": job_id, "idempotency_key": idempotency_key}
+            return store.create(caller.owner, asked, **given, room=room)[0]
+
         with self._kept(list(uploads.values()), list(wanted.arrived.values())) as keep:
-            job, is_new = self.service.store.create(
-                caller.owner, asked, job_id=job_id, idempotency_key=idempotency_key, room=room
-            )
-            if is_new:
+            try:
+                job = create()
+            except DatabaseAway:
+                job = self._created_after_all(create, keep)
+            if job.id == job_id:
                 keep()
         return job
+
+    def _created_after_all(self, create: Callable[[], Job], keep: Callable[[], None]) -> Job:
+        """The job of a `create` whose answer was lost: nobody knows whether it is there, and a client that is told 503
+        would ask for a second one. Under the same id it is not made again. Raises DatabaseAway."""
+        try:
+            return create()
+        except DatabaseAway:
+            keep()  # a job that is there after all needs its files
+            raise
 
     def character(self, caller: Caller, name: str, arrived: Arrived) -> Character:
         """A character of a clip. Raises ApiError."""

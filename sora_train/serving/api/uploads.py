@@ -6,6 +6,7 @@ What a client says of a file (its name, its kind) is not believed: OpenAI's send
 import contextlib
 import hashlib
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from sora_train.serving.jobs.job import Upload
 
 MOST_PIXELS = 64_000_000
 MOST_SECONDS = 600.0
+LEFT_SECONDS = 6 * 3600.0
+"""No request takes so long."""
 _IMAGES = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif"}
 _MATROSKA = b"\x1aE\xdf\xa3"
 
@@ -45,12 +48,16 @@ class Arrived:
 
 
 class Arrivals:
-    """A folder where uploads lie while they are looked at."""
+    """A folder where uploads lie while they are looked at; several gateways may share it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in folder.iterdir():
+            # Of a gateway that was killed; what is younger may be another's request.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - place.stat().st_mtime > LEFT_SECONDS:
+                    shutil.rmtree(place, ignore_errors=True)
 
     @contextlib.contextmanager
     def visit(self) -> Iterator["Visit"]:

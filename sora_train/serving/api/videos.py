@@ -1,11 +1,12 @@
 """The routes of `/v1/videos`, `/v1/models` and characters."""
 
+import asyncio
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Query
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -32,7 +33,9 @@ from sora_train.serving.service import Service
 
 _ID = re.compile(r"(video|char)_[0-9a-f]{24}", re.ASCII)
 _IDEMPOTENCY = re.compile(r"[!-~]{1,255}", re.ASCII)
-F = TypeVar("F", bound=Fields)
+MAKING = 16
+"""Requests whose files are fetched and looked at, which may take minutes; the others' threads are not theirs."""
+Done = TypeVar("Done")
 Ask = Callable[[Asking, Any, Body], Wanted]
 
 
@@ -43,6 +46,7 @@ class Videos:
         self.service, self.fetch = service, fetch
         self.callers, self.submitting = Callers(service), Submitting(service)
         self.arrivals = Arrivals(service.settings.folder / "incoming")
+        self._workshop = ThreadPoolExecutor(MAKING, "making")
 
     # --- making ---
 
@@ -57,7 +61,10 @@ class Videos:
                 asking = Asking(self.service, caller.owner, visit, self.fetch)
                 return self.submitting.video(caller, ask(asking, fields, body), key)
 
-        return self.shown(await run_in_threadpool(work))
+        return self.shown(await self._worked(work))
+
+    async def _worked(self, work: Callable[[], Done]) -> Done:
+        return await asyncio.get_running_loop().run_in_executor(self._workshop, work)
 
     async def make_character(self, request: Request, caller: Caller) -> Response:
         body = await read_body(request, self.service.settings.limits.json_bytes)
@@ -72,7 +79,7 @@ class Videos:
                     raise BadRequest("video", "'video' is an image; send a video.", "invalid_file")
                 return objects.character(self.submitting.character(caller, fields.name, clip))
 
-        return JSONResponse(await run_in_threadpool(work))
+        return JSONResponse(await self._worked(work))
 
     def _idempotency_key(self, request: Request) -> str | None:
         key = request.headers.get("idempotency-key")

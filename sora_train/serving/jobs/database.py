@@ -144,5 +144,11 @@ class Database:
         self.engine.dispose()
 
 
-_POOL: dict[str, Any] = {"pool_size": CONNECTIONS, "max_overflow": 0, "pool_timeout": LOCK_SECONDS}
+_POOL: dict[str, Any] = {
+    "pool_size": CONNECTIONS,
+    "max_overflow": 0,
+    "pool_timeout": LOCK_SECONDS,
+    # Errors show statements without their values: prompts are no business of the log.
+    "hide_parameters": True,
+}
 _SPELLINGS = "write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"

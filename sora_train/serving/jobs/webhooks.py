@@ -7,6 +7,7 @@ leaves it to the next one, and receivers know a repetition by the message's id.
 import importlib
 import json
 import logging
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -53,13 +54,19 @@ class Webhooks:
             self.signers[endpoint] = _signer(endpoint, secret)
         self.open = urllib.request.build_opener(_NoRedirects).open
 
-    def send_due(self, most: int = 100) -> int:
-        """Send what is due, and note what came of it; returns how many were. Raises DatabaseAway."""
+    def send_due(self, most: int = 100, stop: threading.Event | None = None) -> int:
+        """Send what is due, and note what came of it; returns how many were. Raises DatabaseAway.
+
+        Args:
+            stop: whoever leaves does not wait for endpoints that do not answer: the first that fails is the last.
+        """
         sent = 0
         while sent < most and (row := self._taken()) is not None:
             reason = self._send(row)
             self._noted(row, reason)
             sent += 1
+            if reason and stop is not None and stop.is_set():
+                break
         return sent
 
     def _taken(self) -> Any:

@@ -130,7 +130,7 @@ class Worker:
             self.steps,
             laps,
             seed=seed_of(job),
-            parent=inputs[len(job.asked.uploads)] if source is not None else None,
+            parent=_parent(job, inputs),
         )
         if self._told(hold, lambda: self._completed(lease, made)):
             log.info("%s: completed: %s", job.id, laps)
@@ -253,7 +253,7 @@ class Worker:
             last = self.stop.is_set()
             try:
                 if self.webhooks is not None:
-                    self.webhooks.send_due()
+                    self.webhooks.send_due(stop=self.stop)
                 if time.monotonic() >= next_sweep and not last:
                     sweep(self.store, self.files, self.work, self._forget)
                     next_sweep = time.monotonic() + self.pace.sweep
@@ -262,6 +262,16 @@ class Worker:
             if last:
                 return
             self.stop.wait(self.pace.news)
+
+
+def _parent(job: Job, inputs: list[Path]) -> Path | None:
+    """The video that this one is made from: one of this server, or the clip that was sent."""
+    asked = job.asked
+    if asked.source is not None:
+        return inputs[len(asked.uploads)]
+    sent = zip(asked.uploads, inputs, strict=False)
+    is_made_from = asked.op in ("edit", "extend")
+    return next((path for one, path in sent if is_made_from and one.kind == "video"), None)
 
 
 class Hold:
