@@ -1,6 +1,7 @@
 """The store of jobs: created once, leased to one worker at a time, ended once; on both databases."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -315,6 +316,17 @@ def test_many_workers_at_once_deliver_each_job_once(store: JobStore) -> None:
         delivered = [one for done in pool.map(work, range(6)) for one in done]
     assert sorted(delivered) == sorted(ids)
     assert all(store.get(one).attempts == 1 for one in ids)
+
+
+def test_who_looks_does_not_wait_for_those_who_wait_to_write(store: JobStore) -> None:
+    job, _ = store.create("o", asked())
+    with ThreadPoolExecutor(41) as pool:
+        with store.database.write() as connection:
+            store.database.lock(connection, "owner o")
+            made = [pool.submit(store.create, "o", asked()) for _ in range(40)]
+            time.sleep(0.5)
+            assert pool.submit(store.get, job.id).result(10) == job
+        assert len({one.result(30)[0].id for one in made}) == 40
 
 
 def test_characters_belong_to_their_owner(store: JobStore) -> None:

@@ -5,6 +5,7 @@ in between; PostgreSQL locks the rows, or a name, instead.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ LOCK_SECONDS = 15.0
 """How long a statement waits for another's lock, and a connection for the server."""
 CONNECTIONS = 15
 """Of a process, all kept: making another takes longer than what it is needed for."""
+WRITERS = 10
+"""Of them, those that may write at once: those who look find one however many wait for each other to write."""
 
 
 class Database:
@@ -46,6 +49,8 @@ class Database:
             raise UserError(f"database is of kind {kind}; {_SPELLINGS}")
         self.is_sqlite = kind == "sqlite"
         self.engine = self._sqlite() if self.is_sqlite else self._postgresql()
+        # SQLite has one writer, and who waits for it asks again and again; here they wait to be called.
+        self._writers = threading.BoundedSemaphore(1 if self.is_sqlite else WRITERS)
         # Each statement by itself: BEGIN and COMMIT are ways to the server and back.
         self._reading = (
             self.engine
@@ -90,10 +95,20 @@ class Database:
     @contextlib.contextmanager
     def write(self) -> Iterator[sql.Connection]:
         """A transaction that may write, committed at the end. Raises DatabaseAway."""
-        with self._sentences(), self.engine.connect() as connection:
+        with self._sentences(), self._turn(), self.engine.connect() as connection:
             connection.execution_options(writes=True)
             with connection.begin():
                 yield connection
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for one of this process's writers to end."""
+        if not self._writers.acquire(timeout=LOCK_SECONDS):
+            raise PoolTimeout(f"others of this process write for {LOCK_SECONDS:g} s")
+        try:
+            yield
+        finally:
+            self._writers.release()
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sql.Connection]:
