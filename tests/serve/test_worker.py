@@ -88,11 +88,11 @@ def running(worker: Worker) -> Iterator[None]:
         yield
     finally:
         worker.stop.set()
-        thread.join(20)
+        thread.join(120)
         assert not thread.is_alive()
 
 
-def until(true: Callable[[], object], seconds: float = 20.0) -> None:
+def until(true: Callable[[], object], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come"
@@ -398,9 +398,11 @@ def test_a_database_that_goes_away_while_a_job_is_made_loses_nothing(
     first, _ = store.create("o", asked("1"))
     second, _ = store.create("o", asked("2"))
 
+    back = threading.Timer(1.0, postgres.start)
+
     def kill(_: object) -> None:
         postgres.kill()
-        threading.Timer(1.0, postgres.start).start()
+        back.start()
 
     backend.instead.append(kill)
     with running(worker):
@@ -411,6 +413,7 @@ def test_a_database_that_goes_away_while_a_job_is_made_loses_nothing(
             return False
 
         until(over)
+    back.join()
     assert backend.made == [first.id, second.id]
     assert [store.get(one.id).status for one in (first, second)] == ["completed"] * 2
     assert [store.get(one.id).attempts for one in (first, second)] == [1, 1]
