@@ -66,7 +66,8 @@ class Service:
 def open_store(settings: Settings) -> JobStore:
     """The jobs, and beside them in the same database the keys and the audit log. Raises UserError, DatabaseAway."""
     try:
-        settings.folder.mkdir(parents=True, exist_ok=True)
+        # Prompts and uploads of all keys lie in it.
+        settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"the data folder {settings.folder} cannot be made: {error.strerror}; choose another --data"

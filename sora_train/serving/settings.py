@@ -62,6 +62,8 @@ class LimitSettings(Section):
     """Largest body of a request with files."""
     json_bytes: int = Field(32 << 20, ge=1)
     """Largest body of a request in JSON; images may lie in it as data URLs."""
+    characters: int = Field(100, ge=0)
+    """Characters that one key may keep; 0: any number."""
     queue: int = Field(10_000, ge=1)
     """Jobs of all keys that may wait; beyond it requests are answered 503."""
 

@@ -48,7 +48,8 @@ def open_worker(service: Service) -> Worker:
     secrets = {hook.url: _secret(hook) for hook in settings.webhooks}
     webhooks = Webhooks(service.store.database, secrets) if secrets else None
     pace = Pace(keep=settings.keep_hours * 3600)
-    work = settings.folder / "work"
+    # Whole: messages of jobs leave it out by its name.
+    work = settings.folder.absolute() / "work"
     return Worker(
         service.store,
         service.files,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sql
 from starlette.testclient import TestClient
-from stub_backend import HOME, Server, picture
+from stub_backend import HOME, Server, clip, picture
 
 from sora_train.serving.api.app import build_app
 from sora_train.serving.jobs.job import DatabaseAway
@@ -120,3 +120,28 @@ def test_slow_pictures_do_not_keep_others_from_looking(tmp_path):
             hold.set()
         assert {one.result().status_code for one in sent} == {200}
         running.should_exit = True
+
+
+def test_characters_are_so_many_and_end_with_their_clips(tmp_path):
+    server = Server(tmp_path, limits={"characters": 2})
+    key, other = server.as_(server.key("a")), server.as_(server.key("b"))
+
+    def add(client: TestClient):
+        path = "/v1/videos/characters"
+        return client.post(path, data={"name": "Zork"}, files={"video": clip()})
+
+    made = [add(key).json()["id"] for _ in range(2)]
+    refused = add(key)
+    assert refused.status_code == 429 and refused.headers["x-should-retry"] == "false"
+    assert add(other).status_code == 200 and len(stored(server)) == 3
+    path = f"/v1/videos/characters/{made[0]}"
+    assert other.delete(path).status_code == 404
+    gone = {"id": made[0], "object": "character.deleted", "deleted": True}
+    assert key.delete(path).json() == gone
+    assert key.delete(path).status_code == key.get(path).status_code == 404
+    assert len(stored(server)) == 2 and add(key).status_code == 200
+
+
+def test_the_data_folder_is_for_its_owner_alone(tmp_path):
+    folder = Server(tmp_path / "data").service.settings.folder
+    assert folder.stat().st_mode & 0o077 == 0

@@ -15,7 +15,7 @@ import sora_train
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import UserError
 from sora_train.sampling.operations import SampleRequest
-from sora_train.serving.backends.base import BadRequest, Cancelled
+from sora_train.serving.backends.base import BadRequest, Cancelled, Retry
 from sora_train.serving.backends.local import LocalBackend
 from sora_train.serving.jobs.job import Asked, Job, Upload
 
@@ -251,3 +251,10 @@ def test_what_cannot_be_is_refused_before_it_is_a_job(backend, values, param, fa
     with refuses(BadRequest, fact) as refused:
         backend.check(asked(**values))
     assert refused.value.param == param and "--" not in str(refused.value)
+
+
+def test_files_of_the_servers_own_that_are_missing_are_no_fault_of_the_job(
+    backend: LocalBackend, tmp_path: Path
+) -> None:
+    with pytest.raises(Retry):
+        make(backend, tmp_path / "job", asked(adapters=("other",)))

@@ -1,7 +1,10 @@
 """Signed videos, read by c2pa's own reader, and what happens where signing fails."""
 
+import http.server
 import json
+import struct
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from sentences import refuses
 
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import UserError
+from sora_train.serving.provenance.manifests import read_manifests
 from sora_train.serving.provenance.signing import AI, Signer, SigningError, open_signer
 
 
@@ -205,3 +209,29 @@ def test_muxing_again_drops_the_manifest(clip: Path, signer: Signer, tmp_path: P
                 packet.stream = stream
                 out.mux(packet)
     assert c2pa.Reader.try_create(str(again)) is None
+
+
+def test_an_address_of_a_manifest_in_a_parent_is_not_fetched(signer, clip, tmp_path):
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        xmp = (
+            '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+            '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+            '<rdf:Description rdf:about="" xmlns:dcterms="http://purl.org/dc/terms/" '
+            f'dcterms:provenance="http://127.0.0.1:{server.server_port}/inside"/></rdf:RDF></x:xmpmeta>'
+        ).encode()
+        kind = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
+        parent = tmp_path / "parent.mp4"
+        box = struct.pack(">I4s", 24 + len(xmp), b"uuid") + kind + xmp
+        parent.write_bytes(clip.read_bytes() + box)
+        read_manifests(parent)
+        signer.sign(clip, tmp_path / "o.mp4", title="o", model="m", action="edit", parent=parent)
+        server.shutdown()
+    assert asked == []

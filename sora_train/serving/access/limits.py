@@ -15,7 +15,7 @@ from sora_train.serving.access.tables import KEYS
 from sora_train.serving.errors import TooManyRequests, Unavailable
 from sora_train.serving.jobs.database import Database
 from sora_train.serving.jobs.job import IN_PROGRESS, QUEUED, Asked
-from sora_train.serving.jobs.tables import JOBS
+from sora_train.serving.jobs.tables import CHARACTERS, JOBS
 from sora_train.serving.settings import LimitSettings
 
 MINUTE = 60.0
@@ -72,6 +72,16 @@ class Limits:
                 code="concurrency_limit_exceeded",
             )
         self._require_quota(connection, key, [*running, asked])
+
+    def require_room_for_character(self, connection: sql.Connection, owner: str) -> None:
+        """Raise TooManyRequests where one more character is too much; the owner is locked meanwhile."""
+        most = self.settings.characters
+        mine = sql.select(sql.func.count()).where(CHARACTERS.c.owner == owner)
+        if most and connection.execute(mine).scalar_one() >= most:
+            raise TooManyRequests(
+                f"The key keeps {most} characters, and may keep no more; delete one.",
+                code="character_limit_exceeded",
+            )
 
     def _require_quota(self, connection: sql.Connection, key: Key, jobs: list[Asked]) -> None:
         """What the month was billed, what runs, and what is asked now must fit together."""

@@ -75,6 +75,12 @@ class DeletedVideo(_Object):
     deleted: bool
 
 
+class DeletedCharacter(_Object):
+    id: str
+    object: Literal["character.deleted"]
+    deleted: bool
+
+
 class CharacterObject(_Object):
     id: str
     object: Literal["character"]

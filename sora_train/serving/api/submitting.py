@@ -78,10 +78,23 @@ class Submitting:
         self._judged(caller, [name], {"video": arrived})
         upload = _upload(new_id("char"), "video", arrived)
         with self._kept([upload], [arrived]) as keep:
-            made = self.service.store.add_character(caller.owner, name, upload)
+            made = self.service.store.add_character(
+                caller.owner,
+                name,
+                upload,
+                room=lambda at: self.service.limits.require_room_for_character(at, caller.owner),
+            )
             keep()
         self._note(caller, "character.created", made.id)
         return made
+
+    def delete_character(self, caller: Caller, character_id: str) -> bool:
+        """Whether there was such a character of the caller's; its clip is gone too."""
+        upload = self.service.store.delete_character(character_id, caller.owner)
+        if upload is not None:
+            self.service.files.remove(upload.name)
+            self._note(caller, "character.deleted", character_id)
+        return upload is not None
 
     def delete(self, caller: Caller, video_id: str) -> bool:
         """Whether there was such a video of the caller's."""

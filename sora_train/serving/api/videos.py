@@ -119,8 +119,13 @@ class Videos:
         is_id = _ID.fullmatch(character_id)
         found = self.service.store.get_character(character_id, caller.owner) if is_id else None
         if found is None:
-            raise NotFound("There is no character with this id.", param="character_id")
+            raise _no_character()
         return JSONResponse(objects.character(found))
+
+    def deleted_character(self, character_id: str, caller: Caller) -> Response:
+        if not self.submitting.delete_character(caller, character_id):
+            raise _no_character()
+        return JSONResponse({"id": character_id, "object": "character.deleted", "deleted": True})
 
     def models(self) -> dict[str, Any]:
         names = [*self.service.settings.backend.names, *self.service.backend.models()]
@@ -129,6 +134,10 @@ class Videos:
             for name in names
         ]
         return {"object": "list", "data": rows}
+
+
+def _no_character() -> NotFound:
+    return NotFound("There is no character with this id.", param="character_id")
 
 
 def routes(service: Service, fetch: Callable[[str], bytes]) -> APIRouter:
@@ -165,6 +174,16 @@ def _lists(router: APIRouter, videos: Videos) -> None:
     def get_character(character_id: str, caller: Looking) -> Response:
         """A character."""
         return videos.character(character_id, caller)
+
+    @router.delete(
+        "/videos/characters/{character_id}",
+        response_model=objects.DeletedCharacter,
+        responses=NOT_FOUND,
+        tags=["characters"],
+    )
+    def delete_character(character_id: str, caller: Looking) -> Response:
+        """Delete a character and its clip."""
+        return videos.deleted_character(character_id, caller)
 
     @router.get("/models", response_model=objects.ModelPage, tags=["models"])
     def list_models(caller: Looking) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from sora_train.sampling.prompts.placing import on_latent_frames, with_reference
 from sora_train.sampling.prompts.script import Cue, Script
 from sora_train.sampling.prompts.storyboard import Storyboard, StoryboardFile, one_prompt
 from sora_train.sampling.prompts.written import clean
-from sora_train.serving.backends.base import BadRequest, Cancelled, Defaults
+from sora_train.serving.backends.base import BadRequest, Cancelled, Defaults, Retry
 from sora_train.serving.jobs.job import Asked, Job, seed_of
 
 EDIT_STRENGTH = 0.6
@@ -233,7 +233,11 @@ class LocalBackend:
         if self._loaded is None or self._loaded[0] != adapters:
             self._loaded = None  # one in memory at a time
             files = [self.adapters[name] for name in adapters]
-            self._loaded = adapters, api.load(self.ckpt, adapters=files, **self.loading)
+            try:
+                self._loaded = adapters, api.load(self.ckpt, adapters=files, **self.loading)
+            except UserError as error:
+                # Of files that the server's settings name: no business of a job's owner, and mended without them.
+                raise Retry(str(error)) from error
         return self._loaded[1]
 
     def _request(self, asked: Asked, files: list[Path]) -> SampleRequest:

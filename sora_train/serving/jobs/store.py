@@ -157,8 +157,19 @@ class JobStore:
             found = {status: count for status, count in connection.execute(query)}
         return {status: found.get(status, 0) for status in LISTED}
 
-    def add_character(self, owner: str, name: str, upload: Upload) -> Character:
+    def add_character(
+        self,
+        owner: str,
+        name: str,
+        upload: Upload,
+        *,
+        room: Callable[[sql.Connection], None] | None = None,
+    ) -> Character:
+        """`room` is called in the transaction, the owner locked; what it raises undoes it."""
         with self.database.write() as connection:
+            self.database.lock(connection, f"owner {owner}")
+            if room is not None:
+                room(connection)
             made = Character(
                 new_id("char"), owner, name, upload, int(self.database.now(connection))
             )
@@ -176,6 +187,16 @@ class JobStore:
             return None
         values = dict(row._mapping)
         return Character(**{**values, "upload": Upload(**values["upload"])})
+
+    def delete_character(self, character_id: str, owner: str) -> Upload | None:
+        """Forget a character; returns its file, which nothing names any more. None where there is none."""
+        if not is_id(character_id):
+            return None
+        mine = CHARACTERS.c.id == character_id, CHARACTERS.c.owner == owner
+        with self.database.write() as connection:
+            gone = CHARACTERS.delete().where(*mine).returning(CHARACTERS.c.upload)
+            upload = connection.execute(gone).scalar_one_or_none()
+        return None if upload is None else Upload(**upload)
 
     # --- what workers call ---
 

@@ -21,6 +21,8 @@ PARENT = "parent"
 # What every manifest of ours contains twice; a file with remains of it and no manifest has been damaged.
 _REMAINS = (b"c2pa.assertions", b"c2pa.signature")
 _SCAN_BYTES = 1 << 20
+# A file may name an address where its manifest lies, and files are sent by strangers.
+_FETCHES_NOTHING = {"remote_manifest_fetch": False, "ocsp_fetch": False}
 
 
 class ManifestError(Exception):
@@ -64,7 +66,7 @@ def write_manifest(
 
     # The caller reads the file back, which checks more than the library does by itself.
     settings = {
-        "verify": {"verify_trust": False, "verify_after_sign": False},
+        "verify": {"verify_trust": False, "verify_after_sign": False} | _FETCHES_NOTHING,
         "trust": {"trust_config": "\n".join(USAGES)},
     }
     if parent is not None and not _is_mp4(parent):
@@ -122,7 +124,7 @@ def read_manifests(path: Path, anchors: str | None = None) -> Reading:
     """
     import c2pa
 
-    settings: dict[str, Any] = {"verify": {"verify_trust": anchors is not None}}
+    settings: dict[str, Any] = {"verify": {"verify_trust": anchors is not None} | _FETCHES_NOTHING}
     settings["trust"] = {"trust_config": "\n".join(USAGES)}
     if anchors is not None:
         settings["trust"]["trust_anchors"] = anchors

@@ -33,7 +33,7 @@ def verify(
 
     \\b
     sora verify video.mp4
-    sora verify *.mp4 --anchors data/dev-cert/anchors.pem --watermark-key watermark.key
+    sora verify *.mp4 --anchors serve/dev_certs/mine/anchors.pem --watermark-key watermark.key
     """
     from sora_train.serving.provenance.certificates import read_anchors
     from sora_train.serving.provenance.verdict import verdict
