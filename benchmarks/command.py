@@ -158,7 +158,8 @@ def bench_long(arguments: Overrides = None) -> int:
     """Judge long videos: what the oracle reads of their first and last second, their memory, and kills.
 
     The first argument says which: quality, memory or kills. --seconds N (60), --steps N of the sampler, --out DIR where
-    the results go; quality: --prompts N (32), --no-anchors, --smooth-fps N; memory: --size N; kills: --times N (5).
+    the results go; quality: --prompts N (32), --anchor-fps N (0: none), --smooth-fps N; memory: --size N; kills:
+    --times N (5).
 
     \b
     sora bench long quality runs/quickstart_long --prompts 32

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--no-anchors", action="store_true")
+    parser.add_argument("--anchor-fps", type=float, help="0: none; else the lowest rate trained.")
     parser.add_argument("--smooth-fps", type=float, default=0.0)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--times", type=int, default=5)
@@ -84,7 +84,9 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     """One video a prompt, and what the oracle reads of its first and of its last second."""
     prompts = eval_prompts(args.prompts, held_out=False, motions=LASTING_MOTIONS)
     info, model = checkpoint_info(*split_step(args.run)), load(args.run)
-    rate = 0.0 if args.no_anchors else anchor_rate(info.frame_rates, model.shape)
+    rate = args.anchor_fps
+    if rate is None:
+        rate = anchor_rate(info.frame_rates, model.shape)
     request = LongRequest(args.seconds, model.shape, rate, smooth_fps=args.smooth_fps)
     began = time.process_time()
     paths = make_long(
