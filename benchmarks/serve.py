@@ -328,7 +328,7 @@ def served(fleet: Fleet, body: dict[str, Any]) -> dict[str, float]:
     (told,) = re.findall(f"{video['id']}: completed: (.*)", log)
     parts = {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+) s", told)}
     rest = total - sum(parts[name] for name in ("made", "marked", "signed"))
-    return {"total": total, **parts, "overhead": rest}
+    return {"total": total, **parts, "overhead": rest, "but_judging": rest - parts["judged"]}
 
 
 def _asked(fleet: Fleet, path: str, body: bytes | None = None) -> dict[str, Any]:
