@@ -142,6 +142,16 @@ def test_characters_are_so_many_and_end_with_their_clips(tmp_path):
     assert len(stored(server)) == 2 and add(key).status_code == 200
 
 
+def test_a_remix_with_a_character_that_is_gone_is_refused(server):
+    path = "/v1/videos/characters"
+    made = server.http.post(path, data={"name": "Zork"}, files={"video": clip()}).json()["id"]
+    server.http.post("/v1/videos", json={"prompt": "a", "characters": [made]})
+    video = server.work()
+    assert server.http.delete(f"{path}/{made}").status_code == 200
+    answer = server.http.post(f"/v1/videos/{video.id}/remix", json={"prompt": "b"})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "characters"
+
+
 def test_the_data_folder_is_for_its_owner_alone(tmp_path):
     folder = Server(tmp_path / "data").service.settings.folder
     assert folder.stat().st_mode & 0o077 == 0

@@ -74,7 +74,7 @@ class Limits:
         self._require_quota(connection, key, [*running, asked])
 
     def require_room_for_character(self, connection: sql.Connection, owner: str) -> None:
-        """Raise TooManyRequests where one more character is too much; the owner is locked meanwhile."""
+        """Raise TooManyRequests where one more character is too much; theirs are locked meanwhile."""
         most = self.settings.characters
         mine = sql.select(sql.func.count()).where(CHARACTERS.c.owner == owner)
         if most and connection.execute(mine).scalar_one() >= most:

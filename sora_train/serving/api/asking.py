@@ -135,6 +135,7 @@ class Asking:
             raise no_video(video_id)
         self._require_done(source, "video_id")
         asked = source.asked
+        self._characters(asked.character)  # they may have been deleted since
         names = [
             (upload.name, upload.name.rpartition("/")[2].partition(".")[0])
             for upload in asked.uploads

@@ -165,9 +165,9 @@ class JobStore:
         *,
         room: Callable[[sql.Connection], None] | None = None,
     ) -> Character:
-        """`room` is called in the transaction, the owner locked; what it raises undoes it."""
+        """`room` is called in the transaction, the owner's characters locked; what it raises undoes it."""
         with self.database.write() as connection:
-            self.database.lock(connection, f"owner {owner}")
+            self.database.lock(connection, f"characters of {owner}")
             if room is not None:
                 room(connection)
             made = Character(
