@@ -1,8 +1,5 @@
 """The parts that settings choose: the backend, the policy, the watermark and the signature."""
 
-import contextlib
-import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +14,6 @@ if TYPE_CHECKING:
     from sora_train.serving.safety.policy import Policy
 
 NONE = "none"
-KEY_BYTES = 32
 
 
 def open_backend(settings: Settings) -> "Backend":
@@ -64,26 +60,9 @@ def open_watermark(settings: Settings) -> Callable[[Path, Path], None] | None:
         return None
     from sora_train.serving.provenance.watermark import Watermark
 
-    return Watermark(watermark_key(settings)).mark
-
-
-def watermark_key(settings: Settings) -> bytes:
-    """The key in the settings' file, or the data folder's own, which is made once. Raises UserError."""
-    path = Path(settings.watermark_key).expanduser()
-    if not settings.watermark_key:
-        path = settings.folder / "watermark.key"
-        with contextlib.suppress(FileExistsError):
-            made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(made, "w") as file:
-                file.write(secrets.token_hex(KEY_BYTES))
-    try:
-        return bytes.fromhex(path.read_text().strip())
-    except OSError as error:
-        raise UserError(f"watermark_key {path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(
-            f"watermark_key {path} holds no hexadecimal key; make one with `openssl rand -hex 32`"
-        ) from None
+    # One reader for whoever marks and whoever looks: another would make another key of the same file.
+    path = settings.watermark_key or settings.folder / "watermark.key"
+    return Watermark.made(Path(path).expanduser()).mark
 
 
 def open_sign(settings: Settings) -> Callable[[Job, Path, Path, Path | None], None] | None:

@@ -11,9 +11,11 @@ from sentences import refuses
 
 from sora_train.data.decode.video_io import encode_h264
 from sora_train.errors import UserError
+from sora_train.serving.parts import open_watermark
 from sora_train.serving.provenance import detection, pattern
 from sora_train.serving.provenance.watermark import FULL, Watermark
 from sora_train.serving.provenance.whitening import MAX_FRAMES, flat, looked_at
+from sora_train.serving.settings import Settings
 
 KEY = b"a key of the tests"
 
@@ -84,6 +86,18 @@ def test_the_key_finds_its_mark_after_what_videos_go_through(
     )
     assert found.crop == pytest.approx(crop, rel=0.02)
     assert not Watermark(b"another key of theirs").detect(after).present
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_the_server_marks_is_found_by_the_key_that_it_keeps(
+    source: Path, tmp_path: Path, named: bool
+) -> None:
+    """The file of the key, given to `sora verify`, is the one that the settings name or the data folder holds."""
+    path = tmp_path / ("mine.key" if named else "watermark.key")
+    mark = open_watermark(Settings(data=str(tmp_path), watermark_key=str(path) if named else ""))
+    assert mark is not None
+    mark(source, tmp_path / "delivered.mp4")
+    assert Watermark.read(path).detect(tmp_path / "delivered.mp4").present
 
 
 def test_the_marked_video_is_close_to_its_source(source: Path, marked: Path) -> None:
