@@ -79,8 +79,8 @@ def read(text: str) -> Reading:
         bones = skeleton(_EDGES.sub("", chunk))
         if numbers and len(bones) >= SHORTEST:
             disguised.setdefault(numbers[0], []).append((bones, numbers[-1] + 1))
-    for first, bones, after in _spaced(words):
-        disguised.setdefault(first, []).append((bones, after))
+    for first, bones, end in _spaced(words):
+        disguised.setdefault(first, []).append((bones, end))
     return Reading(words, disguised)
 
 
