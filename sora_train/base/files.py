@@ -1,6 +1,7 @@
 """Files that are written whole, and JSON files read while another process may be writing them."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -39,6 +40,12 @@ def renamed_when_whole(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     finally:
+        partial.unlink(missing_ok=True)
+
+
+def forget_partials(path: Path) -> None:
+    """Remove what killed writers of `renamed_when_whole` left beside `path`, which nobody else writes now."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         partial.unlink(missing_ok=True)
 
 

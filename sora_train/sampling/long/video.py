@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sora_train.base.files import forget_partials
 from sora_train.base.progress import Progress
 from sora_train.checkpoint.layout import weights_digest
 from sora_train.data.decode.video_io import open_h264
@@ -252,6 +253,8 @@ def write_videos(frames: Frames, paths: Sequence[Path], fps: float, store: Store
 
     Raises Fault where the disk is full; finished windows are kept in `store`.
     """
+    for path in paths:
+        forget_partials(path)
     try:
         with contextlib.ExitStack() as files:
             write = [files.enter_context(open_h264(path, fps)) for path in paths]
