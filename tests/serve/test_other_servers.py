@@ -583,7 +583,7 @@ class Here:
         self.store = JobStore(f"sqlite:///{folder}/jobs.db")
         self.files = FileStore(folder / "files")
         backend = case.backend(**settings)
-        pace = Pace(lease=3.0, poll=0.01, retry=0.05, news=0.05, sweep=0.1)
+        pace = Pace(lease=3.0, poll=0.01, retry=0.05, news=0.05, sweep=99)
         self.worker = Worker(self.store, self.files, backend, folder / "work", pace=pace)
         self.thread = threading.Thread(target=self.worker.run)
 
