@@ -36,12 +36,6 @@ def run(settings: Settings) -> None:
     listener = _listener(settings)
     with listener, Service.open(settings, open_backend(settings)) as service:
         app = build_app(replace(service, policy=open_policy(settings, service.audit)))
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(
-            f"sora serve: http://{shown}:{port}/v1 (playground: http://{shown}:{port}/, reference: http://{shown}:{port}/docs)",
-            flush=True,
-        )
         config = uvicorn.Config(
             app,
             access_log=False,
@@ -60,6 +54,13 @@ def run(settings: Settings) -> None:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, told)
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(
+            f"sora serve: http://{shown}:{port}/v1 (playground: http://{shown}:{port}/, "
+            f"reference: http://{shown}:{port}/docs)",
+            flush=True,
+        )
         with Workers(settings):
             server.run(sockets=[listener])
 

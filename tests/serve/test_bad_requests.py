@@ -1,17 +1,20 @@
 """What is wrong is refused in OpenAI's shape, names its field, tells nothing of the inside, leaves nothing behind."""
 
 import contextlib
+import io
 import json
 import socket
 import struct
 import threading
 import zlib
 
+import numpy as np
 import pytest
 import uvicorn
 from starlette.testclient import TestClient
 from stub_backend import HOME, Server, clip, picture
 
+from sora_train.data.decode.video_io import encode_h264
 from sora_train.serving.jobs.job import DatabaseAway
 
 UNKNOWN = "video_" + "0" * 24
@@ -212,6 +215,14 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+def moving() -> bytes:
+    """An mp4 whose frames all take thousands of bytes."""
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (16, 48, 64, 3), dtype=np.uint8)
+    encode_h264(noise, 8, buffer)
+    return buffer.getvalue()
+
+
 FILES = {
     "empty": b"",
     "text": b"hello",
@@ -223,6 +234,8 @@ FILES = {
     "jpeg without an end": picture(kind="JPEG")[:300],
     "bomb": bomb(),
     "mp4 without an end": clip()[:-700],
+    "mp4 without its last byte": moving()[:-1],
+    "mp4 without its second half": moving()[: len(moving()) // 2],
     "mp4 of a head": clip()[:48],
     "mp4 of nonsense": b"\x00\x00\x00\x18ftypmp42" + bytes(4000),
     "mkv of nonsense": b"\x1aE\xdf\xa3" + bytes(4000),

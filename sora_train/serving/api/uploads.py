@@ -142,7 +142,8 @@ def _video(path: Path, param: str) -> tuple[tuple[int, int], float]:
             next(container.decode(stream))
             # Frames that the index promises and the file does not hold: it was cut short.
             container.seek(0, stream=stream)
-            held = sum(packet.size > 0 for packet in container.demux(stream))
+            packets = container.demux(stream)
+            held = sum(packet.size > 0 and not packet.is_corrupt for packet in packets)
             if held < stream.frames:
                 raise _torn(param, "video")
             return size, seconds
