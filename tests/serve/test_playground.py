@@ -443,6 +443,17 @@ def test_the_filmstrip_shows_the_frames_and_moves_the_player(page: Page, site: S
 
 
 @in_browser
+def test_what_is_made_elsewhere_appears_and_what_plays_goes_on(page: Page, site: Site):
+    card = make(page, site)
+    card.get_by_role("button", name="Play: A ring turns.").click()
+    page.wait_for_function("() => document.querySelector('.screen video')?.currentTime > 0.1")
+    page.request.post(f"{site.home}v1/videos", data={"prompt": "made elsewhere"})
+    page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
+    expect(page.locator(".prompt")).to_have_text(["made elsewhere", "A ring turns."])
+    expect(page.locator(".screen video")).to_have_count(1)
+
+
+@in_browser
 def test_older_videos_come_page_by_page(page: Page, site: Site):
     site.worker.stop.set()
     site.threads[1].join()

@@ -30,8 +30,8 @@ class Card {
     const hadFocus = this.root.contains(document.activeElement);
     const isSameState = this.video?.status === video.status;
     this.video = video;
-    if (isSameState && this.bar) {
-      this.showProgress();
+    if (isSameState) {
+      if (this.bar) this.showProgress(); // what plays goes on
       return;
     }
     this.release();
