@@ -16,7 +16,12 @@ def text_of(file: str) -> str:
 
 @functools.cache
 def parsed(file: str) -> str:
-    return ast.dump(ast.parse(text_of(file)))
+    return program(file, text_of(file))
+
+
+def program(file: str, text: str) -> str:
+    """What a file says: of Python without its comments and spaces. Raises SyntaxError."""
+    return ast.dump(ast.parse(text)) if file.endswith(".py") else text
 
 
 def test_areas_have_ten_breaks_each_with_names_of_their_own() -> None:
@@ -28,8 +33,8 @@ def test_areas_have_ten_breaks_each_with_names_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("one", BREAKS, ids=lambda one: f"{one.area}-{one.name}".replace(" ", "_"))
-def test_a_break_is_python_another_program_and_has_tests(one: Break) -> None:
-    assert ast.dump(ast.parse(one.broken(text_of(one.file)))) != parsed(one.file)
+def test_a_break_is_another_program_and_has_tests(one: Break) -> None:
+    assert program(one.file, one.broken(text_of(one.file))) != parsed(one.file)
     for test in one.tests:
         file, _, name = test.partition("::")
-        assert f"def {name}" in text_of(file)
+        assert f"def {name.partition('[')[0]}" in text_of(file)

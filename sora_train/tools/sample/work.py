@@ -108,7 +108,8 @@ def require_no_long(asked: SimpleNamespace) -> None:
     for name in ("anchor_fps", "smooth_fps", "refine"):
         if (value := getattr(asked, name)) is not None:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {value} is about long videos; give their --seconds too")
+            shown = value if isinstance(value, str) else f"{value:g}"
+            raise UserError(f"{flag} {shown} is about long videos; give their --seconds too")
 
 
 def checked(asked: SimpleNamespace, processes: int = 1) -> Work:
