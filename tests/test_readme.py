@@ -299,7 +299,7 @@ def test_torchrun_commands_run_on_their_ranks(newcomer: Path) -> None:
     [
         "docker run sora_train",
         "sora trian experiment=quickstart",
-        "sora serve runs/quickstart",
+        "sora deploy runs/quickstart",
         "sora train experiment=another_one",
         "make nothing",
     ],

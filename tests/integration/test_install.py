@@ -102,7 +102,7 @@ def test_the_flash_attention_that_is_installed_is_one_the_extra_allows() -> None
 @pytest.mark.parametrize(
     ("words", "environ", "facts"),
     [
-        ([], {}, ("system, slurm, python, flash or check",)),
+        ([], {}, ("system, slurm, postgres, browser, python, flash or check",)),
         (["pyhton"], {}, ("pyhton",)),
         (["python"], {}, ("folder",)),
         (["check", "nowhere"], {}, ("docker/install.sh python nowhere",)),

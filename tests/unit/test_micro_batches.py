@@ -167,7 +167,7 @@ def test_a_table_is_given_on_the_command_line_and_in_yaml(tmp_path: Path):
         ({"micro_batch_table": {"1x48x48": 2}}, ("data.micro_batch=auto",)),
         (
             {"micro_batch": "table", "micro_batch_table": {"1x48x48": 0}},
-            ("data.micro_batch_table", "mapping", "at least 1"),
+            ("data.micro_batch_table.1x48x48", "at least 1", "got 0"),
         ),
     ],
 )
