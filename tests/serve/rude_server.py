@@ -1,5 +1,6 @@
 """A raw server on the loopback that sends what a test wants, byte by byte if asked to."""
 
+import re
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ Plays = Callable[[bytes], Iterable[bytes]]
 class Rude:
     port: int
     asked: list[bytes] = field(default_factory=list)
-    """The head of each request."""
+    """Each request, its body included: a client may send that apart from the head."""
 
     @property
     def url(self) -> str:
@@ -30,7 +31,7 @@ def rude_server(plays: Plays, drip: float = 0.0) -> Iterator[Rude]:
     def serve(peer: socket.socket) -> None:
         with peer, suppress(OSError):
             head = b""
-            while b"\r\n\r\n" not in head and (piece := peer.recv(1 << 16)):
+            while not _is_whole(head) and (piece := peer.recv(1 << 16)):
                 head += piece
             served.asked.append(head)
             for piece in plays(head):
@@ -53,6 +54,12 @@ def rude_server(plays: Plays, drip: float = 0.0) -> Iterator[Rude]:
         listening.shutdown(socket.SHUT_RDWR)
         listening.close()
         thread.join(5)
+
+
+def _is_whole(request: bytes) -> bool:
+    head, end, body = request.partition(b"\r\n\r\n")
+    told = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    return bool(end) and len(body) >= int(told[1] if told else 0)
 
 
 def answer(body: bytes, status: str = "200 OK", **headers: str) -> bytes:
