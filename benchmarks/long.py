@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,8 @@ def judged(
     row["energy_ratio"] = spread([energy[n] for n in moving])
     if seams:
         row["seam_worst"] = spread([seam_ratio(clip, seams) for clip in clips])
-        row["seam_mean"] = spread([seam_mean(clip, seams) for clip in clips])
-        row["seam_median"] = spread([seam_median(clip, seams) for clip in clips])
+        row["seam_mean"] = spread([seam_size(clip, seams, np.mean) for clip in clips])
+        row["seam_median"] = spread([seam_size(clip, seams, np.median) for clip in clips])
         # As many places in the middle of windows: what the worst of so many is where nothing was joined.
         inside = [a + (b - a) // 2 for a, b in itertools.pairwise([*seams, len(clips[0])])]
         row["inside_worst"] = spread([seam_ratio(clip, inside) for clip in clips])
@@ -182,20 +183,13 @@ def right_of(clip: np.ndarray, prompt: Prompt) -> dict[str, bool]:
     }
 
 
-def seam_mean(clip: np.ndarray, seams: list[int]) -> float:
-    """The mean change at seams over the median change elsewhere, or over one level if that is less."""
+def seam_size(clip: np.ndarray, seams: list[int], of: Callable[[np.ndarray], float]) -> float:
+    """The mean, or the median, of the changes at seams over the median change elsewhere, or over one level if that is
+    less."""
     found = changes(clip)
     borders = np.array(seams) - 1
     inner = np.delete(found, borders)
-    return float(found[borders].mean()) / max(1.0, float(np.median(inner)))
-
-
-def seam_median(clip: np.ndarray, seams: list[int]) -> float:
-    """The median change at seams over the median change elsewhere, or over one level if that is less."""
-    found = changes(clip)
-    borders = np.array(seams) - 1
-    inner = np.delete(found, borders)
-    return float(np.median(found[borders])) / max(1.0, float(np.median(inner)))
+    return float(of(found[borders])) / max(1.0, float(np.median(inner)))
 
 
 def spread(values: list[float]) -> dict[str, float]:

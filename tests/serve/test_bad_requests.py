@@ -384,9 +384,9 @@ def test_methods_that_a_path_does_not_know(server: Server, method: str):
 @pytest.mark.parametrize(
     ("fault", "status"),
     [
-        (RuntimeError("secret: /work/passwords"), 500),
+        (RuntimeError("secret: /srv/passwords"), 500),
         (DatabaseAway("the database postgresql://u:***@h does not answer"), 503),
-        (OSError(28, "No space left on device", "/work/files"), 503),
+        (OSError(28, "No space left on device", "/srv/files"), 503),
         (KeyError("inside"), 500),
         (MemoryError(), 500),
     ],
