@@ -141,7 +141,8 @@ def read_manifests(path: Path, anchors: str | None = None) -> Reading:
     except Damaged as error:
         return replace(reading, state="Invalid", failures=(*reading.failures, str(error)))
     except c2pa.C2paError as error:
-        return _without_manifest(path, _words(error))
+        told = f"it cannot be read as an mp4 ({_words(error)}); give the video itself, whole"
+        return _without_manifest(path, told)
 
 
 def _without_manifest(path: Path, *failures: str) -> Reading:
